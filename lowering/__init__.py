@@ -1,0 +1,1 @@
+"""Node in, kernel call out; imported by sadsl. No stability promise."""

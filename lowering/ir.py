@@ -1,0 +1,231 @@
+"""The closed union of nodes that every index map is made of: integers and predicates.
+
+An expression is an integer of a query position ``q``, a key position ``k`` and a head
+``h``; a predicate says which pairs attend. Nodes are frozen, hashable and equal by
+content. Passes ``match`` on them and end in ``assert_never``; ``printing.show`` prints
+the Python expression that builds a node again.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, assert_never
+
+Axis = Literal["q", "k", "h"]
+
+
+@dataclass(frozen=True, slots=True)
+class Var:
+    """A position: of the query, of the key, or the index of the head."""
+
+    axis: Axis
+
+
+@dataclass(frozen=True, slots=True)
+class Const:
+    """A number."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """``left + right``."""
+
+    left: "Expr"
+    right: "Expr"
+
+
+@dataclass(frozen=True, slots=True)
+class Mul:
+    """``expr * factor``."""
+
+    expr: "Expr"
+    factor: int
+
+
+@dataclass(frozen=True, slots=True)
+class FloorDiv:
+    """``expr // divisor``, rounded down; the divisor is positive."""
+
+    expr: "Expr"
+    divisor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mod:
+    """``expr % divisor`` in ``0 .. divisor - 1``; the divisor is positive."""
+
+    expr: "Expr"
+    divisor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Min:
+    """The smaller of two."""
+
+    left: "Expr"
+    right: "Expr"
+
+
+@dataclass(frozen=True, slots=True)
+class Max:
+    """The larger of two."""
+
+    left: "Expr"
+    right: "Expr"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """``values[index]``: a constant table; the index lies within it."""
+
+    values: tuple[int, ...]
+    index: "Expr"
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A run-time array at ``index``, or its one value per batch row if that is None."""
+
+    name: str
+    index: "Expr | None"
+
+
+@dataclass(frozen=True, slots=True)
+class Hoisted:
+    """A run-time vector over the queries or the keys, computed outside of the kernel."""
+
+    axis: Literal["q", "k"]
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bool:
+    """All pairs, or none."""
+
+    value: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Le:
+    """``left <= right``."""
+
+    left: "Expr"
+    right: "Expr"
+
+
+@dataclass(frozen=True, slots=True)
+class Eq:
+    """``left == right``."""
+
+    left: "Expr"
+    right: "Expr"
+
+
+@dataclass(frozen=True, slots=True)
+class In:
+    """``expr`` is one of ``values``, which ascend."""
+
+    expr: "Expr"
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class And:
+    """All of the terms hold."""
+
+    terms: tuple["Pred", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Or:
+    """One of the terms holds."""
+
+    terms: tuple["Pred", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Not:
+    """The term does not hold."""
+
+    term: "Pred"
+
+
+@dataclass(frozen=True, slots=True)
+class ByHead:
+    """Of ``n`` terms, head ``h`` of ``num_heads`` has term ``h * n // num_heads``."""
+
+    terms: tuple["Pred", ...]
+
+
+Expr: TypeAlias = (
+    Var | Const | Add | Mul | FloorDiv | Mod | Min | Max | Table | Operand | Hoisted
+)
+Pred: TypeAlias = Bool | Le | Eq | In | And | Or | Not | ByHead
+Node: TypeAlias = Expr | Pred
+
+Q, K, H = Var("q"), Var("k"), Var("h")
+
+
+def rebuild(node: Node, change: Callable[[Node], Node]) -> Node:
+    """``node`` with ``change`` applied to each of its children."""
+    match node:
+        case Var() | Const() | Hoisted() | Bool():
+            return node
+        case Add(a, b) | Min(a, b) | Max(a, b) | Le(a, b) | Eq(a, b):
+            return type(node)(change(a), change(b))
+        case Mul(a, n) | FloorDiv(a, n) | Mod(a, n) | In(a, n):
+            return type(node)(change(a), n)
+        case Table(values, index):
+            return Table(values, change(index))
+        case Operand(name, index):
+            return Operand(name, None if index is None else change(index))
+        case And(terms) | Or(terms) | ByHead(terms):
+            return type(node)(tuple(change(t) for t in terms))
+        case Not(term):
+            return Not(change(term))
+    assert_never(node)
+
+
+def children(node: Node) -> Iterator[Node]:
+    """The nodes directly below."""
+    found: list[Node] = []
+
+    def note(child: Node) -> Node:
+        found.append(child)
+        return child
+
+    rebuild(node, note)
+    return iter(found)
+
+
+def walk(node: Node) -> Iterator[Node]:
+    """The node and all below it."""
+    yield node
+    for child in children(node):
+        yield from walk(child)
+
+
+def substitute(node: Node, new: dict[Axis, Expr]) -> Node:
+    """``node`` with variables replaced, all at once."""
+    if isinstance(node, Var):
+        return new.get(node.axis, node)
+    return rebuild(node, lambda child: substitute(child, new))
+
+
+def transpose(node: Node) -> Node:
+    """Queries for keys and keys for queries."""
+    return substitute(node, {"q": K, "k": Q})
+
+
+def axes(node: Node) -> frozenset[Axis]:
+    """The variables that the node depends on."""
+    match node:
+        case Var(axis) | Hoisted(axis, _):
+            return frozenset({axis})
+    return frozenset().union(*(axes(child) for child in children(node)))
+
+
+def operand_names(node: Node) -> tuple[str, ...]:
+    """The run-time arrays that the node reads, sorted."""
+    return tuple(sorted({n.name for n in walk(node) if isinstance(n, Operand)}))

@@ -1,0 +1,169 @@
+"""The passes from a node to a program and its plans; every stage is kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from lowering import heads, ir
+from lowering import hoist as hoisting
+from lowering import simplify as simplification
+from lowering.planning import Sizes, plan
+from lowering.printing import show
+from lowering.verify import verify
+from pallas_kernels.block_mask import Axis, BlockMask
+from pallas_kernels.call import Masks
+from pallas_kernels.config import Tile, Tiles
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes that a map is lowered for; query ``i`` has position ``q_offset + i``."""
+
+    q_seq_len: int
+    kv_seq_len: int
+    num_heads: int = 1
+    q_offset: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """The maps of all heads in some stage of lowering.
+
+    ``maps`` are the distinct predicates, ``map_of_head`` says who has which. After
+    hoisting, ``q_vectors`` and ``kv_vectors`` are what is computed outside of kernels.
+    """
+
+    problem: Problem
+    maps: tuple[ir.Pred, ...]
+    map_of_head: tuple[int, ...] = ()
+    q_vectors: tuple[ir.Expr, ...] = ()
+    kv_vectors: tuple[ir.Expr, ...] = ()
+
+    def __str__(self) -> str:
+        lines = []
+        for m, node in enumerate(self.maps):
+            whose = [h for h, i in enumerate(self.map_of_head) if i == m]
+            title = f"heads {_ranges(whose)}: " if len(self.maps) > 1 else ""
+            lines.append(f"{title}{show(node)}")
+        for axis, exprs in (("q", self.q_vectors), ("k", self.kv_vectors)):
+            lines += [f"{axis}_vector{i} = {show(e)}" for i, e in enumerate(exprs)]
+        return "\n".join(lines)
+
+
+def shift_queries(program: Program) -> Program:
+    """Writes positions in terms of array indices: ``q`` becomes ``q + q_offset``."""
+    offset = program.problem.q_offset
+    if not offset:
+        return program
+    position = ir.Add(ir.Q, ir.Const(offset))
+
+    def change(node: ir.Node) -> ir.Node:
+        if node == ir.Q:
+            return position
+        changed = ir.rebuild(node, change)
+        # Run-time arrays over queries are given for the queries at hand.
+        if isinstance(changed, ir.Operand) and "q" in ir.axes(changed):
+            index = ir.Add(changed.index, ir.Const(-offset))
+            return ir.Operand(changed.name, index)
+        return changed
+
+    return replace(program, maps=tuple(change(node) for node in program.maps))
+
+
+def resolve_heads(program: Program) -> Program:
+    """One map a head."""
+    (node,) = program.maps
+    num_heads = program.problem.num_heads
+    every = heads.per_head(node, num_heads)
+    maps, map_of_head = heads.distinct(every)
+    return replace(program, maps=maps, map_of_head=map_of_head)
+
+
+def simplify(program: Program) -> Program:
+    """Normal form; heads whose maps turn out equal share one."""
+    every = tuple(simplification.simplify(node) for node in program.maps)
+    maps, renamed = heads.distinct(every)
+    return replace(
+        program, maps=maps, map_of_head=tuple(renamed[i] for i in program.map_of_head)
+    )
+
+
+def hoist(program: Program) -> Program:
+    """Tables and run-time arrays become vectors."""
+    found = hoisting.hoist(program.maps)
+    return replace(program, maps=found.maps, q_vectors=found.q, kv_vectors=found.kv)
+
+
+PASSES: tuple[Callable[[Program], Program], ...] = (
+    shift_queries,
+    resolve_heads,
+    simplify,
+    hoist,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """The program after every pass, by the name of the pass; equal only to itself."""
+
+    named: tuple[tuple[str, Program], ...]
+
+    def __getitem__(self, name: str) -> Program:
+        return dict(self.named)[name]
+
+    def __str__(self) -> str:
+        parts = []
+        last = None
+        for name, program in self.named:
+            text = str(program)
+            parts.append(f"-- {name}\n{'(as before)' if text == last else text}")
+            last = text
+        return "\n\n".join(parts)
+
+
+@lru_cache(maxsize=512)
+def run(node: ir.Pred, problem: Problem) -> Stages:
+    """All passes over a map.
+
+    Raises:
+      ValueError: the map does not fit the problem (heads, tables).
+    """
+    program = Program(problem, (node,))
+    stages = [("input", program)]
+    for rewrite in PASSES:
+        program = rewrite(program)
+        stages.append((rewrite.__name__, program))
+        if rewrite is simplify:
+            verify(program.maps, problem.q_seq_len, problem.kv_seq_len)
+    return Stages(tuple(stages))
+
+
+@lru_cache(maxsize=512)
+def block_mask(
+    stages: Stages, block_q: int, block_kv: int, by: Axis = "q", exact: bool = False
+) -> BlockMask:
+    """The plan of a lowered map, on host arrays."""
+    program = stages["simplify"]
+    problem = program.problem
+    sizes = Sizes(problem.q_seq_len, problem.kv_seq_len, block_q, block_kv)
+    return plan(program.maps, program.map_of_head, sizes, by=by, exact=exact)
+
+
+def masks(stages: Stages, tiles: Tiles) -> Masks:
+    """The plans of the three kernels."""
+
+    def of(tile: Tile, by: Axis) -> BlockMask:
+        return block_mask(stages, tile.block_q, tile.block_kv, by)
+
+    return Masks(of(tiles.forward, "q"), of(tiles.dq, "q"), of(tiles.dkv, "kv"))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and parts[-1][-1] == n - 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

@@ -1,0 +1,221 @@
+"""Predicate + block sizes -> BlockMask, by splitting rectangles from the whole square.
+
+A rectangle that holds all pairs, or none, or surely a mixture in each of its blocks, is
+done; any other is split four by four. All rectangles of one level are analysed at once,
+so the cost follows the boundary of the pattern and never its area.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lowering import ir, simplify
+from lowering.bounds import Analysis, Rectangles
+from lowering.settle import settle
+from pallas_kernels.block_mask import Axis, BlockMask, blank, from_runs
+
+SPLIT = 4
+# Rectangles to look at, at most, for what bounds alone leave open in one plan.
+BUDGET = 1 << 18
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The extent of a plan and its blocks."""
+
+    q_seq_len: int
+    kv_seq_len: int
+    block_q: int
+    block_kv: int
+
+    def elements(self, i: np.ndarray, j: np.ndarray, size: int) -> Rectangles:
+        """The pairs of block squares ``size`` wide, clipped to the sequences."""
+        q, k = i * self.block_q, j * self.block_kv
+        return Rectangles(
+            q,
+            np.minimum(q + size * self.block_q, self.q_seq_len) - 1,
+            k,
+            np.minimum(k + size * self.block_kv, self.kv_seq_len) - 1,
+        )
+
+    @property
+    def leaf(self) -> tuple[int, int]:
+        """The smallest extent of a block: that of the ragged last one."""
+        return (
+            self.q_seq_len % self.block_q or self.block_q,
+            self.kv_seq_len % self.block_kv or self.block_kv,
+        )
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Squares of blocks: corner ``(i, j)`` in blocks, ``size``, and whether full."""
+
+    i: np.ndarray
+    j: np.ndarray
+    size: np.ndarray
+    full: np.ndarray
+
+
+def plan(
+    maps: tuple[ir.Pred, ...],
+    map_of_head: tuple[int, ...],
+    sizes: Sizes,
+    *,
+    by: Axis = "q",
+    exact: bool = False,
+) -> BlockMask:
+    """The runs of every map: sound always, exact but for what passes the budget.
+
+    Args:
+      maps: distinct simplified predicates without heads.
+      map_of_head: which of them each head has.
+      sizes: sequence lengths and block sizes.
+      by: rows of queries (forward, dq), or of keys (the transposed plan).
+      exact: evaluate every undecided block, however many there are.
+    """
+    like = blank(
+        sizes.q_seq_len, sizes.kv_seq_len, sizes.block_q, sizes.block_kv, by
+    )
+    rows, starts, stops, fulls = [], [], [], []
+    for m, node in enumerate(maps):
+        found = cover(node, sizes, exact=exact)
+        row, start, stop, full = _runs(found, sizes, by)
+        rows.append(row + m * like.num_rows)
+        starts.append(start)
+        stops.append(stop)
+        fulls.append(full)
+    mask = from_runs(
+        *(np.concatenate(x) for x in (rows, starts, stops, fulls)),
+        map_of_head=np.asarray(map_of_head, np.int32),
+        like=replace(like, num_maps=len(maps)),
+    )
+    return mask
+
+
+def cover(node: ir.Pred, sizes: Sizes, *, exact: bool) -> Squares:
+    """Disjoint squares of blocks that hold all pairs: each full, or partial throughout.
+
+    Run-time operands are unknown here: a block is visited if some value of them gives
+    it a pair, and full only if every value does.
+    """
+    upper, lower = widest(node), narrowest(node)
+    found: list[tuple] = []
+    i, j, size = _roots(sizes)
+    while len(i):
+        at = sizes.elements(i, j, size)
+        analysis = Analysis(at, sizes.leaf)
+        some = analysis(upper)
+        every = some if lower is upper else analysis(lower)
+        mixed = some.hits & every.misses
+        done = every.all | mixed
+        found.append((i[done], j[done], size, every.all[done]))
+        open_ = ~(done | some.none)
+        if size == 1:
+            sure = some.hit & every.miss
+            found.append((i[open_ & sure], j[open_ & sure], 1, False))
+            rest = np.flatnonzero(open_ & ~sure)
+            part = Rectangles(*(x[rest] for x in at))
+            some_pair, all_pairs = settle(
+                upper, lower, part, budget=None if exact else BUDGET
+            )
+            kept = rest[some_pair]
+            found.append((i[kept], j[kept], 1, all_pairs[some_pair]))
+            break
+        size //= SPLIT
+        i, j = _split(i[open_], j[open_], size, sizes)
+    return Squares(
+        *(np.concatenate([f[n] for f in found]) for n in (0, 1)),
+        np.concatenate([np.full(len(f[0]), f[2]) for f in found]),
+        np.concatenate([np.broadcast_to(f[3], f[0].shape) for f in found]),
+    )
+
+
+def widest(node: ir.Pred) -> ir.Pred:
+    """What holds for some value of the run-time operands, at the least."""
+    return _assume(node, True)
+
+
+def narrowest(node: ir.Pred) -> ir.Pred:
+    """What holds for every value of the run-time operands, at the most."""
+    return _assume(node, False)
+
+
+def _assume(node: ir.Pred, value: bool) -> ir.Pred:
+    """The node, in normal form, with each test of an operand taken as ``value``."""
+    if not ir.operand_names(node):
+        return node
+
+    def change(term: ir.Pred) -> ir.Pred:
+        if isinstance(term, ir.And | ir.Or):
+            return ir.rebuild(term, change)
+        return ir.Bool(value) if ir.operand_names(term) else term
+
+    return simplify.simplify(change(node))
+
+
+def _roots(sizes: Sizes) -> tuple[np.ndarray, np.ndarray, int]:
+    like = blank(sizes.q_seq_len, sizes.kv_seq_len, sizes.block_q, sizes.block_kv)
+    size = 1
+    while size < max(like.num_q_blocks, like.num_kv_blocks):
+        size *= SPLIT
+    none = np.zeros(min(1, sizes.q_seq_len, sizes.kv_seq_len), np.int64)
+    return none, none, size
+
+
+def _split(
+    i: np.ndarray, j: np.ndarray, size: int, sizes: Sizes
+) -> tuple[np.ndarray, np.ndarray]:
+    """The children, ``size`` wide, that begin inside the sequences."""
+    steps = np.arange(SPLIT) * size
+    shape = (len(i), SPLIT, SPLIT)
+    i = np.broadcast_to(i[:, None, None] + steps[:, None], shape).ravel()
+    j = np.broadcast_to(j[:, None, None] + steps, shape).ravel()
+    inside = (i * sizes.block_q < sizes.q_seq_len) & (
+        j * sizes.block_kv < sizes.kv_seq_len
+    )
+    return i[inside], j[inside]
+
+
+def _runs(
+    found: Squares, sizes: Sizes, by: Axis
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Squares -> runs ``(row, start, stop, full)``, merged and sorted."""
+    num_q = -(-sizes.q_seq_len // sizes.block_q)
+    num_kv = -(-sizes.kv_seq_len // sizes.block_kv)
+    squares = _cut_overhang(found, sizes, num_kv)
+    i, i_stop, j, j_stop, full = squares
+    if by == "kv":
+        (i, i_stop), (j, j_stop) = (j, j_stop), (i, i_stop)
+        num_q, num_kv = num_kv, num_q
+    i_stop, j_stop = np.minimum(i_stop, num_q), np.minimum(j_stop, num_kv)
+    height = i_stop - i
+    of = np.repeat(np.arange(len(i)), height)
+    row = np.arange(len(of)) - np.repeat(np.cumsum(height) - height, height) + i[of]
+    of, row = (x[(j < j_stop)[of]] for x in (of, row))
+    order = np.argsort(row * (num_kv + 1) + j[of], kind="stable")
+    row, start, stop, full = row[order], j[of][order], j_stop[of][order], full[of][order]
+    # A run begins where the row, the kind or the adjacency changes.
+    begins = np.ones(len(row), bool)
+    begins[1:] = (row[1:] != row[:-1]) | (full[1:] != full[:-1])
+    begins[1:] |= start[1:] != stop[:-1]
+    first = np.flatnonzero(begins)
+    last = np.append(first[1:], len(row)) - 1 if len(row) else first
+    return row[first], start[first], stop[last], full[first]
+
+
+def _cut_overhang(found: Squares, sizes: Sizes, num_kv: int) -> tuple:
+    """Splits the last key blocks off full squares if they overhang: those are partial."""
+    i, j, full = found.i, found.j, found.full
+    i_stop, j_stop = i + found.size, np.minimum(j + found.size, num_kv)
+    if sizes.kv_seq_len % sizes.block_kv == 0:
+        return i, i_stop, j, j_stop, full
+    ragged = full & (j_stop == num_kv)
+    edge = np.full(ragged.sum(), num_kv - 1)
+    return (
+        np.concatenate([i, i[ragged]]),
+        np.concatenate([i_stop, i_stop[ragged]]),
+        np.concatenate([j, edge]),
+        np.concatenate([np.where(ragged, num_kv - 1, j_stop), edge + 1]),
+        np.concatenate([full, np.zeros(len(edge), bool)]),
+    )

@@ -1,0 +1,201 @@
+"""Node -> the elementwise test: of NumPy positions, of jnp arrays, inside a kernel."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, assert_never
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lowering import ir
+
+# A table whose index mixes q and k becomes a chain of selects in a kernel.
+MAX_SELECTS = 64
+
+
+@dataclass(frozen=True)
+class NumPy:
+    """Positions as NumPy arrays that broadcast; operands without a batch axis."""
+
+    q: Any
+    k: Any
+    h: Any = 0
+    operands: Mapping[str, Any] | None = None
+
+    def operand(self, name: str, index: Any) -> Any:
+        """The value of a run-time array."""
+        if self.operands is None or name not in self.operands:
+            raise ValueError(
+                f"the map reads the run-time array {name!r}: pass "
+                f"operands={{{name!r}: array}}"
+            )
+        values = self.operands[name]
+        return values if index is None else values[index]
+
+    def hoisted(self, axis: str, slot: int) -> Any:
+        """Not there: only kernels have hoisted vectors."""
+        raise AssertionError(f"hoisted {axis} vector {slot} outside of a kernel")
+
+    floor_div = staticmethod(np.floor_divide)
+    mod = staticmethod(np.mod)
+    minimum = staticmethod(np.minimum)
+    maximum = staticmethod(np.maximum)
+
+    def table(self, values: tuple[int, ...], index: Any) -> Any:
+        """``values[index]``."""
+        return np.asarray(values, np.int64)[index]
+
+    def isin(self, x: Any, values: tuple[int, ...]) -> Any:
+        """Membership."""
+        return np.isin(x, np.asarray(values, np.int64))
+
+    def constant(self, value: bool) -> Any:
+        """All pairs, or none."""
+        return np.full((1, 1), value)
+
+
+@dataclass(frozen=True)
+class Jax:
+    """Positions and vectors as int32 arrays that broadcast; also inside kernels.
+
+    Division is spelt with ``lax`` primitives: what jnp makes of ``//`` and ``%`` asks
+    for the chip while it is traced, which a cross-compiler does not have.
+    """
+
+    q: Any
+    k: Any
+    q_vectors: tuple = ()
+    kv_vectors: tuple = ()
+    h: Any = None
+    operands: Mapping[str, Any] | None = None
+
+    operand = NumPy.operand
+
+    def hoisted(self, axis: str, slot: int) -> Any:
+        """A vector that was computed outside of the kernel."""
+        return self.q_vectors[slot] if axis == "q" else self.kv_vectors[slot]
+
+    @staticmethod
+    def floor_div(x: Any, n: int) -> Any:
+        """``x // n``, rounded down."""
+        if n & (n - 1) == 0:
+            return lax.shift_right_arithmetic(x, _like(x, n.bit_length() - 1))
+        return lax.div(x - Jax.mod(x, n), _like(x, n))
+
+    @staticmethod
+    def mod(x: Any, n: int) -> Any:
+        """``x % n`` in ``0 .. n - 1``."""
+        if n & (n - 1) == 0:
+            return lax.bitwise_and(x, _like(x, n - 1))
+        r = lax.rem(x, _like(x, n))
+        return jnp.where(r < 0, r + n, r)
+
+    minimum = staticmethod(jnp.minimum)
+    maximum = staticmethod(jnp.maximum)
+
+    def table(self, values: tuple[int, ...], index: Any) -> Any:
+        """``values[index]`` as a chain of selects, since kernels have no gather."""
+        if jnp.ndim(index) and len(values) > MAX_SELECTS:
+            raise NotImplementedError(
+                f"a table of {len(values)} entries, indexed by both q and k, is more "
+                f"than the {MAX_SELECTS} selects that a kernel makes of it: index it by "
+                "q or by k alone, or use impl='reference'"
+            )
+        start = jnp.full_like(index, values[0])
+        pairs = list(enumerate(values))[1:]
+        return reduce(lambda a, iv: jnp.where(index == iv[0], iv[1], a), pairs, start)
+
+    def isin(self, x: Any, values: tuple[int, ...]) -> Any:
+        """Membership, an interval at a time."""
+        if not values:
+            return x != x
+        tests = [
+            (x == lo) if lo == hi else (x >= lo) & (x <= hi)
+            for lo, hi in intervals(values)
+        ]
+        return reduce(lambda a, b: a | b, tests)
+
+    def constant(self, value: bool) -> Any:
+        """All pairs, or none: as a comparison, which every backend can broadcast."""
+        return (self.q >= 0) if value else (self.q < 0)
+
+
+def _like(x: Any, value: int) -> Any:
+    return jnp.full(jnp.shape(x), value, jnp.result_type(x))
+
+
+def intervals(values: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Ascending numbers as maximal closed intervals."""
+    found: list[tuple[int, int]] = []
+    for value in values:
+        if found and found[-1][1] == value - 1:
+            found[-1] = (found[-1][0], value)
+        else:
+            found.append((value, value))
+    return found
+
+
+def evaluate(node: ir.Node, at: NumPy | Jax) -> Any:
+    """The value of ``node`` at positions: integers of an expression, bools of a test."""
+    if isinstance(node, ir.Expr):
+        return _integer(node, at)
+    return _truth(node, at)
+
+
+def _integer(node: ir.Expr, at: NumPy | Jax) -> Any:
+    def value(child: ir.Expr) -> Any:
+        return _integer(child, at)
+
+    match node:
+        case ir.Var(axis):
+            return getattr(at, axis)
+        case ir.Const(number):
+            return number
+        case ir.Add(a, b):
+            return value(a) + value(b)
+        case ir.Mul(a, n):
+            return value(a) * n
+        case ir.FloorDiv(a, n):
+            return at.floor_div(value(a), n)
+        case ir.Mod(a, n):
+            return at.mod(value(a), n)
+        case ir.Min(a, b):
+            return at.minimum(value(a), value(b))
+        case ir.Max(a, b):
+            return at.maximum(value(a), value(b))
+        case ir.Table(values, index):
+            return at.table(values, value(index))
+        case ir.Operand(name, index):
+            return at.operand(name, None if index is None else value(index))
+        case ir.Hoisted(axis, slot):
+            return at.hoisted(axis, slot)
+    assert_never(node)
+
+
+def _truth(node: ir.Pred, at: NumPy | Jax) -> Any:
+    match node:
+        case ir.Bool(known):
+            return at.constant(known)
+        case ir.Le(a, b):
+            return _array(_integer(a, at) <= _integer(b, at), at)
+        case ir.Eq(a, b):
+            return _array(_integer(a, at) == _integer(b, at), at)
+        case ir.In(a, values):
+            return at.isin(_integer(a, at), values)
+        case ir.And(terms):
+            return reduce(lambda a, b: a & b, [_truth(t, at) for t in terms])
+        case ir.Or(terms):
+            return reduce(lambda a, b: a | b, [_truth(t, at) for t in terms])
+        case ir.Not(term):
+            return ~_truth(term, at)
+        case ir.ByHead():
+            raise AssertionError("heads are resolved before a predicate is evaluated")
+    assert_never(node)
+
+
+def _array(test: Any, at: NumPy | Jax) -> Any:
+    """A comparison of two numbers is a Python bool, which ``~`` would make an int."""
+    return at.constant(test) if isinstance(test, bool) else test

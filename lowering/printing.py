@@ -1,0 +1,81 @@
+"""Nodes as text: the Python expression that builds the node again."""
+
+from typing import assert_never
+
+from lowering.ir import (
+    Add,
+    And,
+    Bool,
+    ByHead,
+    Const,
+    Eq,
+    FloorDiv,
+    Hoisted,
+    In,
+    Le,
+    Max,
+    Min,
+    Mod,
+    Mul,
+    Node,
+    Not,
+    Operand,
+    Or,
+    Table,
+    Var,
+)
+
+
+def show(node: Node) -> str:
+    """One line of Python in ``q``, ``k`` and ``h``."""
+    match node:
+        case Var(axis):
+            return axis
+        case Hoisted(axis, slot):
+            return f"{axis}_vector{slot}"
+        case Const(value) | Bool(value):
+            return str(value)
+        case Add(a, Mul(b, -1)):
+            return f"{show(a)} - {_tight(b)}"
+        case Add(a, Const(value)) if value < 0:
+            return f"{show(a)} - {-value}"
+        case Add(a, b):
+            return f"{show(a)} + {_tight(b)}"
+        case Mul(a, n):
+            return f"{_tight(a)} * {n}"
+        case FloorDiv(a, n):
+            return f"{_tight(a)} // {n}"
+        case Mod(a, n):
+            return f"{_tight(a)} % {n}"
+        case Min(a, b):
+            return f"minimum({show(a)}, {show(b)})"
+        case Max(a, b):
+            return f"maximum({show(a)}, {show(b)})"
+        case Table(values, index):
+            return f"table({values})[{show(index)}]"
+        case Operand(name, index):
+            at = "" if index is None else f"[{show(index)}]"
+            return f"operand({name!r}){at}"
+        case Le(a, b):
+            return f"{show(a)} <= {show(b)}"
+        case Eq(a, b):
+            return f"{show(a)} == {show(b)}"
+        case In(a, values):
+            return f"isin({show(a)}, {{{', '.join(map(str, values))}}})"
+        case And(terms):
+            return " & ".join(_tight(t) for t in terms)
+        case Or(terms):
+            return " | ".join(_tight(t) for t in terms)
+        case Not(term):
+            return f"~{_tight(term)}"
+        case ByHead(terms):
+            return f"per_head({', '.join(show(t) for t in terms)})"
+    assert_never(node)
+
+
+def _tight(node: Node) -> str:
+    """``show(node)`` in parentheses unless nothing can come between its parts."""
+    text = show(node)
+    atoms = (Var, Hoisted, Const, Bool, Min, Max, Table, Operand, In, ByHead)
+    negative = isinstance(node, Const) and node.value < 0
+    return text if isinstance(node, atoms) and not negative else f"({text})"

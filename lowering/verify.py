@@ -1,0 +1,98 @@
+"""What is legal once heads are resolved and lengths are known."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lowering import ir
+from lowering.bounds import Analysis, Rectangles
+from lowering.printing import show
+
+
+def verify(maps: tuple[ir.Pred, ...], q_seq_len: int, kv_seq_len: int) -> None:
+    """Checks that every table is indexed inside of it.
+
+    Raises:
+      ValueError: some position reaches beyond a table, or a permutation.
+    """
+    for node in maps:
+        for table in {n for n in ir.walk(node) if isinstance(n, ir.Table)}:
+            low, high = index_range(table.index, q_seq_len, kv_seq_len)
+            if low < 0 or high >= len(table.values):
+                raise ValueError(
+                    f"a table (or permutation) of {len(table.values)} entries is "
+                    f"indexed by `{show(table.index)}`, which runs from {low} to {high} "
+                    f"for q_seq_len={q_seq_len} and kv_seq_len={kv_seq_len}: give one "
+                    f"of {high + 1} entries, or index it with `% {len(table.values)}`"
+                )
+
+
+def verify_operands(
+    maps: tuple[ir.Pred, ...],
+    q_seq_len: int,
+    kv_seq_len: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    num_heads: int,
+) -> None:
+    """Checks that every operand is there, wanted, and long enough.
+
+    ``shapes`` are those of the arrays without their batch axis.
+    """
+    needed = {
+        n for node in maps for n in ir.walk(node) if isinstance(n, ir.Operand)
+    }
+    names = {n.name for n in needed}
+    for name in sorted(names - set(shapes)):
+        raise ValueError(
+            f"the map reads the run-time array {name!r}, which was not given: {_how(name)}"
+        )
+    for name in sorted(set(shapes) - names):
+        raise ValueError(
+            f"{name!r} was given, but no part of the map reads it: drop it, or use a "
+            f"map that does ({_use(name)})"
+        )
+    for operand in sorted(needed, key=show):
+        shape = shapes[operand.name]
+        if operand.index is None:
+            if shape:
+                raise ValueError(
+                    f"operand {operand.name!r} is read bare, one value per batch row, "
+                    f"but has {len(shape)} more axes of sizes {shape}: pass [batch] or "
+                    "a scalar"
+                )
+            continue
+        low, high = _operand_range(operand.index, q_seq_len, kv_seq_len, num_heads)
+        if len(shape) != 1 or low < 0 or high >= shape[0]:
+            raise ValueError(
+                f"operand {operand.name!r} is indexed by `{show(operand.index)}`, which "
+                f"runs from {low} to {high}, but has shape {shape} beside its batch "
+                f"axis: pass [batch, {high + 1}] or [{high + 1}]"
+            )
+
+
+def index_range(index: ir.Expr, q_seq_len: int, kv_seq_len: int) -> tuple[int, int]:
+    """The bounds of an expression over all positions; heads are resolved."""
+    ends = (0, q_seq_len - 1, 0, kv_seq_len - 1)
+    whole = Rectangles(*(np.array([end]) for end in ends))
+    found = Analysis(whole).range(index)
+    return int(found.low[0]), int(found.high[0])
+
+
+def _operand_range(
+    index: ir.Expr, q_seq_len: int, kv_seq_len: int, num_heads: int
+) -> tuple[int, int]:
+    if index == ir.H:
+        return 0, num_heads - 1
+    return index_range(index, q_seq_len, kv_seq_len)
+
+
+def _how(name: str) -> str:
+    if name.endswith("_segment_ids"):
+        return "pass q_segment_ids= and kv_segment_ids=, int32 [batch, seq]"
+    return f"pass operands={{{name!r}: array}}"
+
+
+def _use(name: str) -> str:
+    if name.endswith("_segment_ids"):
+        return "segments()"
+    return f"operand({name!r}) inside where"

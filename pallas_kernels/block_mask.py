@@ -1,0 +1,174 @@
+"""BlockMask: which blocks a kernel visits, as runs of blocks, row by row."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Int32
+
+Axis = Literal["q", "kv"]
+Int32s = Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockMask:
+    """The blocks of an attention matrix that hold a pair, as runs of full or partial.
+
+    A row is a query block if ``by == "q"`` (forward, dq) and a key block if
+    ``by == "kv"`` (dk, dv: the transposed plan). Row ``i`` of map ``m`` has the runs
+    ``row_ptr[r] : row_ptr[r + 1]`` with ``r = m * num_rows + i``; a run is the
+    half-open range ``run_start : run_stop`` of blocks along the other axis, all full
+    or all partial. Runs of a row ascend and never overlap or touch with equal kind.
+
+    A full block holds every pair of its tile and does not overhang the end of the keys;
+    only a partial one needs the elementwise predicate. Overhang of the queries is
+    harmless in either orientation: their outputs are dropped, their gradients zero.
+    """
+
+    row_ptr: Int32[Int32s, " rows_plus_1"]
+    run_start: Int32[Int32s, " runs"]
+    run_stop: Int32[Int32s, " runs"]
+    run_full: Int32[Int32s, " runs"]
+    map_of_head: Int32[Int32s, " heads"]
+    q_seq_len: int = field(metadata={"static": True})
+    kv_seq_len: int = field(metadata={"static": True})
+    block_q: int = field(metadata={"static": True})
+    block_kv: int = field(metadata={"static": True})
+    num_maps: int = field(default=1, metadata={"static": True})
+    by: Axis = field(default="q", metadata={"static": True})
+    # Static capacities: the most runs and the most blocks of any row.
+    max_runs: int = field(default=0, metadata={"static": True})
+    max_blocks: int = field(default=0, metadata={"static": True})
+
+    @property
+    def num_q_blocks(self) -> int:
+        """Query blocks, the last of which may overhang."""
+        return -(-self.q_seq_len // self.block_q)
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Key blocks, the last of which may overhang."""
+        return -(-self.kv_seq_len // self.block_kv)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one map."""
+        return self.num_q_blocks if self.by == "q" else self.num_kv_blocks
+
+    @property
+    def num_columns(self) -> int:
+        """Blocks along a row."""
+        return self.num_kv_blocks if self.by == "q" else self.num_q_blocks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the run lists."""
+        arrays = (self.row_ptr, self.run_start, self.run_stop, self.run_full)
+        return sum(a.nbytes for a in arrays)
+
+    def transpose(self) -> "BlockMask":
+        """The same blocks listed along the other axis; on host arrays only."""
+        full = expand(self) == FULL
+        visited = expand(self) != EMPTY
+        other: Axis = "kv" if self.by == "q" else "q"
+        kinds = np.where(full, FULL, np.where(visited, PARTIAL, EMPTY))
+        return from_blocks(
+            np.swapaxes(kinds, 1, 2),
+            map_of_head=np.asarray(self.map_of_head),
+            like=replace(self, by=other),
+        )
+
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+def expand(mask: BlockMask) -> np.ndarray:
+    """The kind of every block, int8 ``[maps, rows, columns]``; for tests and pictures.
+
+    This is the dense picture that kernels never see: memory is rows times columns.
+    """
+    kinds = np.zeros((mask.num_maps * mask.num_rows, mask.num_columns), np.int8)
+    ptr = np.asarray(mask.row_ptr)
+    rows = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr))
+    runs = zip(rows, mask.run_start, mask.run_stop, mask.run_full, strict=True)
+    for row, start, stop, full in runs:
+        kinds[row, start:stop] = FULL if full else PARTIAL
+    return kinds.reshape(mask.num_maps, mask.num_rows, mask.num_columns)
+
+
+def from_blocks(
+    kinds: np.ndarray, *, map_of_head: np.ndarray, like: BlockMask
+) -> BlockMask:
+    """Runs of a dense table of kinds ``[maps, rows, columns]``; sizes as in ``like``."""
+    flat = kinds.reshape(-1, kinds.shape[-1])
+    edge = np.zeros((len(flat), 1), flat.dtype)
+    padded = np.concatenate([edge, flat, edge], axis=1)
+    changes = padded[:, 1:] != padded[:, :-1]
+    row, at = np.nonzero(changes)
+    kind = padded[row, at + 1]
+    start = kind != EMPTY
+    # Every change that opens a run is followed, in its row, by the one that closes it.
+    stop = at[np.flatnonzero(start) + 1]
+    return from_runs(
+        row[start], at[start], stop, kind[start] == FULL,
+        map_of_head=map_of_head, like=like,
+    )  # fmt: skip
+
+
+def from_runs(
+    row: np.ndarray,
+    start: np.ndarray,
+    stop: np.ndarray,
+    full: np.ndarray,
+    *,
+    map_of_head: np.ndarray,
+    like: BlockMask,
+) -> BlockMask:
+    """A host BlockMask from runs sorted by (row, start); sizes as in ``like``."""
+    num_maps = int(map_of_head.max(initial=0)) + 1
+    rows = num_maps * like.num_rows
+    count = np.bincount(row, minlength=rows)
+    blocks = np.bincount(row, weights=stop - start, minlength=rows)
+    return replace(
+        like,
+        row_ptr=np.concatenate([[0], np.cumsum(count)]).astype(np.int32),
+        run_start=start.astype(np.int32),
+        run_stop=stop.astype(np.int32),
+        run_full=full.astype(np.int32),
+        map_of_head=map_of_head.astype(np.int32),
+        num_maps=num_maps,
+        max_runs=int(count.max(initial=0)),
+        max_blocks=int(blocks.max(initial=0)),
+    )
+
+
+def blank(
+    q_seq_len: int, kv_seq_len: int, block_q: int, block_kv: int, by: Axis = "q"
+) -> BlockMask:
+    """A mask with sizes and no runs: the ``like`` of the builders above."""
+    none = np.zeros(0, np.int32)
+    return BlockMask(
+        none, none, none, none, none, q_seq_len, kv_seq_len, block_q, block_kv, by=by
+    )
+
+
+def check(mask: BlockMask) -> None:
+    """Asserts the invariants of the class docstring; on host arrays only."""
+    ptr, start, stop = (
+        np.asarray(a) for a in (mask.row_ptr, mask.run_start, mask.run_stop)
+    )
+    assert len(ptr) == mask.num_maps * mask.num_rows + 1
+    assert ptr[0] == 0
+    assert ptr[-1] == len(start)
+    assert np.all(np.diff(ptr) >= 0)
+    assert np.all(start < stop)
+    assert np.all(start >= 0)
+    assert np.all(stop <= mask.num_columns)
+    row = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr))
+    same = row[1:] == row[:-1]
+    full: Bool[np.ndarray, " runs"] = np.asarray(mask.run_full) != 0
+    assert np.all(~same | (stop[:-1] <= start[1:]))
+    touching = same & (stop[:-1] == start[1:]) & (full[1:] == full[:-1])
+    assert not np.any(touching)

@@ -1,0 +1,99 @@
+"""What a kernel call is made of, beside its arrays: the contract of every backend."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.config import Tiles
+
+# predicate(map_index, q_ids, k_ids, q_vectors, kv_vectors) -> bool tile. ``map_index``
+# is an int32 scalar (which map of the BlockMask), the ids are int32 and broadcast
+# against one another in either orientation ([q, 1] with [1, k], or [1, q] with [k, 1]);
+# each vector is shaped like the ids it belongs to, perhaps with leading batch and head
+# axes. It must be hashable and equal by content.
+Predicate = Callable[[Any, Any, Any, tuple, tuple], Any]
+
+
+class Vectors(NamedTuple):
+    """Run-time values that a predicate reads, one int32 a query or a key.
+
+    Each is ``[batch or 1, num_q_heads or 1, q_seq_len]`` (``kv``: ``kv_seq_len``).
+    """
+
+    q: tuple[Int32[Array, "_batch _heads _q"], ...] = ()
+    kv: tuple[Int32[Array, "_batch _heads _kv"], ...] = ()
+
+
+class Masks(NamedTuple):
+    """The plans of the three kernels; ``dkv`` is ``by="kv"``, the others ``by="q"``."""
+
+    forward: BlockMask
+    dq: BlockMask
+    dkv: BlockMask
+
+
+@dataclass(frozen=True)
+class Call:
+    """The static part of a kernel call."""
+
+    predicate: Predicate
+    sm_scale: float
+    tiles: Tiles
+    logits_soft_cap: float | None = None
+    # False, True (Pallas' quick interpreter) or a backend's interpreter parameters.
+    interpret: Hashable = False
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call: ``num_q_heads`` is a multiple of ``num_kv_heads``."""
+
+    q: Float[Array, "batch q_heads q head_dim"]
+    k: Float[Array, "batch kv_heads kv head_dim"]
+    v: Float[Array, "batch kv_heads kv head_dim_v"]
+
+
+class Outputs(NamedTuple):
+    """What a forward pass yields; an empty row has ``o == 0`` and ``lse == -inf``."""
+
+    o: Float[Array, "batch q_heads q head_dim_v"]  # in the dtype of q
+    lse: Float32[Array, "batch q_heads q"]  # natural logarithm
+
+
+class Cotangents(NamedTuple):
+    """What a backward pass starts from; ``delta = rowsum(do * o) - dlse``."""
+
+    lse: Float32[Array, "batch q_heads q"]  # the natural lse of the forward pass
+    do: Float[Array, "batch q_heads q head_dim_v"]
+    delta: Float32[Array, "batch q_heads q"]
+
+
+class Backend(Protocol):
+    """A module with these functions: ``xla``, ``tpu`` and ``triton`` are such.
+
+    Lengths are those of the caller: a backend pads to its blocks and drops the padding.
+    """
+
+    def prepare(self, masks: Masks, call: Call) -> Any:
+        """The plan in the form that this backend walks: a pytree of arrays.
+
+        Runs outside of any differentiation, on host arrays for a static plan.
+        """
+
+    def forward(
+        self, inputs: Inputs, vectors: Vectors, lists: Any, call: Call
+    ) -> Outputs:
+        """Attention over the blocks of ``lists``."""
+
+    def backward(
+        self,
+        inputs: Inputs,
+        cotangents: Cotangents,
+        vectors: Vectors,
+        lists: Any,
+        call: Call,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """``dq, dk, dv`` in the shapes and dtypes of the inputs."""

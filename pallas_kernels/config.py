@@ -1,0 +1,57 @@
+"""KernelConfig: block sizes and pipelining. It never changes the result."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """The block sizes and the pipelining of one kernel."""
+
+    block_q: int
+    block_kv: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_kv", "num_warps", "num_stages"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """Options of a kernel launch; ``None`` means "choose for me".
+
+    ``block_q`` and ``block_kv`` hold for the forward and both backward kernels unless
+    ``dq`` or ``dkv`` name their own. ``num_warps`` and ``num_stages`` matter on GPUs.
+    """
+
+    block_q: int | None = None
+    block_kv: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    dq: Tile | None = None
+    dkv: Tile | None = None
+
+    def resolve(self, defaults: "Tiles") -> "Tiles":
+        """Fills what is ``None`` from ``defaults``."""
+        named = {
+            name: value
+            for name in ("block_q", "block_kv", "num_warps", "num_stages")
+            if (value := getattr(self, name)) is not None
+        }
+        return Tiles(
+            forward=replace(defaults.forward, **named),
+            dq=self.dq or replace(defaults.dq, **named),
+            dkv=self.dkv or replace(defaults.dkv, **named),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """A tile for each of the three kernels: forward, dq, and dk with dv."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile

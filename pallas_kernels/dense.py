@@ -1,0 +1,66 @@
+"""The backward pass in plain JAX over all pairs: what second derivatives go through.
+
+Memory is quadratic; first derivatives never come here.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import softmax
+from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
+
+
+def allowed(
+    vectors: Vectors, maps: Any, q_seq_len: int, kv_seq_len: int, call: Call
+) -> jax.Array:
+    """The pairs of every head, bool ``[batch or 1, heads, q, kv]``."""
+    q_ids = jnp.arange(q_seq_len, dtype=jnp.int32)[:, None]
+    k_ids = jnp.arange(kv_seq_len, dtype=jnp.int32)[None, :]
+
+    def of_head(head: int) -> jax.Array:
+        def at(x: jax.Array) -> jax.Array:
+            return x[:, min(head, x.shape[1] - 1)]
+
+        q_vectors = tuple(at(x)[..., :, None] for x in vectors.q)
+        kv_vectors = tuple(at(x)[..., None, :] for x in vectors.kv)
+        index = jnp.asarray(maps, jnp.int32)[head]
+        pairs = call.predicate(index, q_ids, k_ids, q_vectors, kv_vectors)
+        lead = jnp.broadcast_shapes(pairs.shape[:-2], (1,))
+        return jnp.broadcast_to(pairs, (*lead, q_seq_len, kv_seq_len))
+
+    return jnp.stack([of_head(h) for h in range(np.shape(maps)[0])], axis=1)
+
+
+def backward(
+    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, maps: Any, call: Call
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``dq, dk, dv`` as the backends compute them, differentiable once more."""
+    dtypes = [x.dtype for x in inputs]
+    q, k, v = (x.astype(jnp.float32) for x in inputs)
+    lse, do, delta = (x.astype(jnp.float32) for x in cotangents)
+    batch, num_q_heads, q_seq_len, _ = q.shape
+    _, num_kv_heads, kv_seq_len, _ = k.shape
+    group = num_q_heads // num_kv_heads
+    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
+
+    pairs = allowed(vectors, maps, q_seq_len, kv_seq_len, call)
+    s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
+    s = softmax.cap(s * (call.sm_scale * softmax.LOG2_E), call.logits_soft_cap)
+    dp = jnp.einsum("bhqd,bhkd->bhqk", do, v, precision="highest")
+    lse2 = softmax.lse_for_backward(lse)[..., None]
+    p, ds = softmax.score_gradient(
+        s, pairs, lse2, dp, delta[..., None], call.logits_soft_cap
+    )
+    ds = ds * call.sm_scale
+    dq = jnp.einsum("bhqk,bhkd->bhqd", ds, k, precision="highest")
+    dk = jnp.einsum("bhqk,bhqd->bhkd", ds, q, precision="highest")
+    dv = jnp.einsum("bhqk,bhqd->bhkd", p, do, precision="highest")
+
+    def per_kv_head(x: jax.Array) -> jax.Array:
+        return x.reshape(batch, num_kv_heads, group, kv_seq_len, -1).sum(axis=2)
+
+    gradients = dq, per_kv_head(dk), per_kv_head(dv)
+    return tuple(x.astype(t) for x, t in zip(gradients, dtypes, strict=True))

@@ -1,0 +1,203 @@
+"""The backward kernels: dq walks the rows of queries, dk and dv those of keys.
+
+Neither adds into memory that another grid step writes, so results repeat bit by bit.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import softmax
+from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
+from pallas_kernels.tpu import operands
+from pallas_kernels.tpu.batching import Arrays, foldable
+from pallas_kernels.tpu.launch import Launch, Operand, Step, launch
+from pallas_kernels.tpu.lists import Lists, RowList, Sizes
+
+
+def backward(
+    inputs: Inputs,
+    cotangents: Cotangents,
+    vectors: Vectors,
+    lists: Lists,
+    call: Call,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``dq, dk, dv`` over the blocks of ``lists.dq`` and ``lists.dkv``."""
+    q, k, v = operands.prepared(inputs, call)
+    do = cotangents.do.astype(q.dtype)
+    lse2 = softmax.lse_for_backward(cotangents.lse)
+    # Both are needed as rows along the queries: they travel as one array.
+    statistics = jnp.stack([lse2, cotangents.delta], axis=2)
+    arrays = (q, k, v, do, statistics)
+    (dq,) = foldable(partial(_run_dq, call=call))(arrays, vectors, lists.dq)
+    dk, dv = foldable(partial(_run_dkv, call=call))(arrays, vectors, lists.dkv)
+    gradients = zip((dq, dk, dv), inputs, strict=True)
+    return tuple(x[:, :, : y.shape[2]].astype(y.dtype) for x, y in gradients)
+
+
+def _statistics(x: jax.Array, block: int) -> jax.Array:
+    x = operands.padded(x, block, 3)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _run_dq(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arrays:
+    q, k, v, do, statistics = arrays
+    sizes = lists.sizes
+    block_q, block_kv = sizes.block_q, sizes.block_kv
+    batch, num_heads, _, head_dim = q.shape
+    heads, group = batch * num_heads, num_heads // k.shape[1]
+    seq = sizes.num_rows * block_q
+
+    def own(h: jax.Array, _: jax.Array) -> jax.Array:
+        return h
+
+    def kv_head(h: jax.Array, _: jax.Array) -> jax.Array:
+        return lax.div(h, jnp.int32(group))
+
+    def vector(x: jax.Array, block: int) -> Operand:
+        return operands.vector_operand(x, block, (batch, num_heads), 1)
+
+    of = Launch(
+        name="sadsl_dq",
+        heads=heads,
+        members=1,
+        row_block=block_q,
+        stream_block=block_kv,
+        rows=(
+            Operand(operands.flat(q, block_q), own),
+            Operand(operands.flat(do, block_q), own),
+            Operand(_statistics(statistics, block_q), own, axis=2),
+            *(vector(x, block_q) for x in vectors.q),
+        ),
+        streams=(
+            Operand(operands.flat(k, block_kv), kv_head),
+            Operand(operands.flat(v, block_kv), kv_head),
+            *(vector(x, block_kv) for x in vectors.kv),
+        ),
+        outs=(Operand(jax.ShapeDtypeStruct((heads, seq, head_dim), q.dtype), own),),
+        scratch=((block_q, head_dim),),
+        interpret=call.interpret,
+    )
+    (dq,) = launch(partial(_dq_kernel, call=call, sizes=sizes), of, lists)
+    return (dq.reshape(batch, num_heads, seq, head_dim),)
+
+
+def _dq_kernel(
+    step: Step, rows: tuple, outs: tuple, scratch: tuple, *, call: Call, sizes: Sizes
+) -> None:
+    q_ref, do_ref, statistics_ref, *vector_refs = rows
+    (dq_ref,) = scratch
+    lse2 = operands.to_column(statistics_ref[0:1])
+    delta = operands.to_column(statistics_ref[1:2])
+    q_vectors = tuple(operands.to_column(x[...]) for x in vector_refs)
+    dq_ref[...] = jnp.zeros_like(dq_ref)
+
+    def visit(block: jax.Array, refs: tuple, full: bool) -> None:
+        k, v, *kv_vectors = (ref[...] for ref in refs)
+        s = softmax.cap(softmax.dot(q_ref[...], k, contract=(1, 1)), call.logits_soft_cap)
+        dp = softmax.dot(do_ref[...], v, contract=(1, 1))
+        pairs = None
+        if not full:
+            ids = (
+                operands.column_ids(step.row, sizes.block_q),
+                operands.row_ids(block, sizes.block_kv),
+            )
+            both = (q_vectors, tuple(kv_vectors))
+            pairs = operands.allowed(call, sizes, step, ids, both)
+        _, ds = softmax.score_gradient(s, pairs, lse2, dp, delta, call.logits_soft_cap)
+        dq_ref[...] += softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
+
+    step.walk(visit)
+    outs[0][...] = (dq_ref[...] * call.sm_scale).astype(outs[0].dtype)
+
+
+def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arrays:
+    q, k, v, do, statistics = arrays
+    sizes = lists.sizes
+    block_q, block_kv = sizes.block_q, sizes.block_kv
+    batch, num_heads, _, head_dim = q.shape
+    _, num_kv_heads, _, head_dim_v = v.shape
+    heads, group = batch * num_kv_heads, num_heads // num_kv_heads
+    seq = sizes.num_rows * block_kv
+
+    def own(h: jax.Array, _: jax.Array) -> jax.Array:
+        return h
+
+    def query_head(h: jax.Array, member: jax.Array) -> jax.Array:
+        return h * group + member
+
+    def vector(x: jax.Array, block: int) -> Operand:
+        return operands.vector_operand(x, block, (batch, num_heads), group)
+
+    of = Launch(
+        name="sadsl_dkv",
+        heads=heads,
+        members=group,
+        row_block=block_kv,
+        stream_block=block_q,
+        rows=(
+            Operand(operands.flat(k, block_kv), own),
+            Operand(operands.flat(v, block_kv), own),
+            *(vector(x, block_kv) for x in vectors.kv),
+        ),
+        streams=(
+            Operand(operands.flat(q, block_q), query_head),
+            Operand(operands.flat(do, block_q), query_head),
+            Operand(_statistics(statistics, block_q), query_head, axis=2),
+            *(vector(x, block_q) for x in vectors.q),
+        ),
+        outs=(
+            Operand(jax.ShapeDtypeStruct((heads, seq, head_dim), k.dtype), own),
+            Operand(jax.ShapeDtypeStruct((heads, seq, head_dim_v), v.dtype), own),
+        ),
+        scratch=((block_kv, head_dim), (block_kv, head_dim_v)),
+        interpret=call.interpret,
+    )
+    kernel = partial(_dkv_kernel, call=call, sizes=sizes, last=group - 1)
+    dk, dv = launch(kernel, of, lists)
+    shape = (batch, num_kv_heads, seq)
+    return dk.reshape(*shape, head_dim), dv.reshape(*shape, head_dim_v)
+
+
+def _dkv_kernel(
+    step: Step, rows: tuple, outs: tuple, scratch: tuple, *,
+    call: Call, sizes: Sizes, last: int,
+) -> None:  # fmt: skip
+    k_ref, v_ref, *vector_refs = rows
+    dk_ref, dv_ref = scratch
+    kv_vectors = tuple(operands.to_column(x[...]) for x in vector_refs)
+
+    @pl.when(step.member == 0)
+    def _() -> None:
+        for ref in scratch:
+            ref[...] = jnp.zeros_like(ref)
+
+    def visit(block: jax.Array, refs: tuple, full: bool) -> None:
+        # The tile is [keys, queries]: no product needs a transposed left side.
+        q, do, statistics, *q_vectors = (ref[...] for ref in refs)
+        s = softmax.cap(softmax.dot(k_ref[...], q, contract=(1, 1)), call.logits_soft_cap)
+        dp = softmax.dot(v_ref[...], do, contract=(1, 1))
+        pairs = None
+        if not full:
+            ids = (
+                operands.row_ids(block, sizes.block_q),
+                operands.column_ids(step.row, sizes.block_kv),
+            )
+            both = (tuple(q_vectors), kv_vectors)
+            pairs = operands.allowed(call, sizes, step, ids, both)
+        p, ds = softmax.score_gradient(
+            s, pairs, statistics[0:1], dp, statistics[1:2], call.logits_soft_cap
+        )
+        dv_ref[...] += softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
+        dk_ref[...] += softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
+
+    step.walk(visit)
+
+    @pl.when(step.member == last)
+    def _() -> None:
+        # q carries sm_scale * log2(e), and dk wants sm_scale alone.
+        outs[0][...] = (dk_ref[...] * softmax.LN_2).astype(outs[0].dtype)
+        outs[1][...] = dv_ref[...].astype(outs[1].dtype)

@@ -1,0 +1,96 @@
+"""The forward kernel: a query block per grid step, runs of key blocks streamed to it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import softmax
+from pallas_kernels.call import Call, Inputs, Outputs, Vectors
+from pallas_kernels.tpu import operands
+from pallas_kernels.tpu.batching import Arrays, foldable
+from pallas_kernels.tpu.launch import Launch, Operand, Step, launch
+from pallas_kernels.tpu.lists import Lists, RowList, Sizes
+
+
+def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outputs:
+    """Attention over the blocks of ``lists.forward``."""
+    q_seq_len, dtype = inputs.q.shape[2], inputs.q.dtype
+    run = foldable(partial(_run, call=call))
+    o, lse = run(operands.prepared(inputs, call), vectors, lists.forward)
+    return Outputs(o[:, :, :q_seq_len].astype(dtype), lse[:, :, :q_seq_len])
+
+
+def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arrays:
+    q, k, v = arrays
+    sizes = lists.sizes
+    batch, num_heads, _, _ = q.shape
+    heads, group, head_dim_v = batch * num_heads, num_heads // k.shape[1], v.shape[3]
+    seq = sizes.num_rows * sizes.block_q
+
+    def own(h: jax.Array, _: jax.Array) -> jax.Array:
+        return h
+
+    def kv_head(h: jax.Array, _: jax.Array) -> jax.Array:
+        return lax.div(h, jnp.int32(group))
+
+    def vector(x: jax.Array, block: int) -> Operand:
+        return operands.vector_operand(x, block, (batch, num_heads), 1)
+
+    of = Launch(
+        name="sadsl_forward",
+        heads=heads,
+        members=1,
+        row_block=sizes.block_q,
+        stream_block=sizes.block_kv,
+        rows=(
+            Operand(operands.flat(q, sizes.block_q), own),
+            *(vector(x, sizes.block_q) for x in vectors.q),
+        ),
+        streams=(
+            Operand(operands.flat(k, sizes.block_kv), kv_head),
+            Operand(operands.flat(v, sizes.block_kv), kv_head),
+            *(vector(x, sizes.block_kv) for x in vectors.kv),
+        ),
+        outs=(
+            Operand(jax.ShapeDtypeStruct((heads, seq, head_dim_v), q.dtype), own),
+            Operand(jax.ShapeDtypeStruct((heads, 1, seq), jnp.float32), own, axis=2),
+        ),
+        scratch=((sizes.block_q, head_dim_v), (sizes.block_q, 1), (sizes.block_q, 1)),
+        interpret=call.interpret,
+    )
+    o, lse = launch(partial(_kernel, call=call, sizes=sizes), of, lists)
+    shape = (batch, num_heads, seq)
+    return o.reshape(*shape, head_dim_v), lse.reshape(shape)
+
+
+def _kernel(
+    step: Step, rows: tuple, outs: tuple, scratch: tuple, *, call: Call, sizes: Sizes
+) -> None:
+    q_ref, *vector_refs = rows
+    o_ref, lse_ref = outs
+    q_vectors = tuple(operands.to_column(x[...]) for x in vector_refs)
+
+    def store(carry: softmax.Carry) -> None:
+        for ref, value in zip(scratch, carry, strict=True):
+            ref[...] = value
+
+    store(softmax.start(*scratch[0].shape))
+
+    def visit(block: jax.Array, refs: tuple, full: bool) -> None:
+        k, v, *kv_vectors = (ref[...] for ref in refs)
+        s = softmax.cap(softmax.dot(q_ref[...], k, contract=(1, 1)), call.logits_soft_cap)
+        if not full:
+            ids = (
+                operands.column_ids(step.row, sizes.block_q),
+                operands.row_ids(block, sizes.block_kv),
+            )
+            both = (q_vectors, tuple(kv_vectors))
+            s = softmax.mask(s, operands.allowed(call, sizes, step, ids, both))
+        store(softmax.fold(softmax.Carry(*(ref[...] for ref in scratch)), s, v))
+
+    step.walk(visit)
+    o, lse = softmax.finish(softmax.Carry(*(ref[...] for ref in scratch)))
+    o_ref[...] = o.astype(o_ref.dtype)
+    lse_ref[...] = operands.to_row(lse)

@@ -1,0 +1,239 @@
+"""One launch: a grid over rows, and a walk over the runs of each.
+
+The blocks along a row stay in HBM and come by DMA into one of two slots, the next block
+while the present one is worked on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu.lists import RowList
+
+HeadOf = Callable[[Any, Any], Any]
+
+
+class Operand(NamedTuple):
+    """An array ``[heads, seq, dim]`` (``axis=1``) or ``[heads, n, seq]`` (``axis=2``).
+
+    ``head_of(head, member)`` is the head that a grid step reads.
+    """
+
+    array: Any
+    head_of: HeadOf
+    axis: int = 1
+
+    def block_shape(self, block: int) -> tuple[int, int]:
+        """The shape of one block of the sequence."""
+        _, a, b = self.array.shape
+        return (block, b) if self.axis == 1 else (a, block)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The arrays of a launch; ``rows`` have the block of the row, ``streams`` others.
+
+    The grid is ``(heads, rows, members)``: ``members`` query heads share a row.
+    """
+
+    name: str
+    heads: int
+    members: int
+    row_block: int
+    stream_block: int
+    rows: tuple[Operand, ...]
+    streams: tuple[Operand, ...]
+    outs: tuple[Operand, ...]
+    scratch: tuple[tuple[int, int], ...]
+    interpret: Any
+
+
+class Step(NamedTuple):
+    """What a kernel knows of its grid step."""
+
+    row: Any  # the block that the row is
+    member: Any
+    map_index: Any
+    # walk(visit) calls visit(block, refs, full) on every block of the row, where
+    # ``full`` is a Python bool: the two kinds of run have code of their own.
+    walk: Callable[[Callable[[Any, tuple, bool], None]], None]
+
+
+class _Run(NamedTuple):
+    start: Any
+    stop: Any
+    full: Any
+
+
+class _Scalars(NamedTuple):
+    map_of_head: Any
+    first_row: Any
+    row_ptr: Any
+    runs: Any
+
+    def at(self, query_head: Any) -> Any:
+        """Where the lists of heads hold ``query_head``."""
+        return lax.rem(query_head, jnp.int32(self.map_of_head.shape[0]))
+
+
+def launch(
+    kernel: Callable[[Step, tuple, tuple, tuple], None], of: Launch, lists: RowList
+) -> tuple[jax.Array, ...]:
+    """The outputs of ``kernel(step, row_refs, out_refs, scratch_refs)`` on every row."""
+    scalars = _Scalars(lists.map_of_head, lists.first_row, lists.row_ptr, lists.runs)
+
+    def row_spec(x: Operand) -> pl.BlockSpec:
+        def index(h: Any, i: Any, g: Any, _: Any) -> tuple:
+            at = x.head_of(h, g)
+            return (at, i, 0) if x.axis == 1 else (at, 0, i)
+
+        return pl.BlockSpec((None, *x.block_shape(of.row_block)), index)
+
+    def table_index(h: Any, i: Any, g: Any, lists: _Scalars) -> tuple:
+        return lists.first_row[lists.at(h * of.members + g)] + i, 0, 0
+
+    tables, table_specs = (), ()
+    if lists.table is not None:
+        shape = (None, *lists.table.shape[1:])
+        spec = pl.BlockSpec(shape, table_index, memory_space=pltpu.SMEM)
+        tables, table_specs = (lists.table,), (spec,)
+    buffers = tuple(
+        pltpu.VMEM((2, *x.block_shape(of.stream_block)), x.array.dtype)
+        for x in of.streams
+    )
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(of.heads, lists.sizes.num_rows, of.members),
+        in_specs=[
+            table_specs,
+            tuple(row_spec(x) for x in of.rows),
+            tuple(pl.BlockSpec(memory_space=pl.ANY) for _ in of.streams),
+        ],
+        out_specs=[tuple(row_spec(x) for x in of.outs)],
+        scratch_shapes=[
+            tuple(pltpu.VMEM(shape, jnp.float32) for shape in of.scratch),
+            buffers,
+            pltpu.SemaphoreType.DMA((2, max(1, len(of.streams)))),
+        ],
+    )
+    (out,) = pl.pallas_call(
+        _body(kernel, of),
+        out_shape=[tuple(x.array for x in of.outs)],
+        grid_spec=spec,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary")
+        ),
+        interpret=of.interpret,
+        name=of.name,
+    )(scalars, tables, tuple(x.array for x in of.rows),
+      tuple(x.array for x in of.streams))  # fmt: skip
+    return out
+
+
+def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
+    def body(
+        scalars: _Scalars, tables: tuple, rows: tuple, streams: tuple, outs: tuple,
+        scratch: tuple, buffers: tuple, semaphores: Any,
+    ) -> None:  # fmt: skip
+        head, row, member = (pl.program_id(axis) for axis in range(3))
+        at = scalars.at(head * of.members + member)
+        begin, end, run_at = _row_runs(scalars, tables, at, row)
+        heads = [x.head_of(head, member) for x in of.streams]
+
+        def copies(block: Any, slot: Any) -> list:
+            here = pl.ds(
+                pl.multiple_of(block * of.stream_block, of.stream_block),
+                of.stream_block,
+            )
+            found = []
+            for i, x in enumerate(of.streams):
+                window = (here, slice(None)) if x.axis == 1 else (slice(None), here)
+                source = streams[i].at[heads[i], *window]
+                found.append(
+                    pltpu.make_async_copy(
+                        source, buffers[i].at[slot], semaphores.at[slot, i]
+                    )
+                )
+            return found
+
+        def walk(visit: Callable[[Any, tuple, bool], None]) -> None:
+            def at_slot(block: Any, slot: Any, full: bool) -> None:
+                visit(block, tuple(x.at[slot] for x in buffers), full)
+
+            _walk(begin, end, run_at, copies, at_slot)
+
+        step = Step(row, member, scalars.map_of_head[at], walk)
+        kernel(step, rows, outs, scratch)
+
+    return body
+
+
+def _row_runs(
+    scalars: _Scalars, tables: tuple, at: Any, row: Any
+) -> tuple[Any, Any, Callable[[Any], _Run]]:
+    """The range of the runs of a row, and a reader of one."""
+    if tables:
+        words, begin, end, offset = tables[0], jnp.int32(0), tables[0][0, 0], 1
+
+        def word(i: Any) -> Any:
+            return words[0, i + offset]
+    else:
+        here = scalars.first_row[at] + row
+        begin, end = scalars.row_ptr[here], scalars.row_ptr[here + 1]
+
+        def word(i: Any) -> Any:
+            return scalars.runs[i]
+
+    def run_at(j: Any) -> _Run:
+        first = word(2 * j)
+        return _Run(lax.shift_right_logical(first, 1), word(2 * j + 1), first & 1)
+
+    return begin, end, run_at
+
+
+def _walk(
+    begin: Any,
+    end: Any,
+    run_at: Callable[[Any], _Run],
+    copies: Callable[[Any, Any], list],
+    visit: Callable[[Any, Any, bool], None],
+) -> None:
+    """Visits the blocks of the runs ``begin : end``; each is fetched one block ahead."""
+
+    def fetch(block: Any, slot: Any) -> None:
+        for copy in copies(block, slot):
+            copy.start()
+
+    # A row without a run has no first block to fetch, and its entry is another row's.
+    @pl.when(begin < end)
+    def _() -> None:
+        fetch(run_at(begin).start, jnp.int32(0))
+
+    def walk_run(j: Any, slot: Any) -> Any:
+        start, stop, full = run_at(j)
+        last = j + 1 == end
+        after = run_at(jnp.minimum(j + 1, end - 1)).start
+
+        def step(block: Any, slot: Any) -> Any:
+            inside = block + 1 < stop
+
+            @pl.when(inside | jnp.logical_not(last))
+            def _() -> None:
+                fetch(jnp.where(inside, block + 1, after), 1 - slot)
+
+            for copy in copies(block, slot):
+                copy.wait()
+            for kind in (True, False):
+                pl.when((full == 1) == kind)(partial(visit, block, slot, kind))
+            return 1 - slot
+
+        return lax.fori_loop(start, stop, step, slot)
+
+    lax.fori_loop(begin, end, walk_run, jnp.int32(0))

@@ -1,0 +1,115 @@
+"""The plan as the TPU kernels read it: runs in scalar memory."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+from pallas_kernels.block_mask import BlockMask, Int32s
+from pallas_kernels.call import Call, Masks
+
+# Bytes of scalar memory that one plan may take: every TPU so far has 1 MiB of it.
+SCALAR_BYTES = 900_000
+# A block is a multiple of this on the chip: the lanes of a vector register.
+LANES = 128
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The static sizes of a plan; a row is a query block, or a key block for dkv."""
+
+    q_seq_len: int
+    kv_seq_len: int
+    block_q: int
+    block_kv: int
+    num_rows: int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowList:
+    """The rows of one kernel, in one of two forms.
+
+    Run ``j`` is the pair of words ``(2 * start + full, stop)``. Either all runs lie in
+    ``runs`` and those of row ``r`` are ``row_ptr[r] : row_ptr[r + 1]`` (all of it in
+    scalar memory), or ``table[r, 0]`` holds the count of the row and then its runs (a
+    row at a time in scalar memory). The rows of query head ``h`` start at
+    ``first_row[h]``; both lists of heads repeat every ``len(first_row)`` heads.
+    """
+
+    map_of_head: Int32[Int32s, " heads"]
+    first_row: Int32[Int32s, " heads"]
+    row_ptr: Int32[Int32s, " rows_plus_1"] | None
+    runs: Int32[Int32s, " words"] | None
+    table: Int32[Int32s, "rows 1 words"] | None
+    sizes: Sizes = field(metadata={"static": True})
+
+
+class Lists(NamedTuple):
+    """The rows of the three kernels."""
+
+    forward: RowList
+    dq: RowList
+    dkv: RowList
+
+
+def prepare(masks: Masks, call: Call) -> Lists:
+    """The run lists of the three kernels; traced plans take the form of a table."""
+    if call.interpret is False:
+        for name, mask in masks._asdict().items():
+            _check_blocks(name, mask)
+    return Lists(*(_row_list(mask) for mask in masks))
+
+
+def _check_blocks(name: str, mask: BlockMask) -> None:
+    for axis, size in {"block_q": mask.block_q, "block_kv": mask.block_kv}.items():
+        if size % LANES:
+            raise ValueError(
+                f"{name}: {axis}={size} must be a multiple of {LANES} on a TPU, also "
+                f"for a shorter sequence (it is padded); use {axis}="
+                f"{-(-size // LANES) * LANES}, or interpret=True off the chip"
+            )
+
+
+def _row_list(mask: BlockMask) -> RowList:
+    sizes = Sizes(
+        mask.q_seq_len, mask.kv_seq_len, mask.block_q, mask.block_kv, mask.num_rows
+    )
+    lists = (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
+    static = all(isinstance(x, np.ndarray) for x in (*lists, mask.map_of_head))
+    xp: Any = np if static else jnp
+    heads = xp.asarray(mask.map_of_head, np.int32)
+    first_row = heads * np.int32(mask.num_rows)
+    start = xp.asarray(mask.run_start) * 2 + (xp.asarray(mask.run_full) != 0)
+    words = xp.stack([start, xp.asarray(mask.run_stop)], axis=-1).astype(np.int32)
+    ptr = xp.asarray(mask.row_ptr, np.int32)
+    if static and ptr.nbytes + words.nbytes + 2 * heads.nbytes <= SCALAR_BYTES:
+        # An array of scalar memory cannot be empty.
+        runs = words.reshape(-1) if words.size else np.zeros(2, np.int32)
+        return RowList(heads, first_row, ptr, runs, None, sizes)
+    return RowList(heads, first_row, None, None, _table(mask, ptr, words, xp), sizes)
+
+
+def _table(mask: BlockMask, ptr: Any, words: Any, xp: Any) -> Int32[Array, "r 1 w"]:
+    if mask.max_runs < 1 and words.shape[0]:
+        raise ValueError(
+            "max_runs=0 in a BlockMask with traced runs: give the most runs that a row "
+            "can have, which is the room a TPU reserves for each row"
+        )
+    row_bytes = 4 * (1 + 2 * mask.max_runs)
+    if 2 * row_bytes > SCALAR_BYTES:
+        raise NotImplementedError(
+            f"rows of up to {mask.max_runs} runs do not fit the scalar memory of a TPU "
+            f"({SCALAR_BYTES // 16} at most): use larger blocks or another impl"
+        )
+    count = ptr[1:] - ptr[:-1]
+    if not words.shape[0]:
+        return count[:, None, None]
+    at = ptr[:-1, None] + np.arange(mask.max_runs, dtype=np.int32)
+    # What lies past the end of a row is never read; it only has to be an index.
+    row = words[xp.minimum(at, words.shape[0] - 1)]
+    row = row.reshape(row.shape[0], -1)
+    return xp.concatenate([count[:, None], row], axis=1)[:, None]

@@ -1,0 +1,87 @@
+"""Arrays in the shapes that the kernels take: heads flat, sequences padded."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import softmax
+from pallas_kernels.call import Call, Inputs
+from pallas_kernels.tpu.launch import Operand, Step
+from pallas_kernels.tpu.lists import Sizes
+
+
+def prepared(inputs: Inputs, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``q, k, v`` as the kernels multiply them: q scaled for base-2 scores."""
+    # The chip has no f16 arithmetic, and bf16 would lose three bits.
+    half = inputs.q.dtype == jnp.float16
+    q, k, v = (x.astype(jnp.float32) if half else x for x in inputs)
+    scaled = q.astype(jnp.float32) * (call.sm_scale * softmax.LOG2_E)
+    return scaled.astype(q.dtype), k, v
+
+
+def padded(x: jax.Array, block: int, axis: int) -> jax.Array:
+    """``x`` with zeros up to a multiple of ``block`` along ``axis``."""
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, width)
+
+
+def flat(x: jax.Array, block: int) -> jax.Array:
+    """``[batch, heads, seq, dim]`` as ``[batch * heads, padded seq, dim]``."""
+    x = padded(x, block, 2)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def vector_operand(
+    x: jax.Array, block: int, batch_and_heads: tuple[int, int], members: int
+) -> Operand:
+    """A vector ``[batch or 1, heads or 1, seq]`` as an operand of rows ``[1, seq]``."""
+    batch, num_heads = batch_and_heads
+    own_batch, own_heads, _ = x.shape
+
+    def head_of(head: Any, member: Any) -> Any:
+        query_head = head * members + member
+        if own_batch == batch and own_heads == num_heads:
+            return query_head
+        if own_batch == batch and batch > 1:
+            return lax.div(query_head, jnp.int32(num_heads))
+        if own_heads == num_heads and num_heads > 1:
+            return lax.rem(query_head, jnp.int32(num_heads))
+        return jnp.int32(0)
+
+    x = padded(x, block, 2)
+    return Operand(x.reshape(own_batch * own_heads, 1, -1), head_of, axis=2)
+
+
+def to_column(row: jax.Array) -> jax.Array:
+    """``[1, n]`` as ``[n, 1]``."""
+    # The chip transposes whole registers, which have eight sublanes.
+    return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
+
+
+def to_row(column: jax.Array) -> jax.Array:
+    """``[n, 1]`` as ``[1, n]``."""
+    return jnp.broadcast_to(column, (column.shape[0], 128)).T[:1]
+
+
+def allowed(
+    call: Call, sizes: Sizes, step: Step, ids: tuple[Any, Any], vectors: tuple
+) -> jax.Array:
+    """The pairs of a partial tile; ids and vectors are ``(queries, keys)``."""
+    q_ids, k_ids = ids
+    pairs = call.predicate(step.map_index, q_ids, k_ids, *vectors)
+    if sizes.kv_seq_len % sizes.block_kv:
+        pairs &= k_ids < sizes.kv_seq_len
+    return pairs
+
+
+def column_ids(block: Any, size: int) -> jax.Array:
+    """The positions of a block, ``[size, 1]``."""
+    return block * size + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+
+
+def row_ids(block: Any, size: int) -> jax.Array:
+    """The positions of a block, ``[1, size]``."""
+    return block * size + lax.broadcasted_iota(jnp.int32, (1, size), 1)

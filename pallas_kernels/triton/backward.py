@@ -1,0 +1,212 @@
+"""The backward kernels: dq by query blocks, dk and dv by key blocks."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import softmax
+from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
+from pallas_kernels.triton.launch import (
+    compiler_params,
+    everything,
+    heads_first,
+    input_specs,
+    pad_cotangents,
+    pad_inputs,
+    pad_vectors,
+    whole,
+)
+from pallas_kernels.triton.runs import (
+    Lists,
+    Plan,
+    Runs,
+    Sizes,
+    allowed,
+    along,
+    ids,
+    map_index,
+    walk,
+)
+
+
+def dq_kernel(
+    runs: Runs, inputs: Inputs, cotangents: Cotangents, vectors: Vectors, dq_ref: Any,
+    *, sizes: Sizes, call: Call,
+) -> None:  # fmt: skip
+    """Writes one query block of ``dq``."""
+    q_ref, k_ref, v_ref = inputs
+    block_q, block_kv = sizes.block_q, sizes.block_kv
+    row = runs.order[pl.program_id(0)]
+    index = map_index(runs, sizes, pl.program_id(1))
+    rows = pl.ds(row * block_q, block_q)
+    q, do = q_ref[rows, :], cotangents.do[rows, :]
+    lse2, delta = along(cotangents.lse[rows], 0), along(cotangents.delta[rows], 0)
+    q_ids = ids(row, block_q, 0)
+    q_vectors = tuple(along(ref[rows], 0) for ref in vectors.q)
+
+    def add(block: Any, dq: jax.Array, pairs: jax.Array | None) -> jax.Array:
+        columns = pl.ds(block * block_kv, block_kv)
+        k = k_ref[columns, :]
+        s = softmax.dot(q, k, contract=(1, 1)) * (call.sm_scale * softmax.LOG2_E)
+        s = softmax.cap(s, call.logits_soft_cap)
+        dp = softmax.dot(do, v_ref[columns, :], contract=(1, 1))
+        _, ds = softmax.score_gradient(s, pairs, lse2, dp, delta, call.logits_soft_cap)
+        return dq + softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
+
+    def full(block: Any, dq: jax.Array) -> jax.Array:
+        return add(block, dq, None)
+
+    def partial_(block: Any, dq: jax.Array) -> jax.Array:
+        columns = pl.ds(block * block_kv, block_kv)
+        kv_vectors = tuple(along(ref[columns], 1) for ref in vectors.kv)
+        pairs = allowed(
+            sizes, call.predicate, index, q_ids, ids(block, block_kv, 1),
+            (q_vectors, kv_vectors),
+        )  # fmt: skip
+        return add(block, dq, pairs)
+
+    dq = jnp.zeros(q.shape, jnp.float32)
+    row_of_map = index * sizes.num_rows + row
+    dq = walk(runs, sizes, row_of_map, full=full, partial=partial_, carry=dq)
+    dq_ref[rows, :] = (dq * call.sm_scale).astype(dq_ref.dtype)
+
+
+def dkv_kernel(
+    runs: Runs, inputs: Inputs, cotangents: Cotangents, vectors: Vectors,
+    dk_ref: Any, dv_ref: Any, *, sizes: Sizes, call: Call,
+) -> None:  # fmt: skip
+    """Writes one key block of ``dk`` and ``dv``, summed over its query heads.
+
+    Tiles are transposed, ``[keys, queries]``: then both products take the gradient of
+    the scores as it comes, without a transpose through shared memory.
+    """
+    q_ref, k_ref, v_ref = inputs
+    block_q, block_kv = sizes.block_q, sizes.block_kv
+    group = q_ref.shape[1]
+    row, first_head = runs.order[pl.program_id(0)], pl.program_id(1) * group
+    rows = pl.ds(row * block_kv, block_kv)
+    k, v = k_ref[rows, :], v_ref[rows, :]
+    k_ids = ids(row, block_kv, 0)
+
+    def of_head(member: Any, carry: tuple) -> tuple:
+        index = map_index(runs, sizes, first_head + member)
+
+        def vector(ref: Any, at: Any, axis: int) -> jax.Array:
+            return along(ref[0 if ref.shape[0] == 1 else member, at], axis)
+
+        kv_vectors = tuple(vector(ref, rows, 0) for ref in vectors.kv)
+
+        def add(block: Any, carry: tuple, pairs: jax.Array | None) -> tuple:
+            dk, dv = carry
+            columns = pl.ds(block * block_q, block_q)
+            q, do = q_ref[columns, member, :], cotangents.do[columns, member, :]
+            lse2 = vector(cotangents.lse, columns, 1)
+            delta = vector(cotangents.delta, columns, 1)
+            s = softmax.dot(k, q, contract=(1, 1)) * (call.sm_scale * softmax.LOG2_E)
+            s = softmax.cap(s, call.logits_soft_cap)
+            dp = softmax.dot(v, do, contract=(1, 1))
+            p, ds = softmax.score_gradient(
+                s, pairs, lse2, dp, delta, call.logits_soft_cap
+            )
+            dv = dv + softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
+            dk = dk + softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
+            return dk, dv
+
+        def full(block: Any, carry: tuple) -> tuple:
+            return add(block, carry, None)
+
+        def partial_(block: Any, carry: tuple) -> tuple:
+            columns = pl.ds(block * block_q, block_q)
+            q_vectors = tuple(vector(ref, columns, 1) for ref in vectors.q)
+            pairs = allowed(
+                sizes, call.predicate, index, ids(block, block_q, 1), k_ids,
+                (q_vectors, kv_vectors),
+            )  # fmt: skip
+            return add(block, carry, pairs)
+
+        row_of_map = index * sizes.num_rows + row
+        return walk(runs, sizes, row_of_map, full=full, partial=partial_, carry=carry)
+
+    carry = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    if group == 1:
+        dk, dv = of_head(jnp.int32(0), carry)
+    else:
+        dk, dv = jax.lax.fori_loop(0, group, of_head, carry)
+    dk_ref[rows, :] = (dk * call.sm_scale).astype(dk_ref.dtype)
+    dv_ref[rows, :] = dv.astype(dv_ref.dtype)
+
+
+def backward(
+    inputs: Inputs,
+    cotangents: Cotangents,
+    vectors: Vectors,
+    lists: Lists,
+    call: Call,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``dq, dk, dv`` in the shapes and dtypes of the inputs."""
+    lse, do, delta = cotangents
+    cotangents = Cotangents(softmax.lse_for_backward(lse), do, delta)
+    dq = _dq(inputs, cotangents, vectors, lists.dq, call)
+    dk, dv = _dkv(inputs, cotangents, vectors, lists.dkv, call)
+    return dq, dk, dv
+
+
+def _dq(
+    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: Plan, call: Call
+) -> jax.Array:
+    batch, num_q_heads, q_seq_len, head_dim = inputs.q.shape
+    padded, vectors = pad_inputs(inputs, plan.sizes), pad_vectors(vectors, plan.sizes)
+    cotangents = pad_cotangents(cotangents, plan.sizes)
+
+    dq = pl.pallas_call(
+        partial(dq_kernel, sizes=plan.sizes, call=call),
+        grid=(plan.sizes.num_rows, num_q_heads, batch),
+        in_specs=[
+            jax.tree.map(everything, plan.runs),
+            input_specs(padded),
+            jax.tree.map(whole, cotangents),
+            jax.tree.map(whole, vectors),
+        ],
+        out_specs=whole(padded.q),
+        out_shape=jax.ShapeDtypeStruct(padded.q.shape, inputs.q.dtype),
+        compiler_params=compiler_params(call.tiles.dq),
+        interpret=call.interpret,
+    )(plan.runs, padded, cotangents, vectors)
+    return heads_first(dq, q_seq_len, head_dim)
+
+
+def _dkv(
+    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: Plan, call: Call
+) -> tuple[jax.Array, jax.Array]:
+    batch, num_kv_heads, kv_seq_len, head_dim = inputs.k.shape
+    head_dim_v = inputs.v.shape[-1]
+    group = inputs.q.shape[1] // num_kv_heads
+    padded, vectors = pad_inputs(inputs, plan.sizes), pad_vectors(vectors, plan.sizes)
+    cotangents = pad_cotangents(cotangents, plan.sizes)
+
+    def grouped(x: jax.Array) -> pl.BlockSpec:
+        return whole(x, heads=group)
+
+    key, value = whole(padded.k), whole(padded.v)
+    dk, dv = pl.pallas_call(
+        partial(dkv_kernel, sizes=plan.sizes, call=call),
+        grid=(plan.sizes.num_rows, num_kv_heads, batch),
+        in_specs=[
+            jax.tree.map(everything, plan.runs),
+            Inputs(grouped(padded.q), key, value),
+            jax.tree.map(grouped, cotangents),
+            jax.tree.map(grouped, vectors),
+        ],
+        out_specs=[key, value],
+        out_shape=[
+            jax.ShapeDtypeStruct(padded.k.shape, inputs.k.dtype),
+            jax.ShapeDtypeStruct(padded.v.shape, inputs.v.dtype),
+        ],
+        compiler_params=compiler_params(call.tiles.dkv),
+        interpret=call.interpret,
+    )(plan.runs, padded, cotangents, vectors)
+    dk = heads_first(dk, kv_seq_len, head_dim)
+    return dk, heads_first(dv, kv_seq_len, head_dim_v)

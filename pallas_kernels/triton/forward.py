@@ -1,0 +1,98 @@
+"""The forward kernel: a program folds the runs of one query block of one head."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import softmax
+from pallas_kernels.call import Call, Inputs, Outputs, Vectors
+from pallas_kernels.triton.launch import (
+    compiler_params,
+    everything,
+    heads_first,
+    input_specs,
+    pad_inputs,
+    pad_vectors,
+    whole,
+)
+from pallas_kernels.triton.runs import (
+    Lists,
+    Runs,
+    Sizes,
+    allowed,
+    along,
+    ids,
+    map_index,
+    walk,
+)
+
+
+def forward_kernel(
+    runs: Runs, inputs: Inputs, vectors: Vectors, o_ref: Any, lse_ref: Any,
+    *, sizes: Sizes, call: Call,
+) -> None:  # fmt: skip
+    """Writes one query block of ``o`` and ``lse``."""
+    q_ref, k_ref, v_ref = inputs
+    block_q, block_kv = sizes.block_q, sizes.block_kv
+    row = runs.order[pl.program_id(0)]
+    index = map_index(runs, sizes, pl.program_id(1))
+    rows = pl.ds(row * block_q, block_q)
+    q = q_ref[rows, :]
+    q_ids = ids(row, block_q, 0)
+    q_vectors = tuple(along(ref[rows], 0) for ref in vectors.q)
+
+    def scores(columns: Any) -> jax.Array:
+        # Scaled here in f32: a scaled q rounded to bf16 costs accuracy.
+        s = softmax.dot(q, k_ref[columns, :], contract=(1, 1))
+        return softmax.cap(s * (call.sm_scale * softmax.LOG2_E), call.logits_soft_cap)
+
+    def full(block: Any, carry: softmax.Carry) -> softmax.Carry:
+        columns = pl.ds(block * block_kv, block_kv)
+        return softmax.fold(carry, scores(columns), v_ref[columns, :])
+
+    def partial_(block: Any, carry: softmax.Carry) -> softmax.Carry:
+        columns = pl.ds(block * block_kv, block_kv)
+        kv_vectors = tuple(along(ref[columns], 1) for ref in vectors.kv)
+        pairs = allowed(
+            sizes, call.predicate, index, q_ids, ids(block, block_kv, 1),
+            (q_vectors, kv_vectors),
+        )  # fmt: skip
+        s = softmax.mask(scores(columns), pairs)
+        return softmax.fold(carry, s, v_ref[columns, :])
+
+    carry = softmax.start(block_q, v_ref.shape[-1])
+    row_of_map = index * sizes.num_rows + row
+    carry = walk(runs, sizes, row_of_map, full=full, partial=partial_, carry=carry)
+    o, lse = softmax.finish(carry)
+    o_ref[rows, :] = o.astype(o_ref.dtype)
+    lse_ref[rows] = jnp.squeeze(lse, 1)
+
+
+def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outputs:
+    """Attention over the blocks of ``lists``."""
+    plan, tile = lists.forward, call.tiles.forward
+    batch, num_q_heads, q_seq_len, _ = inputs.q.shape
+    head_dim_v = inputs.v.shape[-1]
+    padded, vectors = pad_inputs(inputs, plan.sizes), pad_vectors(vectors, plan.sizes)
+
+    o = jax.ShapeDtypeStruct(
+        (batch, plan.sizes.padded_q, num_q_heads, padded.v.shape[-1]), inputs.q.dtype
+    )
+    lse = jax.ShapeDtypeStruct((batch, num_q_heads, plan.sizes.padded_q), jnp.float32)
+    o, lse = pl.pallas_call(
+        partial(forward_kernel, sizes=plan.sizes, call=call),
+        grid=(plan.sizes.num_rows, num_q_heads, batch),
+        in_specs=[
+            jax.tree.map(everything, plan.runs),
+            input_specs(padded),
+            jax.tree.map(whole, vectors),
+        ],
+        out_specs=[whole(o), whole(lse)],
+        out_shape=[o, lse],
+        compiler_params=compiler_params(tile),
+        interpret=call.interpret,
+    )(plan.runs, padded, vectors)
+    return Outputs(heads_first(o, q_seq_len, head_dim_v), lse[:, :, :q_seq_len])

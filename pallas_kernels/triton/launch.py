@@ -1,0 +1,103 @@
+"""How a kernel is launched: what each program sees, padding, compiler options."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.call import Cotangents, Inputs, Vectors
+from pallas_kernels.config import Tile
+from pallas_kernels.triton.runs import Sizes
+from pallas_kernels.triton.tiles import power_of_two
+
+
+def whole(x: Any, heads: int | None = None, group: int = 1) -> pl.BlockSpec:
+    """A batch row of ``x``, all of it: in Triton just a pointer.
+
+    ``x`` is ``[batch, heads, seq]`` or ``[batch, seq, heads, dim]``, the grid ``(row,
+    head, batch)``. A program sees one head, without the axis, or ``heads`` of them;
+    ``group`` programs in a row see the same. An axis of length one is shared by all.
+    """
+    shape, head_axis = list(x.shape), x.ndim - 2
+    shared = [size == 1 for size in shape]
+    shape[0], shape[head_axis] = None, heads
+    if heads is not None and shared[head_axis]:
+        shape[head_axis] = 1
+
+    def at(row: Any, head: Any, batch: Any) -> tuple:
+        index = [0] * x.ndim
+        if not shared[0]:
+            index[0] = batch
+        if not shared[head_axis]:
+            index[head_axis] = jax.lax.div(head, jnp.int32(group))
+        return tuple(index)
+
+    return pl.BlockSpec(tuple(shape), at)
+
+
+def input_specs(inputs: Inputs) -> Inputs:
+    """What the program of one query head sees of the inputs."""
+    group = inputs.q.shape[2] // inputs.k.shape[2]
+    q, k, v = inputs
+    return Inputs(whole(q), whole(k, group=group), whole(v, group=group))
+
+
+def everything(x: Any) -> pl.BlockSpec:
+    """All of ``x``, for every program."""
+    return pl.BlockSpec(x.shape, lambda *program: (0,) * x.ndim)
+
+
+def pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """``x`` filled up with zeros to ``size`` along an axis."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths) if size > x.shape[axis] else x
+
+
+def rows_first(x: jax.Array, seq_len: int) -> jax.Array:
+    """``[batch, heads, seq, dim]`` as the kernels read it: ``[batch, seq, heads, dim]``.
+
+    ``seq`` is filled up to ``seq_len`` and ``dim`` to a power of two. The arrays that
+    users have lie this way already: XLA cancels the two transposes, and none is left.
+    """
+    x = jnp.swapaxes(x, 1, 2)
+    return pad(pad(x, 1, seq_len), 3, power_of_two(x.shape[3]))
+
+
+def heads_first(x: jax.Array, seq_len: int, dim: int) -> jax.Array:
+    """The inverse of ``rows_first``."""
+    return jnp.swapaxes(x[:, :seq_len, :, :dim], 1, 2)
+
+
+def pad_inputs(inputs: Inputs, sizes: Sizes) -> Inputs:
+    """The inputs as the kernels read them."""
+    return Inputs(
+        rows_first(inputs.q, sizes.padded_q),
+        rows_first(inputs.k, sizes.padded_kv),
+        rows_first(inputs.v, sizes.padded_kv),
+    )
+
+
+def pad_vectors(vectors: Vectors, sizes: Sizes) -> Vectors:
+    """Whole blocks; what a predicate makes of the padding is masked or dropped."""
+    return Vectors(
+        tuple(pad(x, 2, sizes.padded_q) for x in vectors.q),
+        tuple(pad(x, 2, sizes.padded_kv) for x in vectors.kv),
+    )
+
+
+def pad_cotangents(cotangents: Cotangents, sizes: Sizes) -> Cotangents:
+    """The cotangents as the kernels read them."""
+    # Padded queries have do == 0, delta == 0 and lse == 0: they add exactly nothing.
+    return Cotangents(
+        pad(cotangents.lse, 2, sizes.padded_q),
+        rows_first(cotangents.do, sizes.padded_q),
+        pad(cotangents.delta, 2, sizes.padded_q),
+    )
+
+
+def compiler_params(tile: Tile) -> plgpu.CompilerParams:
+    """The options of a tile."""
+    return plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)

@@ -1,0 +1,169 @@
+"""Run lists as the GPU kernels read them, and the walk over one row of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.call import Call, Masks
+from pallas_kernels.triton import tiles
+
+Int32s = Array | np.ndarray
+
+
+class Runs(NamedTuple):
+    """The arrays of a plan (refs in a kernel), read one scalar at a time."""
+
+    row_ptr: Int32[Int32s, " rows_plus_1"]
+    start: Int32[Int32s, " runs"]
+    stop: Int32[Int32s, " runs"]
+    full: Int32[Int32s, " runs"]
+    map_of_head: Int32[Int32s, " heads"]
+    # The rows of a map, those with most blocks first.
+    order: Int32[Int32s, " rows"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a kernel knows of its plan before it runs."""
+
+    q_seq_len: int
+    kv_seq_len: int
+    block_q: int
+    block_kv: int
+    num_rows: int
+    num_maps: int
+    # Code for a kind of run that the plan has none of is left out.
+    has_full: bool
+    has_partial: bool
+
+    @property
+    def padded_q(self) -> int:
+        """The queries, rounded up to whole blocks."""
+        return -(-self.q_seq_len // self.block_q) * self.block_q
+
+    @property
+    def padded_kv(self) -> int:
+        """The keys, rounded up to whole blocks."""
+        return -(-self.kv_seq_len // self.block_kv) * self.block_kv
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    """The runs of one kernel and their sizes."""
+
+    runs: Runs
+    sizes: Sizes = field(metadata={"static": True})
+
+
+class Lists(NamedTuple):
+    """The plans of the three kernels."""
+
+    forward: Plan
+    dq: Plan
+    dkv: Plan
+
+
+def prepare(masks: Masks, call: Call) -> Lists:
+    """The plans of a call; traced run lists are taken as they are."""
+    chosen = call.tiles.forward, call.tiles.dq, call.tiles.dkv
+    for mask, tile in zip(masks, chosen, strict=True):
+        tiles.check(mask, tile)
+    return Lists(*(_plan(mask) for mask in masks))
+
+
+def _plan(mask: BlockMask) -> Plan:
+    host = all(isinstance(x, np.ndarray) for x in jax.tree.leaves(mask))
+    np_or_jnp = np if host else jnp
+    count = mask.run_start.shape[0]
+
+    def filled(x: Int32s) -> Int32s:
+        # A kernel takes no array of size zero.
+        return x if count else np_or_jnp.zeros(1, np.int32)
+
+    runs = Runs(
+        row_ptr=mask.row_ptr,
+        start=filled(mask.run_start),
+        stop=filled(mask.run_stop),
+        full=filled(mask.run_full),
+        map_of_head=mask.map_of_head,
+        order=_order(mask, np_or_jnp),
+    )
+    sizes = Sizes(
+        q_seq_len=mask.q_seq_len,
+        kv_seq_len=mask.kv_seq_len,
+        block_q=mask.block_q,
+        block_kv=mask.block_kv,
+        num_rows=mask.num_rows,
+        num_maps=mask.num_maps,
+        has_full=bool(np.any(mask.run_full)) if host else True,
+        has_partial=not np.all(mask.run_full) if host else True,
+    )
+    return Plan(runs, sizes)
+
+
+def _order(mask: BlockMask, np_or_jnp: Any) -> Int32s:
+    # Programs start in order: long rows first leaves the short ones to fill the end.
+    start = np_or_jnp.zeros(1, np.int32)
+    length = mask.run_stop - mask.run_start
+    before = np_or_jnp.concatenate([start, np_or_jnp.cumsum(length, dtype=np.int32)])
+    total = before[mask.row_ptr[1:]] - before[mask.row_ptr[:-1]]
+    blocks = total.reshape(mask.num_maps, mask.num_rows).sum(axis=0)
+    return np_or_jnp.argsort(-blocks, stable=True).astype(np.int32)
+
+
+def map_index(runs: Any, sizes: Sizes, head: Any) -> jax.Array:
+    """The map of a query head."""
+    return runs.map_of_head[head] if sizes.num_maps > 1 else jnp.int32(0)
+
+
+def walk(
+    runs: Any, sizes: Sizes, row: Any, *, full: Any, partial: Any, carry: Any
+) -> Any:
+    """Folds the blocks of a row: ``carry = full(block, carry)``, or ``partial``.
+
+    ``row`` counts over all maps. Of the two loops of a run one is empty.
+    """
+
+    def run(r: Any, carry: Any) -> Any:
+        start, stop = runs.start[r], runs.stop[r]
+        if not sizes.has_partial:
+            middle = stop
+        elif not sizes.has_full:
+            middle = start
+        else:
+            middle = jnp.where(runs.full[r] != 0, stop, start)
+        if sizes.has_full:
+            carry = jax.lax.fori_loop(start, middle, full, carry)
+        if sizes.has_partial:
+            carry = jax.lax.fori_loop(middle, stop, partial, carry)
+        return carry
+
+    return jax.lax.fori_loop(runs.row_ptr[row], runs.row_ptr[row + 1], run, carry)
+
+
+def ids(block: Any, size: int, axis: int) -> jax.Array:
+    """The positions of a block, as a column (``axis=0``) or a row (``axis=1``)."""
+    shape = (size, 1) if axis == 0 else (1, size)
+    return block * size + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def along(x: jax.Array, axis: int) -> jax.Array:
+    """The values of a block, as a column (``axis=0``) or a row (``axis=1``)."""
+    return jnp.expand_dims(x, 1 - axis)
+
+
+def allowed(
+    sizes: Sizes, predicate: Callable, index: Any, q: Any, kv: Any, vectors: Any
+) -> jax.Array:
+    """The pairs of a partial tile, from the positions of its queries and keys."""
+    pairs = predicate(index, q, kv, *vectors)
+    if sizes.padded_kv != sizes.kv_seq_len:
+        pairs = pairs & (kv < sizes.kv_seq_len)
+    return jnp.broadcast_to(pairs, jnp.broadcast_shapes(q.shape, kv.shape))

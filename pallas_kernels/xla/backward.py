@@ -1,0 +1,151 @@
+"""The backward pass: one sweep over query blocks that carries dk and dv along."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels import softmax
+from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
+from pallas_kernels.xla import tile
+from pallas_kernels.xla.heads import HeadGroup, add_up, head_groups, join
+from pallas_kernels.xla.lists import Lists
+from pallas_kernels.xla.rows import Pass, fold_rows
+
+
+class Gradients(NamedTuple):
+    """The gradients of a head group in blocks; those of keys add up in f32."""
+
+    dq: Float[Array, "batch kv_heads group q_blocks block_q head_dim"]
+    dk: Float32[Array, "batch kv_heads kv_blocks block_kv head_dim"]
+    dv: Float32[Array, "batch kv_heads kv_blocks block_kv head_dim_v"]
+
+
+class Row(NamedTuple):
+    """What the tiles of a row share, ``[batch, kv_heads, group * queries, ...]``."""
+
+    q: Float32[Array, "b h gq head_dim"]
+    do: Float32[Array, "b h gq head_dim_v"]
+    lse: Float32[Array, "b h gq"]
+    delta: Float32[Array, "b h gq"]
+
+
+def backward(
+    inputs: Inputs,
+    cotangents: Cotangents,
+    vectors: Vectors,
+    lists: Lists,
+    call: Call,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``dq, dk, dv``; scores are computed again, a row at a time."""
+    num_kv_heads = inputs.k.shape[1]
+    groups = head_groups(lists.map_of_head, num_kv_heads)
+    parts = [
+        _backward(inputs, cotangents, vectors, lists.backward, group, call)
+        for group in groups
+    ]
+    dq, dk, dv = (list(x) for x in zip(*parts, strict=True))
+    kv_heads = [group.kv_heads for group in groups]
+    return (
+        join(dq, [group.q_heads for group in groups]),
+        add_up(dk, kv_heads, num_kv_heads).astype(inputs.k.dtype),
+        add_up(dv, kv_heads, num_kv_heads).astype(inputs.v.dtype),
+    )
+
+
+def _backward(
+    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: Any,
+    group: HeadGroup, call: Call,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """The heads of one group."""
+    q_seq_len, kv_seq_len = inputs.q.shape[2], inputs.k.shape[2]
+    blocks = tile.operands(inputs, group, plan)
+    pairs = tile.pairs_of(call, vectors, group, plan, kv_seq_len)
+    lse, do, delta = (
+        tile.to_blocks(tile.fold_heads(x, group), 3, plan.block_q) for x in cotangents
+    )
+    size = blocks.q.shape[2]
+
+    def start(total: Gradients, row: Array) -> tuple[Any, Any]:
+        fixed = Row(*(tile.row_of(x, row) for x in (blocks.q, do, lse, delta)))
+        fixed = fixed._replace(lse=softmax.lse_for_backward(fixed.lse))
+        return fixed, (total, jnp.zeros_like(fixed.q))
+
+    def fold(fixed: Row, state: Any, block: Array, bias: Array) -> Any:
+        total, dq = state
+        k, v = (tile.gather(x, block) for x in (blocks.k, blocks.v))
+        p, ds = score_gradient(fixed, k, v, bias, (size, call))
+        dq += tile.batched_dot(ds, k, contract=(1, 0))
+        total = total._replace(
+            dk=add_keys(total.dk, ds, fixed.q, block),
+            dv=add_keys(total.dv, p, fixed.do, block),
+        )
+        return total, dq
+
+    def close(fixed: Row, state: Any, row: Array) -> Gradients:
+        del fixed
+        total, dq = state
+        return total._replace(dq=tile.put_row(total.dq, dq, row))
+
+    total = Gradients(
+        jnp.zeros_like(blocks.q),
+        *(
+            jnp.zeros(jnp.swapaxes(x, 3, 4).shape, jnp.float32)
+            for x in (blocks.k, blocks.v)
+        ),
+    )
+    walk = plan.walks[group.map_index]
+    total = fold_rows(walk, pairs, Pass(start, fold, close), total)
+    dq = tile.from_blocks(total.dq, 3, q_seq_len)
+    dq = dq.reshape(dq.shape[0], len(group.q_heads), *dq.shape[3:])
+    dk, dv = (
+        tile.from_blocks(jnp.swapaxes(x, 3, 4), 2, kv_seq_len) for x in total[1:]
+    )
+    return dq, dk, dv
+
+
+def score_gradient(
+    row: Row,
+    k: Float32[Array, "b h k d"],
+    v: Float32[Array, "b h k dv"],
+    bias: Float32[Array, "..."],
+    options: tuple[int, Call],
+) -> tuple[Float32[Array, "b h gq k"], Float32[Array, "b h gq k"]]:
+    """``p`` and the gradient of ``q k^T`` of some blocks of a row."""
+    size, call = options
+    s = tile.scores(row.q * (call.sm_scale * softmax.LOG2_E), k, size, call)
+    dp = tile.batched_dot(row.do, v, contract=(1, 1)).reshape(s.shape)
+    lse2, delta = (x.reshape(*s.shape[:-1], 1) for x in (row.lse, row.delta))
+    if call.logits_soft_cap is None:
+        s, allowed = s + bias, None
+    else:
+        # The slope of the cap wants scores that are not masked.
+        allowed = jnp.broadcast_to(bias == 0, s.shape)
+    p, ds = softmax.score_gradient(s, allowed, lse2, dp, delta, call.logits_soft_cap)
+    ds *= call.sm_scale
+    return tuple(x.reshape(*row.q.shape[:-1], -1) for x in (p, ds))
+
+
+def add_keys(
+    total: Float32[Array, "b h blocks d k"],
+    gradient: Float32[Array, "b h gq slots_k"],
+    queries: Float32[Array, "b h gq d"],
+    block: Int32[Array, " slots"],
+) -> Float32[Array, "b h blocks d k"]:
+    """Adds ``gradient^T queries``, transposed, to the blocks it belongs to, in order.
+
+    Padding adds zeros to a block that the row visits anyway.
+    """
+    # Unlike gradient^T queries, queries^T gradient transposes the small operand alone.
+    # The barrier keeps XLA from folding that into the product, which is then slower.
+    turned = jax.lax.optimization_barrier(jnp.swapaxes(queries, 2, 3))
+    tiles = tile.batched_dot(turned, gradient, contract=(1, 0))
+    size = total.shape[-1]
+
+    def add(i: Int32[Array, ""], total: jax.Array) -> jax.Array:
+        old = jax.lax.dynamic_index_in_dim(total, block[i], 2, keepdims=False)
+        new = jax.lax.dynamic_slice_in_dim(tiles, i * size, size, 3)
+        return jax.lax.dynamic_update_index_in_dim(total, old + new, block[i], 2)
+
+    return jax.lax.fori_loop(0, len(block), add, total)

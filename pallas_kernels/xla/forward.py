@@ -1,0 +1,70 @@
+"""The forward pass: one scan over the query blocks of every shape of row."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels import softmax
+from pallas_kernels.call import Call, Inputs, Outputs, Vectors
+from pallas_kernels.xla import tile
+from pallas_kernels.xla.heads import HeadGroup, head_groups, join
+from pallas_kernels.xla.lists import Lists
+from pallas_kernels.xla.rows import Pass, fold_rows
+
+fold_tiles = jax.vmap(jax.vmap(softmax.fold))
+
+
+def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outputs:
+    """Attention over the blocks of ``lists``, in memory linear in the lengths."""
+    groups = head_groups(lists.map_of_head, inputs.k.shape[1])
+    parts = [_forward(inputs, vectors, lists, group, call) for group in groups]
+    heads = [group.q_heads for group in groups]
+    return Outputs(*(join(list(x), heads) for x in zip(*parts, strict=True)))
+
+
+def _forward(
+    inputs: Inputs, vectors: Vectors, lists: Lists, group: HeadGroup, call: Call
+) -> Outputs:
+    """The heads of one group."""
+    plan = lists.forward
+    _, _, q_seq_len, _ = inputs.q.shape
+    _, _, kv_seq_len, head_dim_v = inputs.v.shape
+    blocks = tile.operands(inputs, group, plan)
+    pairs = tile.pairs_of(call, vectors, group, plan, kv_seq_len)
+    batch, kv_heads, size, q_blocks, block_q, _ = blocks.q.shape
+    outer = batch, kv_heads, size, q_blocks, block_q
+
+    def start(total: Any, row: Array) -> tuple[Any, Any]:
+        q = tile.row_of(blocks.q, row) * (call.sm_scale * softmax.LOG2_E)
+        empty = softmax.start(size * block_q, head_dim_v)
+        lead = batch, kv_heads
+        state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), empty)
+        return (q, total), state
+
+    def fold(fixed: Any, state: Any, block: Array, bias: Array) -> Any:
+        q, _ = fixed
+        s = tile.scores(q, tile.gather(blocks.k, block), size, call) + bias
+        s = s.reshape(*q.shape[:-1], s.shape[-1])
+        return fold_tiles(state, s, tile.gather(blocks.v, block))
+
+    def close(fixed: Any, state: Any, row: Array) -> Any:
+        o, lse = softmax.finish(state)
+        _, total = fixed
+        return Outputs(
+            tile.put_row(total.o, o, row), tile.put_row(total.lse, lse[..., 0], row)
+        )
+
+    total = Outputs(
+        jnp.zeros((*outer, head_dim_v), inputs.q.dtype),
+        jnp.full(outer, -jnp.inf, jnp.float32),
+    )
+    walk = plan.walks[group.map_index]
+    total = fold_rows(walk, pairs, Pass(start, fold, close), total)
+
+    def flat(x: jax.Array) -> jax.Array:
+        x = tile.from_blocks(x, 3, q_seq_len)
+        return x.reshape(batch, len(group.q_heads), *x.shape[3:])
+
+    return Outputs(*map(flat, total))

@@ -1,0 +1,197 @@
+"""One row of blocks on values: operands, the predicate as a bias, scores.
+
+Axes are ``[batch, kv_heads, group, queries, ...]``: the query heads that read one key
+head are folded into its matrix products, and keys are never repeated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from pallas_kernels import softmax
+from pallas_kernels.call import Call, Inputs, Vectors
+from pallas_kernels.xla.heads import HeadGroup, pick
+from pallas_kernels.xla.lists import Plan
+
+
+def to_blocks(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Splits ``axis`` into blocks of ``size``, the last of them padded with zeros."""
+    short = -x.shape[axis] % size
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, short)
+    x = jnp.pad(x, widths) if short else x
+    blocks = x.shape[axis] // size
+    return x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
+
+
+def from_blocks(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """Undoes ``to_blocks``."""
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, length, axis=axis)
+
+
+def fold_heads(x: jax.Array, group: HeadGroup) -> jax.Array:
+    """``[batch, heads, ...]`` to ``[batch, kv_heads, group, ...]`` of the group."""
+    x = pick(x, group.q_heads)
+    return x.reshape(x.shape[0], len(group.kv_heads), -1, *x.shape[2:])
+
+
+class Operands(NamedTuple):
+    """The inputs of a head group, in blocks."""
+
+    q: Float[Array, "batch kv_heads group q_blocks block_q head_dim"]
+    k: Float[Array, "batch kv_heads kv_blocks block_kv head_dim"]
+    v: Float[Array, "batch kv_heads kv_blocks block_kv head_dim_v"]
+
+
+def operands(inputs: Inputs, group: HeadGroup, plan: Plan) -> Operands:
+    """Picks, folds and splits; free of copies for one map and aligned lengths."""
+    q = to_blocks(fold_heads(inputs.q, group), 3, plan.block_q)
+    k, v = (to_blocks(pick(x, group.kv_heads), 2, plan.block_kv) for x in inputs[1:])
+    return Operands(q, k, v)
+
+
+def row_of(
+    x: Float[Array, "b h g blocks q *rest"], row: Array
+) -> Float32[Array, "..."]:
+    """One block of queries of every head: f32 ``[b, h, g * q, *rest]``."""
+    x = jax.lax.dynamic_index_in_dim(x, row, axis=3, keepdims=False)
+    b, h, g, q, *rest = x.shape
+    return x.reshape(b, h, g * q, *rest).astype(jnp.float32)
+
+
+def put_row(x: jax.Array, value: jax.Array, row: Array) -> jax.Array:
+    """Writes what ``row_of`` reads."""
+    b, h, g, _, q, *rest = x.shape
+    value = value.reshape(b, h, g, q, *rest).astype(x.dtype)
+    return jax.lax.dynamic_update_index_in_dim(x, value, row, axis=3)
+
+
+def gather(
+    x: Float[Array, "b h blocks k d"], block: Int32[Array, " slots"]
+) -> Float32[Array, "b h slots_k d"]:
+    """The keys or values of some blocks, side by side.
+
+    16-bit operands are widened: CPUs multiply f32 faster.
+    """
+    b, h, _, _, d = x.shape
+    # Every index is of a block: out-of-bounds checks would cost a pass over the tile.
+    tiles = jnp.take(x, block, axis=2, mode="clip")
+    return tiles.reshape(b, h, -1, d).astype(jnp.float32)
+
+
+def batched_dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
+    """``softmax.dot`` of every batch entry and key head."""
+    return jax.vmap(jax.vmap(partial(softmax.dot, contract=contract)))(a, b)
+
+
+def scores(
+    q: Float32[Array, "b h gq d"], k: Float32[Array, "b h k d"], group: int, call: Call
+) -> Float32[Array, "b h {group} q k"]:
+    """Capped base-2 scores of a scaled ``q``, not masked yet."""
+    s = softmax.cap(batched_dot(q, k, contract=(1, 1)), call.logits_soft_cap)
+    return s.reshape(*s.shape[:2], group, -1, s.shape[-1])
+
+
+def padding_bias(
+    count: Int32[Array, ""], slots: int, block_kv: int
+) -> Float32[Array, "1 1 1 1 k"]:
+    """Masks the blocks from ``count`` on; full blocks need no more than that."""
+    bias = jnp.where(jnp.arange(slots) < count, 0.0, softmax.MASKED)
+    return jnp.repeat(bias, block_kv)[None, None, None, None]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which pairs of partial blocks are allowed, for the heads of one group."""
+
+    call: Call
+    map_index: int
+    vectors: Vectors  # each [batch or 1, kv_heads or 1, group or 1, blocks, block]
+    block_q: int
+    block_kv: int
+    kv_seq_len: int
+
+    def bias(
+        self, row: Int32[Array, ""], block: Int32[Array, " slots"], count: Array
+    ) -> Float32[Array, "..."]:
+        """0 or MASKED, ``[batch or 1, kv_heads or 1, group or 1, q, slots * k]``.
+
+        An addition: ``where`` on the scores of all heads takes a pass more.
+        """
+        allowed = self.allowed(row, block)
+        real = jnp.arange(len(block), dtype=jnp.int32) < count
+        allowed &= jnp.repeat(real, self.block_kv)[None, None, None, None]
+        return jnp.where(allowed, 0.0, softmax.MASKED)
+
+    def allowed(
+        self, row: Int32[Array, ""], block: Int32[Array, " slots"]
+    ) -> Bool[Array, "..."]:
+        """The predicate on blocks of a row, once for all heads that it does not name."""
+        along_q = jnp.arange(self.block_q, dtype=jnp.int32)
+        along_kv = jnp.arange(self.block_kv, dtype=jnp.int32)
+        q_ids = (row * self.block_q + along_q)[:, None]
+        k_ids = (block[:, None] * self.block_kv + along_kv[None]).reshape(1, -1)
+        index = np.int32(self.map_index)
+
+        def pairs(q_vectors: tuple, kv_vectors: tuple) -> jax.Array:
+            return self.call.predicate(index, q_ids, k_ids, q_vectors, kv_vectors)
+
+        def along(x: jax.Array) -> jax.Array:
+            tiles = jnp.take(x, block, axis=3, mode="clip")
+            return tiles.reshape(*tiles.shape[:3], 1, -1)
+
+        q_vectors = tuple(
+            jax.lax.dynamic_index_in_dim(x, row, 3, keepdims=False)[..., None]
+            for x in self.vectors.q
+        )
+        kv_vectors = tuple(along(x) for x in self.vectors.kv)
+        allowed = mapped(pairs, 3)(q_vectors, kv_vectors)
+        if self.kv_seq_len % self.block_kv:
+            allowed &= (k_ids < self.kv_seq_len)[None, None, None]
+        return allowed
+
+
+def mapped(f: Callable, axes: int) -> Callable:
+    """``f`` over leading axes that may have size 1, which stays 1 if all have it.
+
+    The predicate then sees vectors of the rank of its ids, as in the other backends.
+    """
+    if not axes:
+        return f
+
+    def over(*args: tuple) -> jax.Array:
+        inner = mapped(f, axes - 1)
+        leaves, tree = jax.tree.flatten(args)
+        many = [x.shape[0] > 1 for x in leaves]
+        one = [x if m else x[0] for x, m in zip(leaves, many, strict=True)]
+        if not any(many):
+            return inner(*tree.unflatten(one))[None]
+        in_axes = tree.unflatten([0 if m else None for m in many])
+        return jax.vmap(inner, in_axes=in_axes)(*tree.unflatten(one))
+
+    return over
+
+
+def pairs_of(
+    call: Call, vectors: Vectors, group: HeadGroup, plan: Plan, kv_seq_len: int
+) -> Pairs:
+    """``Pairs`` with the vectors of the group in blocks."""
+
+    def split(x: jax.Array, size: int) -> jax.Array:
+        folded = fold_heads(x, group) if x.shape[1] > 1 else x[:, :, None]
+        return to_blocks(folded, 3, size)
+
+    blocked = Vectors(
+        tuple(split(x, plan.block_q) for x in vectors.q),
+        tuple(split(x, plan.block_kv) for x in vectors.kv),
+    )
+    return Pairs(
+        call, group.map_index, blocked, plan.block_q, plan.block_kv, kv_seq_len
+    )

@@ -1,0 +1,38 @@
+"""A sparse-attention compiler for JAX: patterns are expressions, kernels are derived.
+
+``causal() & (window(512) | sinks(4))`` is an index map; ``attention(q, k, v, map)``
+runs it on CPU, TPU or GPU with gradients; ``plan`` counts what it visits and ``lower``
+shows every stage down to the kernel. Layers are in ``sadsl.layers``, pictures in
+``sadsl.plot``.
+"""
+
+from lowering.counts import Plan as Plan
+from pallas_kernels.config import KernelConfig as KernelConfig
+from pallas_kernels.config import Tile as Tile
+from sadsl.attention import attention as attention
+from sadsl.attention import plan as plan
+from sadsl.maps import IndexMap as IndexMap
+from sadsl.maps import per_head as per_head
+from sadsl.named import blocks as blocks
+from sadsl.named import causal as causal
+from sadsl.named import dilated as dilated
+from sadsl.named import full as full
+from sadsl.named import keys as keys
+from sadsl.named import offsets as offsets
+from sadsl.named import prefix as prefix
+from sadsl.named import queries as queries
+from sadsl.named import segments as segments
+from sadsl.named import sinks as sinks
+from sadsl.named import strided as strided
+from sadsl.named import where as where
+from sadsl.named import window as window
+from sadsl.symbols import isin as isin
+from sadsl.symbols import maximum as maximum
+from sadsl.symbols import minimum as minimum
+from sadsl.symbols import operand as operand
+from sadsl.symbols import table as table
+from sadsl.terms import Softmax as Softmax
+from sadsl.terms import softmax as softmax
+from sadsl.text import parse as parse
+
+__version__ = "0.1.0"

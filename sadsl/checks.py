@@ -1,0 +1,107 @@
+"""What is checked once, at the border, of a call's arrays."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowering.pipeline import Problem
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def problem(q: Any, k: Any, v: Any, q_offset: int) -> Problem:
+    """The sizes of a call, from arrays or ShapeDtypeStructs ``[batch, seq, heads, dim]``.
+
+    Raises:
+      ValueError: ranks, lengths, heads or dtypes do not fit together.
+    """
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if len(x.shape) != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: it must have the four axes "
+                "[batch, seq, heads, head_dim]"
+            )
+        if np.dtype(x.dtype).name not in DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}: must be one of {DTYPES}")
+        if x.dtype != q.dtype:
+            raise ValueError(
+                f"{name} has dtype {x.dtype}, q has {q.dtype}: cast them to one dtype"
+            )
+    batch, q_seq_len, num_q_heads, head_dim = q.shape
+    _, kv_seq_len, num_kv_heads, _ = k.shape
+    for name, x in {"k": k, "v": v}.items():
+        if x.shape[:3] != (batch, kv_seq_len, num_kv_heads):
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: batch, length and heads must be "
+                f"{(batch, kv_seq_len, num_kv_heads)}, the batch of q and the rest as in k"
+            )
+    if k.shape[3] != head_dim:
+        raise ValueError(f"k has head_dim {k.shape[3]}, q has {head_dim}: must be equal")
+    for name, size in {"q": q.shape, "k": k.shape, "v": v.shape}.items():
+        if 0 in size:
+            raise ValueError(f"{name} has shape {tuple(size)}: no axis may be empty")
+    if num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"q has {num_q_heads} heads, k and v have {num_kv_heads}: the heads of q "
+            "must be a multiple of those of k and v (grouped-query attention)"
+        )
+    if isinstance(q_offset, bool) or not isinstance(q_offset, int | np.integer):
+        raise TypeError(
+            f"q_offset={q_offset!r} must be a Python integer: the plan depends on it"
+        )
+    if q_offset < 0:
+        raise ValueError(f"q_offset={q_offset} must be at least 0")
+    return Problem(q_seq_len, kv_seq_len, num_q_heads, int(q_offset))
+
+
+def operand_arrays(
+    operands: Mapping[str, Any] | None, q_segment_ids: Any, kv_segment_ids: Any
+) -> dict[str, jax.Array]:
+    """All run-time arrays of a call by name, as int32.
+
+    Raises:
+      ValueError: not integers, or one kind of segment ids without the other.
+    """
+    found = dict(operands or {})
+    ids = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+    given = {name: x for name, x in ids.items() if x is not None}
+    if len(given) == 1:
+        (name,) = given
+        (other,) = set(ids) - set(given)
+        raise ValueError(f"{name} was given without {other}: pass both")
+    found |= given
+    arrays = {}
+    for name, x in found.items():
+        array = jnp.asarray(x)
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(
+                f"operand {name!r} has dtype {array.dtype}: it must be of integers"
+            )
+        arrays[name] = array.astype(jnp.int32)
+    return arrays
+
+
+def with_batch_axis(
+    arrays: Mapping[str, jax.Array], ranks: Mapping[str, int], batch: int
+) -> dict[str, jax.Array]:
+    """Each array as ``[batch or 1, ...]``; ``ranks`` are those without the batch.
+
+    Raises:
+      ValueError: the leading axis is not the batch.
+    """
+    found = {}
+    for name, x in arrays.items():
+        rank = ranks.get(name, 1)
+        if x.ndim == rank:
+            found[name] = x[None]
+        elif x.ndim == rank + 1 and x.shape[0] in (1, batch):
+            found[name] = x
+        else:
+            raise ValueError(
+                f"operand {name!r} has shape {x.shape}: it must have {rank} axes, or a "
+                f"batch axis of {batch} (or 1) in front of them"
+            )
+    return found

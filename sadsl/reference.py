@@ -1,0 +1,89 @@
+"""The dense oracle: attention as it is defined, over all pairs, in plain JAX."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lowering import ir
+from lowering.predicate import NumPy, evaluate
+
+
+@dataclass(frozen=True)
+class _Dense(NumPy):
+    """Positions ``[1, q, 1]`` and ``[1, 1, k]``; operands with a batch axis in front."""
+
+    floor_div = staticmethod(jnp.floor_divide)
+    mod = staticmethod(jnp.mod)
+    minimum = staticmethod(jnp.minimum)
+    maximum = staticmethod(jnp.maximum)
+
+    def operand(self, name: str, index: Any) -> Any:
+        values = self.operands[name]
+        if index is None:
+            return values[:, None, None]
+        if isinstance(index, int):
+            return values[:, index][:, None, None]
+        return values[:, index[0]]
+
+    def table(self, values: tuple[int, ...], index: Any) -> Any:
+        return jnp.asarray(values, jnp.int32)[index]
+
+    def isin(self, x: Any, values: tuple[int, ...]) -> Any:
+        return jnp.isin(x, jnp.asarray(values, jnp.int32))
+
+    def constant(self, value: bool) -> Any:
+        return jnp.full((1, 1, 1), value)
+
+
+def pairs(
+    nodes: tuple[ir.Pred, ...],
+    q_seq_len: int,
+    kv_seq_len: int,
+    operands: Mapping[str, jax.Array],
+) -> Bool[Array, "batch_or_1 heads q kv"]:
+    """Every pair of every head, from the nodes of the heads as they were written.
+
+    Only an operand indexed by ``h`` still has heads in it: it reads the head at hand.
+    """
+    q = jnp.arange(q_seq_len, dtype=jnp.int32)[None, :, None]
+    k = jnp.arange(kv_seq_len, dtype=jnp.int32)[None, None, :]
+    rows = [
+        evaluate(node, _Dense(q, k, head, operands)) for head, node in enumerate(nodes)
+    ]
+    shape = jnp.broadcast_shapes(*(r.shape for r in rows), (1, q_seq_len, kv_seq_len))
+    return jnp.stack([jnp.broadcast_to(r, shape) for r in rows], axis=1)
+
+
+def attention(
+    q: Float[Array, "batch q heads head_dim"],
+    k: Float[Array, "batch kv kv_heads head_dim"],
+    v: Float[Array, "batch kv kv_heads head_dim_v"],
+    allowed: Bool[Array, "batch_or_1 heads q kv"],
+    *,
+    sm_scale: float,
+    logits_soft_cap: float | None = None,
+) -> tuple[Float[Array, "batch q heads head_dim_v"], Float[Array, "batch heads q"]]:
+    """Output and natural lse over the allowed pairs, in f32 (f64 for f64 inputs).
+
+    A row that allows no key yields 0 and -inf, and passes zero gradients.
+    """
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    group = q.shape[2] // k.shape[2]
+    wide_q, wide_k, wide_v = (x.astype(dtype) for x in (q, k, v))
+    wide_k, wide_v = (jnp.repeat(x, group, axis=2) for x in (wide_k, wide_v))
+    s = jnp.einsum("bqhd,bkhd->bhqk", wide_q, wide_k, precision="highest") * sm_scale
+    if logits_soft_cap is not None:
+        s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
+    # Double where: no -inf minus -inf on the way, forward or backward.
+    some = allowed.any(axis=-1, keepdims=True)
+    s = jnp.where(allowed, s, jnp.finfo(dtype).min)
+    top = jax.lax.stop_gradient(s.max(axis=-1, keepdims=True))
+    p = jnp.where(allowed, jnp.exp(s - top), 0)
+    l = jnp.where(some, p.sum(axis=-1, keepdims=True), 1)
+    o = jnp.einsum("bhqk,bkhd->bqhd", p / l, wide_v, precision="highest")
+    lse = jnp.where(some, top + jnp.log(l), -jnp.inf)[..., 0]
+    return o.astype(q.dtype), lse

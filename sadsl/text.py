@@ -1,0 +1,153 @@
+"""Spec <-> text: ``causal() & (window(512) | sinks(4))`` by a small safe grammar.
+
+The grammar is that of Python expressions, read by Python's own parser and built from a
+closed list of names and operators; nothing is ever evaluated.
+"""
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from sadsl import maps, named, symbols, terms
+from sadsl.maps import IndexMap
+from sadsl.symbols import Symbol
+from sadsl.terms import Spec
+
+CALLS: Mapping[str, Callable[..., Any]] = {
+    f.__name__: f
+    for f in (
+        named.full, named.causal, named.window, named.sinks, named.prefix, named.keys,
+        named.queries, named.strided, named.dilated, named.blocks, named.offsets,
+        named.segments, named.where, maps.per_head, terms.softmax, symbols.minimum,
+        symbols.maximum, symbols.isin, symbols.table, symbols.operand, abs,
+    )
+}  # fmt: skip
+METHODS = {"lift", "permute", "isin"}
+OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+COMPARISONS: Mapping[type, Callable[[Any, Any], Any]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+
+
+def parse(text: str) -> Spec:
+    """The spec that ``text`` spells; ``parse(repr(spec)) == spec``.
+
+    Raises:
+      ValueError: the text is not in the grammar; the message points at the place.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        column = (getattr(error, "offset", None) or 1) - 1
+        _fail(text.strip(), column, f"is not an expression: {error.args[0]}")
+    spec = _Reader(text.strip()).read(tree.body, {})
+    if not isinstance(spec, IndexMap | terms.Softmax):
+        _fail(text.strip(), 0, f"spells {spec!r}, not an index map or a term")
+    return spec
+
+
+def _fail(text: str, column: int, what: str, cause: Exception | None = None) -> NoReturn:
+    # A long spec is shown around the place.
+    left = max(0, column - 40)
+    shown = text[left : left + 80].replace("\n", " ")
+    raise ValueError(
+        f"at position {column}, the spec {what}\n  {shown}\n  {' ' * (column - left)}^"
+    ) from cause
+
+
+class _Reader:
+    """Builds values from a syntax tree; ``names`` are the arguments of a lambda."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def fail(self, node: ast.AST, what: str, cause: Exception | None = None) -> NoReturn:
+        # The parser counts bytes of a line; the message counts characters of the text.
+        lines = self.text.split("\n")
+        line = lines[node.lineno - 1].encode()[: node.col_offset].decode()
+        before = sum(len(x) + 1 for x in lines[: node.lineno - 1])
+        _fail(self.text, before + len(line), what, cause)
+
+    def read(self, node: ast.expr, names: Mapping[str, Symbol]) -> Any:
+        try:
+            return self._read(node, names)
+        except TypeError as error:
+            self.fail(node, f"is refused: {error}", error)
+        except ValueError as error:
+            if str(error).startswith("at position"):
+                raise
+            self.fail(node, f"is refused: {error}", error)
+
+    def _read(self, node: ast.expr, names: Mapping[str, Symbol]) -> Any:  # noqa: C901
+        match node:
+            case ast.Constant(value=int() | float() | str() | None as value):
+                return value
+            case ast.Name(id=name) if name in names:
+                return names[name]
+            case ast.Tuple(elts=items) | ast.List(elts=items) | ast.Set(elts=items):
+                return tuple(self.read(item, names) for item in items)
+            case ast.Call(func=ast.Name(id="where"), args=[ast.Lambda() as f], keywords=[]):
+                return self._where(f)
+            case ast.Call(func=ast.Name(id=name)) if name in CALLS:
+                return self._call(CALLS[name], node, names)
+            case ast.Call(func=ast.Attribute(value=inner, attr=name)) if name in METHODS:
+                return self._call(getattr(self.read(inner, names), name), node, names)
+            case ast.Attribute(value=inner, attr="T"):
+                return self.read(inner, names).T
+            case ast.Subscript(value=inner, slice=index):
+                return self.read(inner, names)[self.read(index, names)]
+            case ast.UnaryOp(op=ast.Invert(), operand=inner):
+                return ~self.read(inner, names)
+            case ast.UnaryOp(op=ast.USub(), operand=inner):
+                return -self.read(inner, names)
+            case ast.BinOp(left=a, op=op, right=b) if type(op) in OPERATORS:
+                return OPERATORS[type(op)](self.read(a, names), self.read(b, names))
+            case ast.Compare(left=a, ops=[op], comparators=[b]) if type(op) in COMPARISONS:
+                return COMPARISONS[type(op)](self.read(a, names), self.read(b, names))
+        self._refuse(node)
+
+    def _call(self, function: Any, node: ast.Call, names: Mapping[str, Symbol]) -> Any:
+        for word in node.keywords:
+            if word.arg is None:
+                self.fail(node, "uses `**`, which is not part of the grammar")
+        args = [self.read(a, names) for a in node.args]
+        return function(*args, **{w.arg: self.read(w.value, names) for w in node.keywords})
+
+    def _where(self, function: ast.Lambda) -> IndexMap:
+        arguments = [a.arg for a in function.args.args]
+        if arguments not in (["q", "k"], ["q", "k", "h"]):
+            self.fail(function, "needs `lambda q, k:` or `lambda q, k, h:`")
+
+        def build(*values: Symbol) -> Any:
+            return self.read(function.body, dict(zip(arguments, values, strict=True)))
+
+        if len(arguments) == 2:
+            return named.where(lambda q, k: build(q, k))
+        return named.where(lambda q, k, h: build(q, k, h))
+
+    def _refuse(self, node: ast.expr) -> NoReturn:
+        match node:
+            case ast.Name(id=name) | ast.Call(func=ast.Name(id=name)):
+                known = ", ".join(sorted(CALLS))
+                self.fail(node, f"has the unknown name {name!r}; known are {known}")
+            case ast.BoolOp():
+                self.fail(node, "uses `and` or `or`: write `&` or `|`, in parentheses")
+            case ast.UnaryOp(op=ast.Not()):
+                self.fail(node, "uses `not`: write `~`")
+            case ast.Compare():
+                self.fail(node, "chains comparisons or uses `in`: write `&`, or isin(...)")
+        self.fail(node, f"holds {ast.unparse(node)[:40]!r}, which is not in the grammar")

@@ -1,0 +1,112 @@
+"""Hypothesis strategies: random maps from all primitives and every combinator."""
+
+from hypothesis import strategies as st
+
+from lowering import ir
+from sadsl import maps, named
+from sadsl.symbols import Symbol, isin, maximum, minimum, table
+
+SIZES = st.sampled_from([1, 2, 7, 13, 16, 31, 48, 64, 65, 97, 130])
+BLOCKS = st.sampled_from([1, 3, 8, 16, 32, 40, 128])
+
+small = st.integers(0, 40)
+positive = st.integers(1, 24)
+offset = st.integers(-30, 30)
+
+
+def named_maps():
+    """Every named map that needs no operand."""
+    ranges = st.tuples(small, small).map(sorted)
+    return st.one_of(
+        st.just(named.full()),
+        st.just(named.causal()),
+        st.builds(named.window, small, small),
+        st.builds(named.window, small),
+        st.builds(named.sinks, small),
+        ranges.map(lambda ab: named.keys(*ab)),
+        ranges.map(lambda ab: named.queries(*ab)),
+        st.builds(named.strided, positive),
+        st.builds(named.dilated, st.integers(0, 5), st.integers(0, 5), positive),
+        st.builds(named.blocks, positive),
+        st.builds(named.offsets, st.sets(offset, max_size=4)),
+    )
+
+
+VARS = [Symbol(ir.Q), Symbol(ir.K)]
+
+
+def integers():
+    """Quasi-affine expressions of q and k."""
+    leaf = st.one_of(st.sampled_from(VARS), st.sampled_from([v + 1 for v in VARS]))
+
+    def extend(inner):
+        def look_up(x, values):
+            return table(values)[x % len(values)]
+
+        values = st.lists(offset, min_size=1, max_size=5)
+        return st.one_of(
+            st.builds(lambda a, b: a + b, inner, inner),
+            st.builds(lambda a, b: a - b, inner, inner),
+            st.builds(lambda a, n: a * n, inner, st.integers(-3, 3)),
+            st.builds(lambda a, n: a // n, inner, positive),
+            st.builds(lambda a, n: a % n, inner, positive),
+            st.builds(lambda a, n: n - a, inner, offset),
+            st.builds(minimum, inner, inner),
+            st.builds(maximum, inner, inner),
+            st.builds(abs, inner),
+            st.builds(look_up, inner, values),
+        )
+
+    return st.recursive(leaf, extend, max_leaves=4)
+
+
+def wheres():
+    """Traced maps with one or two comparisons."""
+
+    def compare(a, b, n, op):
+        comparisons = {
+            "<=": lambda: a <= b,
+            "<": lambda: a < b,
+            ">=": lambda: a >= n,
+            ">": lambda: a > n,
+            "==": lambda: a == b,
+            "!=": lambda: a != n,
+            "in": lambda: isin(a, {n, n + 2, n + 3}),
+        }
+        return comparisons[op]()
+
+    ops = st.sampled_from(["<=", "<", ">=", ">", "==", "!=", "in"])
+    atom = st.builds(compare, integers(), integers(), offset, ops)
+    truth = st.one_of(atom, st.builds(lambda a, b: a & ~b, atom, atom))
+    return truth.map(lambda t: named.Where(t.node))
+
+
+
+
+def composed(n: int, max_leaves: int = 8):
+    """Maps of up to ``n`` positions, composed to depth 5."""
+    leaf = st.one_of(named_maps(), named_maps(), wheres())
+
+    def extend(inner):
+        order = st.permutations(range(n))
+        return st.one_of(
+            st.builds(lambda a, b: a & b, inner, inner),
+            st.builds(lambda a, b: a | b, inner, inner),
+            st.builds(lambda a, b: a - b, inner, inner),
+            st.builds(lambda a: ~a, inner),
+            st.builds(lambda a: a.T, inner),
+            st.builds(lambda a, b: a.lift(b), inner, st.integers(1, 9)),
+            st.builds(lambda a, o: a.permute(o), inner, order),
+        )
+
+    return st.recursive(leaf, extend, max_leaves=max_leaves)
+
+
+def with_heads(n: int):
+    """A composed map, or a choice of several by head."""
+    several = st.builds(_per_head, st.lists(composed(n, 3), min_size=2, max_size=3))
+    return st.one_of(composed(n), several)
+
+
+def _per_head(items):
+    return maps.per_head(*items)
