@@ -104,7 +104,9 @@ class Analysis:
     def _known(self, value: bool) -> Verdict:
         yes = self.at.q_min == self.at.q_min
         no = ~yes
-        return Verdict(no, yes, yes, no, yes, no) if value else negate(self._known(True))
+        return (
+            Verdict(no, yes, yes, no, yes, no) if value else negate(self._known(True))
+        )
 
     def _and(self, a: Verdict, b: Verdict) -> Verdict:
         return Verdict(

@@ -79,7 +79,10 @@ class Plan:
         found = count_on_diagonals(node, mask.q_seq_len, mask.kv_seq_len)
         if found is not None:
             return found
-        first, last = mask.row_ptr[m * mask.num_rows], mask.row_ptr[(m + 1) * mask.num_rows]
+        first, last = (
+            mask.row_ptr[m * mask.num_rows],
+            mask.row_ptr[(m + 1) * mask.num_rows],
+        )
         ptr = np.asarray(mask.row_ptr)[m * mask.num_rows : (m + 1) * mask.num_rows + 1]
         row = np.repeat(np.arange(mask.num_rows), np.diff(ptr))
         runs = slice(int(first), int(last))
@@ -95,9 +98,10 @@ class Plan:
     def _lengths(self) -> np.ndarray:
         return np.asarray(self.mask.run_stop) - np.asarray(self.mask.run_start)
 
-    def __str__(self) -> str:
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and values of the counts that cost nothing, for printing."""
         mask = self.mask
-        rows = [
+        return [
             ("queries x keys", f"{mask.q_seq_len:,} x {mask.kv_seq_len:,}"),
             ("block_q x block_kv", f"{mask.block_q} x {mask.block_kv}"),
             ("heads, distinct maps", f"{self.num_heads}, {mask.num_maps}"),
@@ -107,4 +111,6 @@ class Plan:
             ("visited", f"{1 - self.num_empty / max(self.num_blocks, 1):.2%}"),
             ("runs", f"{self.num_runs:,} ({self.nbytes:,} bytes)"),
         ]
-        return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<22}{value}" for name, value in self.rows())

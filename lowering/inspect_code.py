@@ -1,6 +1,7 @@
 """The code of the GPU kernels in a lowered program, as text."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jaxlib.mlir import ir
@@ -35,7 +36,8 @@ def triton_kernels(lowered: jax.stages.Lowered) -> tuple[TritonKernel, ...]:
             calls.extend([operation] if target == TRITON_CALL else [])
         return ir.WalkResult.ADVANCE
 
-    lowered.compiler_ir("stablehlo").operation.walk(visit)
+    module: Any = lowered.compiler_ir("stablehlo")
+    module.operation.walk(visit)
     return tuple(_kernel(call) for call in calls)
 
 

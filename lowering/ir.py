@@ -187,16 +187,20 @@ def rebuild(node: Node, change: Callable[[Node], Node]) -> Node:
     assert_never(node)
 
 
-def children(node: Node) -> Iterator[Node]:
+def children(node: Node) -> tuple[Node, ...]:
     """The nodes directly below."""
-    found: list[Node] = []
-
-    def note(child: Node) -> Node:
-        found.append(child)
-        return child
-
-    rebuild(node, note)
-    return iter(found)
+    match node:
+        case Var() | Const() | Hoisted() | Bool() | Operand(_, None):
+            return ()
+        case Add(a, b) | Min(a, b) | Max(a, b) | Le(a, b) | Eq(a, b):
+            return (a, b)
+        case Mul(a, _) | FloorDiv(a, _) | Mod(a, _) | In(a, _) | Not(a):
+            return (a,)
+        case Table(_, index) | Operand(_, index):
+            return (index,)
+        case And(terms) | Or(terms) | ByHead(terms):
+            return terms
+    assert_never(node)
 
 
 def walk(node: Node) -> Iterator[Node]:

@@ -22,7 +22,12 @@ class KernelPredicate:
     maps: tuple[ir.Pred, ...]
 
     def __call__(
-        self, map_index: Any, q_ids: Any, k_ids: Any, q_vectors: tuple, kv_vectors: tuple
+        self,
+        map_index: Any,
+        q_ids: Any,
+        k_ids: Any,
+        q_vectors: tuple,
+        kv_vectors: tuple,
     ) -> Any:
         """Bools that broadcast over ``q_ids`` and ``k_ids``: see ``call.Predicate``."""
         at = Jax(q_ids, k_ids, q_vectors, kv_vectors, h=map_index)

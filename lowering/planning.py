@@ -74,9 +74,7 @@ def plan(
       by: rows of queries (forward, dq), or of keys (the transposed plan).
       exact: evaluate every undecided block, however many there are.
     """
-    like = blank(
-        sizes.q_seq_len, sizes.kv_seq_len, sizes.block_q, sizes.block_kv, by
-    )
+    like = blank(sizes.q_seq_len, sizes.kv_seq_len, sizes.block_q, sizes.block_kv, by)
     rows, starts, stops, fulls = [], [], [], []
     for m, node in enumerate(maps):
         found = cover(node, sizes, exact=exact)
@@ -194,7 +192,12 @@ def _runs(
     row = np.arange(len(of)) - np.repeat(np.cumsum(height) - height, height) + i[of]
     of, row = (x[(j < j_stop)[of]] for x in (of, row))
     order = np.argsort(row * (num_kv + 1) + j[of], kind="stable")
-    row, start, stop, full = row[order], j[of][order], j_stop[of][order], full[of][order]
+    row, start, stop, full = (
+        row[order],
+        j[of][order],
+        j_stop[of][order],
+        full[of][order],
+    )
     # A run begins where the row, the kind or the adjacency changes.
     begins = np.ones(len(row), bool)
     begins[1:] = (row[1:] != row[:-1]) | (full[1:] != full[:-1])

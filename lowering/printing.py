@@ -36,11 +36,11 @@ def show(node: Node) -> str:
         case Const(value) | Bool(value):
             return str(value)
         case Add(a, Mul(b, -1)):
-            return f"{show(a)} - {_tight(b)}"
+            return f"{show(a)} - {_factor(b)}"
         case Add(a, Const(value)) if value < 0:
             return f"{show(a)} - {-value}"
         case Add(a, b):
-            return f"{show(a)} + {_tight(b)}"
+            return f"{show(a)} + {_factor(b)}"
         case Mul(a, n):
             return f"{_tight(a)} * {n}"
         case FloorDiv(a, n):
@@ -61,7 +61,7 @@ def show(node: Node) -> str:
         case Eq(a, b):
             return f"{show(a)} == {show(b)}"
         case In(a, values):
-            return f"isin({show(a)}, {{{', '.join(map(str, values))}}})"
+            return f"isin({show(a)}, {show_set(values)})"
         case And(terms):
             return " & ".join(_tight(t) for t in terms)
         case Or(terms):
@@ -71,6 +71,17 @@ def show(node: Node) -> str:
         case ByHead(terms):
             return f"per_head({', '.join(show(t) for t in terms)})"
     assert_never(node)
+
+
+def show_set(values: tuple[int, ...]) -> str:
+    """Numbers as a set; the empty one as a tuple, since ``{}`` is a dict."""
+    return f"{{{', '.join(map(str, values))}}}" if values else "()"
+
+
+def _factor(node: Node) -> str:
+    """The node as the right side of a sum: a product needs no parentheses there."""
+    product = isinstance(node, Mul | FloorDiv | Mod)
+    return show(node) if product else _tight(node)
 
 
 def _tight(node: Node) -> str:

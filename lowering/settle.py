@@ -92,7 +92,7 @@ def _of_difference(node: ir.Node) -> ir.Node | None:
     return ir.rebuild(node, lambda _: next(new))
 
 
-def _take(at: Rectangles, which: np.ndarray) -> Rectangles:
+def _take(at: Rectangles, which: np.ndarray | slice) -> Rectangles:
     return Rectangles(*(x[which] for x in at))
 
 

@@ -154,7 +154,13 @@ def _le(a: ir.Expr, b: ir.Expr) -> ir.Pred:
         return ir.Bool(constant <= 0)
     common = gcd(*total.values())
     total = {x: f // common for x, f in total.items()}
-    return ir.Le(_build(total, 0), ir.Const(-constant // common))
+    bound = -constant // common
+    match list(total.items()):
+        case [(ir.FloorDiv(e, n), 1)]:  # e // n <= b  iff  e <= b n + n - 1
+            return _le(e, ir.Const(bound * n + n - 1))
+        case [(ir.FloorDiv(e, n), -1)]:  # e // n >= -b  iff  e >= -b n
+            return _le(ir.Const(-bound * n), e)
+    return ir.Le(_build(total, 0), ir.Const(bound))
 
 
 def _eq(a: ir.Expr, b: ir.Expr) -> ir.Pred:
@@ -244,6 +250,10 @@ def _merge(
     found = tuple(best.values())
     if _opposed(found, neutral=neutral):
         return ir.Bool(not neutral)
+    facts = _facts(found, neutral=neutral)
+    refined = [t if isinstance(t, ir.Le) else _given(t, facts) for t in found]
+    if facts and tuple(refined) != found:
+        return _merge(refined, kind, neutral=neutral)
     if not found:
         return ir.Bool(neutral)
     return found[0] if len(found) == 1 else kind(found)
@@ -259,10 +269,37 @@ def _opposed(terms: tuple[ir.Pred, ...], *, neutral: bool) -> bool:
         if not isinstance(term, ir.Le):
             continue
         # term: x <= b; the other: -x <= c, that is x >= -c.
-        other = bounds.get(_build(*_scale(_sum(term.left), -1)))
+        other = bounds.get(_minus(term.left))
         if other is None:
             continue
         b, c = term.right.value, -other
         if (b < c) if neutral else (b >= c - 1):
             return True
     return False
+
+
+def _minus(expr: ir.Expr) -> ir.Expr:
+    return _build(*_scale(_sum(expr), -1))
+
+
+def _facts(terms: tuple[ir.Pred, ...], *, neutral: bool) -> dict[ir.Expr, int]:
+    """Upper bounds that the other terms may assume: in ``|``, that a bound failed."""
+    bounds = [t for t in terms if isinstance(t, ir.Le)]
+    if neutral:
+        return {t.left: t.right.value for t in bounds}
+    return {_minus(t.left): -t.right.value - 1 for t in bounds}
+
+
+def _given(node: ir.Pred, facts: dict[ir.Expr, int]) -> ir.Pred:
+    """``node``, in normal form, where the facts hold."""
+    match node:
+        case ir.Le(x, ir.Const(bound)):
+            if facts.get(x, bound + 1) <= bound:
+                return ir.Bool(True)
+            least = -facts[other] if (other := _minus(x)) in facts else bound
+            return ir.Bool(False) if least > bound else node
+        case ir.And(terms):
+            return _all([_given(t, facts) for t in terms])
+        case ir.Or(terms):
+            return _any([_given(t, facts) for t in terms])
+    return node

@@ -38,9 +38,7 @@ def verify_operands(
 
     ``shapes`` are those of the arrays without their batch axis.
     """
-    needed = {
-        n for node in maps for n in ir.walk(node) if isinstance(n, ir.Operand)
-    }
+    needed = {n for node in maps for n in ir.walk(node) if isinstance(n, ir.Operand)}
     names = {n.name for n in needed}
     for name in sorted(names - set(shapes)):
         raise ValueError(

@@ -1,14 +1,12 @@
 """BlockMask: which blocks a kernel visits, as runs of blocks, row by row."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int32
 
 Axis = Literal["q", "kv"]
-Int32s = Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -27,11 +25,13 @@ class BlockMask:
     harmless in either orientation: their outputs are dropped, their gradients zero.
     """
 
-    row_ptr: Int32[Int32s, " rows_plus_1"]
-    run_start: Int32[Int32s, " runs"]
-    run_stop: Int32[Int32s, " runs"]
-    run_full: Int32[Int32s, " runs"]
-    map_of_head: Int32[Int32s, " heads"]
+    # int32 arrays, of NumPy for a static plan and traced otherwise. Any, because jax
+    # rebuilds a pytree with placeholders in them, which a checked annotation refuses.
+    row_ptr: Any  # [rows + 1]
+    run_start: Any  # [runs]
+    run_stop: Any  # [runs]
+    run_full: Any  # [runs]
+    map_of_head: Any  # [heads]
     q_seq_len: int = field(metadata={"static": True})
     kv_seq_len: int = field(metadata={"static": True})
     block_q: int = field(metadata={"static": True})
@@ -168,7 +168,7 @@ def check(mask: BlockMask) -> None:
     assert np.all(stop <= mask.num_columns)
     row = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr))
     same = row[1:] == row[:-1]
-    full: Bool[np.ndarray, " runs"] = np.asarray(mask.run_full) != 0
+    full = np.asarray(mask.run_full) != 0
     assert np.all(~same | (stop[:-1] <= start[1:]))
     touching = same & (stop[:-1] == start[1:]) & (full[1:] == full[:-1])
     assert not np.any(touching)

@@ -22,19 +22,23 @@ FLOOR = -0.5e30
 
 
 class Carry(NamedTuple):
-    """The running softmax of some rows: numerator, maximum (base 2), denominator."""
+    """The running softmax of some rows: numerator, maximum (base 2), denominator.
+
+    On a chip whose registers have lanes, ``m`` is the same in every lane and ``l`` the
+    sum of them, so that no tile reduces or broadcasts across lanes more than it must.
+    """
 
     acc: Any  # f32 [rows, head_dim_v]
-    m: Any  # f32 [rows, 1]
-    l: Any  # f32 [rows, 1]
+    m: Any  # f32 [rows, lanes]
+    l: Any  # f32 [rows, lanes]
 
 
-def start(rows: int, head_dim_v: int) -> Carry:
+def start(rows: int, head_dim_v: int, lanes: int = 1) -> Carry:
     """Nothing folded yet."""
     return Carry(
         jnp.zeros((rows, head_dim_v), jnp.float32),
-        jnp.full((rows, 1), FLOOR, jnp.float32),
-        jnp.zeros((rows, 1), jnp.float32),
+        jnp.full((rows, lanes), FLOOR, jnp.float32),
+        jnp.zeros((rows, lanes), jnp.float32),
     )
 
 
@@ -73,18 +77,38 @@ def mask(s: jax.Array, allowed: jax.Array | None) -> jax.Array:
     return s if allowed is None else jnp.where(allowed, s, MASKED)
 
 
+def _across(x: jax.Array, width: int) -> jax.Array:
+    """What is the same in every lane, for ``width`` columns."""
+    lanes = x.shape[1]
+    if lanes == 1:
+        return x
+    return jnp.concatenate([x] * -(-width // lanes), axis=1)[:, :width]
+
+
+def _lane_sums(p: jax.Array, lanes: int) -> jax.Array:
+    if lanes == 1:
+        return p.sum(axis=1, keepdims=True)
+    total = p[:, :lanes]
+    for i in range(lanes, p.shape[1], lanes):
+        total += p[:, i : i + lanes]
+    return total
+
+
 def fold(carry: Carry, s: jax.Array, v: jax.Array) -> Carry:
     """Folds one tile of masked base-2 scores ``[rows, keys]`` into the softmax."""
     acc, m, l = carry
     m_new = jnp.maximum(m, s.max(axis=1, keepdims=True))
-    p, fade = jnp.exp2(s - m_new), jnp.exp2(m - m_new)
-    acc = acc * fade + dot(p.astype(v.dtype), v, contract=(1, 0))
-    return Carry(acc, m_new, l * fade + p.sum(axis=1, keepdims=True))
+    p, fade = jnp.exp2(s - _across(m_new, s.shape[1])), jnp.exp2(m - m_new)
+    pv = dot(p.astype(v.dtype), v, contract=(1, 0))
+    acc = acc * _across(fade, acc.shape[1]) + pv
+    return Carry(acc, m_new, l * fade + _lane_sums(p, l.shape[1]))
 
 
 def finish(carry: Carry) -> tuple[jax.Array, jax.Array]:
-    """Output f32 ``[rows, head_dim_v]`` and natural lse ``[rows, 1]``; 0, -inf if empty."""
+    """Output f32 ``[rows, head_dim_v]``, lse ``[rows, 1]``; 0 and -inf if empty."""
     acc, m, l = carry
+    if l.shape[-1] > 1:
+        m, l = m[..., :1], l.sum(axis=-1, keepdims=True)
     empty = l == 0
     safe = jnp.where(empty, 1.0, l)
     lse = jnp.where(empty, -jnp.inf, (m + jnp.log2(safe)) * LN_2)

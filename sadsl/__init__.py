@@ -11,6 +11,9 @@ from pallas_kernels.config import KernelConfig as KernelConfig
 from pallas_kernels.config import Tile as Tile
 from sadsl.attention import attention as attention
 from sadsl.attention import plan as plan
+from sadsl.lowered import Compiled as Compiled
+from sadsl.lowered import Lowered as Lowered
+from sadsl.lowered import lower as lower
 from sadsl.maps import IndexMap as IndexMap
 from sadsl.maps import per_head as per_head
 from sadsl.named import blocks as blocks

@@ -100,14 +100,15 @@ def attention(
     )
     arrays = checks.operand_arrays(operands, q_segment_ids, kv_segment_ids)
     arrays = fit_operands(arrays, options.stages, q.shape[0])
-    out, lse = _attention(q, k, v, arrays, options=options)
+    out, lse = traced(q, k, v, arrays, options=options)
     return (out, lse) if return_lse else out
 
 
 @partial(jax.jit, static_argnames=("options",))
-def _attention(
+def traced(
     q: Array, k: Array, v: Array, arrays: Mapping[str, Array], *, options: Options
 ) -> tuple[Array, Array]:
+    """Output and lse of a checked call; ``arrays`` have a batch axis."""
     run = _dense if options.impl == "reference" else _kernels
     return run(q, k, v, arrays, options)
 
@@ -204,20 +205,31 @@ def fit_operands(
     arrays: Mapping[str, Array], stages: Stages, batch: int
 ) -> dict[str, Array]:
     """The run-time arrays with a batch axis, checked against what the map reads."""
-    program, problem = stages["simplify"], stages["simplify"].problem
+    ranks = operand_ranks(stages, arrays)
+    fitted = checks.with_batch_axis(arrays, ranks, batch)
+    check_operands(fitted, stages)
+    return fitted
+
+
+def operand_ranks(stages: Stages, arrays: Mapping[str, Any]) -> dict[str, int]:
+    """The axes of each array beside the batch: none if the map reads it bare, else one."""
     bare = {
         n.name
-        for node in program.maps
+        for node in stages["simplify"].maps
         for n in ir.walk(node)
         if isinstance(n, ir.Operand) and n.index is None
     }
-    ranks = {name: 0 if name in bare else 1 for name in arrays}
-    fitted = checks.with_batch_axis(arrays, ranks, batch)
-    shapes = {name: x.shape[1:] for name, x in fitted.items()}
+    return {name: 0 if name in bare else 1 for name in arrays}
+
+
+def check_operands(arrays: Mapping[str, Any], stages: Stages) -> None:
+    """Checks arrays ``[batch or 1, ...]`` against what the map reads."""
+    program = stages["simplify"]
+    problem = program.problem
+    shapes = {name: tuple(x.shape[1:]) for name, x in arrays.items()}
     verify.verify_operands(
         program.maps, problem.q_seq_len, problem.kv_seq_len, shapes, problem.num_heads
     )
-    return fitted
 
 
 def as_term(spec: Spec | str) -> Softmax:

@@ -39,7 +39,9 @@ def problem(q: Any, k: Any, v: Any, q_offset: int) -> Problem:
                 f"{(batch, kv_seq_len, num_kv_heads)}, the batch of q and the rest as in k"
             )
     if k.shape[3] != head_dim:
-        raise ValueError(f"k has head_dim {k.shape[3]}, q has {head_dim}: must be equal")
+        raise ValueError(
+            f"k has head_dim {k.shape[3]}, q has {head_dim}: must be equal"
+        )
     for name, size in {"q": q.shape, "k": k.shape, "v": v.shape}.items():
         if 0 in size:
             raise ValueError(f"{name} has shape {tuple(size)}: no axis may be empty")

@@ -94,6 +94,11 @@ class IndexMap:
         ]
         return np.stack([np.broadcast_to(r, (q_seq_len, kv_seq_len)) for r in rows])
 
+    def picture(self, q_seq_len: int, kv_seq_len: int | None = None) -> str:
+        """The pairs of one head as text: queries downwards, ``#`` for a key seen."""
+        rows = self.dense(q_seq_len, kv_seq_len)[0]
+        return "\n".join("".join("#" if x else "." for x in row) for row in rows)
+
 
 def _is_map(value: object) -> bool:
     return isinstance(value, IndexMap)

@@ -12,7 +12,7 @@ import numpy as np
 from typing_extensions import override
 
 from lowering import ir
-from lowering.printing import show
+from lowering.printing import show, show_set
 from sadsl.maps import IndexMap, at_least
 from sadsl.symbols import Symbol, Truth, operand, truth_node
 
@@ -169,7 +169,7 @@ class Offsets(_Named):
 
     @override
     def __repr__(self) -> str:
-        return f"offsets({{{', '.join(map(str, self.values))}}})"
+        return f"offsets({show_set(self.values)})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -371,5 +371,3 @@ def where(function: Callable[..., Any]) -> Where:
         )
     symbols = (Symbol(ir.Q), Symbol(ir.K), Symbol(ir.H))[:count]
     return Where(truth_node(function(*symbols)))
-
-

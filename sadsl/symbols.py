@@ -274,7 +274,9 @@ def constant(value: Any, op: str) -> int:
 def positive(value: int, op: str) -> int:
     """``value`` if it can be a divisor."""
     if value < 1:
-        raise ValueError(f"`{op} {value}` in a traced map: the divisor must be positive")
+        raise ValueError(
+            f"`{op} {value}` in a traced map: the divisor must be positive"
+        )
     return value
 
 

@@ -22,7 +22,9 @@ class Softmax:
             raise TypeError(f"softmax takes an index map, not {self.map!r}")
         cap = self.logits_soft_cap
         if cap is not None and not cap > 0:
-            raise ValueError(f"softmax: logits_soft_cap={cap} must be positive, or None")
+            raise ValueError(
+                f"softmax: logits_soft_cap={cap} must be positive, or None"
+            )
 
     def __repr__(self) -> str:
         options = [

@@ -49,18 +49,31 @@ def parse(text: str) -> Spec:
     Raises:
       ValueError: the text is not in the grammar; the message points at the place.
     """
+    text = text.strip()
+    if not text:
+        _fail(text, 0, "is empty: write a map such as causal()")
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        # In parentheses, so that a spec may stand on several lines.
+        tree = ast.parse(f"({text}\n)", mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        column = (getattr(error, "offset", None) or 1) - 1
-        _fail(text.strip(), column, f"is not an expression: {error.args[0]}")
-    spec = _Reader(text.strip()).read(tree.body, {})
+        place = getattr(error, "lineno", None) or 1, getattr(error, "offset", None) or 2
+        column = _column(text, place[0], place[1] - 1)
+        _fail(text, column, f"is not an expression: {error.args[0]}")
+    spec = _Reader(text).read(tree.body, {})
     if not isinstance(spec, IndexMap | terms.Softmax):
-        _fail(text.strip(), 0, f"spells {spec!r}, not an index map or a term")
+        _fail(text, 0, f"spells {spec!r}, not an index map or a term")
     return spec
 
 
-def _fail(text: str, column: int, what: str, cause: Exception | None = None) -> NoReturn:
+def _column(text: str, line: int, column: int) -> int:
+    """The place in ``text`` of a column of a line of ``text`` in parentheses."""
+    before = sum(len(x) + 1 for x in text.split("\n")[: line - 1])
+    return min(max(0, before + column - (line == 1)), len(text))
+
+
+def _fail(
+    text: str, column: int, what: str, cause: Exception | None = None
+) -> NoReturn:
     # A long spec is shown around the place.
     left = max(0, column - 40)
     shown = text[left : left + 80].replace("\n", " ")
@@ -75,12 +88,13 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def fail(self, node: ast.AST, what: str, cause: Exception | None = None) -> NoReturn:
-        # The parser counts bytes of a line; the message counts characters of the text.
-        lines = self.text.split("\n")
-        line = lines[node.lineno - 1].encode()[: node.col_offset].decode()
-        before = sum(len(x) + 1 for x in lines[: node.lineno - 1])
-        _fail(self.text, before + len(line), what, cause)
+    def fail(
+        self, node: ast.AST, what: str, cause: Exception | None = None
+    ) -> NoReturn:
+        # The parser counts bytes of a line; the message counts characters.
+        line = f"({self.text}".split("\n")[node.lineno - 1].encode()
+        column = len(line[: node.col_offset].decode())
+        _fail(self.text, _column(self.text, node.lineno, column), what, cause)
 
     def read(self, node: ast.expr, names: Mapping[str, Symbol]) -> Any:
         try:
@@ -100,11 +114,15 @@ class _Reader:
                 return names[name]
             case ast.Tuple(elts=items) | ast.List(elts=items) | ast.Set(elts=items):
                 return tuple(self.read(item, names) for item in items)
-            case ast.Call(func=ast.Name(id="where"), args=[ast.Lambda() as f], keywords=[]):
+            case ast.Call(
+                func=ast.Name(id="where"), args=[ast.Lambda() as f], keywords=[]
+            ):
                 return self._where(f)
             case ast.Call(func=ast.Name(id=name)) if name in CALLS:
                 return self._call(CALLS[name], node, names)
-            case ast.Call(func=ast.Attribute(value=inner, attr=name)) if name in METHODS:
+            case ast.Call(func=ast.Attribute(value=inner, attr=name)) if (
+                name in METHODS
+            ):
                 return self._call(getattr(self.read(inner, names), name), node, names)
             case ast.Attribute(value=inner, attr="T"):
                 return self.read(inner, names).T
@@ -116,7 +134,9 @@ class _Reader:
                 return -self.read(inner, names)
             case ast.BinOp(left=a, op=op, right=b) if type(op) in OPERATORS:
                 return OPERATORS[type(op)](self.read(a, names), self.read(b, names))
-            case ast.Compare(left=a, ops=[op], comparators=[b]) if type(op) in COMPARISONS:
+            case ast.Compare(left=a, ops=[op], comparators=[b]) if (
+                type(op) in COMPARISONS
+            ):
                 return COMPARISONS[type(op)](self.read(a, names), self.read(b, names))
         self._refuse(node)
 
@@ -125,7 +145,9 @@ class _Reader:
             if word.arg is None:
                 self.fail(node, "uses `**`, which is not part of the grammar")
         args = [self.read(a, names) for a in node.args]
-        return function(*args, **{w.arg: self.read(w.value, names) for w in node.keywords})
+        return function(
+            *args, **{w.arg: self.read(w.value, names) for w in node.keywords}
+        )
 
     def _where(self, function: ast.Lambda) -> IndexMap:
         arguments = [a.arg for a in function.args.args]
@@ -149,5 +171,9 @@ class _Reader:
             case ast.UnaryOp(op=ast.Not()):
                 self.fail(node, "uses `not`: write `~`")
             case ast.Compare():
-                self.fail(node, "chains comparisons or uses `in`: write `&`, or isin(...)")
-        self.fail(node, f"holds {ast.unparse(node)[:40]!r}, which is not in the grammar")
+                self.fail(
+                    node, "chains comparisons or uses `in`: write `&`, or isin(...)"
+                )
+        self.fail(
+            node, f"holds {ast.unparse(node)[:40]!r}, which is not in the grammar"
+        )

@@ -7,6 +7,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -16,3 +17,16 @@ hypothesis.settings.register_profile(
     "ci", deadline=None, derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """Interpreted kernels take far longer to compile than to run once.
+
+    The XLA path is compiled as users have it.
+    """
+    params = getattr(getattr(request.node, "callspec", None), "params", {})
+    interpreted = params.get("impl") in ("reference", "tpu", "triton")
+    jax.config.update("jax_disable_most_optimizations", interpreted)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

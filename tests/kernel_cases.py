@@ -108,7 +108,10 @@ class Case:
                 for a, b in zip(ids_q, ids_kv, strict=True)
             ]
         rows = [
-            [np.asarray(self.pattern(np.int32(m), q, k, *xs)) for m in self.map_of_head()]
+            [
+                np.asarray(self.pattern(np.int32(m), q, k, *xs))
+                for m in self.map_of_head()
+            ]
             for xs in vectors
         ]
         return np.array(rows)

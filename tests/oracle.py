@@ -1,5 +1,6 @@
 """The slow, obviously right definition: dense attention in float64, by autodiff."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ class Result(NamedTuple):
 
 
 def attention(q, k, v, pairs, sm_scale, soft_cap=None):
-    """o, lse of ``[batch, heads, seq, dim]`` arrays; pairs ``[b or 1, heads, q, k]``."""
+    """o, lse of ``[batch, heads, seq, dim]``; pairs are ``[b or 1, heads, q, k]``."""
     group = q.shape[1] // k.shape[1]
     k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
     s = jnp.einsum("bhqd,bhkd->bhqk", q, k) * sm_scale
@@ -37,22 +38,25 @@ def attention(q, k, v, pairs, sm_scale, soft_cap=None):
 
 def with_gradients(q, k, v, pairs, sm_scale, soft_cap=None, *, do, dlse=None):
     """Values and gradients for the cotangents ``do`` and ``dlse`` (None: zero)."""
+    if dlse is None:
+        dlse = np.zeros(np.shape(do)[:-1])
     with jax.enable_x64(True):
-        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v)]
-        row = np.asarray(pairs).any(axis=-1)
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, do, dlse)]
+        out = _with_gradients(*wide, jnp.asarray(pairs), sm_scale, soft_cap)
+    return Result(*(np.asarray(x) for x in out))
 
-        def loss(q, k, v):
-            o, lse = attention(q, k, v, jnp.asarray(pairs), sm_scale, soft_cap)
-            total = jnp.sum(o * np.asarray(do, np.float64))
-            if dlse is not None:
-                # A constant -inf carries no gradient.
-                finite = jnp.where(row, lse, 0.0)
-                total += jnp.sum(finite * np.asarray(dlse, np.float64))
-            return total, (o, lse)
 
-        gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
-        (dq, dk, dv), (o, lse) = gradient(*wide)
-    return Result(*(np.asarray(x) for x in (o, lse, dq, dk, dv)))
+@partial(jax.jit, static_argnums=(6, 7))
+def _with_gradients(q, k, v, do, dlse, pairs, sm_scale, soft_cap):
+    def loss(q, k, v):
+        o, lse = attention(q, k, v, pairs, sm_scale, soft_cap)
+        # A constant -inf carries no gradient.
+        finite = jnp.where(pairs.any(axis=-1), lse, 0.0)
+        return jnp.sum(o * do) + jnp.sum(finite * dlse), (o, lse)
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    (dq, dk, dv), (o, lse) = gradient(q, k, v)
+    return o, lse, dq, dk, dv
 
 
 def assert_close(actual, expected, dtype, what=""):

@@ -1,5 +1,8 @@
 """Hypothesis strategies: random maps from all primitives and every combinator."""
 
+from functools import cache
+
+import numpy as np
 from hypothesis import strategies as st
 
 from lowering import ir
@@ -14,6 +17,7 @@ positive = st.integers(1, 24)
 offset = st.integers(-30, 30)
 
 
+@cache
 def named_maps():
     """Every named map that needs no operand."""
     ranges = st.tuples(small, small).map(sorted)
@@ -35,6 +39,7 @@ def named_maps():
 VARS = [Symbol(ir.Q), Symbol(ir.K)]
 
 
+@cache
 def integers():
     """Quasi-affine expressions of q and k."""
     leaf = st.one_of(st.sampled_from(VARS), st.sampled_from([v + 1 for v in VARS]))
@@ -60,6 +65,7 @@ def integers():
     return st.recursive(leaf, extend, max_leaves=4)
 
 
+@cache
 def wheres():
     """Traced maps with one or two comparisons."""
 
@@ -81,14 +87,22 @@ def wheres():
     return truth.map(lambda t: named.Where(t.node))
 
 
+# Longer than any sequence below: a permutation of more positions than there are.
+POSITIONS = 130
 
 
-def composed(n: int, max_leaves: int = 8):
-    """Maps of up to ``n`` positions, composed to depth 5."""
+def permutations():
+    """Permutations by their seed, which is far quicker to draw than their entries."""
+    seeds = st.integers(0, 1000)
+    return seeds.map(lambda s: np.random.default_rng(s).permutation(POSITIONS))
+
+
+@cache
+def composed(max_leaves: int = 8):
+    """Maps of up to ``POSITIONS`` positions, composed to depth 5."""
     leaf = st.one_of(named_maps(), named_maps(), wheres())
 
     def extend(inner):
-        order = st.permutations(range(n))
         return st.one_of(
             st.builds(lambda a, b: a & b, inner, inner),
             st.builds(lambda a, b: a | b, inner, inner),
@@ -96,17 +110,14 @@ def composed(n: int, max_leaves: int = 8):
             st.builds(lambda a: ~a, inner),
             st.builds(lambda a: a.T, inner),
             st.builds(lambda a, b: a.lift(b), inner, st.integers(1, 9)),
-            st.builds(lambda a, o: a.permute(o), inner, order),
+            st.builds(lambda a, o: a.permute(o), inner, permutations()),
         )
 
     return st.recursive(leaf, extend, max_leaves=max_leaves)
 
 
-def with_heads(n: int):
+@cache
+def with_heads():
     """A composed map, or a choice of several by head."""
-    several = st.builds(_per_head, st.lists(composed(n, 3), min_size=2, max_size=3))
-    return st.one_of(composed(n), several)
-
-
-def _per_head(items):
-    return maps.per_head(*items)
+    several = st.lists(composed(3), min_size=2, max_size=3)
+    return st.one_of(composed(), several.map(lambda found: maps.per_head(*found)))

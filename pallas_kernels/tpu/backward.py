@@ -35,7 +35,8 @@ def backward(
     (dq,) = foldable(partial(_run_dq, call=call))(arrays, vectors, lists.dq)
     dk, dv = foldable(partial(_run_dkv, call=call))(arrays, vectors, lists.dkv)
     gradients = zip((dq, dk, dv), inputs, strict=True)
-    return tuple(x[:, :, : y.shape[2]].astype(y.dtype) for x, y in gradients)
+    dq, dk, dv = (x[:, :, : y.shape[2]].astype(y.dtype) for x, y in gradients)
+    return dq, dk, dv
 
 
 def _statistics(x: jax.Array, block: int) -> jax.Array:
@@ -97,7 +98,9 @@ def _dq_kernel(
 
     def visit(block: jax.Array, refs: tuple, full: bool) -> None:
         k, v, *kv_vectors = (ref[...] for ref in refs)
-        s = softmax.cap(softmax.dot(q_ref[...], k, contract=(1, 1)), call.logits_soft_cap)
+        s = softmax.cap(
+            softmax.dot(q_ref[...], k, contract=(1, 1)), call.logits_soft_cap
+        )
         dp = softmax.dot(do_ref[...], v, contract=(1, 1))
         pairs = None
         if not full:
@@ -178,7 +181,9 @@ def _dkv_kernel(
     def visit(block: jax.Array, refs: tuple, full: bool) -> None:
         # The tile is [keys, queries]: no product needs a transposed left side.
         q, do, statistics, *q_vectors = (ref[...] for ref in refs)
-        s = softmax.cap(softmax.dot(k_ref[...], q, contract=(1, 1)), call.logits_soft_cap)
+        s = softmax.cap(
+            softmax.dot(k_ref[...], q, contract=(1, 1)), call.logits_soft_cap
+        )
         dp = softmax.dot(v_ref[...], do, contract=(1, 1))
         pairs = None
         if not full:

@@ -20,7 +20,7 @@ Arrays = tuple[jax.Array, ...]
 def foldable(
     run: Callable[[Arrays, Vectors, RowList], Arrays],
 ) -> Callable[[Arrays, Vectors, RowList], Arrays]:
-    """``run`` with a vmap rule; its arrays are ``[batch, heads, ...]``, queries first."""
+    """``run`` with a vmap rule; arrays are ``[batch, heads, ...]``, queries first."""
     mapped = custom_vmap(run)
 
     @mapped.def_vmap

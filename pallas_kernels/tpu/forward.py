@@ -1,4 +1,4 @@
-"""The forward kernel: a query block per grid step, runs of key blocks streamed to it."""
+"""The forward kernel: a query block a grid step, runs of key blocks streamed to it."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from pallas_kernels.call import Call, Inputs, Outputs, Vectors
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import Launch, Operand, Step, launch
-from pallas_kernels.tpu.lists import Lists, RowList, Sizes
+from pallas_kernels.tpu.lists import LANES, Lists, RowList, Sizes
 
 
 def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outputs:
@@ -28,6 +28,9 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
     batch, num_heads, _, _ = q.shape
     heads, group, head_dim_v = batch * num_heads, num_heads // k.shape[1], v.shape[3]
     seq = sizes.num_rows * sizes.block_q
+
+    # Whole registers where a tile has them: in the interpreter it may be narrower.
+    statistics = (sizes.block_q, 1 if sizes.block_kv % LANES else LANES)
 
     def own(h: jax.Array, _: jax.Array) -> jax.Array:
         return h
@@ -57,7 +60,7 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
             Operand(jax.ShapeDtypeStruct((heads, seq, head_dim_v), q.dtype), own),
             Operand(jax.ShapeDtypeStruct((heads, 1, seq), jnp.float32), own, axis=2),
         ),
-        scratch=((sizes.block_q, head_dim_v), (sizes.block_q, 1), (sizes.block_q, 1)),
+        scratch=((sizes.block_q, head_dim_v), statistics, statistics),
         interpret=call.interpret,
     )
     o, lse = launch(partial(_kernel, call=call, sizes=sizes), of, lists)
@@ -76,11 +79,13 @@ def _kernel(
         for ref, value in zip(scratch, carry, strict=True):
             ref[...] = value
 
-    store(softmax.start(*scratch[0].shape))
+    store(softmax.start(*scratch[0].shape, lanes=scratch[1].shape[1]))
 
     def visit(block: jax.Array, refs: tuple, full: bool) -> None:
         k, v, *kv_vectors = (ref[...] for ref in refs)
-        s = softmax.cap(softmax.dot(q_ref[...], k, contract=(1, 1)), call.logits_soft_cap)
+        s = softmax.cap(
+            softmax.dot(q_ref[...], k, contract=(1, 1)), call.logits_soft_cap
+        )
         if not full:
             ids = (
                 operands.column_ids(step.row, sizes.block_q),

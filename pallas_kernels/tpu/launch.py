@@ -6,7 +6,6 @@ while the present one is worked on.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +85,7 @@ class _Scalars(NamedTuple):
 def launch(
     kernel: Callable[[Step, tuple, tuple, tuple], None], of: Launch, lists: RowList
 ) -> tuple[jax.Array, ...]:
-    """The outputs of ``kernel(step, row_refs, out_refs, scratch_refs)`` on every row."""
+    """The outputs of ``kernel(step, row_refs, out_refs, scratch_refs)`` on all rows."""
     scalars = _Scalars(lists.map_of_head, lists.first_row, lists.row_ptr, lists.runs)
 
     def row_spec(x: Operand) -> pl.BlockSpec:
@@ -205,7 +204,7 @@ def _walk(
     copies: Callable[[Any, Any], list],
     visit: Callable[[Any, Any, bool], None],
 ) -> None:
-    """Visits the blocks of the runs ``begin : end``; each is fetched one block ahead."""
+    """Visits the blocks of the runs ``begin : end``, each fetched one block ahead."""
 
     def fetch(block: Any, slot: Any) -> None:
         for copy in copies(block, slot):
@@ -221,19 +220,23 @@ def _walk(
         last = j + 1 == end
         after = run_at(jnp.minimum(j + 1, end - 1)).start
 
-        def step(block: Any, slot: Any) -> Any:
-            inside = block + 1 < stop
+        def visitor(full: bool) -> Callable[[Any, Any], Any]:
+            def step(block: Any, slot: Any) -> Any:
+                inside = block + 1 < stop
 
-            @pl.when(inside | jnp.logical_not(last))
-            def _() -> None:
-                fetch(jnp.where(inside, block + 1, after), 1 - slot)
+                @pl.when(inside | jnp.logical_not(last))
+                def _() -> None:
+                    fetch(jnp.where(inside, block + 1, after), 1 - slot)
 
-            for copy in copies(block, slot):
-                copy.wait()
-            for kind in (True, False):
-                pl.when((full == 1) == kind)(partial(visit, block, slot, kind))
-            return 1 - slot
+                for copy in copies(block, slot):
+                    copy.wait()
+                visit(block, slot, full)
+                return 1 - slot
 
-        return lax.fori_loop(start, stop, step, slot)
+            return step
+
+        middle = jnp.where(full == 1, stop, start)
+        slot = lax.fori_loop(start, middle, visitor(True), slot)
+        return lax.fori_loop(middle, stop, visitor(False), slot)
 
     lax.fori_loop(begin, end, walk_run, jnp.int32(0))

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
 
-from pallas_kernels.block_mask import BlockMask, Int32s
+from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Call, Masks
 
 # Bytes of scalar memory that one plan may take: every TPU so far has 1 MiB of it.
@@ -40,11 +39,12 @@ class RowList:
     ``first_row[h]``; both lists of heads repeat every ``len(first_row)`` heads.
     """
 
-    map_of_head: Int32[Int32s, " heads"]
-    first_row: Int32[Int32s, " heads"]
-    row_ptr: Int32[Int32s, " rows_plus_1"] | None
-    runs: Int32[Int32s, " words"] | None
-    table: Int32[Int32s, "rows 1 words"] | None
+    # int32; jax also builds trees of placeholders, so no annotation can say so.
+    map_of_head: Any  # [heads]
+    first_row: Any  # [heads]
+    row_ptr: Any  # [rows + 1] or None
+    runs: Any  # [2 * runs] or None
+    table: Any  # [rows, 1, 1 + 2 * max_runs] or None
     sizes: Sizes = field(metadata={"static": True})
 
 
@@ -83,8 +83,9 @@ def _row_list(mask: BlockMask) -> RowList:
     xp: Any = np if static else jnp
     heads = xp.asarray(mask.map_of_head, np.int32)
     first_row = heads * np.int32(mask.num_rows)
-    start = xp.asarray(mask.run_start) * 2 + (xp.asarray(mask.run_full) != 0)
-    words = xp.stack([start, xp.asarray(mask.run_stop)], axis=-1).astype(np.int32)
+    run_start, run_stop, run_full = (xp.asarray(x, np.int32) for x in lists[1:])
+    first = run_start * 2 + (run_full != 0).astype(np.int32)
+    words = xp.stack([first, run_stop], axis=-1)
     ptr = xp.asarray(mask.row_ptr, np.int32)
     if static and ptr.nbytes + words.nbytes + 2 * heads.nbytes <= SCALAR_BYTES:
         # An array of scalar memory cannot be empty.
@@ -93,7 +94,7 @@ def _row_list(mask: BlockMask) -> RowList:
     return RowList(heads, first_row, None, None, _table(mask, ptr, words, xp), sizes)
 
 
-def _table(mask: BlockMask, ptr: Any, words: Any, xp: Any) -> Int32[Array, "r 1 w"]:
+def _table(mask: BlockMask, ptr: Any, words: Any, xp: Any) -> Any:
     if mask.max_runs < 1 and words.shape[0]:
         raise ValueError(
             "max_runs=0 in a BlockMask with traced runs: give the most runs that a row "
@@ -108,7 +109,7 @@ def _table(mask: BlockMask, ptr: Any, words: Any, xp: Any) -> Int32[Array, "r 1 
     count = ptr[1:] - ptr[:-1]
     if not words.shape[0]:
         return count[:, None, None]
-    at = ptr[:-1, None] + np.arange(mask.max_runs, dtype=np.int32)
+    at = ptr[:-1, None] + np.arange(mask.max_runs, dtype=np.int32)[None]
     # What lies past the end of a row is never read; it only has to be an index.
     row = words[xp.minimum(at, words.shape[0] - 1)]
     row = row.reshape(row.shape[0], -1)

@@ -187,7 +187,7 @@ def _dkv(
     padded, vectors = pad_inputs(inputs, plan.sizes), pad_vectors(vectors, plan.sizes)
     cotangents = pad_cotangents(cotangents, plan.sizes)
 
-    def grouped(x: jax.Array) -> pl.BlockSpec:
+    def grouped(x: jax.Array) -> Any:
         return whole(x, heads=group)
 
     key, value = whole(padded.k), whole(padded.v)

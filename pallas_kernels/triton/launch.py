@@ -13,8 +13,8 @@ from pallas_kernels.triton.runs import Sizes
 from pallas_kernels.triton.tiles import power_of_two
 
 
-def whole(x: Any, heads: int | None = None, group: int = 1) -> pl.BlockSpec:
-    """A batch row of ``x``, all of it: in Triton just a pointer.
+def whole(x: Any, heads: int | None = None, group: int = 1) -> Any:
+    """The BlockSpec of a batch row of ``x``, all of it: in Triton just a pointer.
 
     ``x`` is ``[batch, heads, seq]`` or ``[batch, seq, heads, dim]``, the grid ``(row,
     head, batch)``. A program sees one head, without the axis, or ``heads`` of them;
@@ -57,7 +57,7 @@ def pad(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def rows_first(x: jax.Array, seq_len: int) -> jax.Array:
-    """``[batch, heads, seq, dim]`` as the kernels read it: ``[batch, seq, heads, dim]``.
+    """``[batch, heads, seq, dim]`` turned to ``[batch, seq, heads, dim]``, and padded.
 
     ``seq`` is filled up to ``seq_len`` and ``dim`` to a power of two. The arrays that
     users have lie this way already: XLA cancels the two transposes, and none is left.

@@ -99,9 +99,7 @@ def _backward(
     total = fold_rows(walk, pairs, Pass(start, fold, close), total)
     dq = tile.from_blocks(total.dq, 3, q_seq_len)
     dq = dq.reshape(dq.shape[0], len(group.q_heads), *dq.shape[3:])
-    dk, dv = (
-        tile.from_blocks(jnp.swapaxes(x, 3, 4), 2, kv_seq_len) for x in total[1:]
-    )
+    dk, dv = (tile.from_blocks(jnp.swapaxes(x, 3, 4), 2, kv_seq_len) for x in total[1:])
     return dq, dk, dv
 
 
@@ -124,7 +122,8 @@ def score_gradient(
         allowed = jnp.broadcast_to(bias == 0, s.shape)
     p, ds = softmax.score_gradient(s, allowed, lse2, dp, delta, call.logits_soft_cap)
     ds *= call.sm_scale
-    return tuple(x.reshape(*row.q.shape[:-1], -1) for x in (p, ds))
+    flat = *row.q.shape[:-1], s.shape[-1]
+    return p.reshape(flat), ds.reshape(flat)
 
 
 def add_keys(

@@ -22,7 +22,7 @@ WORTH_A_LOOP = 0.05
 MOST_LOOPS = 3
 
 # What a chunk costs beside its blocks, in blocks.
-CHUNK_OVERHEAD = 2
+CHUNK_OVERHEAD = 6
 
 
 def prepare(masks: Masks, call: Call) -> Lists:
@@ -116,7 +116,7 @@ def host_walks(mask: BlockMask) -> tuple[Walk, ...]:
     """The rows of every map, sorted into short and long ones."""
     full, partial = Blocks(mask, full=True), Blocks(mask, full=False)
     total = full.count + partial.count
-    most = max(1, SHORT // mask.block_kv)
+    most = SHORT // mask.block_kv
 
     def walk(index: int) -> Walk:
         rows = np.arange(mask.num_rows) + index * mask.num_rows

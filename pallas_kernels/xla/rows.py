@@ -62,21 +62,21 @@ def _fold_long(long: Long, pairs: Pairs, steps: Pass, total: Any) -> Any:
         return padding_bias(count, len(block), pairs.block_kv)
 
     def step(total: Any, line: tuple[Array, ...]) -> tuple[Any, None]:
-        row, *spans = line
+        row, *ends = line
         fixed, state = steps.open(total, row)
 
         def folded(
-            state: Any, chunks: Chunks, span: list[Array], bias: Callable
+            state: Any, chunks: Chunks, span: tuple[Array, Array], bias: Callable
         ) -> Any:
             def fold(at: Int32[Array, ""], state: Any) -> Any:
                 block = jnp.asarray(chunks.block)[at]
                 count = jnp.asarray(chunks.count)[at]
                 return steps.fold(fixed, state, block, bias(row, block, count))
 
-            return jax.lax.fori_loop(*span, fold, state)
+            return jax.lax.fori_loop(span[0], span[1], fold, state)
 
-        state = folded(state, long.full, spans[:2], full_bias)
-        state = folded(state, long.partial, spans[2:], pairs.bias)
+        state = folded(state, long.full, (ends[0], ends[1]), full_bias)
+        state = folded(state, long.partial, (ends[2], ends[3]), pairs.bias)
         return steps.close(fixed, state, row), None
 
     spans = (long.full.begin, long.full.end, long.partial.begin, long.partial.end)

@@ -133,7 +133,7 @@ class Pairs:
     def allowed(
         self, row: Int32[Array, ""], block: Int32[Array, " slots"]
     ) -> Bool[Array, "..."]:
-        """The predicate on blocks of a row, once for all heads that it does not name."""
+        """The predicate on a row of blocks, once for heads that it treats alike."""
         along_q = jnp.arange(self.block_q, dtype=jnp.int32)
         along_kv = jnp.arange(self.block_kv, dtype=jnp.int32)
         q_ids = (row * self.block_q + along_q)[:, None]

@@ -24,6 +24,14 @@ from pallas_kernels.triton import default_tiles
 SMALL = Case(pattern=PATTERNS[4], q_len=45, kv_len=45, q_heads=4)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """An interpreted kernel takes far longer to compile than to run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def attend(case, interpret=True):
     """``f(inputs, vectors) -> o, lse`` of a case."""
     masks, call = case.masks(), case.call(interpret=interpret)

@@ -1,0 +1,43 @@
+# The two commands of README, and what .ci/run is made of.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test test-slow check notebooks wheel clean
+
+$(VENV)/.train: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[train]"
+	touch $@
+
+$(VENV)/.test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+demo: $(VENV)/.train  ## trains a dense and a sparse model on real text; pictures in out/
+	$(BIN)/python examples/train_lm.py --out out
+
+test: $(VENV)/.test  ## all tests but the slow ones
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: $(VENV)/.test  ## the tests that take over ten seconds each
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+check: $(VENV)/.test  ## lint, types, import arrows
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+
+notebooks: $(VENV)/.test  ## runs every notebook
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 -p no:jaxtyping notebooks
+
+wheel: $(VENV)/.test  ## builds the wheel and uses it outside of the checkout
+	./.ci/wheel $(PYTHON)
+
+clean:
+	rm -rf $(VENV) out dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,145 @@
+"""How long planning takes, beside jax's splash and torch's FlexAttention.
+
+    python benchmarks/planning.py [--torch-python PATH] [--peers]
+
+Medians of 5 on one core. Peers evaluate all n*n pairs, so they get the sizes they can
+do; torch runs in the interpreter of ``--torch-python`` (torch 2.13, CPU).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import time
+
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as splash,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask_info as splash_info,
+)
+
+import sadsl as sa
+from lowering import pipeline
+from timing import machine, table
+
+BLOCK = 128
+ROUNDS = 5
+SPECS = [
+    "causal()",
+    "causal() & window(4096)",
+    "causal() & (window(4096) | sinks(64))",
+    "causal() & (window(512) | sinks(128) | blocks(2048))",
+    "blocks(4096)",
+]
+# What each bar asks of every spec above.
+BARS_MS = {65_536: 10.0, 1_048_576: 60.0}
+
+TORCH = """
+import json, sys, time, torch
+from torch.nn.attention.flex_attention import create_block_mask
+torch.set_num_threads(1)
+MODS = {
+    "causal()": lambda b, h, q, k: k <= q,
+    "causal() & window(4096)": lambda b, h, q, k: (k <= q) & (q - k <= 4096),
+    "causal() & (window(4096) | sinks(64))":
+        lambda b, h, q, k: (k <= q) & ((q - k <= 4096) | (k < 64)),
+    "causal() & (window(512) | sinks(128) | blocks(2048))":
+        lambda b, h, q, k: (k <= q)
+        & (((q - k <= 512)) | (k < 128) | (q // 2048 == k // 2048)),
+    "blocks(4096)": lambda b, h, q, k: q // 4096 == k // 4096,
+}
+for name, mod in MODS.items():
+    for n in json.loads(sys.argv[1]):
+        spent = []
+        for _ in range(3):
+            start = time.perf_counter()
+            create_block_mask(mod, None, None, n, n, device="cpu", BLOCK_SIZE=128)
+            spent.append(time.perf_counter() - start)
+        print(json.dumps([name, n, sorted(spent)[1]]), flush=True)
+"""
+
+
+def median_ms(run, rounds=ROUNDS):
+    """Milliseconds of ``run()``, the median of some rounds."""
+    spent = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        spent.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(spent))
+
+
+def plan_uncached(text, n):
+    """Plans from the text on, past every cache."""
+    pipeline.run.cache_clear()
+    pipeline.block_mask.cache_clear()
+    return sa.plan(text, n, block_q=BLOCK, block_kv=BLOCK)
+
+
+def splash_mask(text, n):
+    """The same map in splash's classes, where it has it."""
+    causal = splash.CausalMask((n, n))
+    near = splash.LocalMask((n, n), (4096, 0), 0)
+    masks = {"causal()": causal, "causal() & window(4096)": causal & near}
+    return masks.get(text)
+
+
+def splash_ms(text, n):
+    mask = splash_mask(text, n)
+    if mask is None:
+        return None
+    many = splash.MultiHeadMask([mask])
+
+    def run():
+        splash_info.process_mask(many, (BLOCK, BLOCK), head_shards=1, q_seq_shards=1)
+
+    return median_ms(run, 1)
+
+
+def torch_ms(python, sizes):
+    """Milliseconds by (spec, n), from another interpreter."""
+    if python is None:
+        return {}
+    command = [python, "-c", TORCH, json.dumps(sizes)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [json.loads(line) for line in out.splitlines()]
+    return {(name, n): 1e3 * seconds for name, n, seconds in rows}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--torch-python", help="an interpreter with torch 2.13")
+    parser.add_argument("--peer-sizes", type=int, nargs="*", default=[8192, 16384])
+    args = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {0})
+    peers = torch_ms(args.torch_python, args.peer_sizes)
+    rows = []
+    for text in SPECS:
+        for n in (*args.peer_sizes, *BARS_MS):
+            ours = median_ms(lambda text=text, n=n: plan_uncached(text, n))
+            plan = plan_uncached(text, n)
+            theirs = splash_ms(text, n) if n in args.peer_sizes else None
+            rows.append(
+                [text, f"{n:,}", f"{ours:.2f}", _ms(theirs), _ms(peers.get((text, n))),
+                 f"{plan.num_runs:,}", f"{plan.nbytes:,}", _bar(ours, n)]
+            )  # fmt: skip
+    print(machine())
+    head = ["spec", "n", "sadsl ms", "splash ms", "torch ms", "runs", "bytes", "bar"]
+    print(table(head, rows))
+
+
+def _ms(value):
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _bar(ms, n):
+    if n not in BARS_MS:
+        return ""
+    return f"{'meets' if ms <= BARS_MS[n] else 'MISSES'} {BARS_MS[n]:.0f} ms"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Timing for the benchmarks: rounds that alternate, medians, one table, the machine."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def pin(threads: int) -> None:
+    """Keeps this process and its children on ``threads`` cores.
+
+    Only before the first JAX computation: the pool of threads is as large as this.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def machine(*packages: str) -> str:
+    """The CPU, its cores and the versions of what runs on it, in one line."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")]
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
+    versions = [f"{name} {version(name)}" for name in packages]
+    python = f"python {platform.python_version()}"
+    return ", ".join([cpu, f"{cores} cores", python, *versions])
+
+
+def stopwatch(f: Callable, *args: Any) -> Callable[[], float]:
+    """A function that runs ``f(*args)`` to the end and says how long it took."""
+
+    def run() -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(f(*args))
+        return time.perf_counter() - begin
+
+    return run
+
+
+def medians(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median milliseconds a side; each round runs every side, so that noise is shared.
+
+    A round before the first is not counted: it compiles.
+    """
+    for run in sides.values():
+        run()
+    seconds = [[run() for run in sides.values()] for _ in range(rounds)]
+    columns = zip(*seconds, strict=True)
+    return {
+        name: 1e3 * statistics.median(column)
+        for name, column in zip(sides, columns, strict=True)
+    }
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+
+    def text(line: Sequence[str]) -> str:
+        cells = [cell.rjust(w) for cell, w in zip(line, widths, strict=True)]
+        return "  ".join([line[0].ljust(widths[0]), *cells[1:]]).rstrip()
+
+    return "\n".join([text(head), "  ".join("-" * w for w in widths), *map(text, rows)])

@@ -1,0 +1,1 @@
+"""A byte-level language model, trained with any attention spec given as text."""

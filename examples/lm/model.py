@@ -1,0 +1,125 @@
+"""A decoder: embedding, blocks of attention and MLP behind RMSNorm, head."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import sadsl as sa
+from sadsl.layers.nnx import SparseAttention
+
+NUM_BYTES = 256
+BITS_PER_NAT = 1.4426950408889634
+ZEROS = nnx.initializers.zeros_init()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the model; the spec is apart, because it changes no parameter."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    d_model: int
+    d_hidden: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.d_model % (2 * self.num_heads):
+            raise ValueError(
+                f"d_model={self.d_model} must be a multiple of 2 * num_heads="
+                f"{2 * self.num_heads}: rotary positions turn pairs of features"
+            )
+
+
+def rotary(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rotates pairs of features by angles that grow with the position.
+
+    Scores then depend on the distance alone (Su et al., RoFormer, 2021, section 3.2).
+    Both arrays are ``[batch, seq, heads, head_dim]``.
+    """
+    return _rotate(q), _rotate(k)
+
+
+def _rotate(x: jax.Array) -> jax.Array:
+    _, seq_len, _, head_dim = x.shape
+    half = head_dim // 2
+    frequency = 10_000.0 ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.arange(seq_len, dtype=jnp.float32)[:, None] * frequency[None, :]
+    cos, sin = (f(angle)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(
+        self, config: ModelConfig, spec: sa.IndexMap | sa.Softmax, rngs: nnx.Rngs
+    ) -> None:
+        self.attention_norm = nnx.RMSNorm(config.d_model, rngs=rngs)
+        self.attention = SparseAttention(
+            spec, config.num_heads, config.d_model,
+            num_kv_heads=config.num_kv_heads, transform_qk=rotary, rngs=rngs,
+        )  # fmt: skip
+        self.mlp_norm = nnx.RMSNorm(config.d_model, rngs=rngs)
+        self.up = nnx.Linear(config.d_model, config.d_hidden, use_bias=False, rngs=rngs)
+        # Blocks that add nothing at first leave the embedding readable.
+        self.down = nnx.Linear(
+            config.d_hidden, config.d_model, use_bias=False,
+            kernel_init=ZEROS, rngs=rngs,
+        )  # fmt: skip
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[batch, seq, d_model]`` to the same."""
+        x = x + self.attention(self.attention_norm(x))
+        # Squared ReLU (So et al., Primer, 2021): cheap on a CPU, and learns fast.
+        hidden = jnp.square(nnx.relu(self.up(self.mlp_norm(x))))
+        return x + self.down(hidden)
+
+
+class LanguageModel(nnx.Module):
+    """The logits of the next byte at each position."""
+
+    def __init__(
+        self, config: ModelConfig, spec: sa.IndexMap | sa.Softmax, rngs: nnx.Rngs
+    ) -> None:
+        # Of a byte and of the one before it: pairs of bytes, which a small model takes
+        # long to find by attention, are there from the start.
+        embed = partial(
+            nnx.Embed, NUM_BYTES, config.d_model,
+            embedding_init=nnx.initializers.normal(1.0), rngs=rngs,
+        )  # fmt: skip
+        self.embed, self.embed_before = embed(), embed()
+        self.blocks = nnx.List(
+            Block(config, spec, rngs) for _ in range(config.num_layers)
+        )
+        self.norm = nnx.RMSNorm(config.d_model, rngs=rngs)
+        # A head of zeros starts at exactly eight bits a byte.
+        self.head = nnx.Linear(
+            config.d_model, NUM_BYTES, use_bias=False,
+            kernel_init=ZEROS, rngs=rngs,
+        )  # fmt: skip
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """``[batch, seq]`` integers to ``[batch, seq, 256]`` float32."""
+        before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+        x = self.embed(tokens) + self.embed_before(before)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)).astype(jnp.float32)
+
+
+def bits_per_byte(model: LanguageModel, batch: jax.Array) -> jax.Array:
+    """Mean cost of a byte given those before it; ``batch`` is ``[batch, seq + 1]``."""
+    tokens = batch.astype(jnp.int32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        model(tokens[:, :-1]), tokens[:, 1:]
+    )
+    return losses.mean() * BITS_PER_NAT

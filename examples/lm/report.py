@@ -1,0 +1,209 @@
+"""Runs side by side: a table on the screen, as JSON and Markdown, and two pictures."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+import sadsl as sa
+from lm.model import ModelConfig
+from lm.training import Result, TrainConfig
+
+BLOCK = 128
+# A picture shows this many positions at most, in this many cells at most.
+PICTURE_POSITIONS, PICTURE_CELLS = 1024, 256
+COLOURS = ("#4c566a", "#d1495b", "#2a7f9e", "#e0a030", "#6a994e", "#8f5ea8")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    spec: str
+    valid_bits: float
+    train_bits: float
+    step_seconds: float
+    tokens_per_second: float
+    num_pairs: int
+    visited_blocks: int
+    num_blocks: int
+    memory_bytes: int
+
+
+def row(result: Result, model: ModelConfig, config: TrainConfig) -> Row:
+    """What is compared of a run; pairs and blocks are of one layer and one head map."""
+    history = result.history
+    # The first step of a process pays for warming up.
+    seconds = float(np.median(history.seconds[1:] or history.seconds))
+    plan = sa.plan(
+        result.spec, config.seq_len,
+        block_q=BLOCK, block_kv=BLOCK, num_heads=model.num_heads,
+    )  # fmt: skip
+    return Row(
+        spec=result.spec,
+        valid_bits=history.valid[-1][1],
+        train_bits=float(np.mean(history.train[-20:])),
+        step_seconds=seconds,
+        tokens_per_second=config.tokens_per_step / seconds,
+        num_pairs=plan.num_pairs,
+        visited_blocks=plan.num_full + plan.num_partial,
+        num_blocks=plan.num_blocks,
+        memory_bytes=result.memory_bytes,
+    )
+
+
+def _cells(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The table as text; the first run is what the others are compared with."""
+    base = rows[0]
+    return [
+        {
+            "spec": row.spec,
+            "validation bits/byte": f"{row.valid_bits:.3f}",
+            "median step, ms": f"{1e3 * row.step_seconds:,.0f}",
+            "tokens/s": f"{row.tokens_per_second:,.0f}",
+            "speed": f"{base.step_seconds / row.step_seconds:.2f}x",
+            "attention pairs": f"{row.num_pairs:,}",
+            "of those of the first": f"{row.num_pairs / base.num_pairs:.1%}",
+            "visited blocks": f"{row.visited_blocks:,} of {row.num_blocks:,}",
+            "step memory, MiB": f"{row.memory_bytes / 2**20:,.0f}",
+        }
+        for row in rows
+    ]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The comparison, for a terminal: a column a run."""
+    cells = _cells(rows)
+    shown = Table(title="dense and sparse, all else equal", title_justify="left")
+    shown.add_column("spec")
+    for line in cells:
+        shown.add_column(line["spec"], justify="right", overflow="fold")
+    for name in list(cells[0])[1:]:
+        shown.add_row(name, *(line[name] for line in cells))
+    return shown
+
+
+def markdown(rows: Sequence[Row], setting: str) -> str:
+    """The comparison, for a document."""
+    cells = _cells(rows)
+    for line in cells:
+        line["spec"] = f"`{line['spec'].replace('|', chr(92) + '|')}`"
+    widths = {name: max(len(name), *(len(x[name]) for x in cells)) for name in cells[0]}
+    lines = [
+        "| " + " | ".join(f"{name:<{width}}" for name, width in widths.items()) + " |",
+        "|" + "|".join(
+            "-" * (w + 2) if name == "spec" else "-" * (w + 1) + ":"
+            for name, w in widths.items()
+        ) + "|",
+    ]  # fmt: skip
+    for line in cells:
+        padded = (
+            f"{line[name]:<{w}}" if name == "spec" else f"{line[name]:>{w}}"
+            for name, w in widths.items()
+        )
+        lines.append("| " + " | ".join(padded) + " |")
+    return "\n".join([*lines, "", setting, ""])
+
+
+def write(
+    out: Path, results: Sequence[Result], rows: Sequence[Row], setting: dict[str, Any]
+) -> list[Path]:
+    """Writes table and pictures, each whole or not at all; returns the paths."""
+    record = {
+        "setting": setting,
+        "rows": [asdict(row) for row in rows],
+        "runs": [asdict(result) for result in results],
+    }
+    said = ", ".join(f"{name} {value}" for name, value in setting.items())
+    text = markdown(rows, f"Measured with {said}.")
+    specs = [result.spec for result in results]
+    curves, patterns = draw_curves(results), draw_patterns(specs, setting)
+    writers: dict[str, Callable[[Path], object]] = {
+        "train_lm.json": lambda p: p.write_text(json.dumps(record, indent=1)),
+        "train_lm.md": lambda p: p.write_text(text),
+        "loss.png": lambda p: curves.savefig(p, dpi=150, format="png"),
+        "pattern.png": lambda p: patterns.savefig(p, dpi=150, format="png"),
+    }
+    paths = []
+    for name, writer in writers.items():
+        path = out / name
+        part = path.with_name(f".{name}.part")
+        writer(part)
+        os.replace(part, path)
+        paths.append(path)
+    return paths
+
+
+def draw_curves(results: Sequence[Result]) -> Figure:
+    """Bits per byte by step, and by the time that the steps took."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    low, high = np.inf, 0.0
+    for index, result in enumerate(results):
+        history, colour = result.history, COLOURS[index % len(COLOURS)]
+        steps = np.arange(1, history.step + 1)
+        seconds = np.cumsum(history.seconds)
+        valid_steps = np.array([int(step) for step, _ in history.valid])
+        valid = np.array([bits for _, bits in history.valid])
+        for axes, x in ((by_step, steps), (by_time, seconds)):
+            axes.plot(x, history.train, color=colour, alpha=0.28, linewidth=0.9)
+            axes.plot(
+                x[valid_steps - 1], valid, color=colour, linewidth=2,
+                marker="o", markersize=4, label=result.spec,
+            )  # fmt: skip
+        low = min(low, valid.min(), *history.train)
+        high = max(high, valid.max(), np.quantile(history.train, 0.98))
+    by_step.set_ylim(low - 0.1, high + 0.1)
+    _label(by_step, "step", "bits per byte")
+    _label(by_time, "seconds spent in steps", "")
+    figure.legend(
+        *by_step.get_legend_handles_labels(), loc="outside lower center",
+        ncols=1 if len(results) > 2 else len(results), frameon=False, fontsize=9,
+        title="thick: validation, thin: training", title_fontsize=9,
+    )  # fmt: skip
+    return figure
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_patterns(specs: Sequence[str], setting: dict[str, Any]) -> Figure:
+    """The first positions of each spec, darker where more heads and keys are seen."""
+    size = min(setting["seq_len"], PICTURE_POSITIONS)
+    cell = -(-size // PICTURE_CELLS)
+    columns = min(len(specs), 3)
+    lines = -(-len(specs) // columns)
+    figure = Figure(figsize=(4.2 * columns, 4.5 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat[len(specs) :]:
+        axes.set_axis_off()
+    for axes, text in zip(grid.flat, specs, strict=False):
+        spec = sa.parse(text)
+        found = spec.map if isinstance(spec, sa.Softmax) else spec
+        share = found.dense(size, num_heads=setting["num_heads"]).mean(axis=0)
+        axes.imshow(
+            _shrink(share, cell), cmap="Greys", vmin=0, vmax=1.25,
+            extent=(0, size, size, 0), interpolation="nearest",
+        )  # fmt: skip
+        axes.set_title(text, fontsize=9, wrap=True)
+        axes.set_xlabel("key")
+        axes.set_ylabel("query")
+    return figure
+
+
+def _shrink(image: np.ndarray, cell: int) -> np.ndarray:
+    """Means over squares of ``cell`` positions; the last ones may be cut off."""
+    size = len(image) // cell
+    image = image[: size * cell, : size * cell]
+    return image.reshape(size, cell, size, cell).mean(axis=(1, 3))

@@ -1,0 +1,176 @@
+"""One run: compile a step, take it, measure it, keep it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+import sadsl as sa
+from lm import data
+from lm.checkpoints import History
+from lm.model import LanguageModel, ModelConfig, bits_per_byte
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, on what and how fast."""
+
+    steps: int
+    batch_size: int
+    seq_len: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    clip_norm: float
+    seed: int
+    valid_batches: int
+    valid_every: int
+    checkpoint_every: int
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "seq_len", "valid_batches")
+        for name in (*counts, "valid_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"--warmup_steps={self.warmup_steps} must be at least 0 and less than "
+                f"--steps={self.steps}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Bytes that a step learns to predict."""
+        return self.batch_size * self.seq_len
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW behind a clipped gradient; linear warm-up, then a cosine to a tenth."""
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0,
+            self.learning_rate,
+            self.warmup_steps,
+            self.steps,
+            self.learning_rate / 10,
+        )
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip_norm),
+            optax.adamw(schedule, b2=0.95, weight_decay=self.weight_decay),
+        )
+
+
+class State(NamedTuple):
+    """All that changes from step to step."""
+
+    params: Any
+    optimizer: Any
+
+
+class Compiled(NamedTuple):
+    """The executables of a run, its first state, and what they need."""
+
+    step: Callable[[State, np.ndarray], tuple[State, jax.Array]]
+    valid: Callable[[Any, np.ndarray], jax.Array]
+    state: State
+    num_params: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run, and what it took."""
+
+    spec: str
+    history: History
+    num_params: int
+    memory_bytes: int
+
+
+def identity(
+    spec: sa.IndexMap | sa.Softmax,
+    model: ModelConfig,
+    config: TrainConfig,
+    corpus: data.Corpus,
+) -> dict[str, Any]:
+    """All that decides on the losses of a run, by short names."""
+    when = {"valid_every", "checkpoint_every"}
+    settings = {name: x for name, x in asdict(config).items() if name not in when}
+    size = len(corpus.train) + len(corpus.valid)
+    read = {"data": f"{size:,} bytes of sha256 {corpus.fingerprint}"}
+    return {"spec": repr(spec), **asdict(model), **settings, **read}
+
+
+def compile_run(
+    spec: sa.IndexMap | sa.Softmax, sizes: ModelConfig, config: TrainConfig
+) -> Compiled:
+    """Makes the model and compiles its steps; the seed alone decides on the weights."""
+    model = LanguageModel(sizes, spec, nnx.Rngs(config.seed))
+    graph, params = nnx.split(model, nnx.Param)
+    optimizer = config.optimizer()
+    state = State(params, optimizer.init(params))
+
+    def cost(params: Any, batch: jax.Array) -> jax.Array:
+        return bits_per_byte(nnx.merge(graph, params), batch)
+
+    def step(state: State, batch: jax.Array) -> tuple[State, jax.Array]:
+        bits, gradient = jax.value_and_grad(cost)(state.params, batch)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+        return State(optax.apply_updates(state.params, updates), moments), bits
+
+    batch = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), np.uint8)
+    compiled_step = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    compiled_valid = jax.jit(cost).lower(params, batch).compile()
+    memory = compiled_step.memory_analysis()
+    return Compiled(
+        compiled_step,
+        compiled_valid,
+        state,
+        num_params=sum(x.size for x in jax.tree.leaves(params)),
+        memory_bytes=memory.temp_size_in_bytes + memory.argument_size_in_bytes,
+    )
+
+
+def train(
+    compiled: Compiled,
+    state: State | None,
+    history: History,
+    config: TrainConfig,
+    corpus: data.Corpus,
+    keep: Callable[[State, History], None],
+    tell: Callable[[History], None],
+) -> None:
+    """Goes on from ``state``, or the first one if None, and adds to ``history``.
+
+    ``tell`` is called after each step, ``keep`` after each that makes a checkpoint.
+    """
+    state = compiled.state if state is None else jax.device_put(state)
+    for step in range(history.step, config.steps):
+        batch = data.train_batch(
+            corpus, seed=config.seed, step=step,
+            batch_size=config.batch_size, seq_len=config.seq_len,
+        )  # fmt: skip
+        start = time.perf_counter()
+        state, bits = compiled.step(state, batch)
+        history.train.append(float(bits))
+        history.seconds.append(time.perf_counter() - start)
+        done = step + 1
+        if done % config.valid_every == 0 or done == config.steps:
+            history.valid.append([done, validate(compiled, state, config, corpus)])
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            keep(state, history)
+        tell(history)
+
+
+def validate(
+    compiled: Compiled, state: State, config: TrainConfig, corpus: data.Corpus
+) -> float:
+    """Mean bits per byte over the windows of the validation part."""
+    batches = data.valid_batches(
+        corpus, num_batches=config.valid_batches,
+        batch_size=config.batch_size, seq_len=config.seq_len,
+    )  # fmt: skip
+    return float(np.mean([compiled.valid(state.params, batch) for batch in batches]))

@@ -1,0 +1,234 @@
+"""Trains a byte-level language model with dense and with sparse attention.
+
+    python examples/train_lm.py
+    python examples/train_lm.py --spec="causal() & (window(128) | strided(64))"
+    python examples/train_lm.py --data=/usr/share/doc --seq_len=4096 --steps=2000
+
+The first run is always dense, ``causal()``; every ``--spec`` is trained beside it from
+the same weights on the same batches. The data are the sources of Python's standard
+library, or any file or folder. A killed run goes on from its last checkpoint when the
+same command is given again, and ends with the losses it would have had. The table and
+the pictures are written to ``--out``.
+"""
+
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from lm import data, report
+from lm.checkpoints import Checkpoints, History, forget
+from lm.model import ModelConfig
+from lm.training import Result, TrainConfig, compile_run, identity, train
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+import sadsl as sa
+
+DENSE = "causal()"
+
+_SPEC = flags.DEFINE_multi_string(
+    "spec", ["causal() & (window(128) | sinks(8))"], "A spec to compare with causal()."
+)
+_DATA = flags.DEFINE_string("data", None, "A file or a folder; None: Python's sources.")
+_OUT = flags.DEFINE_string("out", "out/train_lm", "Where results and checkpoints go.")
+_FRESH = flags.DEFINE_bool("fresh", False, "Delete the checkpoints and start over.")
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 2048, "Bytes of context.")
+_BATCH = flags.DEFINE_integer("batch_size", 1, "Sequences in a step.")
+_STEPS = flags.DEFINE_integer("steps", 250, "Steps.")
+_LAYERS = flags.DEFINE_integer("num_layers", 2, "Layers.")
+_HEADS = flags.DEFINE_integer("num_heads", 4, "Heads of the queries.")
+_KV_HEADS = flags.DEFINE_integer("num_kv_heads", None, "Of keys; None: num_heads.")
+_WIDTH = flags.DEFINE_integer("d_model", 128, "Features of a position.")
+_HIDDEN = flags.DEFINE_integer("d_hidden", None, "Of the MLP; None: 4 * d_model.")
+_RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak of the schedule.")
+_WARMUP = flags.DEFINE_integer("warmup_steps", None, "None: a tenth of the steps.")
+_DECAY = flags.DEFINE_float("weight_decay", 0.1, "Of AdamW.")
+_CLIP = flags.DEFINE_float("clip_norm", 1.0, "Largest norm of a gradient.")
+_SEED = flags.DEFINE_integer("seed", 0, "Decides on weights and batches.")
+_VALID = flags.DEFINE_integer("valid_every", 25, "Steps between validations.")
+_VALID_BATCHES = flags.DEFINE_integer("valid_batches", 12, "Batches of a validation.")
+_KEEP = flags.DEFINE_integer("checkpoint_every", 25, "Steps between checkpoints.")
+
+
+def settings() -> tuple[ModelConfig, TrainConfig]:
+    """The sizes that the flags spell."""
+    model = ModelConfig(
+        num_layers=_LAYERS.value,
+        num_heads=_HEADS.value,
+        num_kv_heads=_HEADS.value if _KV_HEADS.value is None else _KV_HEADS.value,
+        d_model=_WIDTH.value,
+        d_hidden=4 * _WIDTH.value if _HIDDEN.value is None else _HIDDEN.value,
+    )
+    warmup = _STEPS.value // 10 if _WARMUP.value is None else _WARMUP.value
+    config = TrainConfig(
+        steps=_STEPS.value,
+        batch_size=_BATCH.value,
+        seq_len=_SEQ_LEN.value,
+        learning_rate=_RATE.value,
+        warmup_steps=warmup,
+        weight_decay=_DECAY.value,
+        clip_norm=_CLIP.value,
+        seed=_SEED.value,
+        valid_batches=_VALID_BATCHES.value,
+        valid_every=_VALID.value,
+        checkpoint_every=_KEEP.value,
+    )
+    return model, config
+
+
+def read_spec(text: str, seq_len: int, num_heads: int) -> sa.IndexMap | sa.Softmax:
+    """The spec, once it is sure that a query cannot see the byte it is to predict.
+
+    Raises:
+      ValueError: it is not a spec, it reads run-time arrays, or it sees the future.
+    """
+    spec = sa.parse(text)
+    seen = spec.map if isinstance(spec, sa.Softmax) else spec
+    plans = [
+        sa.plan(m, seq_len, num_heads=num_heads) for m in (seen, seen & sa.causal())
+    ]
+    if plans[0].operands:
+        raise ValueError(
+            f"--spec={text!r} reads the run-time arrays {list(plans[0].operands)}, and "
+            "this script has none to pass: leave them out"
+        )
+    total, allowed = (plan.num_pairs for plan in plans)
+    if total != allowed:
+        raise ValueError(
+            f"--spec={text!r} has {total - allowed:,} pairs in which a query sees a "
+            "later key, so a byte would be predicted from itself: write "
+            f"causal() & ({text})"
+        )
+    return spec
+
+
+def open_checkpoints(
+    name: str, spec: sa.IndexMap | sa.Softmax, corpus: data.Corpus
+) -> Checkpoints:
+    """The checkpoints of a run, which its name and its flags decide on."""
+    folder = Path(_OUT.value) / "checkpoints" / name
+    return Checkpoints(folder, identity(spec, *settings(), corpus))
+
+
+def run_one(
+    name: str, spec: sa.IndexMap | sa.Softmax, corpus: data.Corpus, console: Console
+) -> Result:
+    """Trains one model, or goes on with it, and shows how it fares."""
+    sizes, config = settings()
+    console.print(f"\n[bold]{name}[/bold]: {escape(repr(spec))}", highlight=False)
+    with console.status("compiling"):
+        compiled = compile_run(spec, sizes, config)
+    columns = (
+        BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with (
+        open_checkpoints(name, spec, corpus) as checkpoints,
+        Progress(*columns, console=console, transient=True) as progress,
+    ):
+        state, history = checkpoints.restore(compiled.state) or (None, History())
+        if history.step:
+            say = f"  going on from step {history.step:,} of {config.steps:,}"
+            progress.console.print(say, highlight=False)
+        task = progress.add_task("", total=config.steps, completed=history.step, now="")
+
+        def tell(history: History) -> None:
+            now = (
+                f"{history.train[-1]:.3f} bits/byte  "
+                f"{config.tokens_per_step / history.seconds[-1]:,.0f} tokens/s"
+            )
+            progress.update(task, completed=history.step, now=now)
+            step, bits = history.valid[-1] if history.valid else (0, 0.0)
+            if step == history.step:
+                say = (
+                    f"  step {step:>5,} of {config.steps:,}   train "
+                    f"{history.train[-1]:.3f}   validation {bits:.3f} bits/byte"
+                )
+                progress.console.print(say, highlight=False)
+
+        train(compiled, state, history, config, corpus, checkpoints.save, tell)
+    return Result(repr(spec), history, compiled.num_params, compiled.memory_bytes)
+
+
+def setting(corpus: data.Corpus, result: Result) -> dict[str, str | int | float]:
+    """What the numbers were measured with."""
+    model, config = settings()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "device": f"{jax.devices()[0].device_kind} x{os.cpu_count()}",
+        "jax": jax.__version__,
+        "data": corpus.name,
+        "train_bytes": len(corpus.train),
+        "valid_bytes": len(corpus.valid),
+        "parameters": result.num_params,
+        **asdict(model),
+        **asdict(config),
+        # Of the whole process, all models together; macOS counts bytes, others KiB.
+        "process_peak_mib": peak // (2**20 if sys.platform == "darwin" else 2**10),
+    }
+
+
+def compare(console: Console) -> None:
+    """Trains what the flags name, one after the other, and reports.
+
+    Raises:
+      ValueError: the flags, the data or the checkpoints do not fit.
+    """
+    sizes, config = settings()
+    specs = [read_spec(text, config.seq_len, sizes.num_heads) for text in _SPEC.value]
+    corpus = data.load(_DATA.value, config.seq_len)
+    names = ["dense", "sparse", *(f"sparse-{i}" for i in range(2, len(specs) + 1))]
+    runs = dict(zip(names, [sa.parse(DENSE), *specs], strict=False))
+    if _FRESH.value:
+        for name in runs:
+            forget(Path(_OUT.value) / "checkpoints" / name)
+    # Whatever is amiss with a later run is said before the first one starts.
+    for name, spec in runs.items():
+        with open_checkpoints(name, spec, corpus) as checkpoints:
+            checkpoints.check()
+    console.print(
+        f"{corpus.name}: {len(corpus.train):,} bytes to train on, "
+        f"{len(corpus.valid):,} to validate on",
+        highlight=False,
+    )
+    results = [run_one(name, spec, corpus, console) for name, spec in runs.items()]
+    rows = [report.row(result, sizes, config) for result in results]
+    console.print()
+    console.print(report.table(rows))
+    said = setting(corpus, results[0])
+    for path in report.write(Path(_OUT.value), results, rows, said):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the comparison; a mistake of the caller is said without a trace."""
+    logging.set_verbosity(logging.WARNING)
+    console = Console()
+    if len(argv) > 1:
+        console.print(f"unknown arguments {argv[1:]}: every option is a --flag")
+        return 2
+    try:
+        compare(console)
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on from the last checkpoint")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

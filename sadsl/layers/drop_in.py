@@ -1,0 +1,140 @@
+"""``attention_fn``: a spec in the place of Flax's dense attention function."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, cast
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from lowering import ir
+from pallas_kernels.config import KernelConfig
+from sadsl.attention import as_term, attention
+from sadsl.named import causal
+from sadsl.terms import Softmax, Spec
+
+# What Flax may hand over besides q, k and v, where any value but None asks for what an
+# attention without a weight matrix cannot do; with the way out.
+REFUSED: Mapping[str, str] = {
+    "mask": "say the pattern in the spec; a cache (decode=True) passes its own mask, "
+    "and is not supported",
+    "bias": "leave bias out",
+    "precision": "leave precision=None: products accumulate in float32",
+    "module": "leave sow_weights=False: the weights are never stored",
+    "einsum_dot_general": "leave it None",
+    "qk_attn_weights_einsum": "leave qk_attn_weights_einsum_cls=None",
+    "attn_weights_value_einsum": "leave attn_weights_value_einsum_cls=None",
+}
+
+
+@dataclass(frozen=True)
+class AttentionFn:
+    """A spec that is called as Flax calls its ``dot_product_attention``.
+
+    Equal by content, so two models built alike share one compilation.
+    """
+
+    term: Softmax
+    sm_scale: float | None = None
+    impl: str | None = None
+    interpret: Any = False
+    config: KernelConfig | None = None
+
+    # Flax Linen hands over only what the signature names, and drops the rest silently:
+    # what is refused must be named, so that it gets here.
+    def __call__(
+        self,
+        query: Float[Array, "*batch q_seq num_q_heads head_dim"],
+        key: Float[Array, "*batch kv_seq num_kv_heads head_dim"],
+        value: Float[Array, "*batch kv_seq num_kv_heads head_dim_v"],
+        bias: Any = None,
+        mask: Any = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: Any = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: DTypeLike | None = None,
+        precision: Any = None,
+        module: Any = None,
+        is_causal: bool = False,
+        force_fp32_for_softmax: bool = False,
+        qk_attn_weights_einsum: Any = None,
+        attn_weights_value_einsum: Any = None,
+        **others: Any,
+    ) -> Float[Array, "*batch q_seq num_q_heads head_dim_v"]:
+        """Attention over the pairs of the spec; ``is_causal=True`` adds ``k <= q``.
+
+        The softmax is in float32 whatever ``force_fp32_for_softmax`` says.
+
+        Raises:
+          NotImplementedError: a mask, a bias, dropout, a precision, sown weights, or an
+            argument that this function does not know.
+        """
+        del broadcast_dropout, dropout_rng, force_fp32_for_softmax
+        asked = {"bias": bias, "mask": mask, "precision": precision, "module": module}
+        asked["qk_attn_weights_einsum"] = qk_attn_weights_einsum
+        asked["attn_weights_value_einsum"] = attn_weights_value_einsum
+        for name, given in {**asked, **others}.items():
+            if given is not None:
+                _refuse(name, given, REFUSED.get(name, "leave it out"))
+        if dropout_rate > 0 and not deterministic:
+            way_out = "set dropout_rate=0 or deterministic=True, and drop activations"
+            _refuse("dropout_rate", dropout_rate, way_out)
+        batch = query.shape[:-3]
+        dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+        q, k, v = (
+            x.astype(dtype).reshape(math.prod(batch), *x.shape[-3:])
+            for x in (query, key, value)
+        )
+        term = self.term
+        if is_causal:
+            term = replace(term, map=term.map & causal())
+        found = attention(
+            q, k, v, term,
+            sm_scale=self.sm_scale, impl=self.impl,
+            interpret=self.interpret, config=self.config,
+        )  # fmt: skip
+        out = cast(Array, found)
+        return out.reshape(*batch, *out.shape[1:])
+
+
+def _refuse(name: str, given: Any, way_out: str) -> NoReturn:
+    shape = getattr(given, "shape", None)
+    shown = repr(given) if shape is None else f"an array of shape {tuple(shape)}"
+    shown = shown if len(shown) < 80 else f"a {type(given).__name__}"
+    raise NotImplementedError(
+        f"{name}={shown}: a sparse attention function never holds the matrix of "
+        f"weights, so it cannot honour {name}; {way_out}"
+    )
+
+
+def attention_fn(
+    spec: Spec | str,
+    *,
+    sm_scale: float | None = None,
+    impl: str | None = None,
+    interpret: Any = False,
+    config: KernelConfig | None = None,
+) -> AttentionFn:
+    """The ``attention_fn`` of ``nnx.MultiHeadAttention`` and its Linen counterpart.
+
+    It takes ``[batch..., seq, heads, head_dim]`` with any number of batch axes, and
+    refuses what it cannot honour when it is called.
+
+    Args:
+      spec: an index map, a term, or text, which is read here, once.
+      sm_scale, impl, interpret, config: as in ``sadsl.attention``.
+
+    Raises:
+      ValueError: the text is not a spec, or the spec reads run-time arrays.
+    """
+    term = as_term(spec)
+    names = sorted(ir.operand_names(term.map.node))
+    if names:
+        raise ValueError(
+            f"spec={term!r} reads the run-time arrays {names}, which Flax's attention "
+            "layers cannot pass on: use SparseAttention of sadsl.layers.nnx or .linen"
+        )
+    return AttentionFn(term, sm_scale, impl, interpret, config)

@@ -1,0 +1,75 @@
+"""Sparse attention as a layer of Flax Linen."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+import jax.numpy as jnp
+from flax import linen
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Integer
+
+from pallas_kernels.config import KernelConfig
+from sadsl.attention import as_term, attention
+from sadsl.layers.heads import head_sizes
+from sadsl.terms import Spec
+
+
+class SparseAttention(linen.Module):
+    """Projections to heads, attention over the pairs of ``spec``, projection back.
+
+    The fields are those of ``sadsl.layers.nnx.SparseAttention``, but ``in_features`` is
+    read off the input. The parameters are those of Linen's own
+    ``MultiHeadDotProductAttention``, by name and shape.
+    """
+
+    spec: Spec | str
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    out_features: int | None = None
+    use_bias: bool = False
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: Callable[..., Any] = linen.initializers.lecun_normal()
+    transform_qk: Callable[[Array, Array], tuple[Array, Array]] | None = None
+    impl: str | None = None
+    config: KernelConfig | None = None
+
+    def __post_init__(self) -> None:
+        # Text is read once: Linen makes its copies of a module from these fields.
+        object.__setattr__(self, "spec", as_term(self.spec))
+        super().__post_init__()
+
+    @linen.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch q_seq in_features"],
+        kv: Float[Array, "batch kv_seq in_features"] | None = None,
+        *,
+        q_segment_ids: Integer[Array, "..."] | None = None,
+        kv_segment_ids: Integer[Array, "..."] | None = None,
+        operands: Mapping[str, Any] | None = None,
+    ) -> Float[Array, "batch q_seq out_features"]:
+        """Attends from ``x`` to ``kv``, or to itself if None."""
+        kv = x if kv is None else kv
+        features = x.shape[-1]
+        queries, keys, dim = head_sizes(
+            features, self.num_heads, self.num_kv_heads, self.head_dim
+        )
+        linear = partial(
+            linen.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype,
+            param_dtype=self.param_dtype, kernel_init=self.kernel_init,
+        )  # fmt: skip
+        q = linear((queries, dim), name="query")(x)
+        k = linear((keys, dim), name="key")(kv)
+        v = linear((keys, dim), name="value")(kv)
+        if self.transform_qk is not None:
+            q, k = self.transform_qk(q, k)
+        out = attention(
+            q, k, v, self.spec,
+            q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids,
+            operands=operands, impl=self.impl, config=self.config,
+        )  # fmt: skip
+        out_features = features if self.out_features is None else self.out_features
+        return linear(out_features, axis=(-2, -1), name="out")(cast(Array, out))

@@ -1,0 +1,76 @@
+"""Pictures of a map and of a plan. Needs matplotlib (the ``viz`` extra)."""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+
+from lowering.counts import Plan
+from pallas_kernels.block_mask import expand
+from sadsl.attention import as_term
+from sadsl.terms import Spec
+
+EMPTY, PARTIAL, FULL = "#f4f4f2", "#f2a65a", "#2e6f95"
+# A larger plan is drawn by the strongest kind of each group of blocks.
+MOST_CELLS = 1024
+
+
+def pattern(
+    spec: Spec | str,
+    q_seq_len: int,
+    kv_seq_len: int | None = None,
+    *,
+    head: int = 0,
+    num_heads: int = 1,
+    operands: Any = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws every pair of one head: queries downwards, keys to the right."""
+    chosen = as_term(spec).map
+    pairs = chosen.dense(q_seq_len, kv_seq_len, num_heads, operands=operands)[head]
+    ax = _axes(ax)
+    ax.imshow(pairs, cmap=ListedColormap([EMPTY, FULL]), vmin=0, vmax=1, aspect="equal")
+    _label(ax, f"{pairs.mean():.1%} of the pairs", "key", "query", repr(chosen))
+    return ax
+
+
+def blocks(plan: Plan, *, map_index: int = 0, ax: Axes | None = None) -> Axes:
+    """Draws the blocks of one map of a plan: full, partial, empty."""
+    kinds = expand(plan.mask)[map_index]
+    stride = -(-max(kinds.shape) // MOST_CELLS)
+    if stride > 1:
+        rows, columns = (-(-n // stride) * stride for n in kinds.shape)
+        padded = np.zeros((rows, columns), kinds.dtype)
+        padded[: kinds.shape[0], : kinds.shape[1]] = kinds
+        grouped = padded.reshape(rows // stride, stride, columns // stride, stride)
+        kinds = grouped.max(axis=(1, 3))
+    ax = _axes(ax)
+    colors = ListedColormap([EMPTY, PARTIAL, FULL])
+    ax.imshow(kinds, cmap=colors, vmin=0, vmax=2, aspect="equal")
+    counts = [
+        (EMPTY, f"empty {plan.num_empty:,}"),
+        (PARTIAL, f"partial {plan.num_partial:,}"),
+        (FULL, f"full {plan.num_full:,}"),
+    ]
+    handles = [Patch(facecolor=c, edgecolor="grey", label=t) for c, t in counts]
+    ax.legend(handles=handles, loc="upper right", fontsize=8, framealpha=0.95)
+    size = f"blocks of {plan.mask.block_q} x {plan.mask.block_kv}"
+    _label(ax, size, "key block", "query block", f"{plan.mask.q_seq_len:,} queries")
+    return ax
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    return plt.subplots(figsize=(4.2, 4.2), layout="constrained")[1]
+
+
+def _label(ax: Axes, note: str, x: str, y: str, title: str) -> None:
+    shown = title if len(title) <= 60 else f"{title[:57]}..."
+    ax.set_title(f"{shown}\n{note}", fontsize=9)
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.xaxis.set_ticks_position("bottom")

@@ -1,0 +1,197 @@
+"""Plans against the dense mask: never a missed pair, never a false full block."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import sadsl as sa
+import strategies
+from lowering import heads, pipeline, planning, settle
+from lowering.bounds import Rectangles
+from pallas_kernels.block_mask import EMPTY, FULL, PARTIAL, check, expand
+
+COUNTS = {"maps": 0, "visited": 0, "needless": 0}
+
+
+def kinds_by_definition(pairs, block_q, block_kv):
+    """The kind of every block, from all pairs ``[maps, q, k]``."""
+    maps, q_len, kv_len = pairs.shape
+    rows, columns = -(-q_len // block_q), -(-kv_len // block_kv)
+    pad = ((0, 0), (0, rows * block_q - q_len), (0, columns * block_kv - kv_len))
+    shape = (maps, rows, block_q, columns, block_kv)
+    some = np.pad(pairs, pad).reshape(shape).any(axis=(2, 4))
+    # Padding queries do not spoil a full block; padding keys do.
+    pad_q = (pad[0], pad[1], (0, 0))
+    every = np.pad(np.pad(pairs, pad_q, constant_values=True), (pad[0], (0, 0), pad[2]))
+    every = every.reshape(shape).all(axis=(2, 4))
+    return np.where(some, np.where(every, FULL, PARTIAL), EMPTY)
+
+
+def planned(
+    spec, q_len, kv_len, block_q, block_kv, *, by="q", exact=False, num_heads=1
+):
+    stages = pipeline.run(spec.node, pipeline.Problem(q_len, kv_len, num_heads))
+    mask = pipeline.block_mask(stages, block_q, block_kv, by, exact)
+    check(mask)
+    kinds = expand(mask)[np.asarray(mask.map_of_head)]
+    return kinds if by == "q" else np.swapaxes(kinds, 1, 2)
+
+
+def assert_sound(found, true, spec):
+    assert not np.any((found == EMPTY) & (true != EMPTY)), f"missed pairs of {spec!r}"
+    assert not np.any((found == FULL) & (true != FULL)), f"false full block of {spec!r}"
+
+
+@settings(max_examples=2000, suppress_health_check=list(HealthCheck))
+@given(
+    strategies.SIZES,
+    strategies.SIZES,
+    strategies.composed(),
+    strategies.BLOCKS,
+    strategies.BLOCKS,
+    st.sampled_from(["q", "kv"]),
+)
+def test_random_maps(q_len, kv_len, spec, block_q, block_kv, by):
+    pairs = spec.dense(q_len, kv_len)
+    true = kinds_by_definition(pairs, block_q, block_kv)
+    found = planned(spec, q_len, kv_len, block_q, block_kv, by=by)
+    assert_sound(found, true, spec)
+    COUNTS["maps"] += 1
+    COUNTS["visited"] += int((found != EMPTY).sum())
+    COUNTS["needless"] += int(((found != EMPTY) & (true == EMPTY)).sum())
+    plan = sa.plan(spec, q_len, kv_len, block_q=block_q, block_kv=block_kv)
+    assert plan.num_pairs == pairs.sum()
+
+
+def test_random_maps_visit_under_one_percent_needlessly():
+    if not COUNTS["maps"]:
+        test_random_maps()
+    assert COUNTS["maps"] >= 2000
+    assert COUNTS["needless"] <= 0.01 * COUNTS["visited"]
+
+
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@given(strategies.composed(), strategies.BLOCKS, strategies.BLOCKS)
+def test_exact_plans_are_exact(spec, block_q, block_kv):
+    true = kinds_by_definition(spec.dense(97, 97), block_q, block_kv)
+    found = planned(spec, 97, 97, block_q, block_kv, exact=True)
+    np.testing.assert_array_equal(found, true, err_msg=repr(spec))
+
+
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@given(strategies.composed(), strategies.BLOCKS)
+def test_past_the_budget_plans_stay_sound(spec, block):
+    true = kinds_by_definition(spec.dense(64, 64), block, block)
+    node = heads.per_head(spec.node, 1)[0]
+    at = Rectangles(*(np.array([x]) for x in (0, 63, 0, 63)))
+    some, every = settle.settle(node, node, at, budget=0)
+    assert some.all() or (true == EMPTY).all()
+    assert not every.any() or (true == FULL).all()
+
+
+NAMED = [
+    sa.full(), sa.causal(), sa.window(20), sa.window(3, 9), sa.window(0), sa.sinks(5),
+    sa.sinks(0), sa.keys(30, 75), sa.queries(11, 40), sa.strided(7), sa.strided(1),
+    sa.dilated(3, 2, 5), sa.blocks(24), sa.blocks(7), sa.offsets({-3, 0, 1, 40}),
+    sa.offsets(()), sa.causal().T, sa.window(1).lift(9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [8, 16, 40])
+def test_named_maps_and_all_their_pairs_are_exact(block):
+    specs = list(NAMED)
+    for a, b in itertools.product(NAMED, repeat=2):
+        specs += [a & b, a | b, a - b]
+    for spec in specs:
+        true = kinds_by_definition(spec.dense(97, 83), block, block)
+        for by in ("q", "kv"):
+            found = planned(spec, 97, 83, block, block, by=by)
+            np.testing.assert_array_equal(found, true, err_msg=repr(spec))
+
+
+@pytest.mark.parametrize("n", [1, 13, 130, 257, 1000])
+@pytest.mark.parametrize("spec", NAMED, ids=repr)
+def test_pairs_are_counted_exactly(spec, n):
+    assert sa.plan(spec, n).num_pairs == spec.dense(n).sum()
+
+
+def test_pairs_of_a_long_causal_map_have_a_closed_form():
+    n = 1_000_003
+    assert sa.plan(sa.causal(), n).num_pairs == n * (n + 1) // 2
+    windowed = sa.plan(sa.causal() & (sa.window(511) | sa.sinks(64)), n)
+    by_row = np.minimum(np.arange(1, n + 1), 512)
+    extra = np.clip(np.arange(n) - 511, 0, 64)
+    assert windowed.num_pairs == by_row.sum() + extra.sum()
+
+
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(strategies.with_heads(), st.sampled_from([6, 12]))
+def test_heads_share_rows_and_keep_their_maps(spec, num_heads):
+    pairs = spec.dense(48, 48, num_heads)
+    found = planned(spec, 48, 48, 16, 16, num_heads=num_heads)
+    true = kinds_by_definition(pairs, 16, 16)
+    assert_sound(found, true, spec)
+    plan = sa.plan(spec, 48, num_heads=num_heads)
+    distinct = {p.tobytes() for p in pairs}
+    assert len(distinct) <= plan.mask.num_maps <= 3
+
+
+def test_equal_maps_of_heads_are_planned_once():
+    spec = sa.per_head(sa.causal(), sa.causal() & sa.full(), sa.window(3), sa.causal())
+    plan = sa.plan(spec, 256, num_heads=8)
+    assert plan.mask.num_maps == 2
+    np.testing.assert_array_equal(plan.mask.map_of_head, [0, 0, 0, 0, 1, 1, 0, 0])
+
+
+def test_the_transposed_plan_lists_the_same_blocks():
+    spec = sa.causal() & (sa.window(30) | sa.sinks(3) | sa.strided(50))
+    stages = pipeline.run(spec.node, pipeline.Problem(300, 257))
+    rows = pipeline.block_mask(stages, 32, 16, "q")
+    columns = pipeline.block_mask(stages, 32, 16, "kv")
+    turned = rows.transpose()
+    for name in ("row_ptr", "run_start", "run_stop", "run_full"):
+        np.testing.assert_array_equal(getattr(turned, name), getattr(columns, name))
+    assert (turned.max_runs, turned.max_blocks) == (
+        columns.max_runs,
+        columns.max_blocks,
+    )
+
+
+def test_run_time_operands_leave_blocks_partial_and_static_parts_decide():
+    spec = sa.causal() & (sa.segments() | sa.sinks(64))
+    plan = sa.plan(spec, 256, block_q=64, block_kv=64)
+    kinds = expand(plan.mask)[0]
+    causal = np.tril(np.ones((4, 4), bool))
+    np.testing.assert_array_equal(kinds != EMPTY, causal)
+    full = np.zeros((4, 4), bool)
+    full[1:, 0] = True
+    np.testing.assert_array_equal(kinds == FULL, full)
+    with pytest.raises(ValueError, match="num_pairs depends on the run-time arrays"):
+        _ = plan.num_pairs
+
+
+def test_a_plan_of_a_million_tokens_is_small():
+    plan = sa.plan(sa.causal(), 1 << 20)
+    assert plan.nbytes < 1_000_000
+    assert plan.num_runs == 2 * 8192 - 1
+
+
+def test_surely_mixed_rectangles_are_not_split():
+    sizes = planning.Sizes(1 << 20, 1 << 20, 128, 128)
+    node = pipeline.run(
+        (sa.causal() & sa.strided(64)).node, pipeline.Problem(1 << 20, 1 << 20)
+    )["simplify"].maps[0]
+    squares = planning.cover(node, sizes, exact=False)
+    assert len(squares.i) < 60_000  # of 33 million blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("q_seq_len", 0), ("block_q", 0), ("num_heads", -1)]
+)
+def test_bad_sizes(name, value):
+    sizes = {"q_seq_len": 8, "kv_seq_len": 8, name: value}
+    with pytest.raises(ValueError, match=f"{name}={value} must be an integer"):
+        sa.plan(sa.causal(), **sizes)
