@@ -30,7 +30,7 @@ test-slow: $(VENV)/.test  ## the tests that take over ten seconds each
 check: $(VENV)/.test  ## lint, types, import arrows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/lint-imports
 
 notebooks: $(VENV)/.test  ## runs every notebook

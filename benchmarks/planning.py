@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
 
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -19,10 +20,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask_info as splash_info,
 )
+from timing import machine, table
 
 import sadsl as sa
 from lowering import pipeline
-from timing import machine, table
 
 BLOCK = 128
 ROUNDS = 5
@@ -61,7 +62,7 @@ for name, mod in MODS.items():
 """
 
 
-def median_ms(run, rounds=ROUNDS):
+def median_ms(run: Callable[[], object], rounds: int = ROUNDS) -> float:
     """Milliseconds of ``run()``, the median of some rounds."""
     spent = []
     for _ in range(rounds):
@@ -71,14 +72,14 @@ def median_ms(run, rounds=ROUNDS):
     return 1e3 * float(np.median(spent))
 
 
-def plan_uncached(text, n):
+def plan_uncached(text: str, n: int) -> sa.Plan:
     """Plans from the text on, past every cache."""
     pipeline.run.cache_clear()
     pipeline.block_mask.cache_clear()
     return sa.plan(text, n, block_q=BLOCK, block_kv=BLOCK)
 
 
-def splash_mask(text, n):
+def splash_mask(text: str, n: int) -> splash.Mask | None:
     """The same map in splash's classes, where it has it."""
     causal = splash.CausalMask((n, n))
     near = splash.LocalMask((n, n), (4096, 0), 0)
@@ -86,19 +87,19 @@ def splash_mask(text, n):
     return masks.get(text)
 
 
-def splash_ms(text, n):
+def splash_ms(text: str, n: int) -> float | None:
     mask = splash_mask(text, n)
     if mask is None:
         return None
     many = splash.MultiHeadMask([mask])
 
-    def run():
+    def run() -> None:
         splash_info.process_mask(many, (BLOCK, BLOCK), head_shards=1, q_seq_shards=1)
 
     return median_ms(run, 1)
 
 
-def torch_ms(python, sizes):
+def torch_ms(python: str | None, sizes: list[int]) -> dict[tuple[str, int], float]:
     """Milliseconds by (spec, n), from another interpreter."""
     if python is None:
         return {}
@@ -108,7 +109,7 @@ def torch_ms(python, sizes):
     return {(name, n): 1e3 * seconds for name, n, seconds in rows}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch-python", help="an interpreter with torch 2.13")
     parser.add_argument("--peer-sizes", type=int, nargs="*", default=[8192, 16384])
@@ -131,11 +132,11 @@ def main():
     print(table(head, rows))
 
 
-def _ms(value):
+def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-def _bar(ms, n):
+def _bar(ms: float, n: int) -> str:
     if n not in BARS_MS:
         return ""
     return f"{'meets' if ms <= BARS_MS[n] else 'MISSES'} {BARS_MS[n]:.0f} ms"

@@ -46,7 +46,7 @@ _OUT = flags.DEFINE_string("out", "out/train_lm", "Where results and checkpoints
 _FRESH = flags.DEFINE_bool("fresh", False, "Delete the checkpoints and start over.")
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 2048, "Bytes of context.")
 _BATCH = flags.DEFINE_integer("batch_size", 1, "Sequences in a step.")
-_STEPS = flags.DEFINE_integer("steps", 250, "Steps.")
+_STEPS = flags.DEFINE_integer("steps", 300, "Steps.")
 _LAYERS = flags.DEFINE_integer("num_layers", 2, "Layers.")
 _HEADS = flags.DEFINE_integer("num_heads", 4, "Heads of the queries.")
 _KV_HEADS = flags.DEFINE_integer("num_kv_heads", None, "Of keys; None: num_heads.")
@@ -57,7 +57,7 @@ _WARMUP = flags.DEFINE_integer("warmup_steps", None, "None: a tenth of the steps
 _DECAY = flags.DEFINE_float("weight_decay", 0.1, "Of AdamW.")
 _CLIP = flags.DEFINE_float("clip_norm", 1.0, "Largest norm of a gradient.")
 _SEED = flags.DEFINE_integer("seed", 0, "Decides on weights and batches.")
-_VALID = flags.DEFINE_integer("valid_every", 25, "Steps between validations.")
+_VALID = flags.DEFINE_integer("valid_every", 50, "Steps between validations.")
 _VALID_BATCHES = flags.DEFINE_integer("valid_batches", 12, "Batches of a validation.")
 _KEEP = flags.DEFINE_integer("checkpoint_every", 25, "Steps between checkpoints.")
 

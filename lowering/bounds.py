@@ -155,7 +155,7 @@ class Analysis:
         return total
 
     def _congruent(self, expr: ir.Mod, residue: int) -> Verdict:
-        """``inner % divisor == residue``: exact if ``inner`` takes consecutive values."""
+        """``inner % divisor == residue``: exact where ``inner`` has no gaps."""
         inner, divisor = self.range(expr.expr), expr.divisor
         if inner.step != 1:
             return self._members(self.range(expr), (residue,))

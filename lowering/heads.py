@@ -1,5 +1,7 @@
 """Which map each head has: a node with heads in it becomes one node a head."""
 
+from typing import overload
+
 from lowering import ir
 
 
@@ -21,6 +23,10 @@ def distinct(
     return maps, tuple(index[node] for node in nodes)
 
 
+@overload
+def _of_head(node: ir.Expr, head: int, num_heads: int) -> ir.Expr: ...
+@overload
+def _of_head(node: ir.Pred, head: int, num_heads: int) -> ir.Pred: ...
 def _of_head(node: ir.Node, head: int, num_heads: int) -> ir.Node:
     match node:
         case ir.Var("h"):
@@ -31,8 +37,9 @@ def _of_head(node: ir.Node, head: int, num_heads: int) -> ir.Node:
             count = len(terms)
             if num_heads % count:
                 raise ValueError(
-                    f"per_head has {count} maps, which do not divide {num_heads} heads: "
-                    "give a number of maps that does (each map serves an equal group)"
+                    f"per_head has {count} maps, which do not divide {num_heads} "
+                    "heads: give a number of maps that does (each map serves an equal "
+                    "group)"
                 )
             return _of_head(terms[head * count // num_heads], head, num_heads)
     return ir.rebuild(node, lambda child: _of_head(child, head, num_heads))

@@ -25,24 +25,22 @@ class Hoists:
 
 
 def hoist(maps: tuple[ir.Pred, ...]) -> Hoists:
-    """Replaces the largest such expressions by ``Hoisted`` vectors; equal ones share."""
-    slots: dict[str, dict[ir.Expr, int]] = {"q": {}, "k": {}}
+    """Replaces the largest such expressions by ``Hoisted``; equal ones share a slot."""
+    slots: dict[ir.Side, dict[ir.Expr, int]] = {"q": {}, "k": {}}
 
     def change(node: ir.Node) -> ir.Node:
-        axis = _side(node)
-        if axis is None:
-            return ir.rebuild(node, change)
-        slot = slots[axis].setdefault(node, len(slots[axis]))
-        return ir.Hoisted(axis, slot)
+        if isinstance(node, ir.Expr) and (axis := _side(node)):
+            slot = slots[axis].setdefault(node, len(slots[axis]))
+            return ir.Hoisted(axis, slot)
+        return ir.rebuild(node, change)
 
-    changed = tuple(change(node) for node in maps)
+    changed = tuple(ir.rebuild(node, change) for node in maps)
     return Hoists(changed, tuple(slots["q"]), tuple(slots["k"]))
 
 
-def _side(node: ir.Node) -> str | None:
+def _side(node: ir.Expr) -> ir.Side | None:
     """The side that the expression can be hoisted to, if it should and can be."""
-    reads = any(isinstance(n, ir.Table | ir.Operand) for n in ir.walk(node))
-    if not isinstance(node, ir.Expr) or not reads:
+    if not any(isinstance(n, ir.Table | ir.Operand) for n in ir.walk(node)):
         return None
     axes = ir.axes(node) - {"h"}
     if len(axes) > 1:
@@ -70,7 +68,7 @@ def vectors(
     num_heads: int,
     operands: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, ...]:
-    """The hoisted vectors over ``length`` positions: ``[batch or 1, heads or 1, length]``.
+    """The hoisted vectors over all positions: ``[batch or 1, heads or 1, length]``.
 
     ``operands`` are int32 ``[batch or 1, ...]``, their last axis indexed.
     """

@@ -8,9 +8,10 @@ the Python expression that builds a node again.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, assert_never
+from typing import Any, Literal, TypeAlias, assert_never, overload
 
 Axis = Literal["q", "k", "h"]
+Side = Literal["q", "k"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +94,9 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Hoisted:
-    """A run-time vector over the queries or the keys, computed outside of the kernel."""
+    """A run-time vector over the queries or the keys, made outside of the kernel."""
 
-    axis: Literal["q", "k"]
+    axis: Side
     slot: int
 
 
@@ -166,16 +167,25 @@ Node: TypeAlias = Expr | Pred
 
 Q, K, H = Var("q"), Var("k"), Var("h")
 
+# Gives an expression for an expression and a predicate for a predicate.
+Change: TypeAlias = Callable[[Any], Any]
 
-def rebuild(node: Node, change: Callable[[Node], Node]) -> Node:
+
+@overload
+def rebuild(node: Expr, change: Change) -> Expr: ...
+@overload
+def rebuild(node: Pred, change: Change) -> Pred: ...
+def rebuild(node: Node, change: Change) -> Node:
     """``node`` with ``change`` applied to each of its children."""
     match node:
         case Var() | Const() | Hoisted() | Bool():
             return node
         case Add(a, b) | Min(a, b) | Max(a, b) | Le(a, b) | Eq(a, b):
             return type(node)(change(a), change(b))
-        case Mul(a, n) | FloorDiv(a, n) | Mod(a, n) | In(a, n):
+        case Mul(a, n) | FloorDiv(a, n) | Mod(a, n):
             return type(node)(change(a), n)
+        case In(a, values):
+            return In(change(a), values)
         case Table(values, index):
             return Table(values, change(index))
         case Operand(name, index):
@@ -190,14 +200,16 @@ def rebuild(node: Node, change: Callable[[Node], Node]) -> Node:
 def children(node: Node) -> tuple[Node, ...]:
     """The nodes directly below."""
     match node:
-        case Var() | Const() | Hoisted() | Bool() | Operand(_, None):
+        case Var() | Const() | Hoisted() | Bool():
             return ()
         case Add(a, b) | Min(a, b) | Max(a, b) | Le(a, b) | Eq(a, b):
             return (a, b)
         case Mul(a, _) | FloorDiv(a, _) | Mod(a, _) | In(a, _) | Not(a):
             return (a,)
-        case Table(_, index) | Operand(_, index):
+        case Table(_, index):
             return (index,)
+        case Operand(_, index):
+            return () if index is None else (index,)
         case And(terms) | Or(terms) | ByHead(terms):
             return terms
     assert_never(node)
@@ -210,14 +222,18 @@ def walk(node: Node) -> Iterator[Node]:
         yield from walk(child)
 
 
-def substitute(node: Node, new: dict[Axis, Expr]) -> Node:
+def substitute(node: Pred, new: dict[Axis, Expr]) -> Pred:
     """``node`` with variables replaced, all at once."""
-    if isinstance(node, Var):
-        return new.get(node.axis, node)
-    return rebuild(node, lambda child: substitute(child, new))
+
+    def change(child: Node) -> Node:
+        if isinstance(child, Var):
+            return new.get(child.axis, child)
+        return rebuild(child, change)
+
+    return rebuild(node, change)
 
 
-def transpose(node: Node) -> Node:
+def transpose(node: Pred) -> Pred:
     """Queries for keys and keys for queries."""
     return substitute(node, {"q": K, "k": Q})
 

@@ -30,7 +30,7 @@ class KernelPredicate:
         kv_vectors: tuple,
     ) -> Any:
         """Bools that broadcast over ``q_ids`` and ``k_ids``: see ``call.Predicate``."""
-        at = Jax(q_ids, k_ids, q_vectors, kv_vectors, h=map_index)
+        at = Jax(q_ids, k_ids, map_index, q_vectors=q_vectors, kv_vectors=kv_vectors)
         if len(self.maps) == 1:
             return evaluate(self.maps[0], at)
         if isinstance(map_index, int):
@@ -52,14 +52,15 @@ class KernelPredicate:
 
 @lru_cache(maxsize=256)
 def join(maps: tuple[ir.Node, ...]) -> ir.Node | None:
-    """One node for maps of the same form, their constants in tables by ``h``; or None."""
+    """One node for maps of one form, their constants in tables by ``h``; or None."""
     first = maps[0]
     if all(node == first for node in maps):
         return first
     if any(type(node) is not type(first) for node in maps):
         return None
     if isinstance(first, ir.Const):
-        return ir.Table(tuple(node.value for node in maps), ir.H)
+        values = tuple(node.value for node in maps if isinstance(node, ir.Const))
+        return ir.Table(values, ir.H)
     if isinstance(first, ir.Hoisted | ir.Var | ir.Bool):
         return None
     below = [tuple(ir.children(node)) for node in maps]

@@ -17,7 +17,7 @@ from pallas_kernels.config import Tile, Tiles
 
 @dataclass(frozen=True)
 class Problem:
-    """The sizes that a map is lowered for; query ``i`` has position ``q_offset + i``."""
+    """The sizes that a map is lowered for; query ``i`` is at ``q_offset + i``."""
 
     q_seq_len: int
     kv_seq_len: int
@@ -62,12 +62,13 @@ def shift_queries(program: Program) -> Program:
             return position
         changed = ir.rebuild(node, change)
         # Run-time arrays over queries are given for the queries at hand.
-        if isinstance(changed, ir.Operand) and "q" in ir.axes(changed):
-            index = ir.Add(changed.index, ir.Const(-offset))
-            return ir.Operand(changed.name, index)
+        match changed:
+            case ir.Operand(name, index) if index is not None and "q" in ir.axes(index):
+                return ir.Operand(name, ir.Add(index, ir.Const(-offset)))
         return changed
 
-    return replace(program, maps=tuple(change(node) for node in program.maps))
+    maps = tuple(ir.rebuild(node, change) for node in program.maps)
+    return replace(program, maps=maps)
 
 
 def resolve_heads(program: Program) -> Program:

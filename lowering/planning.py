@@ -83,12 +83,11 @@ def plan(
         starts.append(start)
         stops.append(stop)
         fulls.append(full)
-    mask = from_runs(
+    return from_runs(
         *(np.concatenate(x) for x in (rows, starts, stops, fulls)),
         map_of_head=np.asarray(map_of_head, np.int32),
         like=replace(like, num_maps=len(maps)),
     )
-    return mask
 
 
 def cover(node: ir.Pred, sizes: Sizes, *, exact: bool) -> Squares:
@@ -123,9 +122,10 @@ def cover(node: ir.Pred, sizes: Sizes, *, exact: bool) -> Squares:
         size //= SPLIT
         i, j = _split(i[open_], j[open_], size, sizes)
     return Squares(
-        *(np.concatenate([f[n] for f in found]) for n in (0, 1)),
-        np.concatenate([np.full(len(f[0]), f[2]) for f in found]),
-        np.concatenate([np.broadcast_to(f[3], f[0].shape) for f in found]),
+        i=np.concatenate([f[0] for f in found]),
+        j=np.concatenate([f[1] for f in found]),
+        size=np.concatenate([np.full(len(f[0]), f[2]) for f in found]),
+        full=np.concatenate([np.broadcast_to(f[3], f[0].shape) for f in found]),
     )
 
 
@@ -208,7 +208,7 @@ def _runs(
 
 
 def _cut_overhang(found: Squares, sizes: Sizes, num_kv: int) -> tuple:
-    """Splits the last key blocks off full squares if they overhang: those are partial."""
+    """Splits the last key blocks off full squares if they overhang: as partial ones."""
     i, j, full = found.i, found.j, found.full
     i_stop, j_stop = i + found.size, np.minimum(j + found.size, num_kv)
     if sizes.kv_seq_len % sizes.block_kv == 0:

@@ -1,11 +1,11 @@
 """Node -> the elementwise test: of NumPy positions, of jnp arrays, inside a kernel."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, assert_never
+from types import ModuleType
+from typing import Any, ClassVar, assert_never
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -17,17 +17,17 @@ MAX_SELECTS = 64
 
 
 @dataclass(frozen=True)
-class NumPy:
-    """Positions as NumPy arrays that broadcast; operands without a batch axis."""
+class _Positions:
+    """Positions that broadcast, the head, and the run-time arrays."""
 
     q: Any
     k: Any
     h: Any = 0
-    operands: Mapping[str, Any] | None = None
+    operands: Mapping[str, Any] = field(default_factory=dict)
 
     def operand(self, name: str, index: Any) -> Any:
         """The value of a run-time array."""
-        if self.operands is None or name not in self.operands:
+        if name not in self.operands:
             raise ValueError(
                 f"the map reads the run-time array {name!r}: pass "
                 f"operands={{{name!r}: array}}"
@@ -35,14 +35,32 @@ class NumPy:
         values = self.operands[name]
         return values if index is None else values[index]
 
+
+@dataclass(frozen=True)
+class NumPy(_Positions):
+    """Positions as NumPy arrays; operands without a batch axis."""
+
+    xp: ClassVar[ModuleType] = np
+
     def hoisted(self, axis: str, slot: int) -> Any:
         """Not there: only kernels have hoisted vectors."""
         raise AssertionError(f"hoisted {axis} vector {slot} outside of a kernel")
 
-    floor_div = staticmethod(np.floor_divide)
-    mod = staticmethod(np.mod)
-    minimum = staticmethod(np.minimum)
-    maximum = staticmethod(np.maximum)
+    def floor_div(self, x: Any, n: int) -> Any:
+        """``x // n``, rounded down."""
+        return self.xp.floor_divide(x, n)
+
+    def mod(self, x: Any, n: int) -> Any:
+        """``x % n`` in ``0 .. n - 1``."""
+        return self.xp.mod(x, n)
+
+    def minimum(self, a: Any, b: Any) -> Any:
+        """The smaller of two."""
+        return self.xp.minimum(a, b)
+
+    def maximum(self, a: Any, b: Any) -> Any:
+        """The larger of two."""
+        return self.xp.maximum(a, b)
 
     def table(self, values: tuple[int, ...], index: Any) -> Any:
         """``values[index]``."""
@@ -58,51 +76,48 @@ class NumPy:
 
 
 @dataclass(frozen=True)
-class Jax:
+class Jax(_Positions):
     """Positions and vectors as int32 arrays that broadcast; also inside kernels.
 
     Division is spelt with ``lax`` primitives: what jnp makes of ``//`` and ``%`` asks
     for the chip while it is traced, which a cross-compiler does not have.
     """
 
-    q: Any
-    k: Any
     q_vectors: tuple = ()
     kv_vectors: tuple = ()
-    h: Any = None
-    operands: Mapping[str, Any] | None = None
-
-    operand = NumPy.operand
 
     def hoisted(self, axis: str, slot: int) -> Any:
         """A vector that was computed outside of the kernel."""
         return self.q_vectors[slot] if axis == "q" else self.kv_vectors[slot]
 
-    @staticmethod
-    def floor_div(x: Any, n: int) -> Any:
+    def floor_div(self, x: Any, n: int) -> Any:
         """``x // n``, rounded down."""
         if n & (n - 1) == 0:
             return lax.shift_right_arithmetic(x, _like(x, n.bit_length() - 1))
-        return lax.div(x - Jax.mod(x, n), _like(x, n))
+        return lax.div(x - self.mod(x, n), _like(x, n))
 
-    @staticmethod
-    def mod(x: Any, n: int) -> Any:
+    def mod(self, x: Any, n: int) -> Any:
         """``x % n`` in ``0 .. n - 1``."""
         if n & (n - 1) == 0:
             return lax.bitwise_and(x, _like(x, n - 1))
         r = lax.rem(x, _like(x, n))
         return jnp.where(r < 0, r + n, r)
 
-    minimum = staticmethod(jnp.minimum)
-    maximum = staticmethod(jnp.maximum)
+    def minimum(self, a: Any, b: Any) -> Any:
+        """The smaller of two."""
+        return jnp.minimum(a, b)
+
+    def maximum(self, a: Any, b: Any) -> Any:
+        """The larger of two."""
+        return jnp.maximum(a, b)
 
     def table(self, values: tuple[int, ...], index: Any) -> Any:
         """``values[index]`` as a chain of selects, since kernels have no gather."""
         if jnp.ndim(index) and len(values) > MAX_SELECTS:
             raise NotImplementedError(
                 f"a table of {len(values)} entries, indexed by both q and k, is more "
-                f"than the {MAX_SELECTS} selects that a kernel makes of it: index it by "
-                "q or by k alone, or use impl='reference'"
+                f"than the {MAX_SELECTS} selects that a kernel makes of it: index it "
+                "by q or by k alone, or use impl='reference'"
             )
         start = jnp.full_like(index, values[0])
         pairs = list(enumerate(values))[1:]
@@ -139,7 +154,7 @@ def intervals(values: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def evaluate(node: ir.Node, at: NumPy | Jax) -> Any:
-    """The value of ``node`` at positions: integers of an expression, bools of a test."""
+    """The value of ``node`` at positions: integers, or bools of a predicate."""
     if isinstance(node, ir.Expr):
         return _integer(node, at)
     return _truth(node, at)

@@ -64,7 +64,7 @@ def count_pairs(node: ir.Pred, at: Rectangles) -> int:
 
 
 def count_on_diagonals(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int | None:
-    """The pairs of a node that depends on ``q - k`` alone, in linear time; else None."""
+    """The pairs of a node that depends on ``q - k`` alone, in linear time, or None."""
     difference = _of_difference(node)
     if difference is None:
         return None
@@ -82,7 +82,7 @@ def _of_difference(node: ir.Node) -> ir.Node | None:
             return ir.Mul(ir.Q, forms[node])
         if isinstance(node.right, ir.Const):
             inner = _of_difference(node.left)
-            return None if inner is None else ir.Add(inner, node.right)
+            return ir.Add(inner, node.right) if isinstance(inner, ir.Expr) else None
     if isinstance(node, ir.Var | ir.Operand | ir.Hoisted):
         return None
     parts = [_of_difference(child) for child in ir.children(node)]
@@ -167,7 +167,7 @@ def _chunks(count: int) -> list[slice]:
 
 
 def _grid(at: Rectangles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions ``[n, SMALL, 1]`` and ``[n, 1, SMALL]``, clamped, and which are real."""
+    """Positions ``[n, SMALL, 1]``, ``[n, 1, SMALL]``, clamped, and which are real."""
     steps = np.arange(SMALL)
     q, k = at.q_min[:, None] + steps, at.k_min[:, None] + steps
     real = (q <= at.q_max[:, None])[:, :, None] & (k <= at.k_max[:, None])[:, None, :]

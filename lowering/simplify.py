@@ -89,6 +89,7 @@ def _floor_div(a: tuple[Sum, int], n: int) -> tuple[Sum, int]:
     if not rest:
         return outside
     inner = _build(rest, a[1] % n)
+    quotient: tuple[Sum, int]
     match inner:
         case ir.FloorDiv(e, m):  # floor(floor(e / m) / n) == floor(e / (m n))
             quotient = _floor_div(_sum(e), m * n)
@@ -244,7 +245,7 @@ def _merge(
         key = term.left if isinstance(term, ir.Le) else term
         old = best.get(key)
         if isinstance(term, ir.Le) and isinstance(old, ir.Le):
-            keep_new = (term.right.value < old.right.value) == neutral
+            keep_new = (_bound(term) < _bound(old)) == neutral
             term = term if keep_new else old
         best[key] = term
     found = tuple(best.values())
@@ -259,10 +260,16 @@ def _merge(
     return found[0] if len(found) == 1 else kind(found)
 
 
+def _bound(node: ir.Le) -> int:
+    """What a comparison in normal form has on its right: a constant."""
+    assert isinstance(node.right, ir.Const)
+    return node.right.value
+
+
 def _opposed(terms: tuple[ir.Pred, ...], *, neutral: bool) -> bool:
-    """Whether two terms contradict one another (``&``), or leave nothing out (``|``)."""
+    """Whether two terms contradict each other (``&``), or leave nothing out (``|``)."""
     present = set(terms)
-    bounds = {t.left: t.right.value for t in terms if isinstance(t, ir.Le)}
+    bounds = {t.left: _bound(t) for t in terms if isinstance(t, ir.Le)}
     for term in terms:
         if isinstance(term, ir.Not) and term.term in present:
             return True
@@ -272,7 +279,7 @@ def _opposed(terms: tuple[ir.Pred, ...], *, neutral: bool) -> bool:
         other = bounds.get(_minus(term.left))
         if other is None:
             continue
-        b, c = term.right.value, -other
+        b, c = _bound(term), -other
         if (b < c) if neutral else (b >= c - 1):
             return True
     return False
@@ -286,8 +293,8 @@ def _facts(terms: tuple[ir.Pred, ...], *, neutral: bool) -> dict[ir.Expr, int]:
     """Upper bounds that the other terms may assume: in ``|``, that a bound failed."""
     bounds = [t for t in terms if isinstance(t, ir.Le)]
     if neutral:
-        return {t.left: t.right.value for t in bounds}
-    return {_minus(t.left): -t.right.value - 1 for t in bounds}
+        return {t.left: _bound(t) for t in bounds}
+    return {_minus(t.left): -_bound(t) - 1 for t in bounds}
 
 
 def _given(node: ir.Pred, facts: dict[ir.Expr, int]) -> ir.Pred:

@@ -1,7 +1,7 @@
 """Targets: chips by name, and compiling for one that is not in this machine."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,7 +62,7 @@ def abstract_mesh(target: str) -> use_abstract_mesh:
 
 
 @contextmanager
-def _shared_libtpu() -> Iterator[None]:
+def _shared_libtpu() -> Generator[None, None, None]:
     # libtpu lets one process of a machine load it, since a chip has one owner. Here
     # nothing runs on a chip, and compilers may well work side by side.
     name = "ALLOW_MULTIPLE_LIBTPU_LOAD"

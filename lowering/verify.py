@@ -21,9 +21,10 @@ def verify(maps: tuple[ir.Pred, ...], q_seq_len: int, kv_seq_len: int) -> None:
             if low < 0 or high >= len(table.values):
                 raise ValueError(
                     f"a table (or permutation) of {len(table.values)} entries is "
-                    f"indexed by `{show(table.index)}`, which runs from {low} to {high} "
-                    f"for q_seq_len={q_seq_len} and kv_seq_len={kv_seq_len}: give one "
-                    f"of {high + 1} entries, or index it with `% {len(table.values)}`"
+                    f"indexed by `{show(table.index)}`, which runs from {low} to "
+                    f"{high} for q_seq_len={q_seq_len} and kv_seq_len={kv_seq_len}: "
+                    f"give one of {high + 1} entries, or index it with "
+                    f"`% {len(table.values)}`"
                 )
 
 
@@ -42,7 +43,8 @@ def verify_operands(
     names = {n.name for n in needed}
     for name in sorted(names - set(shapes)):
         raise ValueError(
-            f"the map reads the run-time array {name!r}, which was not given: {_how(name)}"
+            f"the map reads the run-time array {name!r}, which was not given: "
+            f"{_how(name)}"
         )
     for name in sorted(set(shapes) - names):
         raise ValueError(
@@ -62,9 +64,9 @@ def verify_operands(
         low, high = _operand_range(operand.index, q_seq_len, kv_seq_len, num_heads)
         if len(shape) != 1 or low < 0 or high >= shape[0]:
             raise ValueError(
-                f"operand {operand.name!r} is indexed by `{show(operand.index)}`, which "
-                f"runs from {low} to {high}, but has shape {shape} beside its batch "
-                f"axis: pass [batch, {high + 1}] or [{high + 1}]"
+                f"operand {operand.name!r} is indexed by `{show(operand.index)}`, "
+                f"which runs from {low} to {high}, but has shape {shape} beside its "
+                f"batch axis: pass [batch, {high + 1}] or [{high + 1}]"
             )
 
 

@@ -101,7 +101,7 @@ def expand(mask: BlockMask) -> np.ndarray:
 def from_blocks(
     kinds: np.ndarray, *, map_of_head: np.ndarray, like: BlockMask
 ) -> BlockMask:
-    """Runs of a dense table of kinds ``[maps, rows, columns]``; sizes as in ``like``."""
+    """Runs of a table of kinds ``[maps, rows, columns]``; sizes as in ``like``."""
     flat = kinds.reshape(-1, kinds.shape[-1])
     edge = np.zeros((len(flat), 1), flat.dtype)
     padded = np.concatenate([edge, flat, edge], axis=1)

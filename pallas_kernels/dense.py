@@ -63,4 +63,5 @@ def backward(
         return x.reshape(batch, num_kv_heads, group, kv_seq_len, -1).sum(axis=2)
 
     gradients = dq, per_kv_head(dk), per_kv_head(dv)
-    return tuple(x.astype(t) for x, t in zip(gradients, dtypes, strict=True))
+    dq, dk, dv = (x.astype(t) for x, t in zip(gradients, dtypes, strict=True))
+    return dq, dk, dv

@@ -1,7 +1,7 @@
 """``attention`` and ``plan``: check, build nodes, lower, call."""
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ class Options:
     sm_scale: float
     impl: str
     interpret: Hashable = False
-    config: KernelConfig = KernelConfig()
+    config: KernelConfig = field(default_factory=KernelConfig)
 
     @property
     def stages(self) -> Stages:
@@ -212,7 +212,7 @@ def fit_operands(
 
 
 def operand_ranks(stages: Stages, arrays: Mapping[str, Any]) -> dict[str, int]:
-    """The axes of each array beside the batch: none if the map reads it bare, else one."""
+    """The axes of each array beside the batch: none if it is read bare, else one."""
     bare = {
         n.name
         for node in stages["simplify"].maps

@@ -1,7 +1,7 @@
 """What is checked once, at the border, of a call's arrays."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,32 @@ import numpy as np
 
 from lowering.pipeline import Problem
 
+Shape: TypeAlias = tuple[int, ...]
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def problem(q: Any, k: Any, v: Any, q_offset: int) -> Problem:
-    """The sizes of a call, from arrays or ShapeDtypeStructs ``[batch, seq, heads, dim]``.
+    """The sizes of a call, from arrays or ShapeDtypeStructs.
+
+    Each is ``[batch, seq, heads, head_dim]``.
 
     Raises:
       ValueError: ranks, lengths, heads or dtypes do not fit together.
+      TypeError: the offset is not an integer.
     """
+    _check_ranks_and_dtypes(q, k, v)
+    _check_sizes(q.shape, k.shape, v.shape)
+    if isinstance(q_offset, bool) or not isinstance(q_offset, int | np.integer):
+        raise TypeError(
+            f"q_offset={q_offset!r} must be a Python integer: the plan depends on it"
+        )
+    if q_offset < 0:
+        raise ValueError(f"q_offset={q_offset} must be at least 0")
+    return Problem(q.shape[1], k.shape[1], q.shape[2], int(q_offset))
+
+
+def _check_ranks_and_dtypes(q: Any, k: Any, v: Any) -> None:
     for name, x in {"q": q, "k": k, "v": v}.items():
         if len(x.shape) != 4:
             raise ValueError(
@@ -30,33 +47,28 @@ def problem(q: Any, k: Any, v: Any, q_offset: int) -> Problem:
             raise ValueError(
                 f"{name} has dtype {x.dtype}, q has {q.dtype}: cast them to one dtype"
             )
-    batch, q_seq_len, num_q_heads, head_dim = q.shape
-    _, kv_seq_len, num_kv_heads, _ = k.shape
-    for name, x in {"k": k, "v": v}.items():
-        if x.shape[:3] != (batch, kv_seq_len, num_kv_heads):
+
+
+def _check_sizes(q: Shape, k: Shape, v: Shape) -> None:
+    batch, _, num_q_heads, head_dim = q
+    _, kv_seq_len, num_kv_heads, _ = k
+    wanted = batch, kv_seq_len, num_kv_heads
+    for name, shape in {"k": k, "v": v}.items():
+        if shape[:3] != wanted:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}: batch, length and heads must be "
-                f"{(batch, kv_seq_len, num_kv_heads)}, the batch of q and the rest as in k"
+                f"{name} has shape {tuple(shape)}: batch, length and heads must be "
+                f"{wanted}, the batch of q and the rest as in k"
             )
-    if k.shape[3] != head_dim:
-        raise ValueError(
-            f"k has head_dim {k.shape[3]}, q has {head_dim}: must be equal"
-        )
-    for name, size in {"q": q.shape, "k": k.shape, "v": v.shape}.items():
-        if 0 in size:
-            raise ValueError(f"{name} has shape {tuple(size)}: no axis may be empty")
+    if k[3] != head_dim:
+        raise ValueError(f"k has head_dim {k[3]}, q has {head_dim}: must be equal")
+    for name, shape in {"q": q, "k": k, "v": v}.items():
+        if 0 in shape:
+            raise ValueError(f"{name} has shape {tuple(shape)}: no axis may be empty")
     if num_q_heads % num_kv_heads:
         raise ValueError(
             f"q has {num_q_heads} heads, k and v have {num_kv_heads}: the heads of q "
             "must be a multiple of those of k and v (grouped-query attention)"
         )
-    if isinstance(q_offset, bool) or not isinstance(q_offset, int | np.integer):
-        raise TypeError(
-            f"q_offset={q_offset!r} must be a Python integer: the plan depends on it"
-        )
-    if q_offset < 0:
-        raise ValueError(f"q_offset={q_offset} must be at least 0")
-    return Problem(q_seq_len, kv_seq_len, num_q_heads, int(q_offset))
 
 
 def operand_arrays(

@@ -1,4 +1,4 @@
-"""``lower``: a spec and the shapes of a call, down to the code of a chip, every stage kept."""
+"""``lower``: a spec and the shapes of a call down to a chip's code, all stages kept."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class Lowered:
         return Plan(maps, self.masks.forward, self.options.problem.num_heads)
 
     def run(self, q: Any, k: Any, v: Any, operands: Mapping[str, Any]) -> Any:
-        """The computation that is lowered: ``(out, lse)``, or the gradients of ``out``."""
+        """The lowered computation: ``(out, lse)``, or the gradients of ``out``."""
 
         def forward(q: Any, k: Any, v: Any) -> Any:
             return traced(q, k, v, operands, options=self.options)

@@ -1,4 +1,4 @@
-"""Index maps: which keys a query sees. Frozen values and the algebra that combines them."""
+"""Index maps: which keys a query sees. Frozen values and their algebra."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -55,7 +55,7 @@ class IndexMap:
         return Lifted(self, block)
 
     def permute(self, order: Iterable[int]) -> "IndexMap":
-        """The map holds of ``(order[q], order[k])``; ``order`` permutes the positions."""
+        """The map holds of ``(order[q], order[k])``; ``order`` is a permutation."""
         return Permuted(self, tuple(int(i) for i in order))
 
     def __bool__(self) -> bool:
@@ -213,8 +213,8 @@ class Lifted(IndexMap):
 
     @override
     def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
-        at = {"q": (q // self.block).node, "k": (k // self.block).node}
-        return Truth(ir.substitute(self.a.node, at))
+        at_q, at_k = (q // self.block).node, (k // self.block).node
+        return Truth(ir.substitute(self.a.node, {"q": at_q, "k": at_k}))
 
     @override
     def __repr__(self) -> str:
@@ -238,8 +238,8 @@ class Permuted(IndexMap):
 
     @override
     def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
-        at = {"q": ir.Table(self.order, q.node), "k": ir.Table(self.order, k.node)}
-        return Truth(ir.substitute(self.a.node, at))
+        at_q, at_k = ir.Table(self.order, q.node), ir.Table(self.order, k.node)
+        return Truth(ir.substitute(self.a.node, {"q": at_q, "k": at_k}))
 
     @override
     def __repr__(self) -> str:

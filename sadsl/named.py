@@ -237,7 +237,7 @@ def window(left: int, right: int = 0) -> Window:
 
 
 def sinks(n: int) -> Sinks:
-    """Everyone sees the first ``n`` keys (Xiao et al., StreamingLLM, 2023); ``sinks(1)``:
+    """All see the first ``n`` keys (Xiao et al., StreamingLLM, 2023); ``sinks(1)``:
 
     ::
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,9 @@ from lowering.predicate import NumPy, evaluate
 
 @dataclass(frozen=True)
 class _Dense(NumPy):
-    """Positions ``[1, q, 1]`` and ``[1, 1, k]``; operands with a batch axis in front."""
+    """Positions ``[1, q, 1]``, ``[1, 1, k]``; operands with a batch axis in front."""
 
-    floor_div = staticmethod(jnp.floor_divide)
-    mod = staticmethod(jnp.mod)
-    minimum = staticmethod(jnp.minimum)
-    maximum = staticmethod(jnp.maximum)
+    xp: ClassVar[ModuleType] = jnp
 
     def operand(self, name: str, index: Any) -> Any:
         values = self.operands[name]
@@ -71,7 +69,7 @@ def attention(
 
     A row that allows no key yields 0 and -inf, and passes zero gradients.
     """
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     group = q.shape[2] // k.shape[2]
     wide_q, wide_k, wide_v = (x.astype(dtype) for x in (q, k, v))
     wide_k, wide_v = (jnp.repeat(x, group, axis=2) for x in (wide_k, wide_v))

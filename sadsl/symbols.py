@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
 from lowering import ir
+from lowering.printing import show
 
 Integer: TypeAlias = "Symbol | OperandArray | int"
 
@@ -92,14 +93,14 @@ class Symbol:
 
     def __bool__(self) -> bool:
         raise TypeError(
-            f"cannot branch on {self!r}: a map is traced once for all pairs; write "
+            f"cannot branch on `{self!r}`: a map is traced once for all pairs; write "
             "`a & b`, `a | b`, `~a`, minimum(a, b) or maximum(a, b) instead of "
             "`and`, `or`, `not`, `if`, min, max or chained comparisons"
         )
 
     def _refuse(self, *_: object) -> NoReturn:
         raise TypeError(
-            f"cannot trace this operation on {self!r}: traced are + - and * by "
+            f"cannot trace this operation on `{self!r}`: traced are + - and * by "
             "constants, // and % by positive constants, comparisons, abs, minimum, "
             "maximum, isin, table and operand"
         )
@@ -111,7 +112,7 @@ class Symbol:
     __int__ = __float__ = __index__ = __round__ = _refuse
 
     def __repr__(self) -> str:
-        return f"Symbol({self.node})"
+        return show(self.node)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,12 +141,12 @@ class Truth:
     __bool__ = Symbol.__bool__
 
     def __repr__(self) -> str:
-        return f"Truth({self.node})"
+        return show(self.node)
 
 
 @dataclass(frozen=True)
 class OperandArray:
-    """A run-time array by name; ``[q]``, ``[k]``, ``[h]`` index it, bare it is a scalar.
+    """A run-time array by name, indexed by ``[q]``, ``[k]``, ``[h]``; bare, a scalar.
 
     Pass it as ``attention(..., operands={name: array})``: int32, its last axis indexed
     (for the bare form: no such axis), with an optional leading batch axis.
@@ -162,8 +163,8 @@ class OperandArray:
     def __getitem__(self, index: Symbol) -> Symbol:
         if not isinstance(index, Symbol) or not isinstance(index.node, ir.Var):
             raise TypeError(
-                f"operand({self.name!r})[{index!r}]: the index must be q, k or h itself; "
-                "index the array you pass if you need another order"
+                f"operand({self.name!r})[{index!r}]: the index must be q, k or h "
+                "itself; index the array you pass if you need another order"
             )
         return Symbol(ir.Operand(self.name, index.node))
 

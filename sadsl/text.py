@@ -89,7 +89,7 @@ class _Reader:
         self.text = text
 
     def fail(
-        self, node: ast.AST, what: str, cause: Exception | None = None
+        self, node: ast.expr, what: str, cause: Exception | None = None
     ) -> NoReturn:
         # The parser counts bytes of a line; the message counts characters.
         line = f"({self.text}".split("\n")[node.lineno - 1].encode()
@@ -106,7 +106,7 @@ class _Reader:
                 raise
             self.fail(node, f"is refused: {error}", error)
 
-    def _read(self, node: ast.expr, names: Mapping[str, Symbol]) -> Any:  # noqa: C901
+    def _read(self, node: ast.expr, names: Mapping[str, Symbol]) -> Any:
         match node:
             case ast.Constant(value=int() | float() | str() | None as value):
                 return value
@@ -138,7 +138,7 @@ class _Reader:
                 type(op) in COMPARISONS
             ):
                 return COMPARISONS[type(op)](self.read(a, names), self.read(b, names))
-        self._refuse(node)
+        return self._refuse(node)
 
     def _call(self, function: Any, node: ast.Call, names: Mapping[str, Symbol]) -> Any:
         for word in node.keywords:

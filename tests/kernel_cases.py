@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 import oracle
+
 from pallas_kernels import dispatch
 from pallas_kernels.block_mask import (
     EMPTY,

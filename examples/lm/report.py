@@ -145,28 +145,26 @@ def draw_curves(results: Sequence[Result]) -> Figure:
     """Bits per byte by step, and by the time that the steps took."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
-    low, high = np.inf, 0.0
+    width = max(1, results[0].history.step // 25)
     for index, result in enumerate(results):
         history, colour = result.history, COLOURS[index % len(COLOURS)]
-        steps = np.arange(1, history.step + 1)
-        seconds = np.cumsum(history.seconds)
-        valid_steps = np.array([int(step) for step, _ in history.valid])
-        valid = np.array([bits for _, bits in history.valid])
+        mean = np.convolve(history.train, np.full(width, 1 / width), mode="valid")
+        at = np.array([int(step) for step, _ in history.valid])
+        bits = [bits for _, bits in history.valid]
+        steps, seconds = np.arange(1, history.step + 1), np.cumsum(history.seconds)
         for axes, x in ((by_step, steps), (by_time, seconds)):
-            axes.plot(x, history.train, color=colour, alpha=0.28, linewidth=0.9)
+            axes.plot(x[width - 1 :], mean, color=colour, alpha=0.4, linewidth=1)
             axes.plot(
-                x[valid_steps - 1], valid, color=colour, linewidth=2,
+                x[at - 1], bits, color=colour, linewidth=2,
                 marker="o", markersize=4, label=result.spec,
             )  # fmt: skip
-        low = min(low, valid.min(), *history.train)
-        high = max(high, valid.max(), np.quantile(history.train, 0.98))
-    by_step.set_ylim(low - 0.1, high + 0.1)
     _label(by_step, "step", "bits per byte")
     _label(by_time, "seconds spent in steps", "")
     figure.legend(
         *by_step.get_legend_handles_labels(), loc="outside lower center",
         ncols=1 if len(results) > 2 else len(results), frameon=False, fontsize=9,
-        title="thick: validation, thin: training", title_fontsize=9,
+        title=f"dots: validation, thin: training, mean of {width} steps",
+        title_fontsize=9,
     )  # fmt: skip
     return figure
 

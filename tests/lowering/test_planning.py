@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sadsl as sa
-import strategies
 from lowering import heads, pipeline, planning, settle
 from lowering.bounds import Rectangles
 from pallas_kernels.block_mask import EMPTY, FULL, PARTIAL, check, expand

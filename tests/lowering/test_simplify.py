@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sadsl as sa
-import strategies
 from lowering import heads, ir
 from lowering.bounds import Analysis, Rectangles
 from lowering.hoist import hoist, vectors

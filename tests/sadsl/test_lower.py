@@ -101,7 +101,7 @@ def test_explain_counts_what_the_dense_mask_holds():
     q, k, v = shapes(n=512)
     config = sa.KernelConfig(block_q=64, block_kv=64)
     low = sa.lower("causal() & window(100)", q, k, v, target="cpu", config=config)
-    rows = dict((line[:22].strip(), line[22:]) for line in low.explain().splitlines())
+    rows = {line[:22].strip(): line[22:] for line in low.explain().splitlines()}
     dense = sa.parse("causal() & window(100)").dense(512)[0]
     visited = dense.reshape(8, 64, 8, 64).any(axis=(1, 3)).sum()
     flops = 2 * 4 * visited * 64 * 64 * (64 + 64)

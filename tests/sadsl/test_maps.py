@@ -6,11 +6,11 @@ import re
 import jax
 import numpy as np
 import pytest
+import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sadsl as sa
-import strategies
 
 Q, K = np.arange(23)[:, None], np.arange(19)[None, :]
 
@@ -30,9 +30,12 @@ DEFINITIONS = [
     (sa.where(lambda q, k: (q * 2 + k) % 3 == 1), (Q * 2 + K) % 3 == 1),
     (sa.where(lambda q, k: 1 - q < -k), 1 - Q < -K),
     (sa.where(lambda q, k: abs(q - k) != 2), np.abs(Q - K) != 2),
-    (sa.where(lambda q, k: sa.table((5, 0, 9))[q % 3] > k), np.array([5, 0, 9])[Q % 3] > K),
-    (sa.where(lambda q, k: sa.maximum(q, 5) >= sa.minimum(k, 9)), np.maximum(Q, 5) >= np.minimum(K, 9)),
-    (sa.where(lambda q, k: sa.isin(q + k, range(4)) | ((q + k).isin({9}))), np.isin(Q + K, [0, 1, 2, 3, 9])),
+    (sa.where(lambda q, k: sa.table((5, 0, 9))[q % 3] > k),
+     np.array([5, 0, 9])[Q % 3] > K),
+    (sa.where(lambda q, k: sa.maximum(q, 5) >= sa.minimum(k, 9)),
+     np.maximum(Q, 5) >= np.minimum(K, 9)),
+    (sa.where(lambda q, k: sa.isin(q + k, range(4)) | ((q + k).isin({9}))),
+     np.isin(Q + K, [0, 1, 2, 3, 9])),
     (sa.where(lambda q, k: True), (Q >= 0) & (K >= 0)),
     (sa.causal() & sa.window(4), (K <= Q) & (Q - 4 <= K)),
     (sa.causal() | sa.sinks(8), (K <= Q) | (K < 8)),
