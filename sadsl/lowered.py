@@ -74,9 +74,14 @@ class Lowered:
     def jaxpr(self) -> str:
         """The program that reaches the backend, kernels included."""
         if self.target == "cpu":
-            return str(jax.make_jaxpr(self.run)(*self.arguments))
+            return self._jaxpr()
         with targets.abstract_mesh(self.target):
-            return str(jax.make_jaxpr(self.run)(*self.arguments))
+            return self._jaxpr()
+
+    def _jaxpr(self) -> str:
+        found = jax.make_jaxpr(self.run)(*self.arguments)
+        # Notebooks would get colours otherwise, as escape codes.
+        return found.pretty_print(use_color=False)
 
     @cached_property
     def module(self) -> str:

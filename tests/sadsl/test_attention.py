@@ -138,7 +138,7 @@ def test_soft_cap(impl):
     assert_matches(impl, spec, pairs, q, k, v, do, soft_cap=1.5)
 
 
-@settings(max_examples=16, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
 @given(
     strategies.with_heads(),
     st.sampled_from([(1, 1), (13, 33), (60, 60), (45, 20)]),
