@@ -46,9 +46,9 @@ _OUT = flags.DEFINE_string("out", "out/train_lm", "Where results and checkpoints
 _FRESH = flags.DEFINE_bool("fresh", False, "Delete the checkpoints and start over.")
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 2048, "Bytes of context.")
 _BATCH = flags.DEFINE_integer("batch_size", 1, "Sequences in a step.")
-_STEPS = flags.DEFINE_integer("steps", 300, "Steps.")
+_STEPS = flags.DEFINE_integer("steps", 260, "Steps.")
 _LAYERS = flags.DEFINE_integer("num_layers", 2, "Layers.")
-_HEADS = flags.DEFINE_integer("num_heads", 4, "Heads of the queries.")
+_HEADS = flags.DEFINE_integer("num_heads", 8, "Heads of the queries.")
 _KV_HEADS = flags.DEFINE_integer("num_kv_heads", None, "Of keys; None: num_heads.")
 _WIDTH = flags.DEFINE_integer("d_model", 128, "Features of a position.")
 _HIDDEN = flags.DEFINE_integer("d_hidden", None, "Of the MLP; None: 4 * d_model.")
@@ -57,9 +57,9 @@ _WARMUP = flags.DEFINE_integer("warmup_steps", None, "None: a tenth of the steps
 _DECAY = flags.DEFINE_float("weight_decay", 0.1, "Of AdamW.")
 _CLIP = flags.DEFINE_float("clip_norm", 1.0, "Largest norm of a gradient.")
 _SEED = flags.DEFINE_integer("seed", 0, "Decides on weights and batches.")
-_VALID = flags.DEFINE_integer("valid_every", 50, "Steps between validations.")
-_VALID_BATCHES = flags.DEFINE_integer("valid_batches", 12, "Batches of a validation.")
-_KEEP = flags.DEFINE_integer("checkpoint_every", 25, "Steps between checkpoints.")
+_VALID = flags.DEFINE_integer("valid_every", 26, "Steps between validations.")
+_VALID_BATCHES = flags.DEFINE_integer("valid_batches", 8, "Batches of a validation.")
+_KEEP = flags.DEFINE_integer("checkpoint_every", 26, "Steps between checkpoints.")
 
 
 def settings() -> tuple[ModelConfig, TrainConfig]:
