@@ -34,7 +34,7 @@ check: $(VENV)/.test  ## lint, types, import arrows
 	$(BIN)/lint-imports
 
 notebooks: $(VENV)/.test  ## runs every notebook
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 -p no:jaxtyping notebooks
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
 
 wheel: $(VENV)/.test  ## builds the wheel and uses it outside of the checkout
 	./.ci/wheel $(PYTHON)

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+REST_SECONDS = 0.3
+
 
 def pin(threads: int) -> None:
     """Keeps this process and its children on ``threads`` cores.
@@ -48,11 +50,19 @@ def stopwatch(f: Callable, *args: Any) -> Callable[[], float]:
 def medians(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Median milliseconds a side; each round runs every side, so that noise is shared.
 
-    A round before the first is not counted: it compiles.
+    Before each timed call there is a rest and a call that is not counted. The threads of
+    the other side spin for a while after their work, and its arrays fill the caches:
+    neither must be timed. A call before the first round compiles.
     """
     for run in sides.values():
         run()
-    seconds = [[run() for run in sides.values()] for _ in range(rounds)]
+
+    def rested(run: Callable[[], float]) -> float:
+        time.sleep(REST_SECONDS)
+        run()
+        return run()
+
+    seconds = [[rested(run) for run in sides.values()] for _ in range(rounds)]
     columns = zip(*seconds, strict=True)
     return {
         name: 1e3 * statistics.median(column)
