@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels import softmax
 from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
 from pallas_kernels.xla import tile
-from pallas_kernels.xla.heads import HeadGroup, add_up, head_groups, join
+from pallas_kernels.xla.heads import HeadGroup, add_up, head_groups, join, pick
 from pallas_kernels.xla.lists import Lists
 from pallas_kernels.xla.rows import Pass, fold_rows
 
@@ -17,7 +17,7 @@ from pallas_kernels.xla.rows import Pass, fold_rows
 class Gradients(NamedTuple):
     """The gradients of a head group in blocks; those of keys add up in f32."""
 
-    dq: Float[Array, "batch kv_heads group q_blocks block_q head_dim"]
+    dq: Float[Array, "batch q_blocks block_q q_heads head_dim"]
     dk: Float32[Array, "batch kv_heads kv_blocks block_kv head_dim"]
     dv: Float32[Array, "batch kv_heads kv_blocks block_kv head_dim_v"]
 
@@ -62,14 +62,19 @@ def _backward(
     q_seq_len, kv_seq_len = inputs.q.shape[2], inputs.k.shape[2]
     blocks = tile.operands(inputs, group, plan)
     pairs = tile.pairs_of(call, vectors, group, plan, kv_seq_len)
-    lse, do, delta = (
-        tile.to_blocks(tile.fold_heads(x, group), 3, plan.block_q) for x in cotangents
+    lse, delta = (
+        tile.to_blocks(tile.fold_heads(x, group), 3, plan.block_q)
+        for x in (cotangents.lse, cotangents.delta)
     )
-    size = blocks.q.shape[2]
+    do = tile.positions_first(pick(cotangents.do, group.q_heads), plan.block_q)
+    batch, kv_heads, size = lse.shape[:3]
 
     def start(total: Gradients, row: Array) -> tuple[Any, Any]:
-        fixed = Row(*(tile.row_of(x, row) for x in (blocks.q, do, lse, delta)))
-        fixed = fixed._replace(lse=softmax.lse_for_backward(fixed.lse))
+        fixed = Row(
+            *(tile.queries_of(x, row, kv_heads) for x in (blocks.q, do)),
+            softmax.lse_for_backward(tile.row_of(lse, row)),
+            tile.row_of(delta, row),
+        )
         return fixed, (total, jnp.zeros_like(fixed.q))
 
     def fold(fixed: Row, state: Any, block: Array, bias: Array) -> Any:
@@ -86,19 +91,18 @@ def _backward(
     def close(fixed: Row, state: Any, row: Array) -> Gradients:
         del fixed
         total, dq = state
-        return total._replace(dq=tile.put_row(total.dq, dq, row))
+        return total._replace(dq=tile.put_queries(total.dq, dq, row))
 
     total = Gradients(
         jnp.zeros_like(blocks.q),
         *(
-            jnp.zeros(jnp.swapaxes(x, 3, 4).shape, jnp.float32)
-            for x in (blocks.k, blocks.v)
+            jnp.zeros((batch, kv_heads, n, d, size_kv), jnp.float32)
+            for _, n, size_kv, _, d in (blocks.k.shape, blocks.v.shape)
         ),
     )
     walk = plan.walks[group.map_index]
     total = fold_rows(walk, pairs, Pass(start, fold, close), total)
-    dq = tile.from_blocks(total.dq, 3, q_seq_len)
-    dq = dq.reshape(dq.shape[0], len(group.q_heads), *dq.shape[3:])
+    dq = tile.heads_first(total.dq, q_seq_len)
     dk, dv = (tile.from_blocks(jnp.swapaxes(x, 3, 4), 2, kv_seq_len) for x in total[1:])
     return dq, dk, dv
 

@@ -33,11 +33,13 @@ def _forward(
     _, _, kv_seq_len, head_dim_v = inputs.v.shape
     blocks = tile.operands(inputs, group, plan)
     pairs = tile.pairs_of(call, vectors, group, plan, kv_seq_len)
-    batch, kv_heads, size, q_blocks, block_q, _ = blocks.q.shape
-    outer = batch, kv_heads, size, q_blocks, block_q
+    batch, q_blocks, block_q, q_heads, _ = blocks.q.shape
+    kv_heads = len(group.kv_heads)
+    size = q_heads // kv_heads
 
     def start(total: Any, row: Array) -> tuple[Any, Any]:
-        q = tile.row_of(blocks.q, row) * (call.sm_scale * softmax.LOG2_E)
+        q = tile.queries_of(blocks.q, row, kv_heads)
+        q *= call.sm_scale * softmax.LOG2_E
         empty = softmax.start(size * block_q, head_dim_v)
         lead = batch, kv_heads
         state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), empty)
@@ -53,18 +55,15 @@ def _forward(
         o, lse = softmax.finish(state)
         _, total = fixed
         return Outputs(
-            tile.put_row(total.o, o, row), tile.put_row(total.lse, lse[..., 0], row)
+            tile.put_queries(total.o, o, row),
+            tile.put_row(total.lse, lse[..., 0], row),
         )
 
     total = Outputs(
-        jnp.zeros((*outer, head_dim_v), inputs.q.dtype),
-        jnp.full(outer, -jnp.inf, jnp.float32),
+        jnp.zeros((batch, q_blocks, block_q, q_heads, head_dim_v), inputs.q.dtype),
+        jnp.full((batch, kv_heads, size, q_blocks, block_q), -jnp.inf, jnp.float32),
     )
     walk = plan.walks[group.map_index]
     total = fold_rows(walk, pairs, Pass(start, fold, close), total)
-
-    def flat(x: jax.Array) -> jax.Array:
-        x = tile.from_blocks(x, 3, q_seq_len)
-        return x.reshape(batch, len(group.q_heads), *x.shape[3:])
-
-    return Outputs(*map(flat, total))
+    lse = tile.from_blocks(total.lse, 3, q_seq_len).reshape(batch, q_heads, -1)
+    return Outputs(tile.heads_first(total.o, q_seq_len), lse)

@@ -43,18 +43,52 @@ def fold_heads(x: jax.Array, group: HeadGroup) -> jax.Array:
 
 
 class Operands(NamedTuple):
-    """The inputs of a head group, in blocks."""
+    """The inputs of a head group, in blocks, with positions before heads.
 
-    q: Float[Array, "batch kv_heads group q_blocks block_q head_dim"]
-    k: Float[Array, "batch kv_heads kv_blocks block_kv head_dim"]
-    v: Float[Array, "batch kv_heads kv_blocks block_kv head_dim_v"]
+    That is the layout of the public call: its transposition and this one cancel, and
+    only the blocks at hand are turned, in cache.
+    """
+
+    q: Float[Array, "batch q_blocks block_q q_heads head_dim"]
+    k: Float[Array, "batch kv_blocks block_kv kv_heads head_dim"]
+    v: Float[Array, "batch kv_blocks block_kv kv_heads head_dim_v"]
 
 
 def operands(inputs: Inputs, group: HeadGroup, plan: Plan) -> Operands:
-    """Picks, folds and splits; free of copies for one map and aligned lengths."""
-    q = to_blocks(fold_heads(inputs.q, group), 3, plan.block_q)
-    k, v = (to_blocks(pick(x, group.kv_heads), 2, plan.block_kv) for x in inputs[1:])
+    """Picks and splits; free of copies for one map and aligned lengths."""
+    q = positions_first(pick(inputs.q, group.q_heads), plan.block_q)
+    k, v = (positions_first(pick(x, group.kv_heads), plan.block_kv) for x in inputs[1:])
     return Operands(q, k, v)
+
+
+def positions_first(
+    x: Float[Array, "b h n d"], size: int
+) -> Float[Array, "b blocks {size} h d"]:
+    """Blocks of positions of all heads."""
+    return to_blocks(jnp.swapaxes(x, 1, 2), 1, size)
+
+
+def heads_first(
+    x: Float[Array, "b blocks size h d"], length: int
+) -> Float[Array, "b h {length} d"]:
+    """Undoes ``positions_first``."""
+    return jnp.swapaxes(from_blocks(x, 1, length), 1, 2)
+
+
+def queries_of(
+    x: Float[Array, "b blocks q h d"], row: Array, kv_heads: int
+) -> Float32[Array, "b {kv_heads} gq d"]:
+    """One block of queries of every head, in f32, folded by key head."""
+    x = jax.lax.dynamic_index_in_dim(x, row, axis=1, keepdims=False)
+    b, _, _, d = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(b, kv_heads, -1, d).astype(jnp.float32)
+
+
+def put_queries(x: jax.Array, value: jax.Array, row: Array) -> jax.Array:
+    """Writes what ``queries_of`` reads."""
+    b, _, q, h, d = x.shape
+    value = jnp.swapaxes(value.reshape(b, h, q, d).astype(x.dtype), 1, 2)
+    return jax.lax.dynamic_update_index_in_dim(x, value, row, axis=1)
 
 
 def row_of(
@@ -74,16 +108,16 @@ def put_row(x: jax.Array, value: jax.Array, row: Array) -> jax.Array:
 
 
 def gather(
-    x: Float[Array, "b h blocks k d"], block: Int32[Array, " slots"]
+    x: Float[Array, "b blocks k h d"], block: Int32[Array, " slots"]
 ) -> Float32[Array, "b h slots_k d"]:
     """The keys or values of some blocks, side by side.
 
     16-bit operands are widened: CPUs multiply f32 faster.
     """
-    b, h, _, _, d = x.shape
+    b, _, _, h, d = x.shape
     # Every index is of a block: out-of-bounds checks would cost a pass over the tile.
-    tiles = jnp.take(x, block, axis=2, mode="clip")
-    return tiles.reshape(b, h, -1, d).astype(jnp.float32)
+    tiles = jnp.take(x, block, axis=1, mode="clip").reshape(b, -1, h, d)
+    return jnp.swapaxes(tiles, 1, 2).astype(jnp.float32)
 
 
 def batched_dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
