@@ -50,9 +50,9 @@ def stopwatch(f: Callable, *args: Any) -> Callable[[], float]:
 def medians(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Median milliseconds a side; each round runs every side, so that noise is shared.
 
-    Before each timed call there is a rest and a call that is not counted. The threads of
-    the other side spin for a while after their work, and its arrays fill the caches:
-    neither must be timed. A call before the first round compiles.
+    Before each timed call there is a rest and a call that is not counted: the threads
+    of the other side spin for a while after their work, and its arrays fill the caches.
+    A call before the first round compiles.
     """
     for run in sides.values():
         run()
