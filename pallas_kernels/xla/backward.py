@@ -71,7 +71,8 @@ def _backward(
 
     def start(total: Gradients, row: Array) -> tuple[Any, Any]:
         fixed = Row(
-            *(tile.queries_of(x, row, kv_heads) for x in (blocks.q, do)),
+            tile.queries_of(blocks.q, row, kv_heads),
+            tile.queries_of(do, row, kv_heads),
             softmax.lse_for_backward(tile.row_of(lse, row)),
             tile.row_of(delta, row),
         )
