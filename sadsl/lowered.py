@@ -14,6 +14,7 @@ from pallas_kernels.call import Masks
 from pallas_kernels.config import KernelConfig, Tiles
 from sadsl import checks
 from sadsl.attention import (
+    PLATFORMS,
     Options,
     as_term,
     check_operands,
@@ -195,7 +196,8 @@ def lower(
       gradient: lower the gradients of ``sum(out)`` instead of ``(out, lse)``.
 
     Raises:
-      ValueError: unknown target, or arrays that do not fit the spec.
+      ValueError: unknown target, an impl that cannot run on it, or arrays that do not
+        fit the spec.
     """
     target = target or _default_target()
     platform = "cpu" if target == "cpu" else _platform(target)
@@ -204,7 +206,7 @@ def lower(
         term=as_term(spec),
         problem=problem,
         sm_scale=float(q.shape[-1] ** -0.5 if sm_scale is None else sm_scale),
-        impl=choose_impl(impl or IMPL_OF_PLATFORM[platform], True),
+        impl=_impl_for(impl or IMPL_OF_PLATFORM[platform], target, platform),
         config=config or KernelConfig(),
     )
     shapes = {
@@ -221,6 +223,22 @@ def lower(
     check_operands(fitted, options.stages)
     arrays = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
     return Lowered(options, target, (*arrays, fitted), gradient)
+
+
+def _impl_for(impl: str, target: str, platform: str) -> str:
+    """``impl``, if it has kernels that the target can run."""
+    impl = choose_impl(impl, True)
+    if impl not in PLATFORMS:
+        raise ValueError(
+            f"impl={impl!r} has no kernel to lower: leave impl out, or name one of "
+            f"{', '.join(PLATFORMS)}"
+        )
+    if {"cuda": "gpu"}.get(platform, platform) not in PLATFORMS[impl]:
+        raise ValueError(
+            f"impl={impl!r} runs on {', '.join(PLATFORMS[impl])}, not on "
+            f"target={target!r}: leave impl out, or name a target of that platform"
+        )
+    return impl
 
 
 def _platform(target: str) -> str:

@@ -111,11 +111,7 @@ def test_the_kernel_predicate_selects_the_same_pairs(specs):
 def test_maps_that_differ_in_constants_become_one_test():
     windows = [sa.causal() & sa.window(n) for n in (3, 9, 27)]
     joined = join(tuple(simplify(w.node) for w in windows))
-    assert (
-        show(joined)
-        == ("(k - q <= table((0, 0, 0))[h]) & (q - k <= table((3, 9, 27))[h])")
-        or show(joined) == "(k - q <= 0) & (q - k <= table((3, 9, 27))[h])"
-    )
+    assert show(joined) == "(k - q <= 0) & (q - k <= table((3, 9, 27))[h])"
     assert join((simplify(sa.causal().node), simplify(sa.strided(3).node))) is None
     strides = tuple(simplify(sa.strided(n).node) for n in (3, 5))
     assert join(strides) is None  # divisors are compiled in

@@ -43,6 +43,7 @@ def test_stages_read_as_before(name):
     path = GOLDEN / f"{name}.txt"
     if not path.exists():
         path.write_text(text)
+        pytest.fail(f"wrote {path.name}: look at it, then run again")
     assert text == path.read_text()
 
 
@@ -116,6 +117,19 @@ def test_bad_targets():
         sa.lower(SPEC, *shapes(), target="tpu-v9")
     with pytest.raises(ValueError, match="impl='cuda': must be None or one of"):
         sa.lower(SPEC, *shapes(), impl="cuda")
+
+
+@pytest.mark.parametrize(
+    ("impl", "target", "message"),
+    [
+        ("reference", "cpu", "impl='reference' has no kernel to lower"),
+        ("tpu", "cpu", "impl='tpu' runs on tpu, not on target='cpu'"),
+        ("triton", "tpu-v6e", "impl='triton' runs on gpu, not on target='tpu-v6e'"),
+    ],
+)
+def test_an_impl_that_the_target_cannot_run(impl, target, message):
+    with pytest.raises(ValueError, match=message):
+        sa.lower(SPEC, *shapes(), impl=impl, target=target)
 
 
 def test_pictures():
