@@ -12,11 +12,14 @@ from types import ModuleType
 from typing import Any, NamedTuple, assert_never
 
 import numpy as np
+from jax import lax
 
 from lowering import ir
+from lowering.predicate import floor_log2
 
 # Beyond any sum of positions, and far from overflow when such are added.
 ANYTHING = 1 << 40
+POWERS_OF_TWO = tuple(1 << i for i in range(42))
 
 
 class Rectangles(NamedTuple):
@@ -88,6 +91,8 @@ class Analysis:
                 return self._in(ir.Add(a, ir.Mul(b, -1)), (0,))
             case ir.In(a, values):
                 return self._in(a, values)
+            case ir.PowerOfTwo(a):
+                return self._members(self.range(a), POWERS_OF_TWO)
             case ir.And(terms):
                 return reduce(self._and, [self(t) for t in terms])
             case ir.Or(terms):
@@ -183,8 +188,8 @@ class Analysis:
                 return self._position(self.at.q_min, self.at.q_max, self.leaf[0], "q")
             case ir.Var("k"):
                 return self._position(self.at.k_min, self.at.k_max, self.leaf[1], "k")
-            case ir.Var():
-                raise AssertionError("heads are resolved before bounds are taken")
+            case ir.Var(axis):
+                raise AssertionError(f"{axis} is resolved before bounds are taken")
             case ir.Const(value):
                 at = self.at.q_min * 0 + value
                 return Range(at, at, 1, True, True, 1, frozenset())
@@ -200,6 +205,10 @@ class Analysis:
                 return self._pick(self.xp.minimum, self.range(a), self.range(b))
             case ir.Max(a, b):
                 return self._pick(self.xp.maximum, self.range(a), self.range(b))
+            case ir.Log2(a):
+                return self._log2(self.range(a))
+            case ir.Within(a, _):
+                return self.range(a)
             case ir.Table(values, index):
                 return self._table(values, self.range(index))
             case ir.Operand():
@@ -272,6 +281,16 @@ class Analysis:
         dense = a.dense & b.dense & (a.step == 1) & (b.step == 1)
         dense = (dense & (apart | free)) | (tight & (low == high))
         return Range(low, high, step, tight, dense, 1, a.axes | b.axes)
+
+    def _log2(self, a: Range) -> Range:
+        low, high = (self._floor_log2(x) for x in (a.low, a.high))
+        dense = a.dense & ((a.step == 1) | (low == high))
+        return Range(low, high, 1, a.tight, dense, 1, a.axes)
+
+    def _floor_log2(self, x: Any) -> Any:
+        if self.xp is np:
+            return floor_log2(x)
+        return 31 - lax.clz(self.xp.maximum(x, 1))
 
     def _table(self, values: tuple[int, ...], index: Range) -> Range:
         low, high = _table_bounds(self.xp, values, index.low, index.high)

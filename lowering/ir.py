@@ -1,22 +1,23 @@
 """The closed union of nodes that every index map is made of: integers and predicates.
 
-An expression is an integer of a query position ``q``, a key position ``k`` and a head
-``h``; a predicate says which pairs attend. Nodes are frozen, hashable and equal by
-content. Passes ``match`` on them and end in ``assert_never``; ``printing.show`` prints
-the Python expression that builds a node again.
+An expression is an integer of a query position ``q``, a key position ``k``, a head
+``h`` and the number of keys ``n``; a predicate says which pairs attend. Nodes are
+frozen, hashable and equal by content. Passes ``match`` on them and end in
+``assert_never``; ``printing.show`` prints the Python expression that builds a node
+again.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, assert_never, overload
 
-Axis = Literal["q", "k", "h"]
+Axis = Literal["q", "k", "h", "n"]
 Side = Literal["q", "k"]
 
 
 @dataclass(frozen=True, slots=True)
 class Var:
-    """A position: of the query, of the key, or the index of the head."""
+    """Position of the query or the key, index of the head, or the number of keys."""
 
     axis: Axis
 
@@ -77,6 +78,24 @@ class Max:
 
 
 @dataclass(frozen=True, slots=True)
+class Log2:
+    """The floor of the binary logarithm of ``expr``, or 0 where that is below 1."""
+
+    expr: "Expr"
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """``expr``, which has to run through 0 .. ``size - 1``, and no further.
+
+    ``verify`` checks that it does; ``simplify`` then drops the node.
+    """
+
+    expr: "Expr"
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """``values[index]``: a constant table; the index lies within it."""
 
@@ -132,6 +151,13 @@ class In:
 
 
 @dataclass(frozen=True, slots=True)
+class PowerOfTwo:
+    """``expr`` is 1, 2, 4, 8, ..."""
+
+    expr: "Expr"
+
+
+@dataclass(frozen=True, slots=True)
 class And:
     """All of the terms hold."""
 
@@ -160,12 +186,24 @@ class ByHead:
 
 
 Expr: TypeAlias = (
-    Var | Const | Add | Mul | FloorDiv | Mod | Min | Max | Table | Operand | Hoisted
+    Var
+    | Const
+    | Add
+    | Mul
+    | FloorDiv
+    | Mod
+    | Min
+    | Max
+    | Log2
+    | Within
+    | Table
+    | Operand
+    | Hoisted
 )
-Pred: TypeAlias = Bool | Le | Eq | In | And | Or | Not | ByHead
+Pred: TypeAlias = Bool | Le | Eq | In | PowerOfTwo | And | Or | Not | ByHead
 Node: TypeAlias = Expr | Pred
 
-Q, K, H = Var("q"), Var("k"), Var("h")
+Q, K, H, N = Var("q"), Var("k"), Var("h"), Var("n")
 
 # Gives an expression for an expression and a predicate for a predicate.
 Change: TypeAlias = Callable[[Any], Any]
@@ -182,8 +220,10 @@ def rebuild(node: Node, change: Change) -> Node:
             return node
         case Add(a, b) | Min(a, b) | Max(a, b) | Le(a, b) | Eq(a, b):
             return type(node)(change(a), change(b))
-        case Mul(a, n) | FloorDiv(a, n) | Mod(a, n):
+        case Mul(a, n) | FloorDiv(a, n) | Mod(a, n) | Within(a, n):
             return type(node)(change(a), n)
+        case Log2(a) | PowerOfTwo(a):
+            return type(node)(change(a))
         case In(a, values):
             return In(change(a), values)
         case Table(values, index):
@@ -204,7 +244,9 @@ def children(node: Node) -> tuple[Node, ...]:
             return ()
         case Add(a, b) | Min(a, b) | Max(a, b) | Le(a, b) | Eq(a, b):
             return (a, b)
-        case Mul(a, _) | FloorDiv(a, _) | Mod(a, _) | In(a, _) | Not(a):
+        case Mul(a, _) | FloorDiv(a, _) | Mod(a, _) | Within(a, _) | In(a, _):
+            return (a,)
+        case Log2(a) | PowerOfTwo(a) | Not(a):
             return (a,)
         case Table(_, index):
             return (index,)

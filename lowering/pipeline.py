@@ -71,6 +71,13 @@ def shift_queries(program: Program) -> Program:
     return replace(program, maps=maps)
 
 
+def resolve_length(program: Program) -> Program:
+    """Writes the number of keys for ``n``."""
+    length = ir.Const(program.problem.kv_seq_len)
+    maps = tuple(ir.substitute(node, {"n": length}) for node in program.maps)
+    return replace(program, maps=maps)
+
+
 def resolve_heads(program: Program) -> Program:
     """One map a head."""
     (node,) = program.maps
@@ -97,6 +104,7 @@ def hoist(program: Program) -> Program:
 
 PASSES: tuple[Callable[[Program], Program], ...] = (
     shift_queries,
+    resolve_length,
     resolve_heads,
     simplify,
     hoist,
@@ -127,14 +135,14 @@ def run(node: ir.Pred, problem: Problem) -> Stages:
     """All passes over a map.
 
     Raises:
-      ValueError: the map does not fit the problem (heads, tables).
+      ValueError: the map does not fit the problem (heads, tables, grids).
     """
     program = Program(problem, (node,))
     stages = [("input", program)]
     for rewrite in PASSES:
         program = rewrite(program)
         stages.append((rewrite.__name__, program))
-        if rewrite is simplify:
+        if rewrite is resolve_heads:
             verify(program.maps, problem.q_seq_len, problem.kv_seq_len)
     return Stages(tuple(stages))
 

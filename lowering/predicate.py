@@ -62,6 +62,10 @@ class NumPy(_Positions):
         """The larger of two."""
         return self.xp.maximum(a, b)
 
+    def log2(self, x: Any) -> Any:
+        """The floor of the binary logarithm, 0 below 1."""
+        return floor_log2(x)
+
     def table(self, values: tuple[int, ...], index: Any) -> Any:
         """``values[index]``."""
         return np.asarray(values, np.int64)[index]
@@ -111,6 +115,16 @@ class Jax(_Positions):
         """The larger of two."""
         return jnp.maximum(a, b)
 
+    def log2(self, x: Any) -> Any:
+        """The floor of the binary logarithm, 0 below 1, from a float's exponent.
+
+        Without the lower of two neighbouring bits, rounding never carries.
+        """
+        x = jnp.maximum(x, 1)
+        top = x & ~lax.shift_right_arithmetic(x, _like(x, 1))
+        bits = lax.bitcast_convert_type(top.astype(jnp.float32), jnp.int32)
+        return lax.shift_right_arithmetic(bits, _like(bits, 23)) - 127
+
     def table(self, values: tuple[int, ...], index: Any) -> Any:
         """``values[index]`` as a chain of selects, since kernels have no gather."""
         if jnp.ndim(index) and len(values) > MAX_SELECTS:
@@ -140,6 +154,11 @@ class Jax(_Positions):
 
 def _like(x: Any, value: int) -> Any:
     return jnp.full(jnp.shape(x), value, jnp.result_type(x))
+
+
+def floor_log2(x: Any) -> Any:
+    """The floor of the binary logarithm of NumPy integers below 2**53; 0 below 1."""
+    return np.frexp(np.maximum(x, 1))[1].astype(np.int64) - 1
 
 
 def intervals(values: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -181,6 +200,10 @@ def _integer(node: ir.Expr, at: NumPy | Jax) -> Any:
             return at.minimum(value(a), value(b))
         case ir.Max(a, b):
             return at.maximum(value(a), value(b))
+        case ir.Log2(a):
+            return at.log2(value(a))
+        case ir.Within(a, _):
+            return value(a)
         case ir.Table(values, index):
             return at.table(values, value(index))
         case ir.Operand(name, index):
@@ -200,6 +223,9 @@ def _truth(node: ir.Pred, at: NumPy | Jax) -> Any:
             return _array(_integer(a, at) == _integer(b, at), at)
         case ir.In(a, values):
             return at.isin(_integer(a, at), values)
+        case ir.PowerOfTwo(a):
+            x = _integer(a, at)
+            return _array((x > 0) & ((x & (x - 1)) == 0), at)
         case ir.And(terms):
             return reduce(lambda a, b: a & b, [_truth(t, at) for t in terms])
         case ir.Or(terms):

@@ -13,6 +13,7 @@ from lowering.ir import (
     Hoisted,
     In,
     Le,
+    Log2,
     Max,
     Min,
     Mod,
@@ -21,13 +22,15 @@ from lowering.ir import (
     Not,
     Operand,
     Or,
+    PowerOfTwo,
     Table,
     Var,
+    Within,
 )
 
 
 def show(node: Node) -> str:
-    """One line of Python in ``q``, ``k`` and ``h``."""
+    """One line of Python in ``q``, ``k`` and ``h`` (and ``n``, the number of keys)."""
     match node:
         case Var(axis):
             return axis
@@ -51,6 +54,10 @@ def show(node: Node) -> str:
             return f"minimum({show(a)}, {show(b)})"
         case Max(a, b):
             return f"maximum({show(a)}, {show(b)})"
+        case Log2(a):
+            return f"floor_log2({show(a)})"
+        case Within(a, _):
+            return show(a)
         case Table(values, index):
             return f"table({values})[{show(index)}]"
         case Operand(name, index):
@@ -62,6 +69,8 @@ def show(node: Node) -> str:
             return f"{show(a)} == {show(b)}"
         case In(a, values):
             return f"isin({show(a)}, {show_set(values)})"
+        case PowerOfTwo(a):
+            return f"power_of_two({show(a)})"
         case And(terms):
             return " & ".join(_tight(t) for t in terms)
         case Or(terms):
@@ -80,13 +89,18 @@ def show_set(values: tuple[int, ...]) -> str:
 
 def _factor(node: Node) -> str:
     """The node as the right side of a sum: a product needs no parentheses there."""
+    if isinstance(node, Within):
+        return _factor(node.expr)
     product = isinstance(node, Mul | FloorDiv | Mod)
     return show(node) if product else _tight(node)
 
 
 def _tight(node: Node) -> str:
     """``show(node)`` in parentheses unless nothing can come between its parts."""
+    if isinstance(node, Within):
+        return _tight(node.expr)
     text = show(node)
-    atoms = (Var, Hoisted, Const, Bool, Min, Max, Table, Operand, In, ByHead)
+    atoms = (Var, Hoisted, Const, Bool, Min, Max, Log2, Table, Operand, In, ByHead)
+    atoms += (PowerOfTwo,)
     negative = isinstance(node, Const) and node.value < 0
     return text if isinstance(node, atoms) and not negative else f"({text})"

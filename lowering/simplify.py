@@ -24,6 +24,8 @@ def simplify(node: ir.Pred) -> ir.Pred:
             return _eq(a, b)
         case ir.In(a, values):
             return _in(a, values)
+        case ir.PowerOfTwo(a):
+            return _power_of_two(integer(a))
         case ir.And(terms):
             return _all([simplify(t) for t in terms])
         case ir.Or(terms):
@@ -58,6 +60,13 @@ def _sum(node: ir.Expr) -> tuple[Sum, int]:
             return _mod(_sum(a), n)
         case ir.Min(a, b) | ir.Max(a, b):
             return _pick(type(node), _sum(a), _sum(b))
+        case ir.Log2(a):
+            a = integer(a)
+            if isinstance(a, ir.Const):
+                return {}, max(a.value, 1).bit_length() - 1
+            return {ir.Log2(a): 1}, 0
+        case ir.Within(a, _):
+            return _sum(a)
         case ir.Table(values, index):
             index = integer(index)
             if isinstance(index, ir.Const) and 0 <= index.value < len(values):
@@ -197,6 +206,12 @@ def _in(a: ir.Expr, values: tuple[int, ...]) -> ir.Pred:
     return ir.In(expr, shifted)
 
 
+def _power_of_two(expr: ir.Expr) -> ir.Pred:
+    if isinstance(expr, ir.Const):
+        return ir.Bool(expr.value.bit_count() == 1 and expr.value > 0)
+    return ir.PowerOfTwo(expr)
+
+
 # --- conjunctions and disjunctions ---
 
 
@@ -215,7 +230,7 @@ def _negate(node: ir.Pred) -> ir.Pred:
             return term
         case ir.ByHead(terms):
             return ir.ByHead(tuple(_negate(t) for t in terms))
-        case ir.Eq() | ir.In():
+        case ir.Eq() | ir.In() | ir.PowerOfTwo():
             return ir.Not(node)
     assert_never(node)
 

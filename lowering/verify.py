@@ -10,12 +10,13 @@ from lowering.printing import show
 
 
 def verify(maps: tuple[ir.Pred, ...], q_seq_len: int, kv_seq_len: int) -> None:
-    """Checks that every table is indexed inside of it.
+    """Checks that every table is indexed inside of it, and that grids have all cells.
 
     Raises:
-      ValueError: some position reaches beyond a table, or a permutation.
+      ValueError: some position reaches beyond a table, a permutation or a grid.
     """
     for node in maps:
+        _verify_extents(node, q_seq_len, kv_seq_len)
         for table in {n for n in ir.walk(node) if isinstance(n, ir.Table)}:
             low, high = index_range(table.index, q_seq_len, kv_seq_len)
             if low < 0 or high >= len(table.values):
@@ -26,6 +27,20 @@ def verify(maps: tuple[ir.Pred, ...], q_seq_len: int, kv_seq_len: int) -> None:
                     f"give one of {high + 1} entries, or index it with "
                     f"`% {len(table.values)}`"
                 )
+
+
+def _verify_extents(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> None:
+    """Keys fill what they should; queries may be a part of it, as in decoding."""
+    for part in {n for n in ir.walk(node) if isinstance(n, ir.Within)}:
+        _, high = index_range(part.expr, q_seq_len, kv_seq_len)
+        fits = high == part.size - 1
+        if not fits and not (ir.axes(part.expr) == {"q"} and high < part.size):
+            raise ValueError(
+                f"a grid (or its like) has {part.size} positions, but "
+                f"`{show(part.expr)}` runs up to {high} for q_seq_len={q_seq_len} and "
+                f"kv_seq_len={kv_seq_len}: the sizes of its axes must multiply to the "
+                "number of keys (plus `extra`), and the queries must not exceed it"
+            )
 
 
 def verify_operands(

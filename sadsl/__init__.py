@@ -29,10 +29,12 @@ from sadsl.named import sinks as sinks
 from sadsl.named import strided as strided
 from sadsl.named import where as where
 from sadsl.named import window as window
+from sadsl.symbols import floor_log2 as floor_log2
 from sadsl.symbols import isin as isin
 from sadsl.symbols import maximum as maximum
 from sadsl.symbols import minimum as minimum
 from sadsl.symbols import operand as operand
+from sadsl.symbols import power_of_two as power_of_two
 from sadsl.symbols import table as table
 from sadsl.terms import Softmax as Softmax
 from sadsl.terms import softmax as softmax

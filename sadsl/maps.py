@@ -9,7 +9,7 @@ from jaxtyping import Bool as BoolArray
 from jaxtyping import Integer as IntArray
 from typing_extensions import override
 
-from lowering import heads, ir, predicate
+from lowering import heads, ir, predicate, verify
 from sadsl.symbols import Symbol, Truth, truth_node
 
 
@@ -83,14 +83,20 @@ class IndexMap:
           kv_seq_len: number of keys; ``q_seq_len`` if None.
           num_heads: heads; a multiple of what ``per_head`` asks for.
           operands: the run-time arrays that the map reads, without a batch axis.
+
+        Raises:
+          ValueError: the map is made for other lengths or numbers of heads.
         """
         kv_seq_len = q_seq_len if kv_seq_len is None else kv_seq_len
         q = np.arange(q_seq_len)[:, None]
         k = np.arange(kv_seq_len)[None, :]
         values = {name: np.asarray(x) for name, x in (operands or {}).items()}
+        node = ir.substitute(self.node, {"n": ir.Const(kv_seq_len)})
+        nodes = heads.per_head(node, num_heads)
+        verify.verify(nodes, q_seq_len, kv_seq_len)
         rows = [
             predicate.evaluate(node, predicate.NumPy(q, k, head, values))
-            for head, node in enumerate(heads.per_head(self.node, num_heads))
+            for head, node in enumerate(nodes)
         ]
         return np.stack([np.broadcast_to(r, (q_seq_len, kv_seq_len)) for r in rows])
 
@@ -214,7 +220,9 @@ class Lifted(IndexMap):
     @override
     def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
         at_q, at_k = (q // self.block).node, (k // self.block).node
-        return Truth(ir.substitute(self.a.node, {"q": at_q, "k": at_k}))
+        length = ((Symbol(ir.N) + (self.block - 1)) // self.block).node
+        new: dict[ir.Axis, ir.Expr] = {"q": at_q, "k": at_k, "n": length}
+        return Truth(ir.substitute(self.a.node, new))
 
     @override
     def __repr__(self) -> str:

@@ -27,6 +27,9 @@ class _Dense(NumPy):
             return values[:, index][:, None, None]
         return values[:, index[0]]
 
+    def log2(self, x: Any) -> Any:
+        return sum((x >= 2**i).astype(jnp.int32) for i in range(1, 31))
+
     def table(self, values: tuple[int, ...], index: Any) -> Any:
         return jnp.asarray(values, jnp.int32)[index]
 

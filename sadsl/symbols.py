@@ -16,8 +16,8 @@ class Symbol:
     """An integer that stands for a position, a head, or what is computed from them.
 
     ``+ - *`` (by constants), ``//`` and ``%`` (by positive constants), comparisons,
-    ``abs``, ``minimum``, ``maximum``, ``isin`` and ``table`` are traced; comparisons
-    yield a ``Truth``.
+    ``abs``, ``minimum``, ``maximum``, ``floor_log2``, ``power_of_two``, ``isin`` and
+    ``table`` are traced; comparisons yield a ``Truth``.
     """
 
     node: ir.Expr
@@ -102,7 +102,7 @@ class Symbol:
         raise TypeError(
             f"cannot trace this operation on `{self!r}`: traced are + - and * by "
             "constants, // and % by positive constants, comparisons, abs, minimum, "
-            "maximum, isin, table and operand"
+            "maximum, floor_log2, power_of_two, isin, table and operand"
         )
 
     __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _refuse
@@ -245,6 +245,16 @@ def minimum(a: Integer, b: Integer) -> Symbol:
 def maximum(a: Integer, b: Integer) -> Symbol:
     """The larger of two traced integers."""
     return Symbol(ir.Max(as_node(a, "maximum"), as_node(b, "maximum")))
+
+
+def floor_log2(x: Integer) -> Symbol:
+    """The floor of the binary logarithm of a traced integer; 0 for one below 1."""
+    return Symbol(ir.Log2(as_node(x, "floor_log2")))
+
+
+def power_of_two(x: Integer) -> Truth:
+    """Whether a traced integer is 1, 2, 4, 8, ..."""
+    return Truth(ir.PowerOfTwo(as_node(x, "power_of_two")))
 
 
 def isin(x: Integer, values: Iterable[int]) -> Truth:

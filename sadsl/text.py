@@ -20,7 +20,8 @@ CALLS: Mapping[str, Callable[..., Any]] = {
         named.full, named.causal, named.window, named.sinks, named.prefix, named.keys,
         named.queries, named.strided, named.dilated, named.blocks, named.offsets,
         named.segments, named.where, maps.per_head, terms.softmax, symbols.minimum,
-        symbols.maximum, symbols.isin, symbols.table, symbols.operand, abs,
+        symbols.maximum, symbols.floor_log2, symbols.power_of_two, symbols.isin,
+        symbols.table, symbols.operand, abs,
     )
 }  # fmt: skip
 METHODS = {"lift", "permute", "isin"}

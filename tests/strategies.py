@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from lowering import ir
 from sadsl import maps, named
-from sadsl.symbols import Symbol, isin, maximum, minimum, table
+from sadsl.symbols import (
+    Symbol,
+    floor_log2,
+    isin,
+    maximum,
+    minimum,
+    power_of_two,
+    table,
+)
 
 SIZES = st.sampled_from([1, 2, 7, 13, 16, 31, 48, 64, 65, 97, 130])
 BLOCKS = st.sampled_from([1, 3, 8, 16, 32, 40, 128])
@@ -59,6 +67,7 @@ def integers():
             st.builds(minimum, inner, inner),
             st.builds(maximum, inner, inner),
             st.builds(abs, inner),
+            st.builds(floor_log2, inner),
             st.builds(look_up, inner, values),
         )
 
@@ -78,10 +87,11 @@ def wheres():
             "==": lambda: a == b,
             "!=": lambda: a != n,
             "in": lambda: isin(a, {n, n + 2, n + 3}),
+            "power": lambda: power_of_two(a + n),
         }
         return comparisons[op]()
 
-    ops = st.sampled_from(["<=", "<", ">=", ">", "==", "!=", "in"])
+    ops = st.sampled_from(["<=", "<", ">=", ">", "==", "!=", "in", "power"])
     atom = st.builds(compare, integers(), integers(), offset, ops)
     truth = st.one_of(atom, st.builds(lambda a, b: a & ~b, atom, atom))
     return truth.map(lambda t: named.Where(t.node))
