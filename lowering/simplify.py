@@ -9,6 +9,7 @@ from typing import assert_never
 
 from lowering import ir
 from lowering.printing import show
+from lowering.span import span
 
 Sum = dict[ir.Expr, int]
 
@@ -99,11 +100,12 @@ def _floor_div(a: tuple[Sum, int], n: int) -> tuple[Sum, int]:
         return outside
     inner = _build(rest, a[1] % n)
     quotient: tuple[Sum, int]
+    low, high = span(inner)
+    if low is not None and high is not None and low // n == high // n:
+        return _plus(outside, ({}, low // n))
     match inner:
         case ir.FloorDiv(e, m):  # floor(floor(e / m) / n) == floor(e / (m n))
             quotient = _floor_div(_sum(e), m * n)
-        case ir.Mod(_, m) if m <= n:  # 0 <= inner < n
-            quotient = {}, 0
         case _:
             quotient = {ir.FloorDiv(inner, n): 1}, 0
     return _plus(outside, quotient)
@@ -117,6 +119,9 @@ def _mod(a: tuple[Sum, int], n: int) -> tuple[Sum, int]:
     if not rest:
         return {}, a[1] % n
     inner = _build(rest, a[1] % n)
+    low, high = span(inner)
+    if low is not None and high is not None and low // n == high // n:
+        return _plus(_sum(inner), ({}, -n * (low // n)))
     if isinstance(inner, ir.Mod) and n % inner.divisor == 0:
         return {inner: 1}, 0
     return {ir.Mod(inner, n): 1}, 0
@@ -129,6 +134,11 @@ def _pick(
     if not difference:
         first_is_smaller = constant <= 0
         return a if first_is_smaller == (kind is ir.Min) else b
+    low, high = span(_build(difference, constant))
+    if high is not None and high <= 0:
+        return a if kind is ir.Min else b
+    if low is not None and low >= 0:
+        return b if kind is ir.Min else a
     return {kind(_build(*a), _build(*b)): 1}, 0
 
 
@@ -165,6 +175,11 @@ def _le(a: ir.Expr, b: ir.Expr) -> ir.Pred:
     common = gcd(*total.values())
     total = {x: f // common for x, f in total.items()}
     bound = -constant // common
+    low, high = span(_build(total, 0))
+    if high is not None and high <= bound:
+        return ir.Bool(True)
+    if low is not None and low > bound:
+        return ir.Bool(False)
     match list(total.items()):
         case [(ir.FloorDiv(e, n), 1)]:  # e // n <= b  iff  e <= b n + n - 1
             return _le(e, ir.Const(bound * n + n - 1))
@@ -185,8 +200,26 @@ def _eq(a: ir.Expr, b: ir.Expr) -> ir.Pred:
     sign = -1 if total[min(total, key=_key)] < 0 else 1
     total = {x: f * sign for x, f in total.items()}
     left, right = _build(total, 0), sign * -constant // common
-    if isinstance(left, ir.Mod) and not 0 <= right < left.divisor:
+    low, high = span(left)
+    if (low is not None and right < low) or (high is not None and right > high):
         return ir.Bool(False)
+    if low == high == right:
+        return ir.Bool(True)
+    if isinstance(left, ir.Mod):
+        return _congruent(left, right)
+    return ir.Eq(left, ir.Const(right))
+
+
+def _congruent(left: ir.Mod, right: int) -> ir.Pred:
+    """``inner % n == right``, as an equality if the span of ``inner`` has one such."""
+    low, high = span(left.expr)
+    if low is None or high is None:
+        return ir.Eq(left, ir.Const(right))
+    first = low + (right - low) % left.divisor
+    if first > high:
+        return ir.Bool(False)
+    if first + left.divisor > high:
+        return _eq(left.expr, ir.Const(first))
     return ir.Eq(left, ir.Const(right))
 
 

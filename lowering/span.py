@@ -1,0 +1,65 @@
+"""The values that an expression can take at any position, from its form alone."""
+
+from typing import TypeAlias, assert_never
+
+from lowering import ir
+
+# Least and greatest value, inclusive; None where nothing is known.
+Span: TypeAlias = tuple[int | None, int | None]
+
+
+def span(node: ir.Expr) -> Span:
+    """Bounds that hold at every position: positions are not negative."""
+    match node:
+        case ir.Const(value):
+            return value, value
+        case ir.Var() | ir.Log2():
+            return 0, None
+        case ir.Add(a, b):
+            return _add(span(a), span(b))
+        case ir.Mul(a, n):
+            return _mul(span(a), n)
+        case ir.FloorDiv(a, n):
+            low, high = span(a)
+            return (
+                None if low is None else low // n,
+                None if high is None else high // n,
+            )
+        case ir.Mod(a, n):
+            return _mod(span(a), n)
+        case ir.Min(a, b):
+            return _min(span(a), span(b))
+        case ir.Max(a, b):
+            low, high = _min(_mul(span(a), -1), _mul(span(b), -1))
+            return _mul((low, high), -1)
+        case ir.Within(_, size):
+            return 0, size - 1
+        case ir.Table(values, _):
+            return min(values), max(values)
+        case ir.Operand() | ir.Hoisted():
+            return None, None
+    assert_never(node)
+
+
+def _add(a: Span, b: Span) -> Span:
+    low = None if a[0] is None or b[0] is None else a[0] + b[0]
+    high = None if a[1] is None or b[1] is None else a[1] + b[1]
+    return low, high
+
+
+def _mul(a: Span, n: int) -> Span:
+    low, high = (None if x is None else x * n for x in a)
+    return (low, high) if n >= 0 else (high, low)
+
+
+def _mod(a: Span, n: int) -> Span:
+    low, high = a
+    if low is not None and high is not None and low // n == high // n:
+        return low % n, high % n
+    return 0, n - 1
+
+
+def _min(a: Span, b: Span) -> Span:
+    low = None if a[0] is None or b[0] is None else min(a[0], b[0])
+    highs = [x for x in (a[1], b[1]) if x is not None]
+    return low, min(highs, default=None)
