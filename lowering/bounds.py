@@ -223,9 +223,15 @@ class Analysis:
     def _add(self, a: Range, b: Range) -> Range:
         low, high = a.low + b.low, a.high + b.high
         if a.axes & b.axes:  # what they share may not take both ends at once
-            single = (a.low == a.high) & (b.low == b.high)
             step = int(np.gcd(a.step, b.step))
-            return Range(low, high, step, single, single, 1, a.axes | b.axes)
+            still_a, still_b = a.low == a.high, b.low == b.high
+            tight = (still_a & b.tight) | (still_b & a.tight)
+            dense = still_a & still_b
+            if b.step == step:
+                dense = dense | (still_a & b.dense)
+            if a.step == step:
+                dense = dense | (still_b & a.dense)
+            return Range(low, high, step, tight, dense, 1, a.axes | b.axes)
         step, wide = sorted((a.step, b.step))
         fine, coarse = (a, b) if a.step <= b.step else (b, a)
         # Copies of the finer range, ``wide`` apart, leave no gap if it is long enough.

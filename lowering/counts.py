@@ -7,6 +7,7 @@ import numpy as np
 
 from lowering import ir
 from lowering.bounds import Rectangles
+from lowering.orders import Layouts
 from lowering.planning import Sizes
 from lowering.settle import count_on_diagonals, count_pairs
 from pallas_kernels.block_mask import BlockMask
@@ -23,6 +24,10 @@ class Plan:
     maps: tuple[ir.Pred, ...]
     mask: BlockMask
     num_heads: int
+    # The order of positions that maps and mask speak of, if it is not the given one,
+    # and the full and partial blocks that there would be without it.
+    layouts: Layouts | None = None
+    given: tuple[int, int] | None = None
 
     @cached_property
     def num_full(self) -> int:
@@ -110,7 +115,23 @@ class Plan:
             ("empty blocks", f"{self.num_empty:,}"),
             ("visited", f"{1 - self.num_empty / max(self.num_blocks, 1):.2%}"),
             ("runs", f"{self.num_runs:,} ({self.nbytes:,} bytes)"),
+            *self._layout_rows(),
         ]
+
+    def _layout_rows(self) -> list[tuple[str, str]]:
+        if self.layouts is None or self.given is None:
+            return []
+        q, kv = self.layouts
+        orders = (
+            [("order", f"{q}")]
+            if q == kv
+            else [("order of queries", f"{q}"), ("order of keys", f"{kv}")]
+        )
+        full, partial = self.given
+        visited = self.num_full + self.num_partial
+        gain = (full + partial) / max(visited, 1)
+        text = f"{full:,} full, {partial:,} partial blocks ({gain:.2f} x as many)"
+        return [*orders, ("in the given order", text)]
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<22}{value}" for name, value in self.rows())

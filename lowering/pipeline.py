@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from lowering import heads, ir
+from lowering import heads, ir, relayout
 from lowering import hoist as hoisting
 from lowering import simplify as simplification
+from lowering.orders import Layouts
 from lowering.planning import Sizes, plan
 from lowering.printing import show
 from lowering.verify import verify
@@ -30,6 +31,7 @@ class Program:
     """The maps of all heads in some stage of lowering.
 
     ``maps`` are the distinct predicates, ``map_of_head`` says who has which. After
+    ``arrange`` they speak of slots of ``layouts``, and the lengths count slots. After
     hoisting, ``q_vectors`` and ``kv_vectors`` are what is computed outside of kernels.
     """
 
@@ -38,6 +40,12 @@ class Program:
     map_of_head: tuple[int, ...] = ()
     q_vectors: tuple[ir.Expr, ...] = ()
     kv_vectors: tuple[ir.Expr, ...] = ()
+    layouts: Layouts | None = None
+
+    def sizes_in(self, block_q: int, block_kv: int) -> Sizes:
+        """The extent of a plan with such blocks."""
+        lengths = self.problem.q_seq_len, self.problem.kv_seq_len
+        return Sizes(*lengths, block_q, block_kv)
 
     def __str__(self) -> str:
         lines = []
@@ -47,6 +55,9 @@ class Program:
             lines.append(f"{title}{show(node)}")
         for axis, exprs in (("q", self.q_vectors), ("k", self.kv_vectors)):
             lines += [f"{axis}_vector{i} = {show(e)}" for i, e in enumerate(exprs)]
+        if self.layouts is not None:
+            q, kv = self.layouts
+            lines += [f"order of q: {q}", f"order of k: {kv}"]
         return "\n".join(lines)
 
 
@@ -71,16 +82,10 @@ def shift_queries(program: Program) -> Program:
     return replace(program, maps=maps)
 
 
-def resolve_length(program: Program) -> Program:
-    """Writes the number of keys for ``n``."""
-    length = ir.Const(program.problem.kv_seq_len)
-    maps = tuple(ir.substitute(node, {"n": length}) for node in program.maps)
-    return replace(program, maps=maps)
-
-
 def resolve_heads(program: Program) -> Program:
-    """One map a head."""
+    """One map a head, with the number of keys written for ``n``."""
     (node,) = program.maps
+    node = ir.substitute(node, {"n": ir.Const(program.problem.kv_seq_len)})
     num_heads = program.problem.num_heads
     every = heads.per_head(node, num_heads)
     maps, map_of_head = heads.distinct(every)
@@ -104,7 +109,6 @@ def hoist(program: Program) -> Program:
 
 PASSES: tuple[Callable[[Program], Program], ...] = (
     shift_queries,
-    resolve_length,
     resolve_heads,
     simplify,
     hoist,
@@ -119,6 +123,16 @@ class Stages:
 
     def __getitem__(self, name: str) -> Program:
         return dict(self.named)[name]
+
+    @property
+    def planned(self) -> Program:
+        """The program that plans are made of: all passes but ``hoist``."""
+        return self.named[-2][1]
+
+    @property
+    def layouts(self) -> Layouts | None:
+        """The order of positions that kernels work in, if it is not the given one."""
+        return self.planned.layouts
 
     def __str__(self) -> str:
         parts = []
@@ -148,13 +162,27 @@ def run(node: ir.Pred, problem: Problem) -> Stages:
 
 
 @lru_cache(maxsize=512)
+def arrange(stages: Stages, block_q: int, block_kv: int) -> Stages:
+    """The stages in the best order of positions for such blocks, if there is one."""
+    program = stages["simplify"]
+    maps = relayout.Maps(program.maps, program.map_of_head)
+    found = relayout.arrange(maps, program.sizes_in(block_q, block_kv))
+    if found is None:
+        return stages
+    q, kv = found.layouts
+    problem = Problem(q.num_slots, kv.num_slots, program.problem.num_heads)
+    moved = replace(program, problem=problem, maps=found.nodes, layouts=found.layouts)
+    kept = [(name, p) for name, p in stages.named if name != hoist.__name__]
+    return Stages((*kept, ("relayout", moved), (hoist.__name__, hoist(moved))))
+
+
+@lru_cache(maxsize=512)
 def block_mask(
     stages: Stages, block_q: int, block_kv: int, by: Axis = "q", exact: bool = False
 ) -> BlockMask:
     """The plan of a lowered map, on host arrays."""
-    program = stages["simplify"]
-    problem = program.problem
-    sizes = Sizes(problem.q_seq_len, problem.kv_seq_len, block_q, block_kv)
+    program = stages.planned
+    sizes = program.sizes_in(block_q, block_kv)
     return plan(program.maps, program.map_of_head, sizes, by=by, exact=exact)
 
 

@@ -67,8 +67,8 @@ class NumPy(_Positions):
         return floor_log2(x)
 
     def table(self, values: tuple[int, ...], index: Any) -> Any:
-        """``values[index]``."""
-        return np.asarray(values, np.int64)[index]
+        """``values[index]``; the end of the table for what holds no position."""
+        return np.take(np.asarray(values, np.int64), index, mode="clip")
 
     def isin(self, x: Any, values: tuple[int, ...]) -> Any:
         """Membership."""

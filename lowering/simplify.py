@@ -43,31 +43,31 @@ def simplify(node: ir.Pred) -> ir.Pred:
 
 def integer(node: ir.Expr) -> ir.Expr:
     """An equal expression in normal form."""
-    return _build(*_sum(node))
+    return _build(*sum_of(node))
 
 
-def _sum(node: ir.Expr) -> tuple[Sum, int]:
-    """``node`` as coefficients of atoms, none of them zero, and a constant."""
+def sum_of(node: ir.Expr) -> tuple[Sum, int]:
+    """The expression as coefficients of atoms, none of them zero, and a constant."""
     match node:
         case ir.Const(value):
             return {}, value
         case ir.Add(a, b):
-            return _plus(_sum(a), _sum(b))
+            return _plus(sum_of(a), sum_of(b))
         case ir.Mul(a, n):
-            return _scale(_sum(a), n)
+            return _scale(sum_of(a), n)
         case ir.FloorDiv(a, n):
-            return _floor_div(_sum(a), n)
+            return _floor_div(sum_of(a), n)
         case ir.Mod(a, n):
-            return _mod(_sum(a), n)
+            return _mod(sum_of(a), n)
         case ir.Min(a, b) | ir.Max(a, b):
-            return _pick(type(node), _sum(a), _sum(b))
+            return _pick(type(node), sum_of(a), sum_of(b))
         case ir.Log2(a):
             a = integer(a)
             if isinstance(a, ir.Const):
                 return {}, max(a.value, 1).bit_length() - 1
             return {ir.Log2(a): 1}, 0
         case ir.Within(a, _):
-            return _sum(a)
+            return sum_of(a)
         case ir.Table(values, index):
             index = integer(index)
             if isinstance(index, ir.Const) and 0 <= index.value < len(values):
@@ -105,7 +105,7 @@ def _floor_div(a: tuple[Sum, int], n: int) -> tuple[Sum, int]:
         return _plus(outside, ({}, low // n))
     match inner:
         case ir.FloorDiv(e, m):  # floor(floor(e / m) / n) == floor(e / (m n))
-            quotient = _floor_div(_sum(e), m * n)
+            quotient = _floor_div(sum_of(e), m * n)
         case _:
             quotient = {ir.FloorDiv(inner, n): 1}, 0
     return _plus(outside, quotient)
@@ -121,7 +121,7 @@ def _mod(a: tuple[Sum, int], n: int) -> tuple[Sum, int]:
     inner = _build(rest, a[1] % n)
     low, high = span(inner)
     if low is not None and high is not None and low // n == high // n:
-        return _plus(_sum(inner), ({}, -n * (low // n)))
+        return _plus(sum_of(inner), ({}, -n * (low // n)))
     if isinstance(inner, ir.Mod) and n % inner.divisor == 0:
         return {inner: 1}, 0
     return {ir.Mod(inner, n): 1}, 0
@@ -169,7 +169,7 @@ def _build(total: Sum, constant: int) -> ir.Expr:
 
 
 def _le(a: ir.Expr, b: ir.Expr) -> ir.Pred:
-    total, constant = _plus(_sum(a), _sum(b), -1)
+    total, constant = _plus(sum_of(a), sum_of(b), -1)
     if not total:
         return ir.Bool(constant <= 0)
     common = gcd(*total.values())
@@ -189,7 +189,7 @@ def _le(a: ir.Expr, b: ir.Expr) -> ir.Pred:
 
 
 def _eq(a: ir.Expr, b: ir.Expr) -> ir.Pred:
-    total, constant = _plus(_sum(a), _sum(b), -1)
+    total, constant = _plus(sum_of(a), sum_of(b), -1)
     if not total:
         return ir.Bool(constant == 0)
     common = gcd(*total.values())
@@ -224,7 +224,7 @@ def _congruent(left: ir.Mod, right: int) -> ir.Pred:
 
 
 def _in(a: ir.Expr, values: tuple[int, ...]) -> ir.Pred:
-    total, constant = _sum(a)
+    total, constant = sum_of(a)
     shifted = tuple(v - constant for v in values)
     if not total:
         return ir.Bool(0 in shifted)
@@ -334,7 +334,7 @@ def _opposed(terms: tuple[ir.Pred, ...], *, neutral: bool) -> bool:
 
 
 def _minus(expr: ir.Expr) -> ir.Expr:
-    return _build(*_scale(_sum(expr), -1))
+    return _build(*_scale(sum_of(expr), -1))
 
 
 def _facts(terms: tuple[ir.Pred, ...], *, neutral: bool) -> dict[ir.Expr, int]:

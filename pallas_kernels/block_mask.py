@@ -68,6 +68,12 @@ class BlockMask:
         arrays = (self.row_ptr, self.run_start, self.run_stop, self.run_full)
         return sum(a.nbytes for a in arrays)
 
+    def visited_by_map(self) -> np.ndarray:
+        """Blocks that each map visits; on host arrays only."""
+        lengths = np.asarray(self.run_stop) - np.asarray(self.run_start)
+        total = np.concatenate([[0], np.cumsum(lengths)])
+        return np.diff(total[np.asarray(self.row_ptr)[:: max(self.num_rows, 1)]])
+
     def transpose(self) -> "BlockMask":
         """The same blocks listed along the other axis; on host arrays only."""
         full = expand(self) == FULL

@@ -25,6 +25,8 @@ class KernelConfig:
 
     ``block_q`` and ``block_kv`` hold for the forward and both backward kernels unless
     ``dq`` or ``dkv`` name their own. ``num_warps`` and ``num_stages`` matter on GPUs.
+    ``relayout=False`` keeps the given order of positions; otherwise the compiler takes
+    another one where that visits enough fewer blocks.
     """
 
     block_q: int | None = None
@@ -33,6 +35,7 @@ class KernelConfig:
     num_stages: int | None = None
     dq: Tile | None = None
     dkv: Tile | None = None
+    relayout: bool | None = None
 
     def resolve(self, defaults: "Tiles") -> "Tiles":
         """Fills what is ``None`` from ``defaults``."""

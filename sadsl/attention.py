@@ -1,7 +1,7 @@
 """``attention`` and ``plan``: check, build nodes, lower, call."""
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Integer
 
-from lowering import hoist, ir, pipeline, verify
+from lowering import hoist, ir, pipeline, planning, verify
 from lowering.counts import Plan
 from lowering.kernel_predicate import KernelPredicate
 from lowering.pipeline import Problem, Stages
@@ -39,8 +39,15 @@ class Options:
 
     @property
     def stages(self) -> Stages:
-        """The lowered map, every stage kept."""
+        """The lowered map in the given order of positions, every stage kept."""
         return pipeline.run(self.term.map.node, self.problem)
+
+    def arranged(self, tiles: Tiles) -> Stages:
+        """The lowered map in the order of positions that kernels work in."""
+        if self.config.relayout is False:
+            return self.stages
+        forward = tiles.forward
+        return pipeline.arrange(self.stages, forward.block_q, forward.block_kv)
 
 
 def attention(
@@ -140,18 +147,27 @@ def _kernels(
             "cast, or use impl='reference'"
         )
     tiles = choose_tiles(options, q.shape[-1], v.shape[-1], q.dtype)
+    stages = options.arranged(tiles)
+    layouts = stages.layouts
+    if layouts is not None:
+        # Before the heads come to the front: the two are one change of layout.
+        q = layouts.q.to_slots(q, 1)
+        k, v = (layouts.kv.to_slots(x, 1) for x in (k, v))
     inputs = Inputs(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
-    vectors = call_vectors(options, arrays)
-    masks = pipeline.masks(options.stages, tiles)
-    o, lse = dispatch.attend(
-        inputs, vectors, masks, kernel_call(options, tiles), impl=options.impl
-    )
-    return jnp.swapaxes(o, 1, 2), lse
+    vectors = call_vectors(stages, arrays)
+    masks = pipeline.masks(stages, tiles)
+    call = kernel_call(options, stages, tiles)
+    o, lse = dispatch.attend(inputs, vectors, masks, call, impl=options.impl)
+    o = jnp.swapaxes(o, 1, 2)
+    if layouts is not None:
+        o, lse = layouts.q.to_positions(o, 1), layouts.q.to_positions(lse, 2)
+    return o, lse
 
 
-def call_vectors(options: Options, arrays: Mapping[str, Array]) -> Vectors:
+def call_vectors(stages: Stages, arrays: Mapping[str, Array]) -> Vectors:
     """The vectors that the predicate of a call reads, computed from its operands."""
-    program, problem = options.stages["hoist"], options.problem
+    program = stages["hoist"]
+    problem = program.problem
     heads_ = problem.num_heads
     return Vectors(
         hoist.vectors(program.q_vectors, problem.q_seq_len, heads_, arrays),
@@ -159,10 +175,10 @@ def call_vectors(options: Options, arrays: Mapping[str, Array]) -> Vectors:
     )
 
 
-def kernel_call(options: Options, tiles: Tiles) -> Call:
+def kernel_call(options: Options, stages: Stages, tiles: Tiles) -> Call:
     """The static part of the kernel call."""
     return Call(
-        predicate=KernelPredicate(options.stages["hoist"].maps),
+        predicate=KernelPredicate(stages["hoist"].maps),
         sm_scale=options.sm_scale,
         tiles=tiles,
         logits_soft_cap=options.term.logits_soft_cap,
@@ -255,12 +271,15 @@ def plan(
     num_heads: int = 1,
     q_offset: int = 0,
     exact: bool = False,
+    relayout: bool = True,
 ) -> Plan:
     """Which blocks a spec visits, computed from its expression: no arrays, no jit.
 
     The plan never misses a pair and never calls a block full that is not. Blocks that
     the analysis leaves open are looked into up to a budget; past it they count as
-    partial, and ``exact=True`` looks into all of them.
+    partial, and ``exact=True`` looks into all of them. Where another order of the
+    positions visits enough fewer blocks to pay for it, the plan is in that order, and
+    ``plan.layouts`` says which.
 
     Args:
       spec: an index map, a term, or text.
@@ -269,6 +288,7 @@ def plan(
       num_heads: heads; maps that differ by head are planned once each.
       q_offset: the position of the first query.
       exact: settle every block, whatever it costs.
+      relayout: look for a better order of positions; False keeps the given one.
     """
     kv_seq_len = q_seq_len if kv_seq_len is None else kv_seq_len
     sizes = {"q_seq_len": q_seq_len, "kv_seq_len": kv_seq_len, "block_q": block_q}
@@ -277,6 +297,24 @@ def plan(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be an integer of at least 1")
     problem = Problem(q_seq_len, kv_seq_len, num_heads, q_offset)
-    stages = pipeline.run(as_term(spec).map.node, problem)
+    given = pipeline.run(as_term(spec).map.node, problem)
+    stages = pipeline.arrange(given, block_q, block_kv) if relayout else given
+    return plan_of(stages, block_q, block_kv, exact=exact)
+
+
+def plan_of(
+    stages: Stages, block_q: int, block_kv: int, *, exact: bool = False
+) -> Plan:
+    """The plan of lowered stages, beside the counts of the given order."""
+    program = stages.planned
     mask = pipeline.block_mask(stages, block_q, block_kv, "q", exact)
-    return Plan(stages["simplify"].maps, mask, num_heads)
+    found = Plan(program.maps, mask, program.problem.num_heads)
+    if program.layouts is None:
+        return found
+    first = stages["simplify"]
+    before = planning.plan(
+        first.maps, first.map_of_head, first.sizes_in(block_q, block_kv), exact=exact
+    )
+    plain = Plan(first.maps, before, found.num_heads)
+    given = plain.num_full, plain.num_partial
+    return replace(found, layouts=program.layouts, given=given)

@@ -21,9 +21,10 @@ from sadsl.attention import (
     choose_impl,
     choose_tiles,
     operand_ranks,
+    plan_of,
     traced,
 )
-from sadsl.explain import explain
+from sadsl.explain import Explanation, explain
 from sadsl.terms import Spec
 
 IMPL_OF_PLATFORM = {"cpu": "xla", "tpu": "tpu", "cuda": "triton"}
@@ -41,7 +42,7 @@ class Lowered:
     @property
     def stages(self) -> pipeline.Stages:
         """The map after every pass."""
-        return self.options.stages
+        return self.options.arranged(self.tiles)
 
     @cached_property
     def tiles(self) -> Tiles:
@@ -57,8 +58,8 @@ class Lowered:
     @cached_property
     def plan(self) -> Plan:
         """The forward plan with its counts."""
-        maps = self.stages["simplify"].maps
-        return Plan(maps, self.masks.forward, self.options.problem.num_heads)
+        forward = self.tiles.forward
+        return plan_of(self.stages, forward.block_q, forward.block_kv)
 
     def run(self, q: Any, k: Any, v: Any, operands: Mapping[str, Any]) -> Any:
         """The lowered computation: ``(out, lse)``, or the gradients of ``out``."""
@@ -92,8 +93,8 @@ class Lowered:
             return inspect_code.triton_ir(lowered)
         return lowered.as_text()
 
-    def explain(self) -> str:
-        """Counts, FLOPs and bytes of the call, beside those of dense attention."""
+    def explain(self) -> Explanation:
+        """Counts, FLOPs, bytes and predicted times, beside those of dense attention."""
         return explain(self)
 
     def compile(self) -> "Compiled":
