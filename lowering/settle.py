@@ -3,10 +3,13 @@
 Also counts pairs, exactly, by the same descent.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from lowering import ir
 from lowering.bounds import Analysis, Rectangles
+from lowering.cuts import Cuts, find_cuts
 from lowering.predicate import NumPy, evaluate
 
 SPLIT = 4
@@ -25,7 +28,9 @@ def settle(
     """
     owner = np.arange(len(at.q_min))
     some, lacks = np.zeros(len(owner), bool), np.zeros(len(owner), bool)
-    _sample(upper, lower, at, owner, some, lacks)
+    cuts = find_cuts(upper)
+    question = _Question(upper, lower, some, lacks)
+    question.sample(at, owner, cuts)
     looked = 0
     while True:
         keep = ~(some[owner] & lacks[owner])
@@ -36,8 +41,8 @@ def settle(
         if budget is not None and looked > budget:
             some[owner], lacks[owner] = True, True
             break
-        small = (at.q_max - at.q_min < SMALL) & (at.k_max - at.k_min < SMALL)
-        _look(upper, lower, _take(at, small), owner[small], some, lacks)
+        small = _is_small(at)
+        question.look(_take(at, small), owner[small])
         at, owner = _take(at, ~small), owner[~small]
         analysis = Analysis(at)
         wide = analysis(upper)
@@ -46,20 +51,20 @@ def settle(
         lacks[owner[tight.miss]] = True
         # A rectangle is spent when neither question can learn more from its parts.
         spent = (wide.none | wide.hit) & (tight.all | tight.miss)
-        at, owner = _split(_take(at, ~spent), owner[~spent])
+        at, owner = _split(_take(at, ~spent), owner[~spent], cuts)
     return some, ~lacks
 
 
 def count_pairs(node: ir.Pred, at: Rectangles) -> int:
     """How many pairs of the rectangles the node selects, exactly."""
-    total = 0
+    total, cuts = 0, find_cuts(node)
     while len(at.q_min):
         verdict = Analysis(at)(node)
         total += int(_area(_take(at, verdict.all)).sum())
         at = _take(at, ~(verdict.all | verdict.none))
-        small = (at.q_max - at.q_min < SMALL) & (at.k_max - at.k_min < SMALL)
+        small = _is_small(at)
         total += _count_small(node, _take(at, small))
-        at, _ = _split(_take(at, ~small), np.zeros((~small).sum(), np.int64))
+        at, _ = _split(_take(at, ~small), np.zeros((~small).sum(), np.int64), cuts)
     return total
 
 
@@ -100,15 +105,16 @@ def _area(at: Rectangles) -> np.ndarray:
     return (at.q_max - at.q_min + 1) * (at.k_max - at.k_min + 1)
 
 
-def _split(at: Rectangles, owner: np.ndarray) -> tuple[Rectangles, np.ndarray]:
+def _is_small(at: Rectangles) -> np.ndarray:
+    return (at.q_max - at.q_min < SMALL) & (at.k_max - at.k_min < SMALL)
+
+
+def _split(
+    at: Rectangles, owner: np.ndarray, cuts: Cuts
+) -> tuple[Rectangles, np.ndarray]:
     """Four by four parts of each rectangle, fewer where it is thin."""
-
-    def cuts(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        step = -(-(high - low + 1) // SPLIT)
-        first = low[:, None] + step[:, None] * np.arange(SPLIT)
-        return first, np.minimum(first + step[:, None] - 1, high[:, None])
-
-    (q0, q1), (k0, k1) = cuts(at.q_min, at.q_max), cuts(at.k_min, at.k_max)
+    q0, q1 = cuts.q.parts(at.q_min, at.q_max, SPLIT)
+    k0, k1 = cuts.k.parts(at.k_min, at.k_max, SPLIT)
     shape = (len(owner), SPLIT, SPLIT)
     q0, q1 = (np.broadcast_to(x[:, :, None], shape).ravel() for x in (q0, q1))
     k0, k1 = (np.broadcast_to(x[:, None, :], shape).ravel() for x in (k0, k1))
@@ -117,40 +123,38 @@ def _split(at: Rectangles, owner: np.ndarray) -> tuple[Rectangles, np.ndarray]:
     return parts, np.repeat(owner, SPLIT * SPLIT)[real]
 
 
-def _sample(
-    upper: ir.Pred, lower: ir.Pred, at: Rectangles, owner: np.ndarray,
-    some: np.ndarray, lacks: np.ndarray,
-) -> None:  # fmt: skip
-    """Marks what a grid of points in each rectangle already shows."""
-    fractions = np.linspace(0, 1, 5)
-    q = at.q_min[:, None] + np.rint((at.q_max - at.q_min)[:, None] * fractions)
-    k = at.k_min[:, None] + np.rint((at.k_max - at.k_min)[:, None] * fractions)
-    q, k = q.astype(np.int64)[:, :, None], k.astype(np.int64)[:, None, :]
-    _mark(upper, lower, q, k, owner, some, lacks)
+class _Question(NamedTuple):
+    """What is asked of every rectangle, and what evaluated pairs have shown of it."""
 
+    upper: ir.Pred
+    lower: ir.Pred
+    some: np.ndarray
+    lacks: np.ndarray
 
-def _look(
-    upper: ir.Pred, lower: ir.Pred, at: Rectangles, owner: np.ndarray,
-    some: np.ndarray, lacks: np.ndarray,
-) -> None:  # fmt: skip
-    """Evaluates every pair of small rectangles."""
-    for part in _chunks(len(owner)):
-        q, k, _ = _grid(_take(at, part))
-        _mark(upper, lower, q, k, owner[part], some, lacks)
+    def sample(self, at: Rectangles, owner: np.ndarray, cuts: Cuts) -> None:
+        """Evaluates a grid of points in each rectangle."""
+        q = cuts.q.points(at.q_min, at.q_max)[:, :, None]
+        k = cuts.k.points(at.k_min, at.k_max)[:, None, :]
+        width = max(1, CHUNK // (q.shape[1] * k.shape[2]))
+        for i in range(0, len(owner), width):
+            part = slice(i, i + width)
+            self._mark(q[part], k[part], owner[part])
 
+    def look(self, at: Rectangles, owner: np.ndarray) -> None:
+        """Evaluates every pair of small rectangles."""
+        for part in _chunks(len(owner)):
+            q, k, _ = _grid(_take(at, part))
+            self._mark(q, k, owner[part])
 
-def _mark(
-    upper: ir.Pred, lower: ir.Pred, q: np.ndarray, k: np.ndarray, owner: np.ndarray,
-    some: np.ndarray, lacks: np.ndarray,
-) -> None:  # fmt: skip
-    points = NumPy(q, k)
-    shape = (len(owner), q.shape[1], k.shape[2])
-    held = np.broadcast_to(evaluate(upper, points), shape)
-    sure = held
-    if lower is not upper:
-        sure = np.broadcast_to(evaluate(lower, points), shape)
-    some[owner[held.any(axis=(1, 2))]] = True
-    lacks[owner[~sure.all(axis=(1, 2))]] = True
+    def _mark(self, q: np.ndarray, k: np.ndarray, owner: np.ndarray) -> None:
+        points = NumPy(q, k)
+        shape = (len(owner), q.shape[1], k.shape[2])
+        held = np.broadcast_to(evaluate(self.upper, points), shape)
+        sure = held
+        if self.lower is not self.upper:
+            sure = np.broadcast_to(evaluate(self.lower, points), shape)
+        self.some[owner[held.any(axis=(1, 2))]] = True
+        self.lacks[owner[~sure.all(axis=(1, 2))]] = True
 
 
 def _count_small(node: ir.Pred, at: Rectangles) -> int:
@@ -167,9 +171,12 @@ def _chunks(count: int) -> list[slice]:
 
 
 def _grid(at: Rectangles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions ``[n, SMALL, 1]``, ``[n, 1, SMALL]``, clamped, and which are real."""
-    steps = np.arange(SMALL)
-    q, k = at.q_min[:, None] + steps, at.k_min[:, None] + steps
+    """Positions ``[n, rows, 1]``, ``[n, 1, columns]``, clamped, and which are real."""
+    rows, columns = (
+        np.arange(1 + (high - low).max(initial=0))
+        for low, high in ((at.q_min, at.q_max), (at.k_min, at.k_max))
+    )
+    q, k = at.q_min[:, None] + rows, at.k_min[:, None] + columns
     real = (q <= at.q_max[:, None])[:, :, None] & (k <= at.k_max[:, None])[:, None, :]
     q, k = np.minimum(q, at.q_max[:, None]), np.minimum(k, at.k_max[:, None])
     return q[:, :, None], k[:, None, :], real
