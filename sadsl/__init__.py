@@ -11,6 +11,9 @@ from pallas_kernels.config import KernelConfig as KernelConfig
 from pallas_kernels.config import Tile as Tile
 from sadsl.attention import attention as attention
 from sadsl.attention import plan as plan
+from sadsl.decode import Cache as Cache
+from sadsl.decode import cache as cache
+from sadsl.grids import Grid as Grid
 from sadsl.lowered import Compiled as Compiled
 from sadsl.lowered import Lowered as Lowered
 from sadsl.lowered import lower as lower
@@ -29,6 +32,12 @@ from sadsl.named import sinks as sinks
 from sadsl.named import strided as strided
 from sadsl.named import where as where
 from sadsl.named import window as window
+from sadsl.properties import Properties as Properties
+from sadsl.properties import properties as properties
+from sadsl.storage import load as load
+from sadsl.storage import load_plan as load_plan
+from sadsl.storage import save as save
+from sadsl.storage import save_plan as save_plan
 from sadsl.symbols import floor_log2 as floor_log2
 from sadsl.symbols import isin as isin
 from sadsl.symbols import maximum as maximum

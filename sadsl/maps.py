@@ -9,7 +9,7 @@ from jaxtyping import Bool as BoolArray
 from jaxtyping import Integer as IntArray
 from typing_extensions import override
 
-from lowering import heads, ir, predicate, verify
+from lowering import eliminate, heads, ir, predicate, verify
 from sadsl.symbols import Symbol, Truth, truth_node
 
 
@@ -17,8 +17,9 @@ class IndexMap:
     """A set of (query, key) pairs, perhaps one set a head.
 
     Combine maps with ``&`` (both), ``|`` (either), ``-`` (the first but not the
-    second), ``~`` (the others), ``.T``, ``.lift(block)`` and ``.permute(order)``. A map
-    is hashable, equal by content, and ``repr`` is code that ``parse`` reads back.
+    second), ``~`` (the others), ``@`` (one after the other), ``.T``, ``.lift(block)``
+    and ``.permute(order)``. A map is hashable, equal by content, and ``repr`` is code
+    that ``parse`` reads back.
 
     To write your own, subclass it as a frozen dataclass (``@dataclass(frozen=True)``)
     and define ``pairs(q, k, h)`` on symbols.
@@ -41,6 +42,10 @@ class IndexMap:
 
     def __sub__(self, other: "IndexMap") -> "IndexMap":
         return Minus(self, _map(other, "-")) if _is_map(other) else NotImplemented
+
+    def __matmul__(self, other: "IndexMap") -> "IndexMap":
+        """Two hops: some position ``j`` of the keys has ``a(q, j)`` and ``b(j, k)``."""
+        return Composed(self, _map(other, "@")) if _is_map(other) else NotImplemented
 
     def __invert__(self) -> "IndexMap":
         return Complement(self)
@@ -165,7 +170,16 @@ class Minus(_Binary):
         return Truth(self.a.node) & ~Truth(self.b.node)
 
 
-_OPERATORS: dict[type, str] = {Both: "&", Either: "|", Minus: "-"}
+@dataclass(frozen=True, repr=False)
+class Composed(_Binary):
+    """``a @ b``."""
+
+    @override
+    def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
+        return Truth(eliminate.compose(self.a.node, self.b.node))
+
+
+_OPERATORS: dict[type, str] = {Both: "&", Either: "|", Minus: "-", Composed: "@"}
 
 
 def _operand_text(item: IndexMap) -> str:

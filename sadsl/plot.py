@@ -11,6 +11,7 @@ from matplotlib.patches import Patch
 from lowering.counts import Plan
 from pallas_kernels.block_mask import expand
 from sadsl.attention import as_term
+from sadsl.properties import Properties
 from sadsl.terms import Spec
 
 EMPTY, PARTIAL, FULL = "#f4f4f2", "#f2a65a", "#2e6f95"
@@ -59,6 +60,24 @@ def blocks(plan: Plan, *, map_index: int = 0, ax: Axes | None = None) -> Axes:
     ax.legend(handles=handles, loc="upper right", fontsize=8, framealpha=0.95)
     size = f"blocks of {plan.mask.block_q} x {plan.mask.block_kv}"
     _label(ax, size, "key block", "query block", f"{plan.mask.q_seq_len:,} queries")
+    return ax
+
+
+def reach(properties: Properties, *, ax: Axes | None = None) -> Axes:
+    """Draws the share of visible pairs that are reached after each depth.
+
+    Where only bounds are known, the band between them.
+    """
+    points = np.array(properties.reach_by_depth, float).reshape(-1, 3)
+    depth, least, most = points.T
+    ax = _axes(ax)
+    ax.fill_between(depth, least, most, color=PARTIAL, alpha=0.6, linewidth=0)
+    ax.plot(depth, most, color=FULL, marker="o", markersize=3)
+    ax.plot(depth, least, color=FULL, marker="o", markersize=3)
+    ax.set_xscale("log", base=2)
+    ax.set_ylim(0, 1.03)
+    note = f"hops: {properties.hops_text}"
+    _label(ax, note, "depth (layers)", "share of the visible pairs", "reach by depth")
     return ax
 
 

@@ -9,7 +9,8 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from sadsl import maps, named, symbols, terms
+from lowering import ir
+from sadsl import grids, maps, named, symbols, terms
 from sadsl.maps import IndexMap
 from sadsl.symbols import Symbol
 from sadsl.terms import Spec
@@ -21,16 +22,19 @@ CALLS: Mapping[str, Callable[..., Any]] = {
         named.queries, named.strided, named.dilated, named.blocks, named.offsets,
         named.segments, named.where, maps.per_head, terms.softmax, symbols.minimum,
         symbols.maximum, symbols.floor_log2, symbols.power_of_two, symbols.isin,
-        symbols.table, symbols.operand, abs,
+        symbols.table, symbols.operand, abs, grids.Grid,
     )
 }  # fmt: skip
-METHODS = {"lift", "permute", "isin"}
+METHODS = {"lift", "permute", "isin", "product", "axial", "neighborhood"}
+# Inside where, besides its arguments: the number of keys.
+LENGTH = {"n": Symbol(ir.N)}
 OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.BitAnd: operator.and_,
     ast.BitOr: operator.or_,
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
+    ast.MatMult: operator.matmul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
@@ -100,7 +104,7 @@ class _Reader:
     def read(self, node: ast.expr, names: Mapping[str, Symbol]) -> Any:
         try:
             return self._read(node, names)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             self.fail(node, f"is refused: {error}", error)
         except ValueError as error:
             if str(error).startswith("at position"):
@@ -156,7 +160,8 @@ class _Reader:
             self.fail(function, "needs `lambda q, k:` or `lambda q, k, h:`")
 
         def build(*values: Symbol) -> Any:
-            return self.read(function.body, dict(zip(arguments, values, strict=True)))
+            names = LENGTH | dict(zip(arguments, values, strict=True))
+            return self.read(function.body, names)
 
         if len(arguments) == 2:
             return named.where(lambda q, k: build(q, k))

@@ -1,0 +1,93 @@
+"""Reaching further and further: by doubling, then by halves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Hops:
+    """Hops until all visible pairs are reached, and shares on the way.
+
+    Attributes:
+      least, most: bounds of the number; ``least`` is None if some pair is never
+        reached, ``most`` is None if no bound was found.
+      reach: ``(depth, least share, most share)`` of the visible pairs, by depth.
+    """
+
+    least: int | None
+    most: int | None
+    reach: tuple[tuple[int, float, float], ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the number is known, or that there is none."""
+        return self.least is None or self.least == self.most
+
+
+class Doubling(NamedTuple):
+    """How to reach further: ``join(a, b)`` of the states after i and j <= i hops."""
+
+    start: tuple[np.ndarray, ...]
+    join: Callable[..., tuple[np.ndarray, ...]]
+    done: Callable[[tuple[np.ndarray, ...]], bool]
+    share: Callable[[tuple[np.ndarray, ...]], float]
+
+
+def exact(count: int | None, met: dict[int, float]) -> Hops:
+    """The result of an exact search."""
+    reach = tuple((d, s, s) for d, s in sorted(met.items()))
+    return Hops(count, count, reach)
+
+
+def search(by: Doubling) -> tuple[int | None, dict[int, float]]:
+    """The fewest hops that are enough, by doubling and then by halves, or None."""
+    powers = [by.start]
+    met = {1: by.share(by.start)}
+    while not by.done(powers[-1]):
+        state = by.join(powers[-1], powers[-1])
+        if all((a == b).all() for a, b in zip(state, powers[-1], strict=True)):
+            return None, met
+        powers.append(state)
+        met[2 ** (len(powers) - 1)] = by.share(state)
+    if len(powers) == 1:
+        return 1, met
+    # The number of hops is above that of the last power but one.
+    count, state = 2 ** (len(powers) - 2), powers[-2]
+    for i in range(len(powers) - 3, -1, -1):
+        further = by.join(state, powers[i])
+        met[count + 2**i] = by.share(further)
+        if not by.done(further):
+            count, state = count + 2**i, further
+    return count + 1, met
+
+
+def shares(
+    lower: dict[int, float], upper: dict[int, float], rest: float
+) -> tuple[tuple[int, float, float], ...]:
+    """Bounds at every depth that either search met; pairs within blocks are open."""
+    found = []
+    for d in sorted({*lower, *upper}):
+        least = max((s for i, s in lower.items() if i <= d), default=0.0)
+        most = min((s for i, s in upper.items() if i >= d), default=1 - rest)
+        found.append((d, least, min(1.0, most + rest)))
+    return tuple(found)
+
+
+def on_pairs(pairs: np.ndarray, *, causal: bool) -> Doubling:
+    """Matrices ``[n, n]`` or ``[batch, n, n]``."""
+    n = pairs.shape[-1]
+    visible = np.tri(n, dtype=bool) if causal else np.ones((n, n), bool)
+    return Doubling(
+        start=(pairs | np.eye(n, dtype=bool),),
+        join=lambda a, b: (product(a[0], b[0]),),
+        done=lambda state: bool((state[0] | ~visible).all()),
+        share=lambda state: float((state[0] & visible).mean() / visible.mean()),
+    )
+
+
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The boolean matrix product."""
+    return (a.astype(np.float32) @ b.astype(np.float32)) > 0

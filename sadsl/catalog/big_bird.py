@@ -1,0 +1,55 @@
+"""Big Bird: a window, global tokens and random blocks."""
+
+from functools import reduce
+from operator import or_
+
+import numpy as np
+
+from sadsl.maps import IndexMap
+from sadsl.named import sinks, where, window
+from sadsl.symbols import table
+
+
+def random_blocks(
+    num_blocks: int, side: int, num_global: int, num_random: int, seed: int
+) -> list[tuple[int, ...]]:
+    """``num_random`` tables of one key block for each query block.
+
+    They are drawn without repetition from the blocks that are neither global nor within
+    ``side``; a query block with too few of them has itself in their place.
+    """
+    rng = np.random.default_rng(seed)
+    rows = []
+    for q in range(num_blocks):
+        others = [k for k in range(num_global, num_blocks) if abs(q - k) > side]
+        drawn = rng.permutation(others)[:num_random].astype(int).tolist()
+        rows.append(drawn + [q] * (num_random - len(drawn)))
+    return list(zip(*rows, strict=True))
+
+
+def big_bird(
+    num_blocks: int,
+    block: int = 64,
+    *,
+    num_window: int = 3,
+    num_global: int = 2,
+    num_random: int = 3,
+    seed: int = 0,
+) -> IndexMap:
+    """Blocks: the nearest ``num_window``, the first ``num_global``, some at random.
+
+    Zaheer et al., Big Bird: transformers for longer sequences, 2020, section 2 and
+    appendix D (internal transformer construction; the defaults are those of its base
+    model). Global blocks see everything and are seen by all. In the released code the
+    global blocks are the first and the last. ``num_blocks`` blocks of ``block`` tokens
+    are the whole sequence; random blocks are the same for all heads.
+    """
+    side = num_window // 2
+    drawn = random_blocks(num_blocks, side, num_global, num_random, seed)
+    spec = window(side, side) | sinks(num_global) | sinks(num_global).T
+    return reduce(or_, map(_looked_up, drawn), spec).lift(block)
+
+
+def _looked_up(blocks: tuple[int, ...]) -> IndexMap:
+    of = table(blocks)
+    return where(lambda q, k: of[q] == k)

@@ -1,0 +1,207 @@
+"""Counts what the kernels really do, by calls to the host from inside of them.
+
+The functions that make up a tile are replaced, while kernels are traced, by ones that
+also report to the host each time they run. Nothing is read from the plan.
+"""
+
+from collections import Counter
+from contextlib import ExitStack
+from importlib import import_module
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+from lowering import hoist, pipeline
+from lowering.kernel_predicate import KernelPredicate
+from pallas_kernels import dispatch, softmax
+from pallas_kernels.call import Call, Inputs, Vectors
+
+# The bodies of the Pallas kernels, by the name of their work.
+BODIES = {
+    "tpu": {
+        "forward": ("forward", "_kernel"),
+        "dq": ("backward", "_dq_kernel"),
+        "dkv": ("backward", "_dkv_kernel"),
+    },
+    "triton": {
+        "forward": ("forward", "forward_kernel"),
+        "dq": ("backward", "dq_kernel"),
+        "dkv": ("backward", "dkv_kernel"),
+    },
+}
+
+
+class Executed:
+    """Totals of each kernel: tiles, full and partial ones, FLOPs, streamed bytes."""
+
+    def __init__(self):
+        self.counts = Counter()
+        self.kernel = None  # the one that is being traced
+
+    def report(self, what, amount=1, weight=1):
+        """Adds ``amount * weight`` whenever this place of the kernel runs."""
+        key = self.kernel, what
+
+        def add(amount):
+            self.counts[key] += int(amount) * weight
+
+        jax.debug.callback(add, amount)
+
+    def streamed(self, kernel):
+        """Bytes that the kernel fetches for the blocks it visits; on TPUs only."""
+        return self.counts[kernel, "streamed"]
+
+    def of(self, kernel):
+        """Full tiles, partial tiles, padded tiles, and FLOPs."""
+        full, partial, tiles, flops = (
+            self.counts[kernel, x] for x in ("full", "partial", "tiles", "flops")
+        )
+        return full, partial, tiles - full - partial, flops
+
+
+def run(stages, inputs, tiles, impl):
+    """The kernels of lowered stages, forward and backward, run on ``inputs``.
+
+    These are q, k, v with heads first, of the lengths that the stages plan for. Returns
+    what was counted, and the plans.
+    """
+    q, k, _ = inputs
+    masks = pipeline.masks(stages, tiles)
+    program = stages["hoist"]
+    vectors = Vectors(
+        hoist.vectors(program.q_vectors, q.shape[2], q.shape[1], {}),
+        hoist.vectors(program.kv_vectors, k.shape[2], q.shape[1], {}),
+    )
+    call = Call(KernelPredicate(program.maps), 1.0, tiles, interpret=impl != "xla")
+
+    @jax.jit
+    def both(inputs):
+        def forward(inputs):
+            return dispatch.attend(inputs, vectors, masks, call, impl=impl)
+
+        out, pull = jax.vjp(forward, inputs)
+        return pull(jax.tree.map(jnp.ones_like, out))
+
+    found = Executed()
+    with ExitStack() as stack:
+        for owner, name, function in (_xla if impl == "xla" else _pallas)(found, impl):
+            stack.enter_context(mock.patch.object(owner, name, function))
+        jax.block_until_ready(both(Inputs(*inputs)))
+    jax.effects_barrier()
+    return found, masks
+
+
+def _pallas(found, impl):
+    dot, fold, mask, gradient = (
+        getattr(softmax, x) for x in ("dot", "fold", "mask", "score_gradient")
+    )
+    make_async_copy = pltpu.make_async_copy
+    in_gradient = False
+
+    def counted_dot(a, b, *, contract):
+        out = dot(a, b, contract=contract)
+        found.report("flops", 2 * out.size * a.shape[contract[0]])
+        return out
+
+    def counted_fold(carry, s, v):
+        found.report("tiles")
+        found.report("full")
+        return fold(carry, s, v)
+
+    def counted_mask(s, allowed):
+        # What is masked before it is folded is not full. score_gradient masks too.
+        if not in_gradient:
+            found.report("full", -1)
+            found.report("partial")
+        return mask(s, allowed)
+
+    def counted_gradient(s, allowed, *rest):
+        nonlocal in_gradient
+        found.report("tiles")
+        found.report("full" if allowed is None else "partial")
+        in_gradient = True
+        out = gradient(s, allowed, *rest)
+        in_gradient = False
+        return out
+
+    def naming(kernel, body):
+        def traced(*args, **options):
+            found.kernel = kernel
+            return body(*args, **options)
+
+        return traced
+
+    def counted_copy(source, target, semaphore):
+        copy = make_async_copy(source, target, semaphore)
+        start = copy.start
+
+        def counted_start():
+            found.report("streamed", int(np.prod(target.shape)) * target.dtype.itemsize)
+            start()
+
+        # A descriptor is frozen.
+        object.__setattr__(copy, "start", counted_start)
+        return copy
+
+    yield pltpu, "make_async_copy", counted_copy
+    yield softmax, "dot", counted_dot
+    yield softmax, "fold", counted_fold
+    yield softmax, "mask", counted_mask
+    yield softmax, "score_gradient", counted_gradient
+    for kernel, (module, name) in BODIES[impl].items():
+        owner = import_module(f"pallas_kernels.{impl}.{module}")
+        yield owner, name, naming(kernel, getattr(owner, name))
+
+
+def _xla(found, impl):
+    tile, rows, forward, backward = (
+        import_module(f"pallas_kernels.{impl}.{x}")
+        for x in ("tile", "rows", "forward", "backward")
+    )
+    batched_dot, scores, fold_tiles = tile.batched_dot, tile.scores, forward.fold_tiles
+    padding_bias, bias = rows.padding_bias, tile.Pairs.bias
+    area = heads = 0
+
+    def counted_dot(a, b, *, contract):
+        out = batched_dot(a, b, contract=contract)
+        found.report("flops", 2 * out.size * a.shape[2 + contract[0]])
+        return out
+
+    def counted_fold(carry, s, v):
+        # One product a fold, inside of two vmaps.
+        found.report("flops", 2 * s.size * v.shape[-1])
+        return fold_tiles(carry, s, v)
+
+    def counted_scores(q, k, *rest):
+        found.report("tiles", int(np.prod(q.shape[:3])) * k.shape[2] // area)
+        return scores(q, k, *rest)
+
+    def counted_full(count, *rest):
+        found.report("full", count, heads)
+        return padding_bias(count, *rest)
+
+    def counted_partial(self, row, block, count):
+        found.report("partial", count, heads)
+        return bias(self, row, block, count)
+
+    def naming(kernel, body):
+        def traced(inputs, *rest):
+            nonlocal area, heads
+            lists, group = rest[-3:-1]
+            plan = getattr(lists, kernel, lists)
+            found.kernel, area = kernel, plan.block_q * plan.block_kv
+            heads = inputs.q.shape[0] * len(group.q_heads)
+            return body(inputs, *rest)
+
+        return traced
+
+    yield tile, "batched_dot", counted_dot
+    yield tile, "scores", counted_scores
+    yield forward, "fold_tiles", counted_fold
+    yield rows, "padding_bias", counted_full
+    yield tile.Pairs, "bias", counted_partial
+    for kernel, owner in (("forward", forward), ("backward", backward)):
+        yield owner, f"_{kernel}", naming(kernel, getattr(owner, f"_{kernel}"))
