@@ -5,11 +5,12 @@ from typing import NamedTuple
 import numpy as np
 
 from lowering import ir
-from lowering.bounds import Analysis, Rectangles
+from lowering.bounds import Analysis
 from lowering.doubling import Doubling, Hops, on_pairs, product, search, shares
 from lowering.eliminate import MIDDLE, exists, values_of
 from lowering.live import in_finite
 from lowering.predicate import NumPy, evaluate
+from lowering.ranges import Ranges, Rectangles
 from lowering.settle import settle
 from lowering.simplify import simplify
 
@@ -129,7 +130,7 @@ def _blocks(node: ir.Pred, n: int, starts: np.ndarray, lengths: np.ndarray) -> B
     lasts = starts + lengths - 1
     q, k = np.divmod(np.arange(num * num), num)
     at = Rectangles(starts[q], lasts[q], starts[k], lasts[k])
-    verdict = Analysis(at)(node)
+    verdict = Analysis(Ranges(at))(node)
     some, full = ~verdict.none, verdict.all.copy()
     # Bounds settle most; only what they leave open is looked into.
     open_ = np.flatnonzero(~verdict.none & ~(verdict.all | verdict.hit & verdict.miss))

@@ -1,34 +1,23 @@
 """What a predicate does on whole rectangles of pairs, by intervals and congruences.
 
-Everything is an array with one entry a rectangle, written on an array namespace: NumPy
-when planning, jnp at run time. The analysis is sound always, and exact where a
-comparison sees each variable once; what it cannot settle, ``planning`` splits.
+The analysis is sound always, and exact where a comparison sees each variable once; what
+it cannot settle, ``planning`` splits.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import reduce
+from operator import and_, or_
 from types import ModuleType
 from typing import Any, NamedTuple, assert_never
 
 import numpy as np
-from jax import lax
 
 from lowering import ir
-from lowering.predicate import floor_log2
+from lowering.ranges import Range, Ranges, Rectangles
 
-# Beyond any sum of positions, and far from overflow when such are added.
-ANYTHING = 1 << 40
 POWERS_OF_TWO = tuple(1 << i for i in range(42))
-
-
-class Rectangles(NamedTuple):
-    """Inclusive bounds of queries and keys, int arrays with one entry a rectangle."""
-
-    q_min: Any
-    q_max: Any
-    k_min: Any
-    k_max: Any
+# A table that a rectangle looks up at no more than these entries is tried with each.
+FEW_ENTRIES = 8
 
 
 class Verdict(NamedTuple):
@@ -37,6 +26,7 @@ class Verdict(NamedTuple):
     ``none`` and ``all`` are exact statements about all pairs; ``hit`` says that some
     pair surely holds and ``miss`` that some surely does not. ``hits`` and ``misses``
     say so of every leaf tile inside the rectangle. What is neither is not known.
+    ``axes`` are those that the predicate reads.
     """
 
     none: Any
@@ -45,39 +35,25 @@ class Verdict(NamedTuple):
     miss: Any
     hits: Any
     misses: Any
-
-
-class Range(NamedTuple):
-    """The values of an expression: within ``low .. high``, all ``≡ low (mod step)``.
-
-    ``tight``: both ends are attained. ``dense``: every such value is attained.
-    ``covers``: in any leaf tile it takes at least this many consecutive values.
-    """
-
-    low: Any
-    high: Any
-    step: int
-    tight: Any
-    dense: Any
-    covers: int
-    axes: frozenset
+    axes: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """The analysis of rectangles; build one a level and call it on nodes.
+    """The verdicts on rectangles; build one a level and call it on predicates."""
 
-    ``leaf`` is the smallest (queries, keys) of a leaf tile. ``operands`` gives the
-    range ``(low, high)`` of a run-time array over each rectangle, where known.
-    """
+    ranges: Ranges
 
-    at: Rectangles
-    leaf: tuple[int, int] = (1, 1)
-    xp: ModuleType = np
-    operands: Mapping[ir.Operand, tuple[Any, Any]] | None = None
+    @property
+    def at(self) -> Rectangles:
+        """The rectangles."""
+        return self.ranges.at
 
     def __call__(self, node: ir.Pred) -> Verdict:
         """The verdict on ``node``, whose heads are resolved."""
+        table = _table_of(node)
+        if table is not None and self._is_narrow(table):
+            return self._by_entry(node, table)
         match node:
             case ir.Bool(value):
                 return self._known(value)
@@ -92,12 +68,11 @@ class Analysis:
             case ir.In(a, values):
                 return self._in(a, values)
             case ir.PowerOfTwo(a):
-                return self._members(self.range(a), POWERS_OF_TWO)
+                return self._members(self.ranges(a), POWERS_OF_TWO)
             case ir.And(terms):
-                return reduce(self._and, [self(t) for t in terms])
+                return self._every([self(t) for t in terms])
             case ir.Or(terms):
-                inverse = reduce(self._and, [negate(self(t)) for t in terms])
-                return negate(inverse)
+                return negate(self._every([negate(self(t)) for t in terms]))
             case ir.Not(term):
                 return negate(self(term))
             case ir.ByHead():
@@ -110,21 +85,61 @@ class Analysis:
         yes = self.at.q_min == self.at.q_min
         no = ~yes
         return (
-            Verdict(no, yes, yes, no, yes, no) if value else negate(self._known(True))
+            Verdict(no, yes, yes, no, yes, no, frozenset())
+            if value
+            else negate(self._known(True))
         )
 
+    def _every(self, verdicts: list[Verdict]) -> Verdict:
+        """The conjunction; what reads one axis alone comes first, axis by axis."""
+        groups: dict[frozenset[str], list[Verdict]] = {}
+        for verdict in sorted(verdicts, key=lambda v: len(v.axes)):
+            groups.setdefault(verdict.axes, []).append(verdict)
+        return reduce(self._and, [reduce(self._and, g) for g in groups.values()])
+
     def _and(self, a: Verdict, b: Verdict) -> Verdict:
+        hit = (a.all & b.hit) | (b.all & a.hit)
+        hits = (a.all & b.hits) | (b.all & a.hits)
+        if not a.axes & b.axes:  # a pair of each is a pair of both
+            hit, hits = a.hit & b.hit, a.hits & b.hits
         return Verdict(
             none=a.none | b.none,
             all=a.all & b.all,
-            hit=(a.all & b.hit) | (b.all & a.hit),
+            hit=hit,
             miss=a.miss | b.miss,
-            hits=(a.all & b.hits) | (b.all & a.hits),
+            hits=hits,
             misses=a.misses | b.misses,
+            axes=a.axes | b.axes,
         )
 
+    def _is_narrow(self, table: ir.Table) -> bool:
+        """Whether rectangles look up few entries, and not just one that is tried."""
+        return table not in self.ranges.seen and self._width(table) <= FEW_ENTRIES
+
+    def _width(self, table: ir.Table) -> int:
+        """The most entries that any rectangle looks up."""
+        index = self.ranges(table.index)
+        return 1 + int(np.max(index.high - index.low, initial=0))
+
+    def _by_entry(self, node: ir.Pred, table: ir.Table) -> Verdict:
+        """The verdict from one on each entry, which the rest does not depend on."""
+        index = self.ranges(table.index)
+        found = [
+            Analysis(
+                self.ranges.with_entry(table, np.minimum(index.low + i, index.high))
+            )(node)
+            for i in range(self._width(table))
+        ]
+        none, every = (reduce(and_, [v[i] for v in found]) for i in (0, 1))
+        # Which entries occur is known where the index takes every value.
+        sure = index.dense & (index.step == 1)
+        hit = sure & reduce(or_, [v.hit for v in found])
+        miss = sure & reduce(or_, [v.miss for v in found])
+        axes = found[0].axes | index.axes
+        return Verdict(none, every, hit | every, miss | none, every, none, axes)
+
     def _le(self, expr: ir.Expr, value: int) -> Verdict:
-        r = self.range(expr)
+        r = self.ranges(expr)
         none, everything = r.low > value, r.high <= value
         hits, misses = everything, none
         cycle = _cycle(expr, r)
@@ -133,12 +148,12 @@ class Analysis:
             hits, misses = hits | (low <= value), misses | (high > value)
         hit = (r.tight & ~none) | hits
         miss = (r.tight & ~everything) | misses
-        return Verdict(none, everything, hit, miss, hits, misses)
+        return Verdict(none, everything, hit, miss, hits, misses, r.axes)
 
     def _in(self, expr: ir.Expr, values: tuple[int, ...]) -> Verdict:
         if isinstance(expr, ir.Mod) and len(values) == 1:
             return self._congruent(expr, values[0])
-        return self._members(self.range(expr), values)
+        return self._members(self.ranges(expr), values)
 
     def _members(self, r: Range, values: tuple[int, ...]) -> Verdict:
         members = self._num_members(r, values)
@@ -147,7 +162,7 @@ class Analysis:
         miss = ~found | (r.dense & ~everything)
         if len(values) == 1:  # both ends are attained, and one is not the value
             miss = miss | (r.tight & (r.low != r.high))
-        return Verdict(~found, everything, hit, miss, everything, ~found)
+        return Verdict(~found, everything, hit, miss, everything, ~found, r.axes)
 
     def _num_members(self, r: Range, values: tuple[int, ...]) -> Any:
         """How many of ``values`` lie in the range, at its residue."""
@@ -155,15 +170,15 @@ class Analysis:
         total = r.low * 0
         for residue in np.unique(array % r.step):
             same = array[array % r.step == residue]
-            inside = _count(self.xp, same, r.low, r.high)
-            total = total + self.xp.where(r.low % r.step == residue, inside, 0)
+            inside = _count(self.ranges.xp, same, r.low, r.high)
+            total = total + self.ranges.xp.where(r.low % r.step == residue, inside, 0)
         return total
 
     def _congruent(self, expr: ir.Mod, residue: int) -> Verdict:
         """``inner % divisor == residue``: exact where ``inner`` has no gaps."""
-        inner, divisor = self.range(expr.expr), expr.divisor
+        inner, divisor = self.ranges(expr.expr), expr.divisor
         if inner.step != 1:
-            return self._members(self.range(expr), (residue,))
+            return self._members(self.ranges(expr), (residue,))
         first = inner.low + (residue - inner.low) % divisor
         found = first <= inner.high
         everything = (first == inner.low) & ((inner.low == inner.high) | (divisor == 1))
@@ -177,145 +192,29 @@ class Analysis:
             ~found | (inner.dense & ~everything) | misses,
             hits,
             misses,
+            inner.axes,
         )
-
-    # --- expressions ---
-
-    def range(self, node: ir.Expr) -> Range:
-        """The range of ``node`` on every rectangle."""
-        match node:
-            case ir.Var("q"):
-                return self._position(self.at.q_min, self.at.q_max, self.leaf[0], "q")
-            case ir.Var("k"):
-                return self._position(self.at.k_min, self.at.k_max, self.leaf[1], "k")
-            case ir.Var(axis):
-                raise AssertionError(f"{axis} is resolved before bounds are taken")
-            case ir.Const(value):
-                at = self.at.q_min * 0 + value
-                return Range(at, at, 1, True, True, 1, frozenset())
-            case ir.Add(a, b):
-                return self._add(self.range(a), self.range(b))
-            case ir.Mul(a, n):
-                return self._mul(self.range(a), n)
-            case ir.FloorDiv(a, n):
-                return self._floor_div(self.range(a), n)
-            case ir.Mod(a, n):
-                return self._mod(self.range(a), n)
-            case ir.Min(a, b):
-                return self._pick(self.xp.minimum, self.range(a), self.range(b))
-            case ir.Max(a, b):
-                return self._pick(self.xp.maximum, self.range(a), self.range(b))
-            case ir.Log2(a):
-                return self._log2(self.range(a))
-            case ir.Within(a, _):
-                return self.range(a)
-            case ir.Table(values, index):
-                return self._table(values, self.range(index))
-            case ir.Operand():
-                return self._operand(node)
-            case ir.Hoisted():
-                raise AssertionError("bounds are taken before vectors are hoisted")
-        assert_never(node)
-
-    def _position(self, low: Any, high: Any, covers: int, axis: str) -> Range:
-        return Range(low, high, 1, True, True, covers, frozenset({axis}))
-
-    def _add(self, a: Range, b: Range) -> Range:
-        low, high = a.low + b.low, a.high + b.high
-        if a.axes & b.axes:  # what they share may not take both ends at once
-            step = int(np.gcd(a.step, b.step))
-            still_a, still_b = a.low == a.high, b.low == b.high
-            tight = (still_a & b.tight) | (still_b & a.tight)
-            dense = still_a & still_b
-            if b.step == step:
-                dense = dense | (still_a & b.dense)
-            if a.step == step:
-                dense = dense | (still_b & a.dense)
-            return Range(low, high, step, tight, dense, 1, a.axes | b.axes)
-        step, wide = sorted((a.step, b.step))
-        fine, coarse = (a, b) if a.step <= b.step else (b, a)
-        # Copies of the finer range, ``wide`` apart, leave no gap if it is long enough.
-        fills = (fine.high - fine.low + step >= wide) | (coarse.low == coarse.high)
-        divides = wide % step == 0
-        constant = not fine.axes or not coarse.axes
-        if constant:
-            moving = a if a.axes else b
-            step, dense = moving.step, a.dense & b.dense
-            covers = moving.covers
-        else:
-            step = int(np.gcd(step, wide))
-            dense = a.dense & b.dense & divides & fills
-            covers = a.covers + b.covers - 1 if a.step == b.step == 1 else 1
-        return Range(low, high, step, a.tight & b.tight, dense, covers, a.axes | b.axes)
-
-    def _mul(self, a: Range, n: int) -> Range:
-        low, high = (a.low * n, a.high * n) if n >= 0 else (a.high * n, a.low * n)
-        covers = a.covers if abs(n) == 1 else 1
-        return a._replace(
-            low=low, high=high, step=max(a.step * abs(n), 1), covers=covers
-        )
-
-    def _floor_div(self, a: Range, n: int) -> Range:
-        low, high = a.low // n, a.high // n
-        step = a.step // n if a.step % n == 0 else 1
-        close = a.step % n == 0 or a.step <= n
-        dense = a.dense & (close | (low == high))
-        covers = -(-a.covers // n) if a.step == 1 else 1
-        return a._replace(low=low, high=high, step=step, dense=dense, covers=covers)
-
-    def _mod(self, a: Range, n: int) -> Range:
-        same = (a.low // n) == (a.high // n)
-        step = int(np.gcd(a.step, n))
-        least = a.low % step
-        low = self.xp.where(same, a.low % n, least)
-        high = self.xp.where(same, a.high % n, n - step + least)
-        # Values a.step apart reach every residue that they can within n / step of them.
-        wraps = a.high - a.low + a.step >= (n // step) * a.step
-        keeps_step = a.step == step
-        dense = a.dense & (wraps | (same & (keeps_step | (a.low == a.high))))
-        tight = a.dense & wraps | (same & a.tight)
-        covers = n if a.covers >= n else 1
-        return Range(low, high, step, tight, dense, covers, a.axes)
-
-    def _pick(self, pick: Any, a: Range, b: Range) -> Range:
-        low, high = pick(a.low, b.low), pick(a.high, b.high)
-        # One of them is the answer throughout, or the ends come from free variables.
-        apart = (a.high <= b.low) | (b.high <= a.low)
-        free = not (a.axes & b.axes)
-        tight = a.tight & b.tight & (apart | free)
-        step = a.step if a.step == b.step == 1 else 1
-        dense = a.dense & b.dense & (a.step == 1) & (b.step == 1)
-        dense = (dense & (apart | free)) | (tight & (low == high))
-        return Range(low, high, step, tight, dense, 1, a.axes | b.axes)
-
-    def _log2(self, a: Range) -> Range:
-        low, high = (self._floor_log2(x) for x in (a.low, a.high))
-        dense = a.dense & ((a.step == 1) | (low == high))
-        return Range(low, high, 1, a.tight, dense, 1, a.axes)
-
-    def _floor_log2(self, x: Any) -> Any:
-        if self.xp is np:
-            return floor_log2(x)
-        return 31 - lax.clz(self.xp.maximum(x, 1))
-
-    def _table(self, values: tuple[int, ...], index: Range) -> Range:
-        low, high = _table_bounds(self.xp, values, index.low, index.high)
-        tight = index.dense & (index.step == 1)
-        dense = (low == high) | (tight & (high - low <= 1))
-        return Range(low, high, 1, tight, dense, 1, index.axes)
-
-    def _operand(self, node: ir.Operand) -> Range:
-        axes = ir.axes(node) or frozenset({node.name})
-        if self.operands is None or node not in self.operands:
-            at = self.at.q_min * 0
-            return Range(at - ANYTHING, at + ANYTHING, 1, False, False, 1, axes)
-        low, high = self.operands[node]
-        return Range(low, high, 1, True, (high - low) <= 1, 1, axes)
 
 
 def negate(v: Verdict) -> Verdict:
     """The verdict on the negation."""
-    return Verdict(v.all, v.none, v.miss, v.hit, v.misses, v.hits)
+    return Verdict(v.all, v.none, v.miss, v.hit, v.misses, v.hits, v.axes)
+
+
+def _table_of(node: ir.Pred) -> ir.Table | None:
+    """A table beside which a comparison reads other axes only, or none."""
+    if not isinstance(node, ir.Le | ir.Eq | ir.In):
+        return None
+    tables = {n for n in ir.walk(node) if isinstance(n, ir.Table)}
+    if len(tables) != 1:
+        return None
+    (table,) = tables
+
+    def bare(child: ir.Node) -> ir.Node:
+        return ir.Const(0) if child == table else ir.rebuild(child, bare)
+
+    apart = not ir.axes(ir.rebuild(node, bare)) & ir.axes(table)
+    return table if apart else None
 
 
 def _cycle(expr: ir.Expr, r: Range) -> tuple[int, int] | None:
@@ -333,34 +232,3 @@ def _count(xp: ModuleType, members: np.ndarray, low: Any, high: Any) -> Any:
     sorted_members = xp.asarray(members)
     above = xp.searchsorted(sorted_members, high, side="right")
     return above - xp.searchsorted(sorted_members, low, side="left")
-
-
-@lru_cache(maxsize=64)
-def _sparse_table(values: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Minima and maxima over every power of two of entries, ``[levels, entries]``."""
-    low = [np.asarray(values, np.int64)]
-    high = [low[0]]
-    width = 1
-    while 2 * width <= len(values):
-        for rows, pick in ((low, np.minimum), (high, np.maximum)):
-            row = rows[-1].copy()
-            row[:-width] = pick(row[:-width], rows[-1][width:])
-            rows.append(row)
-        width *= 2
-    return np.stack(low), np.stack(high)
-
-
-def _table_bounds(
-    xp: ModuleType, values: tuple[int, ...], first: Any, last: Any
-) -> tuple[Any, Any]:
-    """The least and greatest of ``values[first .. last]``, in two look-ups each."""
-    low, high = (xp.asarray(t) for t in _sparse_table(values))
-    first = xp.clip(first, 0, len(values) - 1)
-    last = xp.clip(last, 0, len(values) - 1)
-    floor_log2 = xp.asarray(np.frexp(np.arange(1, len(values) + 1))[1] - 1)
-    level = floor_log2[last - first]
-    other = last - 2**level + 1
-    return (
-        xp.minimum(low[level, first], low[level, other]),
-        xp.maximum(high[level, first], high[level, other]),
-    )

@@ -6,9 +6,9 @@ from functools import cached_property
 import numpy as np
 
 from lowering import ir
-from lowering.bounds import Rectangles
 from lowering.orders import Layouts
 from lowering.planning import Sizes
+from lowering.ranges import Rectangles
 from lowering.settle import count_on_diagonals, count_pairs
 from pallas_kernels.block_mask import BlockMask
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lowering import ir, simplify
-from lowering.bounds import Analysis, Rectangles
+from lowering.bounds import Analysis
+from lowering.ranges import Ranges, Rectangles
 from lowering.settle import settle
 from pallas_kernels.block_mask import Axis, BlockMask, blank, from_runs
 
@@ -101,7 +102,7 @@ def cover(node: ir.Pred, sizes: Sizes, *, exact: bool) -> Squares:
     i, j, size = _roots(sizes)
     while len(i):
         at = sizes.elements(i, j, size)
-        analysis = Analysis(at, sizes.leaf)
+        analysis = Analysis(Ranges(at, sizes.leaf))
         some = analysis(upper)
         every = some if lower is upper else analysis(lower)
         mixed = some.hits & every.misses

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from lowering import ir, orders
-from lowering.bounds import Analysis, Rectangles
+from lowering.bounds import Analysis
 from lowering.digits import (
     Side,
     digit,
@@ -25,6 +25,7 @@ from lowering.digits import (
 from lowering.layout import Layout, places
 from lowering.orders import Layouts
 from lowering.planning import Sizes, plan, widest
+from lowering.ranges import Ranges, Rectangles
 from pallas_kernels.block_mask import BlockMask
 
 # Saved pairs a position that pay for one more pass over q, k, v and o. The pass that
@@ -142,7 +143,8 @@ class _Judge:
         }
         shape = (len(rows), num_columns)
         zero = np.zeros(shape, np.int64)
-        analysis = Analysis(Rectangles(zero, zero, zero, zero), operands=ranges)
+        at = Rectangles(zero, zero, zero, zero)
+        analysis = Analysis(Ranges(at, operands=ranges))
         visited = 0.0
         for node, weight in zip(self.nodes, self.weights, strict=True):
             none = np.broadcast_to(analysis(node).none, shape)

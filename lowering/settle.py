@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from lowering import ir
-from lowering.bounds import Analysis, Rectangles
+from lowering.bounds import Analysis
 from lowering.cuts import Cuts, find_cuts
 from lowering.predicate import NumPy, evaluate
+from lowering.ranges import Ranges, Rectangles
 
 SPLIT = 4
 # A rectangle of at most this many queries and keys is evaluated pair by pair.
@@ -44,7 +45,7 @@ def settle(
         small = _is_small(at)
         question.look(_take(at, small), owner[small])
         at, owner = _take(at, ~small), owner[~small]
-        analysis = Analysis(at)
+        analysis = Analysis(Ranges(at))
         wide = analysis(upper)
         tight = wide if lower is upper else analysis(lower)
         some[owner[wide.hit]] = True
@@ -59,7 +60,7 @@ def count_pairs(node: ir.Pred, at: Rectangles) -> int:
     """How many pairs of the rectangles the node selects, exactly."""
     total, cuts = 0, find_cuts(node)
     while len(at.q_min):
-        verdict = Analysis(at)(node)
+        verdict = Analysis(Ranges(at))(node)
         total += int(_area(_take(at, verdict.all)).sum())
         at = _take(at, ~(verdict.all | verdict.none))
         small = _is_small(at)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from lowering import ir
-from lowering.bounds import Analysis, Rectangles
 from lowering.printing import show
+from lowering.ranges import Ranges, Rectangles
 
 
 def verify(maps: tuple[ir.Pred, ...], q_seq_len: int, kv_seq_len: int) -> None:
@@ -89,7 +89,7 @@ def index_range(index: ir.Expr, q_seq_len: int, kv_seq_len: int) -> tuple[int, i
     """The bounds of an expression over all positions; heads are resolved."""
     ends = (0, q_seq_len - 1, 0, kv_seq_len - 1)
     whole = Rectangles(*(np.array([end]) for end in ends))
-    found = Analysis(whole).range(index)
+    found = Ranges(whole)(index)
     return int(found.low[0]), int(found.high[0])
 
 

@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from lowering import ir
-from lowering.bounds import Rectangles
 from lowering.hops import Hops, hops
 from lowering.live import first_and_last
+from lowering.ranges import Rectangles
 from lowering.settle import count_on_diagonals, count_pairs
 from lowering.simplify import simplify
 from sadsl.attention import as_term

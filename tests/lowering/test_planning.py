@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import sadsl as sa
 from lowering import heads, pipeline, planning, settle
-from lowering.bounds import Rectangles
+from lowering.ranges import Rectangles
 from pallas_kernels.block_mask import EMPTY, FULL, PARTIAL, check, expand
 
 COUNTS = {"maps": 0, "visited": 0, "needless": 0}

@@ -1,0 +1,247 @@
+"""The values that integers of positions take on whole rectangles of pairs.
+
+Everything is an array with one entry a rectangle, written on an array namespace: NumPy
+when planning, jnp at run time. Ranges are sound always, and exact where an expression
+sees each variable once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple, assert_never
+
+import numpy as np
+from jax import lax
+
+from lowering import ir
+from lowering.predicate import floor_log2
+
+# Beyond any sum of positions, and far from overflow when such are added.
+ANYTHING = 1 << 40
+
+
+class Rectangles(NamedTuple):
+    """Inclusive bounds of queries and keys, int arrays with one entry a rectangle."""
+
+    q_min: Any
+    q_max: Any
+    k_min: Any
+    k_max: Any
+
+
+class Range(NamedTuple):
+    """The values of an expression: within ``low .. high``, all ``≡ low (mod step)``.
+
+    ``tight``: both ends are attained. ``dense``: every such value is attained.
+    ``covers``: in any leaf tile it takes at least this many consecutive values.
+    """
+
+    low: Any
+    high: Any
+    step: int
+    tight: Any
+    dense: Any
+    covers: int
+    axes: frozenset
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The ranges on rectangles; build one a level and call it on expressions.
+
+    ``leaf`` is the smallest (queries, keys) of a leaf tile. ``operands`` gives the
+    range ``(low, high)`` of a run-time array over each rectangle, where known.
+    """
+
+    at: Rectangles
+    leaf: tuple[int, int] = (1, 1)
+    xp: ModuleType = np
+    operands: Mapping[ir.Operand, tuple[Any, Any]] | None = None
+    # Digits of positions occur in many comparisons; each is looked at once.
+    seen: dict[ir.Expr, Range] = field(default_factory=dict, compare=False)
+
+    def __call__(self, node: ir.Expr) -> Range:
+        """The range of ``node`` on every rectangle."""
+        found = self.seen.get(node)
+        if found is None:
+            found = self.seen[node] = self._range(node)
+        return found
+
+    def _range(self, node: ir.Expr) -> Range:
+        match node:
+            case ir.Var("q"):
+                return self._position(self.at.q_min, self.at.q_max, self.leaf[0], "q")
+            case ir.Var("k"):
+                return self._position(self.at.k_min, self.at.k_max, self.leaf[1], "k")
+            case ir.Var(axis):
+                raise AssertionError(f"{axis} is resolved before bounds are taken")
+            case ir.Const(value):
+                at = self.at.q_min * 0 + value
+                return Range(at, at, 1, True, True, 1, frozenset())
+            case ir.Add(a, b):
+                return self._add(self(a), self(b))
+            case ir.Mul(a, n):
+                return self._mul(self(a), n)
+            case ir.FloorDiv(a, n):
+                return self._floor_div(self(a), n)
+            case ir.Mod(a, n):
+                return self._mod(self(a), n)
+            case ir.Min(a, b):
+                return self._pick(self.xp.minimum, self(a), self(b))
+            case ir.Max(a, b):
+                return self._pick(self.xp.maximum, self(a), self(b))
+            case ir.Log2(a):
+                return self._log2(self(a))
+            case ir.Within(a, _):
+                return self(a)
+            case ir.Table(values, index):
+                return self._table(values, self(index))
+            case ir.Operand():
+                return self._operand(node)
+            case ir.Hoisted():
+                raise AssertionError("bounds are taken before vectors are hoisted")
+        assert_never(node)
+
+    def _position(self, low: Any, high: Any, covers: int, axis: str) -> Range:
+        return Range(low, high, 1, True, True, covers, frozenset({axis}))
+
+    def _add(self, a: Range, b: Range) -> Range:
+        low, high = a.low + b.low, a.high + b.high
+        if a.axes & b.axes:  # what they share may not take both ends at once
+            step = int(np.gcd(a.step, b.step))
+            still_a, still_b = a.low == a.high, b.low == b.high
+            tight = (still_a & b.tight) | (still_b & a.tight)
+            dense = still_a & still_b
+            if b.step == step:
+                dense = dense | (still_a & b.dense)
+            if a.step == step:
+                dense = dense | (still_b & a.dense)
+            return Range(low, high, step, tight, dense, 1, a.axes | b.axes)
+        step, wide = sorted((a.step, b.step))
+        fine, coarse = (a, b) if a.step <= b.step else (b, a)
+        # Copies of the finer range, ``wide`` apart, leave no gap if it is long enough.
+        fills = (fine.high - fine.low + step >= wide) | (coarse.low == coarse.high)
+        divides = wide % step == 0
+        constant = not fine.axes or not coarse.axes
+        if constant:
+            moving = a if a.axes else b
+            step, dense = moving.step, a.dense & b.dense
+            covers = moving.covers
+        else:
+            step = int(np.gcd(step, wide))
+            dense = a.dense & b.dense & divides & fills
+            covers = a.covers + b.covers - 1 if a.step == b.step == 1 else 1
+        return Range(low, high, step, a.tight & b.tight, dense, covers, a.axes | b.axes)
+
+    def _mul(self, a: Range, n: int) -> Range:
+        low, high = (a.low * n, a.high * n) if n >= 0 else (a.high * n, a.low * n)
+        covers = a.covers if abs(n) == 1 else 1
+        return a._replace(
+            low=low, high=high, step=max(a.step * abs(n), 1), covers=covers
+        )
+
+    def _floor_div(self, a: Range, n: int) -> Range:
+        low, high = _div(a.low, n), _div(a.high, n)
+        step = a.step // n if a.step % n == 0 else 1
+        close = a.step % n == 0 or a.step <= n
+        dense = a.dense & (close | (low == high))
+        covers = -(-a.covers // n) if a.step == 1 else 1
+        return a._replace(low=low, high=high, step=step, dense=dense, covers=covers)
+
+    def _mod(self, a: Range, n: int) -> Range:
+        same = _div(a.low, n) == _div(a.high, n)
+        step = int(np.gcd(a.step, n))
+        least = _rem(a.low, step)
+        low = self.xp.where(same, _rem(a.low, n), least)
+        high = self.xp.where(same, _rem(a.high, n), n - step + least)
+        # Values a.step apart reach every residue that they can within n / step of them.
+        wraps = a.high - a.low + a.step >= (n // step) * a.step
+        keeps_step = a.step == step
+        dense = a.dense & (wraps | (same & (keeps_step | (a.low == a.high))))
+        tight = a.dense & wraps | (same & a.tight)
+        covers = n if a.covers >= n else 1
+        return Range(low, high, step, tight, dense, covers, a.axes)
+
+    def _pick(self, pick: Any, a: Range, b: Range) -> Range:
+        low, high = pick(a.low, b.low), pick(a.high, b.high)
+        # One of them is the answer throughout, or the ends come from free variables.
+        apart = (a.high <= b.low) | (b.high <= a.low)
+        free = not (a.axes & b.axes)
+        tight = a.tight & b.tight & (apart | free)
+        step = a.step if a.step == b.step == 1 else 1
+        dense = a.dense & b.dense & (a.step == 1) & (b.step == 1)
+        dense = (dense & (apart | free)) | (tight & (low == high))
+        return Range(low, high, step, tight, dense, 1, a.axes | b.axes)
+
+    def _log2(self, a: Range) -> Range:
+        low, high = (self._floor_log2(x) for x in (a.low, a.high))
+        dense = a.dense & ((a.step == 1) | (low == high))
+        return Range(low, high, 1, a.tight, dense, 1, a.axes)
+
+    def _floor_log2(self, x: Any) -> Any:
+        if self.xp is np:
+            return floor_log2(x)
+        return 31 - lax.clz(self.xp.maximum(x, 1))
+
+    def _table(self, values: tuple[int, ...], index: Range) -> Range:
+        low, high = _table_bounds(self.xp, values, index.low, index.high)
+        tight = index.dense & (index.step == 1)
+        dense = (low == high) | (tight & (high - low <= 1))
+        return Range(low, high, 1, tight, dense, 1, index.axes)
+
+    def _operand(self, node: ir.Operand) -> Range:
+        axes = ir.axes(node) or frozenset({node.name})
+        if self.operands is None or node not in self.operands:
+            at = self.at.q_min * 0
+            return Range(at - ANYTHING, at + ANYTHING, 1, False, False, 1, axes)
+        low, high = self.operands[node]
+        return Range(low, high, 1, True, (high - low) <= 1, 1, axes)
+
+    def with_entry(self, table: ir.Table, entry: Any) -> "Ranges":
+        """The ranges where the table is looked up at ``entry`` alone."""
+        inside = self.xp.clip(entry, 0, len(table.values) - 1)
+        value = self.xp.asarray(table.values)[inside]
+        axes = self(table.index).axes
+        fixed = Range(value, value, 1, True, True, 1, axes)
+        return replace(self, seen={table: fixed})
+
+
+def _div(x: Any, n: int) -> Any:
+    """``x // n``: a shift where it can be, which is several times faster."""
+    return x // n if n & (n - 1) else x >> (n.bit_length() - 1)
+
+
+def _rem(x: Any, n: int) -> Any:
+    """``x % n``, likewise."""
+    return x % n if n & (n - 1) else x & (n - 1)
+
+
+@lru_cache(maxsize=64)
+def _sparse_table(values: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Minima and maxima over every power of two of entries, ``[levels, entries]``."""
+    low = [np.asarray(values, np.int64)]
+    high = [low[0]]
+    width = 1
+    while 2 * width <= len(values):
+        for rows, pick in ((low, np.minimum), (high, np.maximum)):
+            row = rows[-1].copy()
+            row[:-width] = pick(row[:-width], rows[-1][width:])
+            rows.append(row)
+        width *= 2
+    return np.stack(low), np.stack(high)
+
+
+def _table_bounds(
+    xp: ModuleType, values: tuple[int, ...], first: Any, last: Any
+) -> tuple[Any, Any]:
+    """The least and greatest of ``values[first .. last]``, in two look-ups each."""
+    low, high = (xp.asarray(t) for t in _sparse_table(values))
+    first, last = (xp.clip(i, 0, len(values) - 1) for i in (first, last))
+    floor_log2 = xp.asarray(np.frexp(np.arange(1, len(values) + 1))[1] - 1)
+    level = floor_log2[last - first]
+    other = last - 2**level + 1
+    return (
+        xp.minimum(low[level, first], low[level, other]),
+        xp.maximum(high[level, first], high[level, other]),
+    )
