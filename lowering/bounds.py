@@ -14,6 +14,7 @@ import numpy as np
 
 from lowering import ir
 from lowering.ranges import Range, Ranges, Rectangles
+from lowering.reads import Reads
 
 POWERS_OF_TWO = tuple(1 << i for i in range(42))
 # A table that a rectangle looks up at no more than these entries is tried with each.
@@ -26,7 +27,7 @@ class Verdict(NamedTuple):
     ``none`` and ``all`` are exact statements about all pairs; ``hit`` says that some
     pair surely holds and ``miss`` that some surely does not. ``hits`` and ``misses``
     say so of every leaf tile inside the rectangle. What is neither is not known.
-    ``axes`` are those that the predicate reads.
+    ``reads`` are the positions and digits that the predicate depends on.
     """
 
     none: Any
@@ -35,7 +36,7 @@ class Verdict(NamedTuple):
     miss: Any
     hits: Any
     misses: Any
-    axes: frozenset[str]
+    reads: Reads
 
 
 @dataclass(frozen=True)
@@ -91,17 +92,20 @@ class Analysis:
         )
 
     def _every(self, verdicts: list[Verdict]) -> Verdict:
-        """The conjunction; what reads one axis alone comes first, axis by axis."""
-        groups: dict[frozenset[str], list[Verdict]] = {}
-        for verdict in sorted(verdicts, key=lambda v: len(v.axes)):
-            groups.setdefault(verdict.axes, []).append(verdict)
+        """The conjunction; what reads little comes first, and the same together."""
+        groups: dict[Reads, list[Verdict]] = {}
+        for verdict in sorted(verdicts, key=lambda v: len(v.reads)):
+            groups.setdefault(verdict.reads, []).append(verdict)
         return reduce(self._and, [reduce(self._and, g) for g in groups.values()])
 
     def _and(self, a: Verdict, b: Verdict) -> Verdict:
         hit = (a.all & b.hit) | (b.all & a.hit)
         hits = (a.all & b.hits) | (b.all & a.hits)
-        if not a.axes & b.axes:  # a pair of each is a pair of both
-            hit, hits = a.hit & b.hit, a.hits & b.hits
+        free = self.ranges.free(a.reads, b.reads)
+        if free is not False:  # a pair of each is a pair of both
+            hit = hit | (free & a.hit & b.hit)
+        if free is True:
+            hits = a.hits & b.hits
         return Verdict(
             none=a.none | b.none,
             all=a.all & b.all,
@@ -109,7 +113,7 @@ class Analysis:
             miss=a.miss | b.miss,
             hits=hits,
             misses=a.misses | b.misses,
-            axes=a.axes | b.axes,
+            reads=a.reads | b.reads,
         )
 
     def _is_narrow(self, table: ir.Table) -> bool:
@@ -135,8 +139,8 @@ class Analysis:
         sure = index.dense & (index.step == 1)
         hit = sure & reduce(or_, [v.hit for v in found])
         miss = sure & reduce(or_, [v.miss for v in found])
-        axes = found[0].axes | index.axes
-        return Verdict(none, every, hit | every, miss | none, every, none, axes)
+        reads = found[0].reads | index.reads
+        return Verdict(none, every, hit | every, miss | none, every, none, reads)
 
     def _le(self, expr: ir.Expr, value: int) -> Verdict:
         r = self.ranges(expr)
@@ -148,7 +152,7 @@ class Analysis:
             hits, misses = hits | (low <= value), misses | (high > value)
         hit = (r.tight & ~none) | hits
         miss = (r.tight & ~everything) | misses
-        return Verdict(none, everything, hit, miss, hits, misses, r.axes)
+        return Verdict(none, everything, hit, miss, hits, misses, r.reads)
 
     def _in(self, expr: ir.Expr, values: tuple[int, ...]) -> Verdict:
         if isinstance(expr, ir.Mod) and len(values) == 1:
@@ -162,7 +166,7 @@ class Analysis:
         miss = ~found | (r.dense & ~everything)
         if len(values) == 1:  # both ends are attained, and one is not the value
             miss = miss | (r.tight & (r.low != r.high))
-        return Verdict(~found, everything, hit, miss, everything, ~found, r.axes)
+        return Verdict(~found, everything, hit, miss, everything, ~found, r.reads)
 
     def _num_members(self, r: Range, values: tuple[int, ...]) -> Any:
         """How many of ``values`` lie in the range, at its residue."""
@@ -192,13 +196,13 @@ class Analysis:
             ~found | (inner.dense & ~everything) | misses,
             hits,
             misses,
-            inner.axes,
+            inner.reads,
         )
 
 
 def negate(v: Verdict) -> Verdict:
     """The verdict on the negation."""
-    return Verdict(v.all, v.none, v.miss, v.hit, v.misses, v.hits, v.axes)
+    return Verdict(v.all, v.none, v.miss, v.hit, v.misses, v.hits, v.reads)
 
 
 def _table_of(node: ir.Pred) -> ir.Table | None:

@@ -77,9 +77,10 @@ class Plan:
                 "count `spec.dense(..., operands=...)` for given ones, or read "
                 "num_full and num_partial, the blocks that may be visited"
             )
-        return sum(self._pairs_of(m) for m in range(len(self.maps)))
+        return sum(self.pairs_of_map(m) for m in range(len(self.maps)))
 
-    def _pairs_of(self, m: int) -> int:
+    def pairs_of_map(self, m: int) -> int:
+        """Pairs of one of the distinct maps."""
         mask, node = self.mask, self.maps[m]
         found = count_on_diagonals(node, mask.q_seq_len, mask.kv_seq_len)
         if found is not None:

@@ -16,6 +16,15 @@ from jax import lax
 
 from lowering import ir
 from lowering.predicate import floor_log2
+from lowering.reads import (
+    Read,
+    Reads,
+    digit_read,
+    digits_differ,
+    is_box,
+    places_of,
+    shared_axes,
+)
 
 # Beyond any sum of positions, and far from overflow when such are added.
 ANYTHING = 1 << 40
@@ -35,6 +44,7 @@ class Range(NamedTuple):
 
     ``tight``: both ends are attained. ``dense``: every such value is attained.
     ``covers``: in any leaf tile it takes at least this many consecutive values.
+    ``reads``: the positions and digits that it depends on.
     """
 
     low: Any
@@ -43,7 +53,7 @@ class Range(NamedTuple):
     tight: Any
     dense: Any
     covers: int
-    axes: frozenset
+    reads: Reads
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,9 @@ class Ranges:
     operands: Mapping[ir.Operand, tuple[Any, Any]] | None = None
     # Digits of positions occur in many comparisons; each is looked at once.
     seen: dict[ir.Expr, Range] = field(default_factory=dict, compare=False)
+    boxes: dict[tuple[str, tuple[int, ...]], Any] = field(
+        default_factory=dict, compare=False
+    )
 
     def __call__(self, node: ir.Expr) -> Range:
         """The range of ``node`` on every rectangle."""
@@ -68,7 +81,39 @@ class Ranges:
             found = self.seen[node] = self._range(node)
         return found
 
+    def free(self, a: Reads, b: Reads) -> Any:
+        """Whether two values vary independently, on each rectangle or on all."""
+        shared = shared_axes(a, b)
+        if not shared or not digits_differ(a, b):
+            return not shared
+        if not shared <= {"q", "k"}:
+            return False
+        found = True
+        for axis in sorted(shared):
+            key = axis, places_of(a | b, axis)
+            if key not in self.boxes:
+                self.boxes[key] = self._is_box(*key)
+            found = found & self.boxes[key]
+        return found
+
+    def _is_box(self, axis: str, places: tuple[int, ...]) -> Any:
+        at = self.at
+        low, high = (at.q_min, at.q_max) if axis == "q" else (at.k_min, at.k_max)
+        length = high - low + 1
+        if self.xp is np and length.size and length.min() == length.max():
+            # One length for all, as on most levels: one answer but for the alignment.
+            length = int(length.min())
+            if not is_box(0, length - 1, places):
+                return False
+            return _rem(low, length) == 0
+        return is_box(low, high, places)
+
     def _range(self, node: ir.Expr) -> Range:
+        read = digit_read(node)
+        found = self._combine(node)
+        return found if read is None else found._replace(reads=frozenset({read}))
+
+    def _combine(self, node: ir.Expr) -> Range:
         match node:
             case ir.Var("q"):
                 return self._position(self.at.q_min, self.at.q_max, self.leaf[0], "q")
@@ -104,35 +149,52 @@ class Ranges:
         assert_never(node)
 
     def _position(self, low: Any, high: Any, covers: int, axis: str) -> Range:
-        return Range(low, high, 1, True, True, covers, frozenset({axis}))
+        return Range(low, high, 1, True, True, covers, frozenset({Read(axis)}))
 
     def _add(self, a: Range, b: Range) -> Range:
+        free = self.free(a.reads, b.reads)
+        if free is True:
+            return self._add_free(a, b)
+        tied = self._add_tied(a, b)
+        if free is False:
+            return tied
+        other = self._add_free(a, b)
+        if other.step != tied.step:
+            return tied._replace(tight=tied.tight | (free & other.tight))
+        return tied._replace(
+            tight=tied.tight | (free & other.tight),
+            dense=tied.dense | (free & other.dense),
+        )
+
+    def _add_tied(self, a: Range, b: Range) -> Range:
+        """The sum of two that may not take their ends at once."""
         low, high = a.low + b.low, a.high + b.high
-        if a.axes & b.axes:  # what they share may not take both ends at once
-            step = int(np.gcd(a.step, b.step))
-            still_a, still_b = a.low == a.high, b.low == b.high
-            tight = (still_a & b.tight) | (still_b & a.tight)
-            dense = still_a & still_b
-            if b.step == step:
-                dense = dense | (still_a & b.dense)
-            if a.step == step:
-                dense = dense | (still_b & a.dense)
-            return Range(low, high, step, tight, dense, 1, a.axes | b.axes)
+        step = int(np.gcd(a.step, b.step))
+        still_a, still_b = a.low == a.high, b.low == b.high
+        tight = (still_a & b.tight) | (still_b & a.tight)
+        dense = still_a & still_b
+        if b.step == step:
+            dense = dense | (still_a & b.dense)
+        if a.step == step:
+            dense = dense | (still_b & a.dense)
+        return Range(low, high, step, tight, dense, 1, a.reads | b.reads)
+
+    def _add_free(self, a: Range, b: Range) -> Range:
+        """The sum of two that vary independently."""
+        low, high = a.low + b.low, a.high + b.high
+        reads = a.reads | b.reads
+        if not a.reads or not b.reads:
+            moving = a if a.reads else b
+            dense, tight = a.dense & b.dense, a.tight & b.tight
+            return Range(low, high, moving.step, tight, dense, moving.covers, reads)
         step, wide = sorted((a.step, b.step))
         fine, coarse = (a, b) if a.step <= b.step else (b, a)
         # Copies of the finer range, ``wide`` apart, leave no gap if it is long enough.
         fills = (fine.high - fine.low + step >= wide) | (coarse.low == coarse.high)
-        divides = wide % step == 0
-        constant = not fine.axes or not coarse.axes
-        if constant:
-            moving = a if a.axes else b
-            step, dense = moving.step, a.dense & b.dense
-            covers = moving.covers
-        else:
-            step = int(np.gcd(step, wide))
-            dense = a.dense & b.dense & divides & fills
-            covers = a.covers + b.covers - 1 if a.step == b.step == 1 else 1
-        return Range(low, high, step, a.tight & b.tight, dense, covers, a.axes | b.axes)
+        dense = a.dense & b.dense & (wide % step == 0) & fills
+        covers = a.covers + b.covers - 1 if a.step == b.step == 1 else 1
+        step = int(np.gcd(step, wide))
+        return Range(low, high, step, a.tight & b.tight, dense, covers, reads)
 
     def _mul(self, a: Range, n: int) -> Range:
         low, high = (a.low * n, a.high * n) if n >= 0 else (a.high * n, a.low * n)
@@ -161,23 +223,23 @@ class Ranges:
         dense = a.dense & (wraps | (same & (keeps_step | (a.low == a.high))))
         tight = a.dense & wraps | (same & a.tight)
         covers = n if a.covers >= n else 1
-        return Range(low, high, step, tight, dense, covers, a.axes)
+        return Range(low, high, step, tight, dense, covers, a.reads)
 
     def _pick(self, pick: Any, a: Range, b: Range) -> Range:
         low, high = pick(a.low, b.low), pick(a.high, b.high)
         # One of them is the answer throughout, or the ends come from free variables.
         apart = (a.high <= b.low) | (b.high <= a.low)
-        free = not (a.axes & b.axes)
+        free = self.free(a.reads, b.reads)
         tight = a.tight & b.tight & (apart | free)
         step = a.step if a.step == b.step == 1 else 1
         dense = a.dense & b.dense & (a.step == 1) & (b.step == 1)
         dense = (dense & (apart | free)) | (tight & (low == high))
-        return Range(low, high, step, tight, dense, 1, a.axes | b.axes)
+        return Range(low, high, step, tight, dense, 1, a.reads | b.reads)
 
     def _log2(self, a: Range) -> Range:
         low, high = (self._floor_log2(x) for x in (a.low, a.high))
         dense = a.dense & ((a.step == 1) | (low == high))
-        return Range(low, high, 1, a.tight, dense, 1, a.axes)
+        return Range(low, high, 1, a.tight, dense, 1, a.reads)
 
     def _floor_log2(self, x: Any) -> Any:
         if self.xp is np:
@@ -188,22 +250,23 @@ class Ranges:
         low, high = _table_bounds(self.xp, values, index.low, index.high)
         tight = index.dense & (index.step == 1)
         dense = (low == high) | (tight & (high - low <= 1))
-        return Range(low, high, 1, tight, dense, 1, index.axes)
+        return Range(low, high, 1, tight, dense, 1, index.reads)
 
     def _operand(self, node: ir.Operand) -> Range:
         axes = ir.axes(node) or frozenset({node.name})
+        reads = frozenset(Read(axis) for axis in axes)
         if self.operands is None or node not in self.operands:
             at = self.at.q_min * 0
-            return Range(at - ANYTHING, at + ANYTHING, 1, False, False, 1, axes)
+            return Range(at - ANYTHING, at + ANYTHING, 1, False, False, 1, reads)
         low, high = self.operands[node]
-        return Range(low, high, 1, True, (high - low) <= 1, 1, axes)
+        return Range(low, high, 1, True, (high - low) <= 1, 1, reads)
 
     def with_entry(self, table: ir.Table, entry: Any) -> "Ranges":
         """The ranges where the table is looked up at ``entry`` alone."""
         inside = self.xp.clip(entry, 0, len(table.values) - 1)
         value = self.xp.asarray(table.values)[inside]
-        axes = self(table.index).axes
-        fixed = Range(value, value, 1, True, True, 1, axes)
+        reads = self(table.index).reads
+        fixed = Range(value, value, 1, True, True, 1, reads)
         return replace(self, seen={table: fixed})
 
 

@@ -133,13 +133,20 @@ class _Question(NamedTuple):
     lacks: np.ndarray
 
     def sample(self, at: Rectangles, owner: np.ndarray, cuts: Cuts) -> None:
-        """Evaluates a grid of points in each rectangle."""
-        q = cuts.q.points(at.q_min, at.q_max)[:, :, None]
-        k = cuts.k.points(at.k_min, at.k_max)[:, None, :]
-        width = max(1, CHUNK // (q.shape[1] * k.shape[2]))
+        """Evaluates the corners of each rectangle, then more of what they leave."""
+        q, k = (np.stack(ends, 1) for ends in (at[:2], at[2:]))
+        self._evaluate(q, k, owner)
+        rest = ~(self.some[owner] & self.lacks[owner])
+        at, owner = _take(at, rest), owner[rest]
+        q = cuts.q.points(at.q_min, at.q_max)
+        self._evaluate(q, cuts.k.points(at.k_min, at.k_max), owner)
+
+    def _evaluate(self, q: np.ndarray, k: np.ndarray, owner: np.ndarray) -> None:
+        """Positions ``[rectangles, points]`` of either side, all pairs of them."""
+        width = max(1, CHUNK // (q.shape[1] * k.shape[1]))
         for i in range(0, len(owner), width):
             part = slice(i, i + width)
-            self._mark(q[part], k[part], owner[part])
+            self._mark(q[part, :, None], k[part, None, :], owner[part])
 
     def look(self, at: Rectangles, owner: np.ndarray) -> None:
         """Evaluates every pair of small rectangles."""

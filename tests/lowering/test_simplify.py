@@ -78,7 +78,9 @@ def test_verdicts_are_true(spec, q, k, data):
         data.draw(st.integers(1, k_end - k + 1)),
     )
     verdict = Analysis(Ranges(at, leaf))(node)
-    told = {name: bool(x[0]) for name, x in verdict._asdict().items() if name != "axes"}
+    told = {
+        name: bool(x[0]) for name, x in verdict._asdict().items() if name != "reads"
+    }
     assert not told["none"] or not pairs.any()
     assert not told["all"] or pairs.all()
     assert not told["hit"] or pairs.any()

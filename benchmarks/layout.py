@@ -1,0 +1,162 @@
+"""What another order of positions saves: blocks before, after, and the lower bound.
+
+    python benchmarks/layout.py [--block 128] [--times]
+
+Over the catalogue at its published sizes, then strides, dilations and neighbourhoods of
+other sizes. Blocks are summed over heads; the bound is ``ceil(pairs / block**2)``, what
+the attended pairs would fill. Milliseconds are medians of 3 on one core, past every
+cache: the plan in the given order, the search for an order, the plan in it. ``--times``
+adds the forward pass on this CPU (f32, head_dim 64, 1 head) in either order.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from catalog_cases import CASES, Case
+from timing import machine, medians, stopwatch, table
+
+import sadsl as sa
+from lowering import pipeline, relayout
+from lowering.counts import Plan
+
+ROUNDS = 3
+SQUARE, VIDEO = sa.Grid(h=64, w=64), sa.Grid(t=16, h=32, w=32)
+# name, spec, length, block
+OTHERS = [
+    ("strided(16)", sa.strided(16), 65_536, 128),
+    ("strided(100)", sa.strided(100), 51_200, 128),
+    ("causal & strided(32)", sa.causal() & sa.strided(32), 65_536, 128),
+    ("causal & strided(128)", sa.causal() & sa.strided(128), 65_536, 128),
+    ("dilated(1023, 0, 16)", sa.dilated(1023, 0, 16), 65_536, 128),
+    ("dilated(1024, 1024, 8)", sa.dilated(1024, 1024, 8), 65_536, 128),
+    ("window(1023), for scale", sa.window(1023), 65_536, 128),
+    ("64x64, 7", SQUARE.neighborhood(7), 4096, 16),
+    ("64x64, 13", SQUARE.neighborhood(13), 4096, 16),
+    ("64x64, 13", SQUARE.neighborhood(13), 4096, 32),
+    ("64x64, 17", SQUARE.neighborhood(17), 4096, 64),
+    ("64x64, 24 stride 8", SQUARE.neighborhood(24, stride=8), 4096, 64),
+    ("64x64, 7 dilation 8", SQUARE.neighborhood(7, dilation=8), 4096, 64),
+    ("64x64, 33", SQUARE.neighborhood(33), 4096, 128),
+    ("256x256, 33", sa.Grid(h=256, w=256).neighborhood(33), 65_536, 128),
+    ("16x32x32, 7", VIDEO.neighborhood(7), 16_384, 32),
+    ("16x32x32, (8,16,16)", VIDEO.neighborhood((8, 16, 16)), 16_384, 64),
+    ("16x32x32, 12 stride 4", VIDEO.neighborhood(12, stride=4), 16_384, 64),
+    (
+        "16x32x32, (6,12,12) stride (2,4,4)",
+        VIDEO.neighborhood((6, 12, 12), stride=(2, 4, 4)),
+        16_384,
+        32,
+    ),
+]
+
+
+def forget() -> None:
+    """Empties the caches of the compiler."""
+    for cached in (
+        pipeline.run,
+        pipeline.arrange,
+        pipeline.block_mask,
+        relayout.arrange,
+    ):
+        cached.cache_clear()
+
+
+def milliseconds(run: Callable[[], object], before: Callable[[], object]) -> float:
+    """The median of some runs, each after ``before``, which is not counted."""
+    spent = []
+    for _ in range(ROUNDS):
+        before()
+        start = time.perf_counter()
+        run()
+        spent.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(spent)
+
+
+def visited(plan: Plan) -> int:
+    """Blocks over all heads."""
+    weights = np.bincount(np.asarray(plan.mask.map_of_head))
+    return int(plan.mask.visited_by_map() @ weights)
+
+
+def bound(plan: Plan) -> int:
+    """Blocks that the pairs of all heads would fill."""
+    area = plan.mask.block_q * plan.mask.block_kv
+    weights = np.bincount(np.asarray(plan.mask.map_of_head))
+    pairs = sum(plan.pairs_of_map(m) * int(w) for m, w in enumerate(weights))
+    return -(-pairs // area)
+
+
+def measure(case: Case, block: int) -> list[str]:
+    """One line of the table."""
+    lower = partial(
+        pipeline.run, case.spec.node, pipeline.Problem(case.n, case.n, case.num_heads)
+    )
+
+    def arranged() -> pipeline.Stages:
+        return pipeline.arrange(lower(), block, block)
+
+    given_ms = milliseconds(
+        lambda: pipeline.block_mask(lower(), block, block), lambda: (forget(), lower())
+    )
+    search_ms = milliseconds(arranged, lambda: (forget(), lower()))
+    planned = arranged()
+    plan_ms = milliseconds(
+        lambda: pipeline.block_mask(planned, block, block),
+        pipeline.block_mask.cache_clear,
+    )
+    sizes = {"block_q": block, "block_kv": block, "num_heads": case.num_heads}
+    plan = sa.plan(case.spec, case.n, **sizes)
+    before = visited(sa.plan(case.spec, case.n, **sizes, relayout=False))
+    after, least = visited(plan), bound(plan)
+    order = "as given" if plan.layouts is None else "new"
+    return [
+        case.name, f"{case.n:,}", f"{block}", f"{before:,}", f"{after:,}",
+        f"{before / after:.2f}", f"{least:,}", f"{after / least:.2f}", order,
+        f"{given_ms:.0f}", f"{search_ms:.0f}", f"{plan_ms:.0f}",
+    ]  # fmt: skip
+
+
+def forward_times(case: Case, block: int) -> list[str]:
+    """Milliseconds of the forward pass in the given and in the new order."""
+    shape = (1, case.n, case.num_heads, 64)
+    q, k, v = jax.random.normal(jax.random.key(0), (3, *shape), jnp.float32)
+
+    def side(relayout: bool | None) -> Callable[[], float]:
+        config = sa.KernelConfig(block_q=block, block_kv=block, relayout=relayout)
+        call = partial(sa.attention, spec=case.spec, impl="xla", config=config)
+        return stopwatch(jax.jit(call), q, k, v)
+
+    found = medians({"given": side(False), "new": side(None)}, ROUNDS)
+    ratio = f"{found['given'] / found['new']:.2f}"
+    return [case.name, f"{found['given']:.1f}", f"{found['new']:.1f}", ratio]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--block", type=int, default=128, help="of the catalogue")
+    parser.add_argument("--times", action="store_true", help="run the forward pass")
+    args = parser.parse_args()
+    others = [(Case(name, spec, n), block) for name, spec, n, block in OTHERS]
+    print(machine("jax", "numpy"))
+    if args.times:
+        print(table(["map", "given ms", "new ms", "ratio"],
+                    [forward_times(*other) for other in others]))  # fmt: skip
+        return
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {0})
+    rows = [measure(case, args.block) for case in CASES]
+    rows += [measure(*other) for other in others]
+    head = ["map", "n", "block", "before", "after", "gain", "bound", "/ bound", "order",
+            "plan ms", "search ms", "new plan ms"]  # fmt: skip
+    print(table(head, rows))
+
+
+if __name__ == "__main__":
+    main()
