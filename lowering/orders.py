@@ -28,7 +28,8 @@ def given(sides: Sequence[Side]) -> Layouts:
 def fronts(sides: tuple[Side, Side]) -> Iterator[Layouts]:
     """Some digits before all others, on both sides or on one of them."""
     q, kv = sides
-    alike = q.axes == kv.axes
+    # The lengths may differ, as in decoding: what counts are the digits below.
+    alike = q.radices[1:] == kv.radices[1:]
     for chosen in _subsets(len(kv.radices)):
         if alike:
             yield Layouts(_front(q, chosen), _front(kv, chosen))
