@@ -193,7 +193,9 @@ class Where(IndexMap):
 
     @override
     def __repr__(self) -> str:
-        names = "q, k, h" if "h" in ir.axes(self.traced) else "q, k"
+        axes = ir.axes(self.traced)
+        names = "q, k, h" if "h" in axes else "q, k"
+        names = "q, k, h, n" if "n" in axes else names
         return f"where(lambda {names}: {show(self.traced)})"
 
 
@@ -351,10 +353,13 @@ def segments() -> Segments:
 
 
 def where(function: Callable[..., Any]) -> Where:
-    """The pairs for which ``function(q, k)`` or ``function(q, k, h)`` holds.
+    """The pairs for which ``function`` holds.
 
-    The function is called once, on symbols: see ``sadsl.symbols.Symbol`` for what can
-    be traced. ``where(lambda q, k: (q + k) % 2 == 0)``::
+    It takes the positions ``(q, k)``, perhaps the head as well, ``(q, k, h)``, and
+    perhaps the number of keys, ``(q, k, h, n)``. It is called once, on symbols: see
+    ``sadsl.symbols.Symbol`` for what can be traced.
+
+    ``where(lambda q, k: (q + k) % 2 == 0)``::
 
         #.#.
         .#.#
@@ -364,10 +369,13 @@ def where(function: Callable[..., Any]) -> Where:
     Raises:
       TypeError: it branches on a symbol, or uses what cannot be traced.
     """
-    count = len(inspect.signature(function).parameters)
-    if count not in (2, 3):
+    given = inspect.signature(function).parameters.values()
+    # What has a default was bound to it by the caller, as in `lambda q, k, d=d: ...`.
+    count = sum(parameter.default is parameter.empty for parameter in given)
+    if count not in (2, 3, 4):
         raise TypeError(
-            f"where takes a function of (q, k) or (q, k, h), not of {count} arguments"
+            "where takes a function of (q, k), (q, k, h) or (q, k, h, n), not of "
+            f"{count} arguments"
         )
-    symbols = (Symbol(ir.Q), Symbol(ir.K), Symbol(ir.H))[:count]
+    symbols = tuple(Symbol(x) for x in (ir.Q, ir.K, ir.H, ir.N))[:count]
     return Where(truth_node(function(*symbols)))

@@ -9,7 +9,6 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from lowering import ir
 from sadsl import grids, maps, named, symbols, terms
 from sadsl.maps import IndexMap
 from sadsl.symbols import Symbol
@@ -26,8 +25,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     )
 }  # fmt: skip
 METHODS = {"lift", "permute", "isin", "product", "axial", "neighborhood"}
-# Inside where, besides its arguments: the number of keys.
-LENGTH = {"n": Symbol(ir.N)}
+ARGUMENTS = ["q", "k", "h", "n"]
 OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.BitAnd: operator.and_,
     ast.BitOr: operator.or_,
@@ -156,16 +154,20 @@ class _Reader:
 
     def _where(self, function: ast.Lambda) -> IndexMap:
         arguments = [a.arg for a in function.args.args]
-        if arguments not in (["q", "k"], ["q", "k", "h"]):
-            self.fail(function, "needs `lambda q, k:` or `lambda q, k, h:`")
+        count = len(arguments)
+        if count < 2 or arguments != ARGUMENTS[:count]:
+            self.fail(function, "needs `lambda q, k:`, perhaps with `h`, or `h, n`")
 
         def build(*values: Symbol) -> Any:
-            names = LENGTH | dict(zip(arguments, values, strict=True))
-            return self.read(function.body, names)
+            return self.read(function.body, dict(zip(arguments, values, strict=True)))
 
-        if len(arguments) == 2:
-            return named.where(lambda q, k: build(q, k))
-        return named.where(lambda q, k, h: build(q, k, h))
+        # A map is traced with as many symbols as its function takes.
+        traced: dict[int, Callable[..., Any]] = {
+            2: lambda q, k: build(q, k),
+            3: lambda q, k, h: build(q, k, h),
+            4: lambda q, k, h, n: build(q, k, h, n),
+        }
+        return named.where(traced[count])
 
     def _refuse(self, node: ast.expr) -> NoReturn:
         match node:

@@ -1,9 +1,7 @@
 """A-shape and tri-shape heads of MInference."""
 
-from lowering import ir
 from sadsl.maps import IndexMap
 from sadsl.named import causal, sinks, where, window
-from sadsl.symbols import Symbol
 
 
 def a_shape(num_init: int = 1024, num_local: int = 4096) -> IndexMap:
@@ -25,5 +23,5 @@ def tri_shape(
     the code of MInference, whose 100 last queries these are. They are counted from the
     number of keys.
     """
-    last = where(lambda q, k: q >= Symbol(ir.N) - num_last)
+    last = where(lambda q, k, h, n: q >= n - num_last)
     return causal() & (sinks(num_init) | window(num_local - 1) | last)

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from fractions import Fraction
 
-from lowering import ir
 from sadsl.maps import IndexMap, per_head
 from sadsl.named import causal, sinks, where
-from sadsl.symbols import Symbol, maximum
+from sadsl.symbols import Symbol, Truth, maximum
 
 # A slope is read as the nearest fraction with at most this denominator.
 FINEST = 1 << 12
@@ -24,14 +23,15 @@ def moa(
     never below one; ``n`` is the number of keys, so that the mask of a prefix is not
     the prefix of the mask.
     """
-    n = Symbol(ir.N)
 
     def head(alpha: float, beta: float) -> IndexMap:
         a, b = (Fraction(x).limit_denominator(FINEST) for x in (alpha, beta))
         unit = a.denominator * b.denominator
-        tokens = n * int(b * unit) + int(a * unit)
-        span = maximum(tokens // (block * unit), 1)
-        near = where(lambda q, k: q // block - k // block < span)
-        return causal() & (near | sinks(global_blocks * block))
+
+        def near(q: Symbol, k: Symbol, _: Symbol, n: Symbol) -> Truth:
+            tokens = n * int(b * unit) + int(a * unit)
+            return q // block - k // block < maximum(tokens // (block * unit), 1)
+
+        return causal() & (where(near) | sinks(global_blocks * block))
 
     return per_head(*(head(alpha, beta) for alpha, beta in spans))

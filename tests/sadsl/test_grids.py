@@ -195,7 +195,7 @@ def test_products_and_axes(spec, expected):
 
 def test_an_axis_map_counts_the_cells_of_its_axis():
     """The number of keys means the size of the axis inside of a product."""
-    from_end = sa.parse("where(lambda q, k: k >= n - 2)")
+    from_end = sa.parse("where(lambda q, k, h, n: k >= n - 2)")
     spec = GRID.product(w=from_end)
     assert sa.parse(repr(spec)) == spec
     expected = np.broadcast_to(W >= 3, (60, 60))

@@ -268,3 +268,18 @@ def test_a_function_is_traced_once(n, width):
     spec.dense(n)
     sa.plan(spec, n)
     assert calls == [1]
+
+
+def test_where_reads_heads_and_lengths_and_keeps_defaults():
+    last = sa.where(lambda q, k, h, n: (q >= n - 2) & (k % (2 + 1) == h))
+    assert repr(last).startswith("where(lambda q, k, h, n: ")
+    assert sa.parse(repr(last)) == last
+    q, k = np.arange(9)[:, None], np.arange(9)[None]
+    np.testing.assert_array_equal(
+        last.dense(9, num_heads=2)[1], (q >= 7) & (k % 3 == 1)
+    )
+    for d in (1, 4):
+        found = sa.where(lambda q, k, d=d: q - k == d)
+        assert repr(found) == f"where(lambda q, k: q - k == {d})"
+    with pytest.raises(TypeError, match="not of 1 arguments"):
+        sa.where(lambda q: q == 0)
