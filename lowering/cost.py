@@ -7,13 +7,11 @@ once. What predicates read and the lists of runs are left out: they are small.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from lowering import ir, planning
-from lowering.counts import Plan
 from lowering.simplify import simplify
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Masks
@@ -333,32 +331,6 @@ def _same_blocks(masks: Masks, node: ir.Pred) -> Masks:
         return planning.plan((simplify(node),), map_of_head, sizes, by=mask.by)
 
     return Masks(*(of(mask) for mask in masks))
-
-
-def pairs_of_maps(plan: Plan) -> tuple[int, ...]:
-    """Pairs that attend in each distinct map, exactly.
-
-    Raises:
-      ValueError: they depend on run-time arrays.
-    """
-    return tuple(
-        replace(plan, maps=(node,), mask=_one_map(plan.mask, m), num_heads=1).num_pairs
-        for m, node in enumerate(plan.maps)
-    )
-
-
-def _one_map(mask: BlockMask, m: int) -> BlockMask:
-    ptr = np.asarray(mask.row_ptr)[m * mask.num_rows : (m + 1) * mask.num_rows + 1]
-    runs: Any = slice(int(ptr[0]), int(ptr[-1]))
-    return replace(
-        mask,
-        row_ptr=ptr - ptr[0],
-        run_start=mask.run_start[runs],
-        run_stop=mask.run_stop[runs],
-        run_full=mask.run_full[runs],
-        map_of_head=np.zeros(1, np.int32),
-        num_maps=1,
-    )
 
 
 def padding_waste(pairs: int, forward: Work, mask: BlockMask) -> float:

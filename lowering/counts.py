@@ -7,9 +7,10 @@ import numpy as np
 
 from lowering import ir
 from lowering.orders import Layouts
+from lowering.pairs import count_by_form
 from lowering.planning import Sizes
 from lowering.ranges import Rectangles
-from lowering.settle import count_on_diagonals, count_pairs
+from lowering.settle import count_within
 from pallas_kernels.block_mask import BlockMask
 
 
@@ -25,9 +26,10 @@ class Plan:
     mask: BlockMask
     num_heads: int
     # The order of positions that maps and mask speak of, if it is not the given one,
-    # and the full and partial blocks that there would be without it.
+    # and without it: the full and partial blocks that there would be, and the maps.
     layouts: Layouts | None = None
     given: tuple[int, int] | None = None
+    given_maps: tuple[ir.Pred, ...] = ()
 
     @cached_property
     def num_full(self) -> int:
@@ -64,9 +66,18 @@ class Plan:
         """The run-time arrays that decide on pairs."""
         return tuple(sorted({x for m in self.maps for x in ir.operand_names(m)}))
 
-    @cached_property
+    @property
     def num_pairs(self) -> int:
         """Pairs (query, key) that attend, exactly; counted when first asked for.
+
+        Raises:
+          ValueError: they depend on run-time arrays.
+        """
+        return sum(self.pairs_of_maps)
+
+    @cached_property
+    def pairs_of_maps(self) -> tuple[int, ...]:
+        """The same of each distinct map.
 
         Raises:
           ValueError: they depend on run-time arrays.
@@ -77,28 +88,32 @@ class Plan:
                 "count `spec.dense(..., operands=...)` for given ones, or read "
                 "num_full and num_partial, the blocks that may be visited"
             )
-        return sum(self.pairs_of_map(m) for m in range(len(self.maps)))
+        return tuple(self.pairs_of_map(m) for m in range(len(self.maps)))
 
     def pairs_of_map(self, m: int) -> int:
-        """Pairs of one of the distinct maps."""
-        mask, node = self.mask, self.maps[m]
-        found = count_on_diagonals(node, mask.q_seq_len, mask.kv_seq_len)
-        if found is not None:
-            return found
-        first, last = (
-            mask.row_ptr[m * mask.num_rows],
-            mask.row_ptr[(m + 1) * mask.num_rows],
-        )
+        """Pairs of one of the distinct maps, which reads no run-time array."""
+        mask = self.mask
+        node, lengths = self.maps[m], (mask.q_seq_len, mask.kv_seq_len)
+        if self.layouts is not None and self.given_maps:
+            # As many in any order, and in the given one their form says more.
+            node = self.given_maps[m]
+            lengths = self.layouts.q.length, self.layouts.kv.length
+        found = count_by_form(node, *lengths)
+        return self._count_in_runs(m) if found is None else found
+
+    def _count_in_runs(self, m: int) -> int:
+        """The same, looked for in the blocks that are visited."""
+        mask = self.mask
         ptr = np.asarray(mask.row_ptr)[m * mask.num_rows : (m + 1) * mask.num_rows + 1]
         row = np.repeat(np.arange(mask.num_rows), np.diff(ptr))
-        runs = slice(int(first), int(last))
+        runs = slice(int(ptr[0]), int(ptr[-1]))
         start, stop = mask.run_start[runs], mask.run_stop[runs]
         sizes = Sizes(mask.q_seq_len, mask.kv_seq_len, mask.block_q, mask.block_kv)
         # A run is one rectangle: a full one counts at once, a partial one by descent.
         left = sizes.elements(row.astype(np.int64), start.astype(np.int64), 1)
         right = sizes.elements(row.astype(np.int64), stop.astype(np.int64) - 1, 1)
         at = Rectangles(left.q_min, left.q_max, left.k_min, right.k_max)
-        return count_pairs(node, at)
+        return count_within(self.maps[m], at)
 
     @cached_property
     def _lengths(self) -> np.ndarray:

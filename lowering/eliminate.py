@@ -301,10 +301,19 @@ def values_of(expr: ir.Node, env: Mapping[ir.Expr, np.ndarray]) -> np.ndarray:
     return np.broadcast_to(evaluate(expr, at), (count, 1))[:, 0]
 
 
-def _interval(
+def interval(
     branch: Branch, last: ir.Expr, env: Mapping[ir.Expr, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the greatest that one branch allows; least > greatest if none."""
+    """The least and the greatest that one branch allows; least > greatest if none.
+
+    Args:
+      branch: of an unknown between 0 and ``last``.
+      last: its last value.
+      env: values int ``[count]`` of what the branch reads.
+
+    Returns:
+      Two int arrays ``[count]``, of the residue of the branch if it has one.
+    """
     low = values_of(ir.Const(0), env)
     for expr, m in branch.lowers:
         low = np.maximum(low, -(-values_of(expr, env) // m))
@@ -327,7 +336,7 @@ def _least(
 ) -> np.ndarray:
     found = np.full_like(values_of(ir.Const(0), env), NONE)
     for branch in branches:
-        low, high = _interval(branch, last, env)
+        low, high = interval(branch, last, env)
         found = np.where(low <= high, np.minimum(found, low), found)
     return np.where(found == NONE, -1, found)
 
@@ -337,7 +346,7 @@ def _greatest(
 ) -> np.ndarray:
     found = np.full_like(values_of(ir.Const(0), env), -1)
     for branch in branches:
-        low, high = _interval(branch, last, env)
+        low, high = interval(branch, last, env)
         found = np.where(low <= high, np.maximum(found, high), found)
     return found
 

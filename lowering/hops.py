@@ -15,8 +15,8 @@ from lowering.block_hops import hops_of_blocks, special_cuts
 from lowering.doubling import Doubling, Hops, exact, on_pairs, search, shares
 from lowering.eliminate import known
 from lowering.factors import factors
+from lowering.pairs import count_on_diagonals
 from lowering.predicate import NumPy, evaluate
-from lowering.settle import count_on_diagonals
 from lowering.simplify import simplify
 
 # Up to this length, pair by pair.

@@ -11,7 +11,7 @@ import numpy as np
 
 from lowering import ir, simplify
 from lowering.bounds import Analysis
-from lowering.ranges import Ranges, Rectangles
+from lowering.ranges import Ranges, Rectangles, Sides
 from lowering.settle import settle
 from pallas_kernels.block_mask import Axis, BlockMask, blank, from_runs
 
@@ -38,6 +38,16 @@ class Sizes:
             k,
             np.minimum(k + size * self.block_kv, self.kv_seq_len) - 1,
         )
+
+    def sides(self, i: np.ndarray, j: np.ndarray, size: int) -> Sides:
+        """The rows and columns of such squares, and which of them each square has."""
+        rows = np.arange(0, -(-self.q_seq_len // self.block_q), size)
+        columns = np.arange(0, -(-self.kv_seq_len // self.block_kv), size)
+        first = np.zeros(1, np.int64)
+        return Sides(
+            self.elements(rows, first, size), i // size,
+            self.elements(first, columns, size), j // size,
+        )  # fmt: skip
 
     @property
     def leaf(self) -> tuple[int, int]:
@@ -102,7 +112,8 @@ def cover(node: ir.Pred, sizes: Sizes, *, exact: bool) -> Squares:
     i, j, size = _roots(sizes)
     while len(i):
         at = sizes.elements(i, j, size)
-        analysis = Analysis(Ranges(at, sizes.leaf))
+        sides = sizes.sides(i, j, size)
+        analysis = Analysis(Ranges(at, sizes.leaf, sides=sides))
         some = analysis(upper)
         every = some if lower is upper else analysis(lower)
         mixed = some.hits & every.misses

@@ -7,7 +7,7 @@ sees each variable once.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple, assert_never
 
@@ -56,18 +56,29 @@ class Range(NamedTuple):
     reads: Reads
 
 
+class Sides(NamedTuple):
+    """Rectangles of a grid: the bounds of its rows and columns, and whose each is."""
+
+    rows: Rectangles
+    row_of: Any
+    columns: Rectangles
+    column_of: Any
+
+
 @dataclass(frozen=True)
 class Ranges:
     """The ranges on rectangles; build one a level and call it on expressions.
 
     ``leaf`` is the smallest (queries, keys) of a leaf tile. ``operands`` gives the
-    range ``(low, high)`` of a run-time array over each rectangle, where known.
+    range ``(low, high)`` of a run-time array over each rectangle, where known. With
+    ``sides``, what reads one position alone is computed once a row, or a column.
     """
 
     at: Rectangles
     leaf: tuple[int, int] = (1, 1)
     xp: ModuleType = np
     operands: Mapping[ir.Operand, tuple[Any, Any]] | None = None
+    sides: Sides | None = None
     # Digits of positions occur in many comparisons; each is looked at once.
     seen: dict[ir.Expr, Range] = field(default_factory=dict, compare=False)
     boxes: dict[tuple[str, tuple[int, ...]], Any] = field(
@@ -108,7 +119,32 @@ class Ranges:
             return _rem(low, length) == 0
         return is_box(low, high, places)
 
+    @cached_property
+    def _by_side(self) -> "dict[frozenset[str], tuple[Ranges, Any]]":
+        if self.sides is None:
+            return {}
+        rows, row_of, columns, column_of = self.sides
+        return {
+            frozenset({"q"}): (
+                replace(self, at=rows, sides=None, seen={}, boxes={}),
+                row_of,
+            ),
+            frozenset({"k"}): (
+                replace(self, at=columns, sides=None, seen={}, boxes={}),
+                column_of,
+            ),
+        }
+
     def _range(self, node: ir.Expr) -> Range:
+        if self._by_side and (side := self._by_side.get(ir.axes(node))):
+            ranges, of = side
+            found = ranges(node)
+            return found._replace(
+                low=found.low[of],
+                high=found.high[of],
+                tight=_take(found.tight, of),
+                dense=_take(found.dense, of),
+            )
         read = digit_read(node)
         found = self._combine(node)
         return found if read is None else found._replace(reads=frozenset({read}))
@@ -267,7 +303,11 @@ class Ranges:
         value = self.xp.asarray(table.values)[inside]
         reads = self(table.index).reads
         fixed = Range(value, value, 1, True, True, 1, reads)
-        return replace(self, seen={table: fixed})
+        return replace(self, seen={table: fixed}, sides=None)
+
+
+def _take(x: Any, of: Any) -> Any:
+    return x[of] if np.ndim(x) else x
 
 
 def _div(x: Any, n: int) -> Any:

@@ -18,6 +18,10 @@ SPLIT = 4
 SMALL = 16
 # Pairs evaluated at once, to bound memory.
 CHUNK = 1 << 22
+# A count evaluates larger ones, of fewer pairs at once, and looks at so many together.
+LEAF = 32
+PAIRS = 1 << 19
+AT_ONCE = 1 << 14
 
 
 def settle(
@@ -42,7 +46,7 @@ def settle(
         if budget is not None and looked > budget:
             some[owner], lacks[owner] = True, True
             break
-        small = _is_small(at)
+        small = _is_small(at, SMALL)
         question.look(_take(at, small), owner[small])
         at, owner = _take(at, ~small), owner[~small]
         analysis = Analysis(Ranges(at))
@@ -56,46 +60,23 @@ def settle(
     return some, ~lacks
 
 
-def count_pairs(node: ir.Pred, at: Rectangles) -> int:
-    """How many pairs of the rectangles the node selects, exactly."""
+def count_within(node: ir.Pred, at: Rectangles) -> int:
+    """How many pairs of the rectangles the node selects, exactly.
+
+    Some rectangles at a time, the last ones split first: memory stays bounded.
+    """
     total, cuts = 0, find_cuts(node)
-    while len(at.q_min):
+    open_ = [_take(at, part) for part in _slices(len(at.q_min), AT_ONCE)]
+    while open_:
+        at = open_.pop()
         verdict = Analysis(Ranges(at))(node)
         total += int(_area(_take(at, verdict.all)).sum())
         at = _take(at, ~(verdict.all | verdict.none))
-        small = _is_small(at)
+        small = _is_small(at, LEAF)
         total += _count_small(node, _take(at, small))
-        at, _ = _split(_take(at, ~small), np.zeros((~small).sum(), np.int64), cuts)
+        at, owner = _split(_take(at, ~small), np.zeros((~small).sum(), np.int64), cuts)
+        open_ += [_take(at, part) for part in _slices(len(owner), AT_ONCE)]
     return total
-
-
-def count_on_diagonals(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int | None:
-    """The pairs of a node that depends on ``q - k`` alone, in linear time, or None."""
-    difference = _of_difference(node)
-    if difference is None:
-        return None
-    d = np.arange(1 - kv_seq_len, q_seq_len)[:, None]
-    length = np.minimum(q_seq_len, kv_seq_len + d) - np.maximum(0, d)
-    held = evaluate(difference, NumPy(d, np.zeros_like(d)))
-    return int(length[np.broadcast_to(held, d.shape)].sum())
-
-
-def _of_difference(node: ir.Node) -> ir.Node | None:
-    """``node`` with ``q - k`` written as ``q`` alone, if it reads nothing else."""
-    if isinstance(node, ir.Add):
-        forms = {ir.Add(ir.Q, ir.Mul(ir.K, -1)): 1, ir.Add(ir.K, ir.Mul(ir.Q, -1)): -1}
-        if node in forms:
-            return ir.Mul(ir.Q, forms[node])
-        if isinstance(node.right, ir.Const):
-            inner = _of_difference(node.left)
-            return ir.Add(inner, node.right) if isinstance(inner, ir.Expr) else None
-    if isinstance(node, ir.Var | ir.Operand | ir.Hoisted):
-        return None
-    parts = [_of_difference(child) for child in ir.children(node)]
-    if any(part is None for part in parts):
-        return None
-    new = iter(parts)
-    return ir.rebuild(node, lambda _: next(new))
 
 
 def _take(at: Rectangles, which: np.ndarray | slice) -> Rectangles:
@@ -106,8 +87,8 @@ def _area(at: Rectangles) -> np.ndarray:
     return (at.q_max - at.q_min + 1) * (at.k_max - at.k_min + 1)
 
 
-def _is_small(at: Rectangles) -> np.ndarray:
-    return (at.q_max - at.q_min < SMALL) & (at.k_max - at.k_min < SMALL)
+def _is_small(at: Rectangles, size: int) -> np.ndarray:
+    return (at.q_max - at.q_min < size) & (at.k_max - at.k_min < size)
 
 
 def _split(
@@ -150,7 +131,7 @@ class _Question(NamedTuple):
 
     def look(self, at: Rectangles, owner: np.ndarray) -> None:
         """Evaluates every pair of small rectangles."""
-        for part in _chunks(len(owner)):
+        for part in _slices(len(owner), CHUNK // (SMALL * SMALL)):
             q, k, _ = _grid(_take(at, part))
             self._mark(q, k, owner[part])
 
@@ -167,14 +148,13 @@ class _Question(NamedTuple):
 
 def _count_small(node: ir.Pred, at: Rectangles) -> int:
     total = 0
-    for part in _chunks(len(at.q_min)):
+    for part in _slices(len(at.q_min), PAIRS // (LEAF * LEAF)):
         q, k, inside = _grid(_take(at, part))
         total += int((evaluate(node, NumPy(q, k)) & inside).sum())
     return total
 
 
-def _chunks(count: int) -> list[slice]:
-    width = CHUNK // (SMALL * SMALL)
+def _slices(count: int, width: int) -> list[slice]:
     return [slice(i, i + width) for i in range(0, count, width)]
 
 

@@ -317,4 +317,4 @@ def plan_of(
     )
     plain = Plan(first.maps, before, found.num_heads)
     given = plain.num_full, plain.num_partial
-    return replace(found, layouts=program.layouts, given=given)
+    return replace(found, layouts=program.layouts, given=given, given_maps=first.maps)

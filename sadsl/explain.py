@@ -112,7 +112,7 @@ def explain(lowered: Any) -> Explanation:
     columns = compared(lowered)
     of = columns[THIS]
     plan = lowered.plan
-    pairs = () if plan.operands else cost.pairs_of_maps(plan)
+    pairs = () if plan.operands else plan.pairs_of_maps
     tables = [_kernels(lowered, of)]
     if 1 < plan.mask.num_maps <= MOST_MAPS:
         tables.append(_maps(plan, pairs))

@@ -8,8 +8,7 @@ from jaxtyping import Int64
 from lowering import ir
 from lowering.hops import Hops, hops
 from lowering.live import first_and_last
-from lowering.ranges import Rectangles
-from lowering.settle import count_on_diagonals, count_pairs
+from lowering.pairs import count_pairs
 from lowering.simplify import simplify
 from sadsl.attention import as_term
 from sadsl.decode import Cache, cache, first_offence, head_maps
@@ -154,7 +153,7 @@ def properties(spec: Spec | str, n: int, num_heads: int = 1) -> Properties:
     last_use = np.stack([first_and_last(m, ir.Q, n)[1] for m in maps]).max(axis=0)
     unseen = np.flatnonzero(last_use < 0)
     union = simplify(ir.Or(maps))
-    num_pairs = count(union, n)
+    num_pairs = count_pairs(union, n, n)
     growth, exponent = fit_growth(node, n, num_heads)
     return Properties(
         n=n,
@@ -176,15 +175,6 @@ def properties(spec: Spec | str, n: int, num_heads: int = 1) -> Properties:
     )
 
 
-def count(node: ir.Pred, n: int) -> int:
-    """The pairs of a node in normal form on ``n`` positions a side."""
-    found = count_on_diagonals(node, n, n)
-    if found is not None:
-        return found
-    whole = Rectangles(*(np.array([x]) for x in (0, n - 1, 0, n - 1)))
-    return count_pairs(node, whole)
-
-
 def fit_growth(
     node: ir.Pred, n: int, num_heads: int
 ) -> tuple[str | None, float | None]:
@@ -200,7 +190,7 @@ def fit_growth(
     pairs = []
     for length in lengths.tolist():
         maps, map_of_head = head_maps(node, length, num_heads)
-        each = [count(simplify(m), length) for m in maps]
+        each = [count_pairs(simplify(m), length, length) for m in maps]
         pairs.append(sum(each[m] for m in map_of_head))
     if not all(pairs):
         return None, None

@@ -29,7 +29,7 @@ from sadsl.text import parse
 
 # Raised whenever an older reader would misunderstand a file.
 SPEC_FORMAT = 1
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 
 # What the fields of a plan are made of beside numbers, by name.
 KINDS = {
@@ -168,6 +168,7 @@ def plan_meta(plan: Plan) -> dict[str, Any]:
         "maps": _encoded(plan.maps),
         "layouts": _encoded(plan.layouts),
         "given": _encoded(plan.given),
+        "given_maps": _encoded(plan.given_maps),
     }
 
 
@@ -177,8 +178,9 @@ def plan_from_meta(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) ->
     held |= {name: meta["mask"][name] for name in STATICS}
     mask = BlockMask(**held)
     check(mask)
-    maps, layouts, given = (_decoded(meta[x]) for x in ("maps", "layouts", "given"))
-    return Plan(maps, mask, meta["num_heads"], layouts, given)
+    names = ("layouts", "given", "given_maps")
+    orders = {name: _decoded(meta[name]) for name in names}
+    return Plan(_decoded(meta["maps"]), mask, meta["num_heads"], **orders)
 
 
 def _encoded(value: Any) -> Any:

@@ -119,7 +119,7 @@ def test_blocks_and_pairs_are_counted_as_one_sees_them(spec, n, tiles):
         num_heads=6,
     )  # fmt: skip
     dense = spec.dense(n, num_heads=6)
-    pairs = np.array(cost.pairs_of_maps(plan))[np.asarray(plan.mask.map_of_head)]
+    pairs = np.array(plan.pairs_of_maps)[np.asarray(plan.mask.map_of_head)]
     np.testing.assert_array_equal(pairs, dense.sum(axis=(1, 2)))
     sizes = sizes_of([np.zeros((3, 6, n, 8), np.float16)] * 3, "tpu")
     forward = cost.cost(masks, sizes).forward

@@ -111,6 +111,7 @@ def assert_same(found, plan):
     assert found.layouts == plan.layouts
     assert type(found.layouts) is type(plan.layouts)
     assert found.given == plan.given
+    assert found.given_maps == plan.given_maps
     assert str(found) == str(plan)
     assert found.operands == plan.operands
     if not plan.operands:
