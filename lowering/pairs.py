@@ -27,7 +27,7 @@ from lowering.solve import Branch, depends, solve
 DENSE = 1 << 18
 CHUNK = 1 << 19
 # Residue classes of one modulus that a union is written in.
-MOST_CLASSES = 128
+MOST_RESIDUES = 128
 
 
 def count_pairs(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int:
@@ -157,7 +157,7 @@ def _width(branches: tuple[Branch, ...]) -> int | None:
     moduli = [b.residue[1] for b in branches if b.residue is not None]
     common = lcm(*moduli)
     found = sum(common // s for s in moduli)
-    return None if found > MOST_CLASSES else len(branches) - len(moduli) + found
+    return None if found > MOST_RESIDUES else len(branches) - len(moduli) + found
 
 
 def _count_union(

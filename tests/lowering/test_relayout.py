@@ -228,18 +228,27 @@ def test_strides_and_dilations_come_close_to_their_bound(spec, n):
 
 
 @pytest.mark.parametrize(
-    ("grid", "window", "stride", "block"),
+    ("grid", "window", "stride", "dilation", "block"),
     [
-        (sa.Grid(h=64, w=64), 7, 1, 16),
-        (sa.Grid(h=64, w=64), 24, 8, 64),
-        (sa.Grid(t=16, h=32, w=32), 12, 4, 64),
-        (sa.Grid(t=16, h=32, w=32), (6, 12, 12), (2, 4, 4), 32),
+        (sa.Grid(h=256, w=256), 33, 1, 1, 128),
+        (sa.Grid(h=64, w=64), 7, 1, 8, 64),
+        (sa.Grid(h=64, w=64), 24, 8, 1, 64),
+        (sa.Grid(t=16, h=32, w=32), 12, 4, 1, 64),
+        (sa.Grid(t=16, h=32, w=32), (6, 12, 12), (2, 4, 4), 1, 32),
     ],
 )
-def test_neighborhoods_visit_less_than_half_of_the_blocks(grid, window, stride, block):
-    spec = grid.neighborhood(window, stride=stride)
+def test_neighborhoods_visit_less_than_half_of_the_blocks(
+    grid, window, stride, dilation, block
+):
+    spec = grid.neighborhood(window, stride=stride, dilation=dilation)
     plan = sa.plan(spec, grid.size, block_q=block, block_kv=block)
     assert 2 * (plan.num_full + plan.num_partial) <= sum(plan.given)
+
+
+def test_an_order_that_saves_too_little_is_not_taken():
+    spec = sa.Grid(h=64, w=64).neighborhood(7)
+    assert sa.plan(spec, 4096, block_q=16, block_kv=16).layouts is None
+    assert sa.plan(spec, 4096).layouts is None
 
 
 def test_maps_without_digits_stay_as_they_are():
