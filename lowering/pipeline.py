@@ -166,7 +166,8 @@ def arrange(stages: Stages, block_q: int, block_kv: int) -> Stages:
     """The stages in the best order of positions for such blocks, if there is one."""
     program = stages["simplify"]
     maps = relayout.Maps(program.maps, program.map_of_head)
-    found = relayout.arrange(maps, program.sizes_in(block_q, block_kv))
+    given = relayout.count(maps, block_mask(stages, block_q, block_kv, "q"))
+    found = relayout.arrange(maps, program.sizes_in(block_q, block_kv), given)
     if found is None:
         return stages
     q, kv = found.layouts

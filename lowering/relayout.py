@@ -9,6 +9,7 @@ it saves pays for moving the arrays.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,6 +50,13 @@ class Maps:
         return tuple(self.map_of_head.count(i) for i in range(len(self.nodes)))
 
 
+class Given(NamedTuple):
+    """Blocks of the order as given, over all heads."""
+
+    visited: int
+    partial: int
+
+
 @dataclass(frozen=True)
 class Arranged:
     """Maps in slots of ``layouts``."""
@@ -58,17 +66,18 @@ class Arranged:
 
 
 @lru_cache(maxsize=256)
-def arrange(maps: Maps, sizes: Sizes) -> Arranged | None:
+def arrange(maps: Maps, sizes: Sizes, given: Given) -> Arranged | None:
     """The best order of positions for blocks of these sizes, or None if it is as given.
 
-    The choice is the same for the same maps and sizes; it never visits more blocks than
-    the order given.
+    The choice is the same for the same maps and sizes, and never visits more blocks
+    than the order as given.
     """
     area = sizes.block_q * sizes.block_kv
-    most = area * _visited(maps, plan(maps.nodes, maps.map_of_head, sizes))
-    most -= PAYS * sizes.q_seq_len * len(maps.map_of_head)
-    if most <= 0:
+    least_gain = PAYS * sizes.q_seq_len * len(maps.map_of_head)
+    # Full blocks are dense in any order, and the others are half full as a rule.
+    if area * given.partial < 2 * least_gain:
         return None
+    most = area * given.visited - least_gain
     sides = read_sides(maps.nodes, sizes.q_seq_len, sizes.kv_seq_len)
     best = next(iter(_ranked(maps, sides, sizes)), None)
     if best is None:
@@ -77,7 +86,7 @@ def arrange(maps: Maps, sizes: Sizes) -> Arranged | None:
     best.kv.check()
     arranged = write(maps, best)
     found = plan(arranged.nodes, maps.map_of_head, slots_of(best, sizes))
-    return arranged if area * _visited(maps, found) <= most else None
+    return arranged if area * count(maps, found).visited <= most else None
 
 
 def write(maps: Maps, layouts: Layouts) -> Arranged:
@@ -92,9 +101,11 @@ def slots_of(layouts: Layouts, sizes: Sizes) -> Sizes:
     return Sizes(*lengths, sizes.block_q, sizes.block_kv)
 
 
-def _visited(maps: Maps, mask: BlockMask) -> int:
+def count(maps: Maps, mask: BlockMask) -> Given:
     """The blocks that all heads visit."""
-    return int(mask.visited_by_map() @ np.asarray(maps.weights))
+    weights = np.asarray(maps.weights)
+    found = mask.visited_by_map() @ weights, mask.partial_by_map() @ weights
+    return Given(*(int(x) for x in found))
 
 
 def _ranked(maps: Maps, sides: tuple[Side, Side], sizes: Sizes) -> list[Layouts]:

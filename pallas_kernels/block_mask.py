@@ -70,7 +70,14 @@ class BlockMask:
 
     def visited_by_map(self) -> np.ndarray:
         """Blocks that each map visits; on host arrays only."""
+        return self._by_map(np.asarray(self.run_stop) - np.asarray(self.run_start))
+
+    def partial_by_map(self) -> np.ndarray:
+        """Partial blocks that each map visits; on host arrays only."""
         lengths = np.asarray(self.run_stop) - np.asarray(self.run_start)
+        return self._by_map(np.where(np.asarray(self.run_full) != 0, 0, lengths))
+
+    def _by_map(self, lengths: np.ndarray) -> np.ndarray:
         total = np.concatenate([[0], np.cumsum(lengths)])
         return np.diff(total[np.asarray(self.row_ptr)[:: max(self.num_rows, 1)]])
 

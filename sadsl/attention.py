@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Integer
 
-from lowering import hoist, ir, pipeline, planning, verify
+from lowering import hoist, ir, pipeline, verify
 from lowering.counts import Plan
 from lowering.kernel_predicate import KernelPredicate
 from lowering.pipeline import Problem, Stages
@@ -299,22 +299,23 @@ def plan(
     problem = Problem(q_seq_len, kv_seq_len, num_heads, q_offset)
     given = pipeline.run(as_term(spec).map.node, problem)
     stages = pipeline.arrange(given, block_q, block_kv) if relayout else given
-    return plan_of(stages, block_q, block_kv, exact=exact)
+    return plan_of(stages, given, block_q, block_kv, exact=exact)
 
 
 def plan_of(
-    stages: Stages, block_q: int, block_kv: int, *, exact: bool = False
+    stages: Stages, given: Stages, block_q: int, block_kv: int, *, exact: bool = False
 ) -> Plan:
     """The plan of lowered stages, beside the counts of the given order."""
-    program = stages.planned
-    mask = pipeline.block_mask(stages, block_q, block_kv, "q", exact)
-    found = Plan(program.maps, mask, program.problem.num_heads)
-    if program.layouts is None:
+    found = _counted(stages, block_q, block_kv, exact)
+    if stages.layouts is None:
         return found
-    first = stages["simplify"]
-    before = planning.plan(
-        first.maps, first.map_of_head, first.sizes_in(block_q, block_kv), exact=exact
-    )
-    plain = Plan(first.maps, before, found.num_heads)
-    given = plain.num_full, plain.num_partial
-    return replace(found, layouts=program.layouts, given=given, given_maps=first.maps)
+    plain = _counted(given, block_q, block_kv, exact)
+    counts = plain.num_full, plain.num_partial
+    return replace(found, layouts=stages.layouts, given=counts, given_maps=plain.maps)
+
+
+def _counted(stages: Stages, block_q: int, block_kv: int, exact: bool) -> Plan:
+    # Spelt as the other callers do, so that all share one cached plan.
+    options = (True,) if exact else ()
+    mask = pipeline.block_mask(stages, block_q, block_kv, "q", *options)
+    return Plan(stages.planned.maps, mask, stages.planned.problem.num_heads)

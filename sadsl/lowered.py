@@ -59,7 +59,8 @@ class Lowered:
     def plan(self) -> Plan:
         """The forward plan with its counts."""
         forward = self.tiles.forward
-        return plan_of(self.stages, forward.block_q, forward.block_kv)
+        blocks = forward.block_q, forward.block_kv
+        return plan_of(self.stages, self.options.stages, *blocks)
 
     def run(self, q: Any, k: Any, v: Any, operands: Mapping[str, Any]) -> Any:
         """The lowered computation: ``(out, lse)``, or the gradients of ``out``."""
