@@ -74,8 +74,10 @@ def arrange(maps: Maps, sizes: Sizes, given: Given) -> Arranged | None:
     """
     area = sizes.block_q * sizes.block_kv
     least_gain = PAYS * sizes.q_seq_len * len(maps.map_of_head)
-    # Full blocks are dense in any order, and the others are half full as a rule.
-    if area * given.partial < 2 * least_gain:
+    # Full blocks are dense in any order. Where they are many, the partial ones are the
+    # edges of dense regions, and about half full.
+    edges = 4 * given.partial < given.visited
+    if area * given.partial < (2 if edges else 1) * least_gain:
         return None
     most = area * given.visited - least_gain
     sides = read_sides(maps.nodes, sizes.q_seq_len, sizes.kv_seq_len)
