@@ -2,6 +2,7 @@
 
     python examples/train_lm.py
     python examples/train_lm.py --spec="causal() & (window(128) | strided(64))"
+    python examples/train_lm.py --spec=routing --spec="causal() & topk(4, block=64)"
     python examples/train_lm.py --data=/usr/share/doc --seq_len=4096 --steps=2000
 
 The first run is always dense, ``causal()``; every ``--spec`` is trained beside it from
@@ -22,7 +23,7 @@ import jax
 from absl import app, flags, logging
 from lm import data, report
 from lm.checkpoints import Checkpoints, History, forget
-from lm.model import ModelConfig
+from lm.model import ROUTING, ModelConfig, Spec, text_of
 from lm.training import Result, TrainConfig, compile_run, identity, train
 from rich.console import Console
 from rich.markup import escape
@@ -35,6 +36,8 @@ from rich.progress import (
 )
 
 import sadsl as sa
+from sadsl.layers.routing import Routing
+from sadsl.selections.content import selections_of
 
 DENSE = "causal()"
 
@@ -88,46 +91,53 @@ def settings() -> tuple[ModelConfig, TrainConfig]:
     return model, config
 
 
-def read_spec(text: str, seq_len: int, num_heads: int) -> sa.IndexMap | sa.Softmax:
+def read_spec(text: str, seq_len: int, num_heads: int) -> Spec:
     """The spec, once it is sure that a query cannot see the byte it is to predict.
+
+    What content decides may see no more than the rest of the map allows.
 
     Raises:
       ValueError: it is not a spec, it reads run-time arrays, or it sees the future.
     """
+    if text == ROUTING:
+        clusters = max(2, seq_len // 128)
+        window = -(-seq_len // clusters)
+        return Routing(num_clusters=clusters, window=window, local_window=window)
     spec = sa.parse(text)
+    if not isinstance(spec, sa.IndexMap | sa.Softmax):
+        raise ValueError(f"--spec={text!r} must be a map, softmax(map), or {ROUTING!r}")
     seen = spec.map if isinstance(spec, sa.Softmax) else spec
-    plans = [
-        sa.plan(m, seq_len, num_heads=num_heads) for m in (seen, seen & sa.causal())
+    chosen = selections_of(seen)
+    names = [name for s in chosen for name in s.operands]
+    names += [
+        name
+        for name in sa.plan(seen, 1, num_heads=num_heads, relayout=False).operands
+        if not any(s.owns(name) for s in chosen)
     ]
-    if plans[0].operands:
+    if names:
         raise ValueError(
-            f"--spec={text!r} reads the run-time arrays {list(plans[0].operands)}, and "
+            f"--spec={text!r} reads the run-time arrays {names}, and "
             "this script has none to pass: leave them out"
         )
-    total, allowed = (plan.num_pairs for plan in plans)
-    if total != allowed:
+    if not sa.properties(seen, seq_len, num_heads=num_heads).causal:
         raise ValueError(
-            f"--spec={text!r} has {total - allowed:,} pairs in which a query sees a "
-            "later key, so a byte would be predicted from itself: write "
-            f"causal() & ({text})"
+            f"--spec={text!r} has pairs in which a query sees a later key, so a byte "
+            f"would be predicted from itself: write causal() & ({text})"
         )
     return spec
 
 
-def open_checkpoints(
-    name: str, spec: sa.IndexMap | sa.Softmax, corpus: data.Corpus
-) -> Checkpoints:
+def open_checkpoints(name: str, spec: Spec, corpus: data.Corpus) -> Checkpoints:
     """The checkpoints of a run, which its name and its flags decide on."""
     folder = Path(_OUT.value) / "checkpoints" / name
     return Checkpoints(folder, identity(spec, *settings(), corpus))
 
 
-def run_one(
-    name: str, spec: sa.IndexMap | sa.Softmax, corpus: data.Corpus, console: Console
-) -> Result:
+def run_one(name: str, spec: Spec, corpus: data.Corpus, console: Console) -> Result:
     """Trains one model, or goes on with it, and shows how it fares."""
     sizes, config = settings()
-    console.print(f"\n[bold]{name}[/bold]: {escape(repr(spec))}", highlight=False)
+    shown = escape(repr(spec))
+    console.print(f"\n[bold]{name}[/bold]: {shown}", highlight=False)
     with console.status("compiling"):
         compiled = compile_run(spec, sizes, config)
     columns = (
@@ -159,7 +169,7 @@ def run_one(
                 progress.console.print(say, highlight=False)
 
         train(compiled, state, history, config, corpus, checkpoints.save, tell)
-    return Result(repr(spec), history, compiled.num_params, compiled.memory_bytes)
+    return Result(text_of(spec), history, compiled.num_params, compiled.memory_bytes)
 
 
 def setting(corpus: data.Corpus, result: Result) -> dict[str, str | int | float]:

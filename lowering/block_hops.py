@@ -153,7 +153,7 @@ def _each_row(
     """Whether every query of block row ``i`` has a key in block column ``j``."""
     if not len(i):
         return np.zeros(0, bool)
-    start, last = ir.Operand(" start", None), ir.Operand(" last", None)
+    start, last = ir.Operand(" start", ()), ir.Operand(" last", ())
     keys = ir.substitute(node, {"k": ir.Add(start, MIDDLE)})
     try:
         held = simplify(exists(keys, MIDDLE, last))

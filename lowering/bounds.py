@@ -14,7 +14,7 @@ import numpy as np
 
 from lowering import ir
 from lowering.ranges import Range, Ranges, Rectangles
-from lowering.reads import Reads
+from lowering.reads import Read, Reads
 
 POWERS_OF_TWO = tuple(1 << i for i in range(42))
 # A table that a rectangle looks up at no more than these entries is tried with each.
@@ -76,6 +76,8 @@ class Analysis:
                 return negate(self._every([negate(self(t)) for t in terms]))
             case ir.Not(term):
                 return negate(self(term))
+            case ir.HoistedBits():
+                return self._bits(node)
             case ir.ByHead():
                 raise AssertionError("heads are resolved before bounds are taken")
         assert_never(node)
@@ -90,6 +92,12 @@ class Analysis:
             if value
             else negate(self._known(True))
         )
+
+    def _bits(self, node: ir.HoistedBits) -> Verdict:
+        assert self.ranges.operands is not None
+        some, every = self.ranges.operands[node]
+        reads = frozenset({Read("q"), Read("k")})
+        return Verdict(~some, every, every, ~some, every, ~some, reads)
 
     def _every(self, verdicts: list[Verdict]) -> Verdict:
         """The conjunction; what reads little comes first, and the same together."""
@@ -118,6 +126,8 @@ class Analysis:
 
     def _is_narrow(self, table: ir.Table) -> bool:
         """Whether rectangles look up few entries, and not just one that is tried."""
+        if self.ranges.xp is not np:  # how many is not known while tracing
+            return False
         return table not in self.ranges.seen and self._width(table) <= FEW_ENTRIES
 
     def _width(self, table: ir.Table) -> int:
@@ -171,6 +181,8 @@ class Analysis:
     def _num_members(self, r: Range, values: tuple[int, ...]) -> Any:
         """How many of ``values`` lie in the range, at its residue."""
         array = np.asarray(values, np.int64)
+        if self.ranges.xp is not np:  # 32 bits: no more can be
+            array = array[np.abs(array) < 1 << 31]
         total = r.low * 0
         for residue in np.unique(array % r.step):
             same = array[array % r.step == residue]

@@ -241,7 +241,9 @@ def _xla(masks: Masks, sizes: CallSizes) -> list[Work]:
     d, dv = sizes.head_dim, sizes.head_dim_v
     both, item = d + dv, sizes.itemsize
     groups = head_groups(
-        tuple(np.asarray(masks.forward.map_of_head).tolist()), sizes.num_kv_heads
+        tuple(np.asarray(masks.forward.map_of_head).tolist()),
+        tuple(range(masks.forward.num_maps)),
+        sizes.num_kv_heads,
     )
     reads = [(group.map_index, len(group.kv_heads)) for group in groups]
 

@@ -29,7 +29,7 @@ from lowering.solve import (
 from lowering.span import Span, span
 
 # No identifier: no operand of a user has this name.
-MIDDLE = ir.Operand(" j", None)
+MIDDLE = ir.Operand(" j", ())
 
 
 class Digits(NamedTuple):
@@ -245,7 +245,7 @@ def by_digits(
             weights.append(cut)
     if len(weights) == 1:
         return None
-    names = tuple(ir.Operand(f"{name_of(x)} digit {i}", None) for i in weights)
+    names = tuple(ir.Operand(f"{name_of(x)} digit {i}", ()) for i in weights)
     ends: list[ir.Expr] = [ir.Const(b // a - 1) for a, b in pairwise(weights)]
     ends.append(integer(ir.FloorDiv(last, weights[-1])))
 

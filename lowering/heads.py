@@ -8,8 +8,8 @@ from lowering import ir
 def per_head(node: ir.Pred, num_heads: int) -> tuple[ir.Pred, ...]:
     """The node of every head, with ``h`` and ``ByHead`` resolved.
 
-    ``h`` as the index of an operand stays: its value is known at run time only, and
-    plans do not depend on it.
+    ``h`` in the index of an operand stays: its value is known at run time only, and
+    static plans do not depend on it.
     """
     return tuple(_of_head(node, head, num_heads) for head in range(num_heads))
 
@@ -31,7 +31,7 @@ def _of_head(node: ir.Node, head: int, num_heads: int) -> ir.Node:
     match node:
         case ir.Var("h"):
             return ir.Const(head)
-        case ir.Operand(_, ir.Var("h")):
+        case ir.Operand():
             return node
         case ir.ByHead(terms):
             count = len(terms)

@@ -105,10 +105,14 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A run-time array at ``index``, or its one value per batch row if that is None."""
+    """A run-time array at ``index``, one expression an axis; none: a value a batch row.
+
+    Queries count here as the array has them: ``q_offset`` does not shift an axis that
+    is indexed by the query alone.
+    """
 
     name: str
-    index: "Expr | None"
+    index: "tuple[Expr, ...]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,13 @@ class Hoisted:
     """A run-time vector over the queries or the keys, made outside of the kernel."""
 
     axis: Side
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class HoistedBits:
+    """A run-time bit of every pair, made outside of the kernel."""
+
     slot: int
 
 
@@ -200,7 +211,9 @@ Expr: TypeAlias = (
     | Operand
     | Hoisted
 )
-Pred: TypeAlias = Bool | Le | Eq | In | PowerOfTwo | And | Or | Not | ByHead
+Pred: TypeAlias = (
+    Bool | Le | Eq | In | PowerOfTwo | And | Or | Not | ByHead | HoistedBits
+)
 Node: TypeAlias = Expr | Pred
 
 Q, K, H, N = Var("q"), Var("k"), Var("h"), Var("n")
@@ -216,7 +229,7 @@ def rebuild(node: Pred, change: Change) -> Pred: ...
 def rebuild(node: Node, change: Change) -> Node:
     """``node`` with ``change`` applied to each of its children."""
     match node:
-        case Var() | Const() | Hoisted() | Bool():
+        case Var() | Const() | Hoisted() | Bool() | HoistedBits():
             return node
         case Add(a, b) | Min(a, b) | Max(a, b) | Le(a, b) | Eq(a, b):
             return type(node)(change(a), change(b))
@@ -229,7 +242,7 @@ def rebuild(node: Node, change: Change) -> Node:
         case Table(values, index):
             return Table(values, change(index))
         case Operand(name, index):
-            return Operand(name, None if index is None else change(index))
+            return Operand(name, tuple(change(i) for i in index))
         case And(terms) | Or(terms) | ByHead(terms):
             return type(node)(tuple(change(t) for t in terms))
         case Not(term):
@@ -240,7 +253,7 @@ def rebuild(node: Node, change: Change) -> Node:
 def children(node: Node) -> tuple[Node, ...]:
     """The nodes directly below."""
     match node:
-        case Var() | Const() | Hoisted() | Bool():
+        case Var() | Const() | Hoisted() | Bool() | HoistedBits():
             return ()
         case Add(a, b) | Min(a, b) | Max(a, b) | Le(a, b) | Eq(a, b):
             return (a, b)
@@ -251,7 +264,7 @@ def children(node: Node) -> tuple[Node, ...]:
         case Table(_, index):
             return (index,)
         case Operand(_, index):
-            return () if index is None else (index,)
+            return index
         case And(terms) | Or(terms) | ByHead(terms):
             return terms
     assert_never(node)
@@ -264,7 +277,11 @@ def walk(node: Node) -> Iterator[Node]:
         yield from walk(child)
 
 
-def substitute(node: Pred, new: dict[Axis, Expr]) -> Pred:
+@overload
+def substitute(node: Expr, new: dict[Axis, Expr]) -> Expr: ...
+@overload
+def substitute(node: Pred, new: dict[Axis, Expr]) -> Pred: ...
+def substitute(node: Node, new: dict[Axis, Expr]) -> Node:
     """``node`` with variables replaced, all at once."""
 
     def change(child: Node) -> Node:
@@ -272,7 +289,7 @@ def substitute(node: Pred, new: dict[Axis, Expr]) -> Pred:
             return new.get(child.axis, child)
         return rebuild(child, change)
 
-    return rebuild(node, change)
+    return change(node)
 
 
 def transpose(node: Pred) -> Pred:
@@ -285,6 +302,8 @@ def axes(node: Node) -> frozenset[Axis]:
     match node:
         case Var(axis) | Hoisted(axis, _):
             return frozenset({axis})
+        case HoistedBits():
+            return frozenset({"q", "k"})
     return frozenset().union(*(axes(child) for child in children(node)))
 
 

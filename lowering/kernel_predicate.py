@@ -28,9 +28,14 @@ class KernelPredicate:
         k_ids: Any,
         q_vectors: tuple,
         kv_vectors: tuple,
+        bits: tuple = (),
     ) -> Any:
         """Bools that broadcast over ``q_ids`` and ``k_ids``: see ``call.Predicate``."""
-        at = Jax(q_ids, k_ids, map_index, q_vectors=q_vectors, kv_vectors=kv_vectors)
+        vectors = (*q_vectors, *kv_vectors)
+        at = Jax(
+            q_ids, k_ids, map_index,
+            q_vectors=q_vectors, kv_vectors=kv_vectors, bits=bits,
+        )  # fmt: skip
         if len(self.maps) == 1:
             return evaluate(self.maps[0], at)
         if isinstance(map_index, int):
@@ -39,7 +44,7 @@ class KernelPredicate:
         if joined is not None:
             return evaluate(joined, at)
         shape = jnp.broadcast_shapes(
-            *(jnp.shape(x) for x in (q_ids, k_ids, *q_vectors, *kv_vectors))
+            *(jnp.shape(x) for x in (q_ids, k_ids, *vectors, *bits))
         )
 
         def branch(node: ir.Pred) -> Any:
@@ -61,7 +66,7 @@ def join(maps: tuple[ir.Node, ...]) -> ir.Node | None:
     if isinstance(first, ir.Const):
         values = tuple(node.value for node in maps if isinstance(node, ir.Const))
         return ir.Table(values, ir.H)
-    if isinstance(first, ir.Hoisted | ir.Var | ir.Bool):
+    if isinstance(first, ir.Hoisted | ir.Var | ir.Bool | ir.HoistedBits):
         return None
     below = [tuple(ir.children(node)) for node in maps]
     if len({len(b) for b in below}) > 1:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from lowering import heads, ir, relayout
 from lowering import hoist as hoisting
@@ -32,7 +33,8 @@ class Program:
 
     ``maps`` are the distinct predicates, ``map_of_head`` says who has which. After
     ``arrange`` they speak of slots of ``layouts``, and the lengths count slots. After
-    hoisting, ``q_vectors`` and ``kv_vectors`` are what is computed outside of kernels.
+    hoisting, ``q_vectors``, ``kv_vectors`` and ``bits`` are what is computed outside of
+    kernels.
     """
 
     problem: Problem
@@ -40,6 +42,7 @@ class Program:
     map_of_head: tuple[int, ...] = ()
     q_vectors: tuple[ir.Expr, ...] = ()
     kv_vectors: tuple[ir.Expr, ...] = ()
+    bits: tuple[ir.Pred, ...] = ()
     layouts: Layouts | None = None
 
     def sizes_in(self, block_q: int, block_kv: int) -> Sizes:
@@ -55,6 +58,7 @@ class Program:
             lines.append(f"{title}{show(node)}")
         for axis, exprs in (("q", self.q_vectors), ("k", self.kv_vectors)):
             lines += [f"{axis}_vector{i} = {show(e)}" for i, e in enumerate(exprs)]
+        lines += [f"bits{i}[q, k] = {show(p)}" for i, p in enumerate(self.bits)]
         if self.layouts is not None:
             q, kv = self.layouts
             lines += [f"order of q: {q}", f"order of k: {kv}"]
@@ -71,12 +75,13 @@ def shift_queries(program: Program) -> Program:
     def change(node: ir.Node) -> ir.Node:
         if node == ir.Q:
             return position
-        changed = ir.rebuild(node, change)
-        # Run-time arrays over queries are given for the queries at hand.
-        match changed:
-            case ir.Operand(name, index) if index is not None and "q" in ir.axes(index):
-                return ir.Operand(name, ir.Add(index, ir.Const(-offset)))
-        return changed
+        if isinstance(node, ir.Operand):
+            # Run-time arrays over queries are given for the queries at hand.
+            index: Any = (
+                i if ir.axes(i) <= {"q", "h"} else change(i) for i in node.index
+            )
+            return ir.Operand(node.name, tuple(index))
+        return ir.rebuild(node, change)
 
     maps = tuple(ir.rebuild(node, change) for node in program.maps)
     return replace(program, maps=maps)
@@ -104,7 +109,13 @@ def simplify(program: Program) -> Program:
 def hoist(program: Program) -> Program:
     """Tables and run-time arrays become vectors."""
     found = hoisting.hoist(program.maps)
-    return replace(program, maps=found.maps, q_vectors=found.q, kv_vectors=found.kv)
+    return replace(
+        program,
+        maps=found.maps,
+        q_vectors=found.q,
+        kv_vectors=found.kv,
+        bits=found.bits,
+    )
 
 
 PASSES: tuple[Callable[[Program], Program], ...] = (
@@ -165,6 +176,8 @@ def run(node: ir.Pred, problem: Problem) -> Stages:
 def arrange(stages: Stages, block_q: int, block_kv: int) -> Stages:
     """The stages in the best order of positions for such blocks, if there is one."""
     program = stages["simplify"]
+    if any(map(hoisting.looks_up_pairs, program.maps)):
+        return stages
     maps = relayout.Maps(program.maps, program.map_of_head)
     given = relayout.count(maps, block_mask(stages, block_q, block_kv, "q"))
     found = relayout.arrange(maps, program.sizes_in(block_q, block_kv), given)

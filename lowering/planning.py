@@ -11,6 +11,7 @@ import numpy as np
 
 from lowering import ir, simplify
 from lowering.bounds import Analysis
+from lowering.envelope import envelope
 from lowering.ranges import Ranges, Rectangles, Sides
 from lowering.settle import settle
 from pallas_kernels.block_mask import Axis, BlockMask, blank, from_runs
@@ -143,25 +144,19 @@ def cover(node: ir.Pred, sizes: Sizes, *, exact: bool) -> Squares:
 
 def widest(node: ir.Pred) -> ir.Pred:
     """What holds for some value of the run-time operands, at the least."""
-    return _assume(node, True)
+    return _assume(node, held=True)
 
 
 def narrowest(node: ir.Pred) -> ir.Pred:
     """What holds for every value of the run-time operands, at the most."""
-    return _assume(node, False)
+    return _assume(node, held=False)
 
 
-def _assume(node: ir.Pred, value: bool) -> ir.Pred:
-    """The node, in normal form, with each test of an operand taken as ``value``."""
+def _assume(node: ir.Pred, *, held: bool) -> ir.Pred:
+    """The node, in normal form, with each test of an operand taken as ``held``."""
     if not ir.operand_names(node):
         return node
-
-    def change(term: ir.Pred) -> ir.Pred:
-        if isinstance(term, ir.And | ir.Or):
-            return ir.rebuild(term, change)
-        return ir.Bool(value) if ir.operand_names(term) else term
-
-    return simplify.simplify(change(node))
+    return simplify.simplify(envelope(node, lambda _: True, held=held))
 
 
 def _roots(sizes: Sizes) -> tuple[np.ndarray, np.ndarray, int]:

@@ -25,15 +25,14 @@ class _Positions:
     h: Any = 0
     operands: Mapping[str, Any] = field(default_factory=dict)
 
-    def operand(self, name: str, index: Any) -> Any:
+    def operand(self, name: str, index: tuple) -> Any:
         """The value of a run-time array."""
         if name not in self.operands:
             raise ValueError(
                 f"the map reads the run-time array {name!r}: pass "
                 f"operands={{{name!r}: array}}"
             )
-        values = self.operands[name]
-        return values if index is None else values[index]
+        return self.operands[name][index]
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,10 @@ class NumPy(_Positions):
     def hoisted(self, axis: str, slot: int) -> Any:
         """Not there: only kernels have hoisted vectors."""
         raise AssertionError(f"hoisted {axis} vector {slot} outside of a kernel")
+
+    def hoisted_bits(self, slot: int) -> Any:
+        """Not there: only kernels have hoisted bits."""
+        raise AssertionError(f"hoisted bits {slot} outside of a kernel")
 
     def floor_div(self, x: Any, n: int) -> Any:
         """``x // n``, rounded down."""
@@ -93,10 +96,15 @@ class Jax(_Positions):
 
     q_vectors: tuple = ()
     kv_vectors: tuple = ()
+    bits: tuple = ()
 
     def hoisted(self, axis: str, slot: int) -> Any:
         """A vector that was computed outside of the kernel."""
         return self.q_vectors[slot] if axis == "q" else self.kv_vectors[slot]
+
+    def hoisted_bits(self, slot: int) -> Any:
+        """Bits that were computed outside of the kernel."""
+        return self.bits[slot]
 
     def floor_div(self, x: Any, n: int) -> Any:
         """``x // n``, rounded down."""
@@ -219,7 +227,7 @@ def _compute(node: ir.Expr, at: NumPy | Jax, seen: dict[ir.Expr, Any]) -> Any:
         case ir.Table(values, index):
             return at.table(values, value(index))
         case ir.Operand(name, index):
-            return at.operand(name, None if index is None else value(index))
+            return at.operand(name, tuple(value(i) for i in index))
         case ir.Hoisted(axis, slot):
             return at.hoisted(axis, slot)
     assert_never(node)
@@ -244,6 +252,8 @@ def _truth(node: ir.Pred, at: NumPy | Jax, seen: dict[ir.Expr, Any]) -> Any:
             return reduce(lambda a, b: a | b, [_truth(t, at, seen) for t in terms])
         case ir.Not(term):
             return ~_truth(term, at, seen)
+        case ir.HoistedBits(slot):
+            return at.hoisted_bits(slot)
         case ir.ByHead():
             raise AssertionError("heads are resolved before a predicate is evaluated")
     assert_never(node)

@@ -11,6 +11,7 @@ from lowering.ir import (
     Eq,
     FloorDiv,
     Hoisted,
+    HoistedBits,
     In,
     Le,
     Log2,
@@ -61,8 +62,10 @@ def show(node: Node) -> str:
         case Table(values, index):
             return f"table({values})[{show(index)}]"
         case Operand(name, index):
-            at = "" if index is None else f"[{show(index)}]"
+            at = f"[{', '.join(map(show, index))}]" if index else ""
             return f"operand({name!r}){at}"
+        case HoistedBits(slot):
+            return f"bits{slot}[q, k]"
         case Le(a, b):
             return f"{show(a)} <= {show(b)}"
         case Eq(a, b):

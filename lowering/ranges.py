@@ -26,8 +26,10 @@ from lowering.reads import (
     shared_axes,
 )
 
-# Beyond any sum of positions, and far from overflow when such are added.
+# Beyond any sum of positions, and far from overflow when such are added; at run time,
+# with 32 bits, beyond the sum of two values that are known.
 ANYTHING = 1 << 40
+ANYTHING_32 = 1 << 26
 
 
 class Rectangles(NamedTuple):
@@ -70,14 +72,15 @@ class Ranges:
     """The ranges on rectangles; build one a level and call it on expressions.
 
     ``leaf`` is the smallest (queries, keys) of a leaf tile. ``operands`` gives the
-    range ``(low, high)`` of a run-time array over each rectangle, where known. With
+    range ``(low, high)`` of a run-time array (hoisted or not) over each rectangle,
+    where known; of hoisted bits, whether some may hold and whether all do. With
     ``sides``, what reads one position alone is computed once a row, or a column.
     """
 
     at: Rectangles
     leaf: tuple[int, int] = (1, 1)
     xp: ModuleType = np
-    operands: Mapping[ir.Operand, tuple[Any, Any]] | None = None
+    operands: Mapping[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple] | None = None
     sides: Sides | None = None
     # Digits of positions occur in many comparisons; each is looked at once.
     seen: dict[ir.Expr, Range] = field(default_factory=dict, compare=False)
@@ -178,10 +181,8 @@ class Ranges:
                 return self(a)
             case ir.Table(values, index):
                 return self._table(values, self(index))
-            case ir.Operand():
+            case ir.Operand() | ir.Hoisted():
                 return self._operand(node)
-            case ir.Hoisted():
-                raise AssertionError("bounds are taken before vectors are hoisted")
         assert_never(node)
 
     def _position(self, low: Any, high: Any, covers: int, axis: str) -> Range:
@@ -288,12 +289,13 @@ class Ranges:
         dense = (low == high) | (tight & (high - low <= 1))
         return Range(low, high, 1, tight, dense, 1, index.reads)
 
-    def _operand(self, node: ir.Operand) -> Range:
-        axes = ir.axes(node) or frozenset({node.name})
+    def _operand(self, node: ir.Operand | ir.Hoisted) -> Range:
+        axes = ir.axes(node) or frozenset({str(node)})
         reads = frozenset(Read(axis) for axis in axes)
         if self.operands is None or node not in self.operands:
             at = self.at.q_min * 0
-            return Range(at - ANYTHING, at + ANYTHING, 1, False, False, 1, reads)
+            most = ANYTHING if self.xp is np else ANYTHING_32
+            return Range(at - most, at + most, 1, False, False, 1, reads)
         low, high = self.operands[node]
         return Range(low, high, 1, True, (high - low) <= 1, 1, reads)
 

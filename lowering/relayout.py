@@ -147,7 +147,7 @@ class _Judge:
         k_low, k_high = _digit_ranges(layouts.kv, kv, self.sizes.block_kv)
         num_rows, num_columns = q_low.shape[1], k_low.shape[1]
         rows = np.unique(np.linspace(0, num_rows - 1, SAMPLE).astype(np.int64))
-        ranges = {
+        ranges: dict[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple] = {
             _stand_in("q", i): (q_low[i, rows, None], q_high[i, rows, None])
             for i in range(len(q_low))
         }
@@ -168,7 +168,7 @@ class _Judge:
 
 def _stand_in(name: ir.Side, i: int) -> ir.Operand:
     """A digit as a number of which only a range is known."""
-    return ir.Operand(f"{name}{i}", None)
+    return ir.Operand(f"{name}{i}", ())
 
 
 def _open(node: ir.Pred, sides: Sequence[Side]) -> ir.Pred:

@@ -17,7 +17,7 @@ Sum = dict[ir.Expr, int]
 def simplify(node: ir.Pred) -> ir.Pred:
     """An equal predicate in normal form; heads stay as they are."""
     match node:
-        case ir.Bool():
+        case ir.Bool() | ir.HoistedBits():
             return node
         case ir.Le(a, b):
             return _le(a, b)
@@ -73,9 +73,9 @@ def sum_of(node: ir.Expr) -> tuple[Sum, int]:
             if isinstance(index, ir.Const) and 0 <= index.value < len(values):
                 return {}, values[index.value]
             return {ir.Table(values, index): 1}, 0
-        case ir.Operand(name, index) if index is not None:
-            return {ir.Operand(name, integer(index)): 1}, 0
-        case ir.Var() | ir.Operand() | ir.Hoisted():
+        case ir.Operand(name, index):
+            return {ir.Operand(name, tuple(integer(i) for i in index)): 1}, 0
+        case ir.Var() | ir.Hoisted():
             return {node: 1}, 0
     assert_never(node)
 
@@ -263,7 +263,7 @@ def _negate(node: ir.Pred) -> ir.Pred:
             return term
         case ir.ByHead(terms):
             return ir.ByHead(tuple(_negate(t) for t in terms))
-        case ir.Eq() | ir.In() | ir.PowerOfTwo():
+        case ir.Eq() | ir.In() | ir.PowerOfTwo() | ir.HoistedBits():
             return ir.Not(node)
     assert_never(node)
 

@@ -79,7 +79,7 @@ def solve(node: ir.Pred, x: Unknown) -> tuple[Branch, ...]:
             return solve(_other(left, (bound,)), x)
         case ir.Not(ir.In(expr, values)):
             return solve(_other(expr, values), x)
-        case ir.Not() | ir.PowerOfTwo() | ir.Le() | ir.Eq():
+        case ir.Not() | ir.PowerOfTwo() | ir.Le() | ir.Eq() | ir.HoistedBits():
             raise _resists(node, x)
         case ir.Bool() | ir.ByHead():
             raise AssertionError("constants do not depend, and heads are resolved")

@@ -1,6 +1,6 @@
 """What is legal once heads are resolved and lengths are known."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -44,17 +44,16 @@ def _verify_extents(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> None:
 
 
 def verify_operands(
-    maps: tuple[ir.Pred, ...],
+    needed: Collection[ir.Operand],
     q_seq_len: int,
     kv_seq_len: int,
     shapes: Mapping[str, tuple[int, ...]],
     num_heads: int,
 ) -> None:
-    """Checks that every operand is there, wanted, and long enough.
+    """Checks that every operand that is ``needed`` is there, wanted, and long enough.
 
     ``shapes`` are those of the arrays without their batch axis.
     """
-    needed = {n for node in maps for n in ir.walk(node) if isinstance(n, ir.Operand)}
     names = {n.name for n in needed}
     for name in sorted(names - set(shapes)):
         raise ValueError(
@@ -68,7 +67,7 @@ def verify_operands(
         )
     for operand in sorted(needed, key=show):
         shape = shapes[operand.name]
-        if operand.index is None:
+        if not operand.index:
             if shape:
                 raise ValueError(
                     f"operand {operand.name!r} is read bare, one value per batch row, "
@@ -76,12 +75,24 @@ def verify_operands(
                     "a scalar"
                 )
             continue
-        low, high = _operand_range(operand.index, q_seq_len, kv_seq_len, num_heads)
-        if len(shape) != 1 or low < 0 or high >= shape[0]:
+        ends = [
+            _operand_range(i, q_seq_len, kv_seq_len, num_heads) for i in operand.index
+        ]
+        fits = len(shape) == len(ends) and all(
+            end is None or (end[0] >= 0 and end[1] < size)
+            for end, size in zip(ends, shape, strict=True)
+        )
+        if not fits:
+            least = ", ".join("..." if end is None else str(end[1] + 1) for end in ends)
+            runs = " and ".join(
+                f"`{show(i)}` from {end[0]} to {end[1]}"
+                for i, end in zip(operand.index, ends, strict=True)
+                if end is not None
+            )
             raise ValueError(
-                f"operand {operand.name!r} is indexed by `{show(operand.index)}`, "
-                f"which runs from {low} to {high}, but has shape {shape} beside its "
-                f"batch axis: pass [batch, {high + 1}] or [{high + 1}]"
+                f"operand {operand.name!r} has shape {shape} beside its batch axis, "
+                f"but is indexed by {runs}: pass [batch, {least}] or [{least}], at "
+                "least, and no index below 0"
             )
 
 
@@ -95,10 +106,17 @@ def index_range(index: ir.Expr, q_seq_len: int, kv_seq_len: int) -> tuple[int, i
 
 def _operand_range(
     index: ir.Expr, q_seq_len: int, kv_seq_len: int, num_heads: int
-) -> tuple[int, int]:
-    if index == ir.H:
-        return 0, num_heads - 1
-    return index_range(index, q_seq_len, kv_seq_len)
+) -> tuple[int, int] | None:
+    """The bounds of an index; of one that is read at run time nothing is known."""
+    if any(isinstance(n, ir.Operand) for n in ir.walk(index)):
+        return None
+    if "h" not in ir.axes(index):
+        return index_range(index, q_seq_len, kv_seq_len)
+    ends = [
+        index_range(ir.substitute(index, {"h": ir.Const(h)}), q_seq_len, kv_seq_len)
+        for h in range(num_heads)
+    ]
+    return min(low for low, _ in ends), max(high for _, high in ends)
 
 
 def _how(name: str) -> str:

@@ -23,6 +23,10 @@ class BlockMask:
     A full block holds every pair of its tile and does not overhang the end of the keys;
     only a partial one needs the elementwise predicate. Overhang of the queries is
     harmless in either orientation: their outputs are dropped, their gradients zero.
+
+    What is known only at run time fills the same arrays with traced values, and
+    ``map_of_head`` may then be one of every batch entry and head, ``[batch * heads]``:
+    its values, like those of ``test_of_map``, are known when the call is traced.
     """
 
     # int32 arrays, of NumPy for a static plan and traced otherwise. Any, because jax
@@ -31,7 +35,7 @@ class BlockMask:
     run_start: Any  # [runs]
     run_stop: Any  # [runs]
     run_full: Any  # [runs]
-    map_of_head: Any  # [heads]
+    map_of_head: Any  # [heads], or [batch * heads]
     q_seq_len: int = field(metadata={"static": True})
     kv_seq_len: int = field(metadata={"static": True})
     block_q: int = field(metadata={"static": True})
@@ -41,6 +45,8 @@ class BlockMask:
     # Static capacities: the most runs and the most blocks of any row.
     max_runs: int = field(default=0, metadata={"static": True})
     max_blocks: int = field(default=0, metadata={"static": True})
+    # Which test of the predicate a map takes, int32 [num_maps]; None: map m has test m.
+    test_of_map: Any = None
 
     @property
     def num_q_blocks(self) -> int:
@@ -61,6 +67,13 @@ class BlockMask:
     def num_columns(self) -> int:
         """Blocks along a row."""
         return self.num_kv_blocks if self.by == "q" else self.num_q_blocks
+
+    @property
+    def test_of_head(self) -> Any:
+        """Which test of the predicate a head takes; like ``map_of_head``."""
+        if self.test_of_map is None:
+            return self.map_of_head
+        return self.test_of_map[self.map_of_head]
 
     @property
     def nbytes(self) -> int:

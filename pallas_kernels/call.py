@@ -1,7 +1,7 @@
 """What a kernel call is made of, beside its arrays: the contract of every backend."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -10,22 +10,48 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.config import Tiles
 
-# predicate(map_index, q_ids, k_ids, q_vectors, kv_vectors) -> bool tile. ``map_index``
-# is an int32 scalar (which map of the BlockMask), the ids are int32 and broadcast
-# against one another in either orientation ([q, 1] with [1, k], or [1, q] with [k, 1]);
-# each vector is shaped like the ids it belongs to, perhaps with leading batch and head
-# axes. It must be hashable and equal by content.
-Predicate = Callable[[Any, Any, Any, tuple, tuple], Any]
+# predicate(test, q_ids, k_ids, q_vectors, kv_vectors, bits) -> bool tile. ``test`` is
+# an int32 scalar (``BlockMask.test_of_map`` of the map), the ids are int32 and
+# broadcast against one another in either orientation ([q, 1] with [1, k], or [1, q]
+# with [k, 1]); each vector is shaped like the ids it belongs to, perhaps with leading
+# batch and head axes, and ``bits`` are bool tiles over both, one for each of
+# ``Vectors.bits``. It must be hashable and equal by content.
+Predicate = Callable[[Any, Any, Any, tuple, tuple, tuple], Any]
+
+# Bits in a word of PairBits.
+WORD = 32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PairBits:
+    """A bit for every pair, packed for key blocks of ``block_kv``.
+
+    The bit of query ``q`` and key ``k`` of block ``j = k // block_kv`` is bit
+    ``bit[k] % 32`` of word ``w = bit[k] // 32`` of ``words``: of ``words[..., p, w,
+    q]`` with ``p = j // blocks_per_plane`` (``length == q_seq_len``), or, if
+    ``diagonal``, of ``words[..., 0, w, q - j * block_kv + start]`` with ``start = (num_kv_blocks - 1)
+    * block_kv`` (one plane, ``length == q_seq_len + start``). Past the length, 0.
+    """
+
+    # int32 arrays; Any, because jax rebuilds a pytree with placeholders in them.
+    words: Any  # [batch or 1, num_q_heads or 1, planes, words, length]
+    bit: Any  # [kv_seq_len], each in 0 .. 32 * words - 1
+    block_kv: int = field(metadata={"static": True})
+    diagonal: bool = field(default=False, metadata={"static": True})
+    blocks_per_plane: int = field(default=1, metadata={"static": True})
 
 
 class Vectors(NamedTuple):
-    """Run-time values that a predicate reads, one int32 a query or a key.
+    """Run-time values that a predicate reads: an int32 a query or a key, bits of pairs.
 
-    Each is ``[batch or 1, num_q_heads or 1, q_seq_len]`` (``kv``: ``kv_seq_len``).
+    Each vector is ``[batch or 1, num_q_heads or 1, q_seq_len]`` (``kv``:
+    ``kv_seq_len``). All kernels of a call with ``bits`` have one ``block_kv``.
     """
 
     q: tuple[Int32[Array, "_batch _heads _q"], ...] = ()
     kv: tuple[Int32[Array, "_batch _heads _kv"], ...] = ()
+    bits: tuple[PairBits, ...] = ()
 
 
 class Masks(NamedTuple):

@@ -11,6 +11,8 @@ from pallas_kernels.config import KernelConfig as KernelConfig
 from pallas_kernels.config import Tile as Tile
 from sadsl.attention import attention as attention
 from sadsl.attention import plan as plan
+from sadsl.attention import select as select
+from sadsl.content_plan import plan_for as plan_for
 from sadsl.decode import Cache as Cache
 from sadsl.decode import cache as cache
 from sadsl.grids import Grid as Grid
@@ -34,6 +36,11 @@ from sadsl.named import where as where
 from sadsl.named import window as window
 from sadsl.properties import Properties as Properties
 from sadsl.properties import properties as properties
+from sadsl.selections import kmeans as kmeans
+from sadsl.selections import lsh as lsh
+from sadsl.selections import mass as mass
+from sadsl.selections import threshold as threshold
+from sadsl.selections import topk as topk
 from sadsl.storage import load as load
 from sadsl.storage import load_plan as load_plan
 from sadsl.storage import save as save
@@ -46,6 +53,8 @@ from sadsl.symbols import operand as operand
 from sadsl.symbols import power_of_two as power_of_two
 from sadsl.symbols import table as table
 from sadsl.terms import Softmax as Softmax
+from sadsl.terms import heads as heads
+from sadsl.terms import scatter_mean as scatter_mean
 from sadsl.terms import softmax as softmax
 from sadsl.text import parse as parse
 

@@ -1,53 +1,27 @@
 """``attention`` and ``plan``: check, build nodes, lower, call."""
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Integer
 
-from lowering import hoist, ir, pipeline, verify
+from lowering import pipeline
 from lowering.counts import Plan
-from lowering.kernel_predicate import KernelPredicate
 from lowering.pipeline import Problem, Stages
 from pallas_kernels import dispatch
-from pallas_kernels.call import Call, Inputs, Vectors
-from pallas_kernels.config import KernelConfig, Tiles
-from sadsl import checks, reference
+from pallas_kernels.config import KernelConfig
+from sadsl import by_heads, checks, routing
+from sadsl.execution import Options, call_arrays, chosen_parts, traced
 from sadsl.maps import IndexMap
-from sadsl.terms import Softmax, Spec
+from sadsl.terms import Heads, ScatterMean, Softmax, Spec, Term
 from sadsl.text import parse
 
 IMPLS = ("reference", *dispatch.BACKENDS)
 PLATFORMS = {"xla": ("cpu", "gpu", "tpu"), "tpu": ("tpu",), "triton": ("gpu",)}
 DEFAULT_IMPL = {"cpu": "xla", "tpu": "tpu", "gpu": "triton"}
-
-
-@dataclass(frozen=True)
-class Options:
-    """The static part of a call, as one hashable value."""
-
-    term: Softmax
-    problem: Problem
-    sm_scale: float
-    impl: str
-    interpret: Hashable = False
-    config: KernelConfig = field(default_factory=KernelConfig)
-
-    @property
-    def stages(self) -> Stages:
-        """The lowered map in the given order of positions, every stage kept."""
-        return pipeline.run(self.term.map.node, self.problem)
-
-    def arranged(self, tiles: Tiles) -> Stages:
-        """The lowered map in the order of positions that kernels work in."""
-        if self.config.relayout is False:
-            return self.stages
-        forward = tiles.forward
-        return pipeline.arrange(self.stages, forward.block_q, forward.block_kv)
 
 
 def attention(
@@ -81,9 +55,10 @@ def attention(
     Args:
       q, k, v: float32, bfloat16 or float16, all of one dtype; the number of heads of q
         is a multiple of that of k and v. Products accumulate in float32.
-      spec: an index map, ``softmax(map, ...)``, or their text.
+      spec: an index map, a term such as ``softmax(map, ...)``, or their text.
       q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``.
-      operands: run-time integer arrays by name, for maps made of ``operand(name)``.
+      operands: run-time arrays by name: integers for maps made of ``operand(name)``,
+        what a selection asks for, or parts that ``select`` chose before.
       sm_scale: factor before the softmax; ``head_dim ** -0.5`` if None.
       q_offset: the position of the first query, as decoding needs.
       return_lse: also return the natural log-sum-exp, f32; it has a gradient.
@@ -95,102 +70,46 @@ def attention(
       ValueError: the arrays, the spec and the options do not fit together.
       NotImplementedError: this backend cannot do it; nothing falls back silently.
     """
-    term = as_term(spec)
+    term = any_term(spec)
     problem = checks.problem(q, k, v, q_offset)
+    ids = q_segment_ids, kv_segment_ids
+    if isinstance(term, Heads):
+        attend = partial(
+            attention, sm_scale=sm_scale, q_offset=q_offset, return_lse=return_lse,
+            impl=impl, interpret=interpret, config=config,
+        )  # fmt: skip
+        return by_heads.attention((q, k, v), term, _named(operands, *ids), attend)
     options = Options(
-        term=term,
+        term=_of_rest(term),
         problem=problem,
         sm_scale=float(q.shape[-1] ** -0.5 if sm_scale is None else sm_scale),
         impl=choose_impl(impl, interpret, q, k, v),
         interpret=interpret,
         config=config or KernelConfig(),
     )
-    arrays = checks.operand_arrays(operands, q_segment_ids, kv_segment_ids)
-    arrays = fit_operands(arrays, options.stages, q.shape[0])
+    if isinstance(term, ScatterMean):
+        if return_lse:
+            raise NotImplementedError(
+                f"return_lse=True: {term!r} has a softmax a cluster, so that no single "
+                "log-sum-exp belongs to a query: leave it False"
+            )
+        return routing.attention((q, k, v), term, _named(operands, *ids), options)
+    arrays = call_arrays(options, operands, ids, q.shape[0])
     out, lse = traced(q, k, v, arrays, options=options)
     return (out, lse) if return_lse else out
 
 
-@partial(jax.jit, static_argnames=("options",))
-def traced(
-    q: Array, k: Array, v: Array, arrays: Mapping[str, Array], *, options: Options
-) -> tuple[Array, Array]:
-    """Output and lse of a checked call; ``arrays`` have a batch axis."""
-    run = _dense if options.impl == "reference" else _kernels
-    return run(q, k, v, arrays, options)
+def _named(
+    operands: Mapping[str, Any] | None, q_segment_ids: Any, kv_segment_ids: Any
+) -> dict[str, Any]:
+    """All run-time arrays of a call by name."""
+    ids = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+    return {**(operands or {}), **{n: x for n, x in ids.items() if x is not None}}
 
 
-def _dense(
-    q: Array, k: Array, v: Array, arrays: Mapping[str, Array], options: Options
-) -> tuple[Array, Array]:
-    problem = options.problem
-    program = options.stages["resolve_heads"]
-    nodes = tuple(program.maps[m] for m in program.map_of_head)
-    # An operand indexed by the head reads the head at hand.
-    nodes = tuple(
-        ir.substitute(node, {"h": ir.Const(head)}) for head, node in enumerate(nodes)
-    )
-    allowed = reference.pairs(nodes, problem.q_seq_len, problem.kv_seq_len, arrays)
-    out, lse = reference.attention(
-        q, k, v, allowed,
-        sm_scale=options.sm_scale, logits_soft_cap=options.term.logits_soft_cap,
-    )  # fmt: skip
-    return out, lse.astype(jnp.float32)
-
-
-def _kernels(
-    q: Array, k: Array, v: Array, arrays: Mapping[str, Array], options: Options
-) -> tuple[Array, Array]:
-    if q.dtype == jnp.float64:
-        raise NotImplementedError(
-            f"impl={options.impl!r} takes float32, bfloat16 or float16, not float64: "
-            "cast, or use impl='reference'"
-        )
-    tiles = choose_tiles(options, q.shape[-1], v.shape[-1], q.dtype)
-    stages = options.arranged(tiles)
-    layouts = stages.layouts
-    if layouts is not None:
-        # Before the heads come to the front: the two are one change of layout.
-        q = layouts.q.to_slots(q, 1)
-        k, v = (layouts.kv.to_slots(x, 1) for x in (k, v))
-    inputs = Inputs(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
-    vectors = call_vectors(stages, arrays)
-    masks = pipeline.masks(stages, tiles)
-    call = kernel_call(options, stages, tiles)
-    o, lse = dispatch.attend(inputs, vectors, masks, call, impl=options.impl)
-    o = jnp.swapaxes(o, 1, 2)
-    if layouts is not None:
-        o, lse = layouts.q.to_positions(o, 1), layouts.q.to_positions(lse, 2)
-    return o, lse
-
-
-def call_vectors(stages: Stages, arrays: Mapping[str, Array]) -> Vectors:
-    """The vectors that the predicate of a call reads, computed from its operands."""
-    program = stages["hoist"]
-    problem = program.problem
-    heads_ = problem.num_heads
-    return Vectors(
-        hoist.vectors(program.q_vectors, problem.q_seq_len, heads_, arrays),
-        hoist.vectors(program.kv_vectors, problem.kv_seq_len, heads_, arrays),
-    )
-
-
-def kernel_call(options: Options, stages: Stages, tiles: Tiles) -> Call:
-    """The static part of the kernel call."""
-    return Call(
-        predicate=KernelPredicate(stages["hoist"].maps),
-        sm_scale=options.sm_scale,
-        tiles=tiles,
-        logits_soft_cap=options.term.logits_soft_cap,
-        interpret=options.interpret,
-    )
-
-
-def choose_tiles(options: Options, head_dim: int, head_dim_v: int, dtype: Any) -> Tiles:
-    """The block sizes of a call: the config's, else the backend's for these sizes."""
-    backend = dispatch.BACKENDS[options.impl]
-    defaults = backend.default_tiles(head_dim, head_dim_v, dtype)
-    return options.config.resolve(defaults)
+def _of_rest(term: Softmax | ScatterMean) -> Softmax:
+    """What a call needs to know of a term apart from its clusters."""
+    return Softmax(term.rest) if isinstance(term, ScatterMean) else term
 
 
 def choose_impl(impl: str | None, interpret: Any, *arrays: Any) -> str:
@@ -217,48 +136,60 @@ def choose_impl(impl: str | None, interpret: Any, *arrays: Any) -> str:
     return impl
 
 
-def fit_operands(
-    arrays: Mapping[str, Array], stages: Stages, batch: int
-) -> dict[str, Array]:
-    """The run-time arrays with a batch axis, checked against what the map reads."""
-    ranks = operand_ranks(stages, arrays)
-    fitted = checks.with_batch_axis(arrays, ranks, batch)
-    check_operands(fitted, stages)
-    return fitted
-
-
-def operand_ranks(stages: Stages, arrays: Mapping[str, Any]) -> dict[str, int]:
-    """The axes of each array beside the batch: none if it is read bare, else one."""
-    bare = {
-        n.name
-        for node in stages["simplify"].maps
-        for n in ir.walk(node)
-        if isinstance(n, ir.Operand) and n.index is None
-    }
-    return {name: 0 if name in bare else 1 for name in arrays}
-
-
-def check_operands(arrays: Mapping[str, Any], stages: Stages) -> None:
-    """Checks arrays ``[batch or 1, ...]`` against what the map reads."""
-    program = stages["simplify"]
-    problem = program.problem
-    shapes = {name: tuple(x.shape[1:]) for name, x in arrays.items()}
-    verify.verify_operands(
-        program.maps, problem.q_seq_len, problem.kv_seq_len, shapes, problem.num_heads
-    )
-
-
-def as_term(spec: Spec | str) -> Softmax:
+def any_term(spec: Spec | str) -> Term:
     """The term that a spec stands for."""
     if isinstance(spec, str):
         spec = parse(spec)
     if isinstance(spec, IndexMap):
         return Softmax(spec)
-    if isinstance(spec, Softmax):
+    if isinstance(spec, Term):
         return spec
     raise TypeError(
-        f"spec={spec!r} must be an index map, softmax(map, ...), or the text of one"
+        f"spec={spec!r} must be an index map, a term such as softmax(map, ...), or the "
+        "text of one"
     )
+
+
+def as_term(spec: Spec | str) -> Softmax:
+    """The one softmax that a spec stands for.
+
+    Raises:
+      NotImplementedError: it has several, by cluster or by head.
+    """
+    term = any_term(spec)
+    if isinstance(term, Softmax):
+        return term
+    raise NotImplementedError(
+        f"spec={term!r} has more than one softmax, by head or by cluster, and this "
+        "takes a map or softmax(map, ...): ask it of the map of a part"
+    )
+
+
+def select(
+    spec: Spec | str,
+    q: Float[Array, "batch q_seq num_q_heads head_dim"],
+    k: Float[Array, "batch kv_seq num_kv_heads head_dim"],
+    *,
+    operands: Mapping[str, Any] | None = None,
+    sm_scale: float | None = None,
+    q_offset: int = 0,
+) -> dict[str, Array]:
+    """What the selections of ``spec`` choose for these queries and keys, by name.
+
+    Pass it as ``operands=`` to ``attention`` to use one choice for several calls, and
+    an entry of its batch to ``IndexMap.dense``, to look at it. Empty for a static map.
+    """
+    term = any_term(spec)
+    problem = checks.problem(q, k, k, q_offset)
+    if isinstance(term, Heads):
+        choose = partial(select, sm_scale=sm_scale, q_offset=q_offset)
+        return by_heads.select((q, k), term, operands or {}, choose)
+    scale = float(q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
+    options = Options(_of_rest(term), problem, scale, "reference")
+    if isinstance(term, ScatterMean):
+        return routing.select(q, k, term, operands or {}, options)
+    arrays = call_arrays(options, operands, (None, None), q.shape[0])
+    return chosen_parts(q, k, arrays, options)
 
 
 def plan(

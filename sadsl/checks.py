@@ -72,9 +72,15 @@ def _check_sizes(q: Shape, k: Shape, v: Shape) -> None:
 
 
 def operand_arrays(
-    operands: Mapping[str, Any] | None, q_segment_ids: Any, kv_segment_ids: Any
+    operands: Mapping[str, Any] | None,
+    q_segment_ids: Any,
+    kv_segment_ids: Any,
+    *,
+    floats: frozenset[str] = frozenset(),
 ) -> dict[str, jax.Array]:
-    """All run-time arrays of a call by name, as int32.
+    """All run-time arrays of a call by name, as int32 or bools.
+
+    Those named in ``floats`` are what selections look at: they keep their dtype.
 
     Raises:
       ValueError: not integers, or one kind of segment ids without the other.
@@ -90,6 +96,9 @@ def operand_arrays(
     arrays = {}
     for name, x in found.items():
         array = jnp.asarray(x)
+        if name in floats or array.dtype == jnp.bool_:
+            arrays[name] = array
+            continue
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(
                 f"operand {name!r} has dtype {array.dtype}: it must be of integers"

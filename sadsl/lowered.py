@@ -13,15 +13,12 @@ from lowering.counts import Plan
 from pallas_kernels.call import Masks
 from pallas_kernels.config import KernelConfig, Tiles
 from sadsl import checks
-from sadsl.attention import (
-    PLATFORMS,
+from sadsl.attention import PLATFORMS, as_term, choose_impl, plan_of
+from sadsl.execution import (
     Options,
-    as_term,
     check_operands,
-    choose_impl,
     choose_tiles,
     operand_ranks,
-    plan_of,
     traced,
 )
 from sadsl.explain import Explanation, explain
@@ -211,18 +208,20 @@ def lower(
         impl=_impl_for(impl or IMPL_OF_PLATFORM[platform], target, platform),
         config=config or KernelConfig(),
     )
+    asked = {name: r for s in options.selections for name, r in s.operands.items()}
     shapes = {
-        name: jax.ShapeDtypeStruct(x.shape, jnp.int32)
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype if name in asked else jnp.int32)
         for name, x in (operands or {}).items()
     }
-    ranks = operand_ranks(options.stages, shapes)
+    ranks = operand_ranks(options.stages, shapes) | asked
     fitted = {
         name: x
         if len(x.shape) > ranks[name]
         else jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
         for name, x in shapes.items()
     }
-    check_operands(fitted, options.stages)
+    others = {name: x for name, x in fitted.items() if name not in asked}
+    check_operands(others, options.stages, made=options.selections)
     arrays = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
     return Lowered(options, target, (*arrays, fitted), gradient)
 

@@ -6,12 +6,16 @@ import numpy as np
 from jaxtyping import Int64
 
 from lowering import ir
+from lowering.envelope import envelope
 from lowering.hops import Hops, hops
 from lowering.live import first_and_last
 from lowering.pairs import count_pairs
 from lowering.simplify import simplify
 from sadsl.attention import as_term
 from sadsl.decode import Cache, cache, first_offence, head_maps
+from sadsl.leaks import declared_leak
+from sadsl.named import Where
+from sadsl.selections.content import Leak, selections_of
 from sadsl.terms import Spec
 
 # Lengths that the growth of the pairs is fitted to, as parts of the whole.
@@ -25,7 +29,7 @@ class Properties:
 
     A key is visible to a query iff ``k <= q`` in a causal map, and always in any other.
     All but ``worst_head`` and ``num_empty_rows`` are about the pairs that *some* head
-    has.
+    has, and of a map decided by content, about those that some content may choose.
 
     Attributes:
       n, num_heads: the sizes asked for.
@@ -41,6 +45,9 @@ class Properties:
       cache: the smallest cache for decoding, or None if the map is not causal.
       growth, exponent: how the pairs of all heads grow with n, by name and fitted; None
         if the map is made for this length.
+      selection_leak: how far the keys that content chooses for a query may depend on
+        later tokens, by design: "none", "block" (those of the query's block), "all", or
+        None where nothing is decided by content.
     """
 
     n: int
@@ -59,6 +66,7 @@ class Properties:
     cache: Cache | None
     growth: str | None
     exponent: float | None
+    selection_leak: Leak | None = None
 
     @property
     def reach_by_depth(self) -> tuple[tuple[int, float, float], ...]:
@@ -71,6 +79,8 @@ class Properties:
         cache_text = "none: the map is not causal"
         if self.cache is not None:
             cache_text = str(self.cache).replace("\n", "; ")
+        leak = self.selection_leak
+        shown = [] if leak is None else [("selection leak", leak)]
         return [
             ("positions, heads", f"{self.n:,}, {self.num_heads}"),
             ("causal", self._causal_text()),
@@ -82,6 +92,7 @@ class Properties:
             ("live range of a key", self._live_text()),
             ("decoding cache", cache_text),
             ("pairs grow like", self._growth_text()),
+            *shown,
         ]
 
     def __str__(self) -> str:
@@ -134,7 +145,8 @@ def properties(spec: Spec | str, n: int, num_heads: int = 1) -> Properties:
     """Causality, empty rows, coverage, hops, live ranges and growth of a map.
 
     Everything is exact except ``hops``, which says by ``hops.exact`` whether it is, and
-    the fitted ``growth``. Nothing of size ``n * n`` is built for long sequences.
+    the fitted ``growth``. Nothing of size ``n * n`` is built for long sequences. What a
+    selection chooses counts as if all of it were chosen.
 
     Args:
       spec: an index map, a term, or text.
@@ -144,7 +156,10 @@ def properties(spec: Spec | str, n: int, num_heads: int = 1) -> Properties:
     Raises:
       ValueError: the map reads run-time arrays, or is made for another length.
     """
-    node = as_term(spec).map.node
+    term = as_term(spec)
+    node, chosen = term.map.node, selections_of(term)
+    if chosen:
+        node = envelope(node, lambda name: any(s.owns(name) for s in chosen))
     maps, map_of_head = head_maps(node, n, num_heads)
     offence = first_offence(maps, map_of_head, n)
     causal = offence is None
@@ -169,9 +184,10 @@ def properties(spec: Spec | str, n: int, num_heads: int = 1) -> Properties:
         coverage=num_pairs / (n * (n + 1) // 2 if causal else n * n),
         hops=hops(union, n, causal=causal),
         last_use=last_use,
-        cache=cache(spec, n, num_heads) if causal else None,
+        cache=cache(Where(node), n, num_heads) if causal else None,
         growth=growth,
         exponent=exponent,
+        selection_leak=declared_leak(term),
     )
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lowering import ir
+from lowering.hoist import look_up
 from lowering.predicate import NumPy, evaluate
 
 
@@ -19,13 +20,8 @@ class _Dense(NumPy):
 
     xp: ClassVar[ModuleType] = jnp
 
-    def operand(self, name: str, index: Any) -> Any:
-        values = self.operands[name]
-        if index is None:
-            return values[:, None, None]
-        if isinstance(index, int):
-            return values[:, index][:, None, None]
-        return values[:, index[0]]
+    def operand(self, name: str, index: tuple) -> Any:
+        return look_up(self.operands[name], index, rank=3)
 
     def log2(self, x: Any) -> Any:
         return sum((x >= 2**i).astype(jnp.int32) for i in range(1, 31))

@@ -146,32 +146,30 @@ class Truth:
 
 @dataclass(frozen=True)
 class OperandArray:
-    """A run-time array by name, indexed by ``[q]``, ``[k]``, ``[h]``; bare, a scalar.
+    """A run-time array by name, indexed by traced integers; bare, a scalar.
 
-    Pass it as ``attention(..., operands={name: array})``: int32, its last axis indexed
-    (for the bare form: no such axis), with an optional leading batch axis.
+    ``operand(name)[q]`` has an entry a query, ``[h, q // 64, k // 64]`` one for every
+    head and block. Pass it as ``attention(..., operands={name: array})``: integers or
+    bools, an axis an index, with an optional leading batch axis. Queries count from the
+    first that is passed, whatever ``q_offset`` is, where an index reads nothing else.
     """
 
     name: str
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.isidentifier():
-            raise ValueError(
-                f"operand({self.name!r}): the name must be a Python identifier"
-            )
-
-    def __getitem__(self, index: Symbol) -> Symbol:
-        if not isinstance(index, Symbol) or not isinstance(index.node, ir.Var):
+    def __getitem__(self, index: "Symbol | tuple[Integer, ...]") -> Symbol:
+        parts = index if isinstance(index, tuple) else (index,)
+        if not parts or not any(isinstance(part, Symbol) for part in parts):
             raise TypeError(
-                f"operand({self.name!r})[{index!r}]: the index must be q, k or h "
-                "itself; index the array you pass if you need another order"
+                f"operand({self.name!r})[{index!r}]: the index must be made of q, k "
+                "and h, one traced integer for each axis of the array"
             )
-        return Symbol(ir.Operand(self.name, index.node))
+        nodes = tuple(as_node(part, "operand(...)[...]") for part in parts)
+        return Symbol(ir.Operand(self.name, nodes))
 
     @property
     def node(self) -> ir.Expr:
         """The bare operand."""
-        return ir.Operand(self.name, None)
+        return ir.Operand(self.name, ())
 
     def _symbol(self) -> Symbol:
         return Symbol(self.node)
@@ -233,7 +231,9 @@ def table(values: Iterable[int]) -> TableValues:
 
 
 def operand(name: str) -> OperandArray:
-    """A run-time array of a map: prefix lengths, document starts, head spans."""
+    """A run-time array of a map: prefix lengths, document starts, masks of blocks."""
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"operand({name!r}): the name must be a Python identifier")
     return OperandArray(name)
 
 

@@ -11,6 +11,22 @@ from typing import Any, NoReturn
 
 from sadsl import grids, maps, named, symbols, terms
 from sadsl.maps import IndexMap
+from sadsl.selections import (
+    anchor,
+    budgets,
+    cells,
+    chunks,
+    estimate,
+    eviction,
+    factorised,
+    hashing,
+    key_ranks,
+    modality,
+    partitions,
+    pruning,
+    scores,
+)
+from sadsl.selections.kmeans import kmeans
 from sadsl.symbols import Symbol
 from sadsl.terms import Spec
 
@@ -21,7 +37,14 @@ CALLS: Mapping[str, Callable[..., Any]] = {
         named.queries, named.strided, named.dilated, named.blocks, named.offsets,
         named.segments, named.where, maps.per_head, terms.softmax, symbols.minimum,
         symbols.maximum, symbols.floor_log2, symbols.power_of_two, symbols.isin,
-        symbols.table, symbols.operand, abs, grids.Grid,
+        symbols.table, symbols.operand, abs, grids.Grid, hashing.lsh,
+        hashing.sorted_chunks, key_ranks.key_topw, key_ranks.key_positive,
+        factorised.factorised_topk,
+        budgets.topk, budgets.threshold, budgets.mass, cells.rules, budgets.share,
+        budgets.tokens, partitions.tiles, partitions.within, scores.scored,
+        kmeans, terms.scatter_mean, terms.heads,
+        estimate.vertical_slash, estimate.vertical_slash_mass, eviction.kept_keys,
+        modality.modalities, anchor.stripes, pruning.descent, chunks.chunk_budget,
     )
 }  # fmt: skip
 METHODS = {"lift", "permute", "isin", "product", "axial", "neighborhood"}
@@ -63,7 +86,7 @@ def parse(text: str) -> Spec:
         column = _column(text, place[0], place[1] - 1)
         _fail(text, column, f"is not an expression: {error.args[0]}")
     spec = _Reader(text).read(tree.body, {})
-    if not isinstance(spec, IndexMap | terms.Softmax):
+    if not isinstance(spec, IndexMap | terms.Term):
         _fail(text, 0, f"spells {spec!r}, not an index map or a term")
     return spec
 

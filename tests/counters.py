@@ -7,6 +7,7 @@ also report to the host each time they run. Nothing is read from the plan.
 from collections import Counter
 from contextlib import ExitStack
 from importlib import import_module
+from threading import Lock
 from unittest import mock
 
 import jax
@@ -39,6 +40,7 @@ class Executed:
 
     def __init__(self):
         self.counts = Counter()
+        self.lock = Lock()
         self.kernel = None  # the one that is being traced
 
     def report(self, what, amount=1, weight=1):
@@ -46,7 +48,8 @@ class Executed:
         key = self.kernel, what
 
         def add(amount):
-            self.counts[key] += int(amount) * weight
+            with self.lock:  # the runtime calls from several threads
+                self.counts[key] += int(amount) * weight
 
         jax.debug.callback(add, amount)
 

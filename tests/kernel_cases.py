@@ -28,7 +28,7 @@ class Pattern:
     maps: int = 1
     segments: bool = False
 
-    def __call__(self, index, q, k, q_vectors, kv_vectors):
+    def __call__(self, index, q, k, q_vectors, kv_vectors, bits=()):
         match self.name:
             case "full":
                 return (q >= 0) & (k >= 0)

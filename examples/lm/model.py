@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,13 @@ import optax
 from flax import nnx
 
 import sadsl as sa
-from sadsl.layers.nnx import SparseAttention
+from sadsl.layers.nnx import RoutingAttention, SparseAttention
+from sadsl.layers.routing import Routing
+
+# What a model is trained with: pairs as a map says, or clusters that it learns.
+Spec: TypeAlias = sa.IndexMap | sa.Softmax | Routing
+# The name of a spec that is a layer of its own.
+ROUTING = "routing"
 
 NUM_BYTES = 256
 BITS_PER_NAT = 1.4426950408889634
@@ -57,17 +64,39 @@ def _rotate(x: jax.Array) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-class Block(nnx.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+def text_of(spec: Spec) -> str:
+    """What a spec is called: its text, or its name."""
+    return ROUTING if isinstance(spec, Routing) else repr(spec)
 
-    def __init__(
-        self, config: ModelConfig, spec: sa.IndexMap | sa.Softmax, rngs: nnx.Rngs
-    ) -> None:
-        self.attention_norm = nnx.RMSNorm(config.d_model, rngs=rngs)
-        self.attention = SparseAttention(
+
+def attention_layer(config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> nnx.Module:
+    """The layer of a spec; positions turn, but for the heads that cluster by content.
+
+    Raises:
+      ValueError: routing, and keys that are fewer than queries.
+    """
+    if not isinstance(spec, Routing):
+        return SparseAttention(
             spec, config.num_heads, config.d_model,
             num_kv_heads=config.num_kv_heads, transform_qk=rotary, rngs=rngs,
         )  # fmt: skip
+    if config.num_kv_heads != config.num_heads:
+        raise ValueError(
+            f"num_kv_heads={config.num_kv_heads}: in routing attention every query head "
+            f"has its keys, so leave it out, or set it to {config.num_heads}"
+        )
+    return RoutingAttention(
+        config.num_heads, config.d_model,
+        routing=spec, transform_qk=rotary, rngs=rngs,
+    )  # fmt: skip
+
+
+class Block(nnx.Module):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> None:
+        self.attention_norm = nnx.RMSNorm(config.d_model, rngs=rngs)
+        self.attention = attention_layer(config, spec, rngs)
         self.mlp_norm = nnx.RMSNorm(config.d_model, rngs=rngs)
         self.up = nnx.Linear(config.d_model, config.d_hidden, use_bias=False, rngs=rngs)
         # Blocks that add nothing at first leave the embedding readable.
@@ -87,9 +116,7 @@ class Block(nnx.Module):
 class LanguageModel(nnx.Module):
     """The logits of the next byte at each position."""
 
-    def __init__(
-        self, config: ModelConfig, spec: sa.IndexMap | sa.Softmax, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> None:
         # Of a byte and of the one before it: pairs of bytes, which a small model takes
         # long to find by attention, are there from the start.
         embed = partial(

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import sadsl as sa
-from lm.model import ModelConfig
+from lm.model import ROUTING, ModelConfig
 from lm.training import Result, TrainConfig
 
 BLOCK = 128
@@ -31,10 +31,11 @@ class Row:
     train_bits: float
     step_seconds: float
     tokens_per_second: float
-    num_pairs: int
-    visited_blocks: int
-    num_blocks: int
     memory_bytes: int
+    # None where content decides.
+    num_pairs: int | None = None
+    visited_blocks: int | None = None
+    num_blocks: int | None = None
 
 
 def row(result: Result, model: ModelConfig, config: TrainConfig) -> Row:
@@ -42,21 +43,31 @@ def row(result: Result, model: ModelConfig, config: TrainConfig) -> Row:
     history = result.history
     # The first step of a process pays for warming up.
     seconds = float(np.median(history.seconds[1:] or history.seconds))
-    plan = sa.plan(
-        result.spec, config.seq_len,
-        block_q=BLOCK, block_kv=BLOCK, num_heads=model.num_heads,
-    )  # fmt: skip
+    counts = {}
+    if not by_content(result.spec):
+        plan = sa.plan(
+            result.spec, config.seq_len,
+            block_q=BLOCK, block_kv=BLOCK, num_heads=model.num_heads,
+        )  # fmt: skip
+        counts = {
+            "num_pairs": plan.num_pairs,
+            "visited_blocks": plan.num_full + plan.num_partial,
+            "num_blocks": plan.num_blocks,
+        }
     return Row(
         spec=result.spec,
         valid_bits=history.valid[-1][1],
         train_bits=float(np.mean(history.train[-20:])),
         step_seconds=seconds,
         tokens_per_second=config.tokens_per_step / seconds,
-        num_pairs=plan.num_pairs,
-        visited_blocks=plan.num_full + plan.num_partial,
-        num_blocks=plan.num_blocks,
         memory_bytes=result.memory_bytes,
+        **counts,
     )
+
+
+def by_content(spec: str) -> bool:
+    """Whether what is attended depends on the text, as routing and selections do."""
+    return spec == ROUTING or bool(sa.plan(spec, 1, relayout=False).operands)
 
 
 def _cells(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -69,13 +80,20 @@ def _cells(rows: Sequence[Row]) -> list[dict[str, str]]:
             "median step, ms": f"{1e3 * row.step_seconds:,.0f}",
             "tokens/s": f"{row.tokens_per_second:,.0f}",
             "speed": f"{base.step_seconds / row.step_seconds:.2f}x",
-            "attention pairs": f"{row.num_pairs:,}",
-            "of those of the first": f"{row.num_pairs / base.num_pairs:.1%}",
-            "visited blocks": f"{row.visited_blocks:,} of {row.num_blocks:,}",
+            **_counts(row, base),
             "step memory, MiB": f"{row.memory_bytes / 2**20:,.0f}",
         }
         for row in rows
     ]
+
+
+def _counts(row: Row, base: Row) -> dict[str, str]:
+    names = "attention pairs", "of those of the first", "visited blocks"
+    if row.num_pairs is None or base.num_pairs is None:
+        return dict.fromkeys(names, "by content")
+    visited = f"{row.visited_blocks:,} of {row.num_blocks:,}"
+    share = f"{row.num_pairs / base.num_pairs:.1%}"
+    return dict(zip(names, (f"{row.num_pairs:,}", share, visited), strict=True))
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -177,7 +195,8 @@ def _label(axes: Axes, x: str, y: str) -> None:
 
 
 def draw_patterns(specs: Sequence[str], setting: dict[str, Any]) -> Figure:
-    """The first positions of each spec, darker where more heads and keys are seen."""
+    """The first positions of each static spec, darker where more is seen."""
+    specs = [text for text in specs if not by_content(text)]
     size = min(setting["seq_len"], PICTURE_POSITIONS)
     cell = -(-size // PICTURE_CELLS)
     columns = min(len(specs), 3)

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-import sadsl as sa
 from lm import data
 from lm.checkpoints import History
-from lm.model import LanguageModel, ModelConfig, bits_per_byte
+from lm.model import LanguageModel, ModelConfig, Spec, bits_per_byte
+from sadsl.layers.nnx import commitment_loss
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,15 @@ class State(NamedTuple):
 
     params: Any
     optimizer: Any
+    # What a step changes without a gradient: centroids of routing layers.
+    others: Any
 
 
 class Compiled(NamedTuple):
     """The executables of a run, its first state, and what they need."""
 
     step: Callable[[State, np.ndarray], tuple[State, jax.Array]]
-    valid: Callable[[Any, np.ndarray], jax.Array]
+    valid: Callable[[Any, Any, np.ndarray], jax.Array]
     state: State
     num_params: int
     memory_bytes: int
@@ -91,7 +93,7 @@ class Result:
 
 
 def identity(
-    spec: sa.IndexMap | sa.Softmax,
+    spec: Spec,
     model: ModelConfig,
     config: TrainConfig,
     corpus: data.Corpus,
@@ -104,26 +106,34 @@ def identity(
     return {"spec": repr(spec), **asdict(model), **settings, **read}
 
 
-def compile_run(
-    spec: sa.IndexMap | sa.Softmax, sizes: ModelConfig, config: TrainConfig
-) -> Compiled:
+def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled:
     """Makes the model and compiles its steps; the seed alone decides on the weights."""
     model = LanguageModel(sizes, spec, nnx.Rngs(config.seed))
-    graph, params = nnx.split(model, nnx.Param)
+    graph, params, others = nnx.split(model, nnx.Param, ...)
     optimizer = config.optimizer()
-    state = State(params, optimizer.init(params))
+    state = State(params, optimizer.init(params), others)
 
-    def cost(params: Any, batch: jax.Array) -> jax.Array:
-        return bits_per_byte(nnx.merge(graph, params), batch)
+    def cost(params: Any, others: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
+        model = nnx.merge(graph, params, others)
+        bits = bits_per_byte(model, batch)
+        _, _, moved = nnx.split(model, nnx.Param, ...)
+        return bits + commitment_loss(model), (bits, moved)
 
     def step(state: State, batch: jax.Array) -> tuple[State, jax.Array]:
-        bits, gradient = jax.value_and_grad(cost)(state.params, batch)
+        descend = jax.grad(cost, has_aux=True)
+        gradient, (bits, others) = descend(state.params, state.others, batch)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-        return State(optax.apply_updates(state.params, updates), moments), bits
+        params = optax.apply_updates(state.params, updates)
+        return State(params, moments, others), bits
+
+    def valid(params: Any, others: Any, batch: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, params, others)
+        model.eval()  # centroids stay where they are
+        return bits_per_byte(model, batch)
 
     batch = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), np.uint8)
     compiled_step = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    compiled_valid = jax.jit(cost).lower(params, batch).compile()
+    compiled_valid = jax.jit(valid).lower(params, others, batch).compile()
     memory = compiled_step.memory_analysis()
     return Compiled(
         compiled_step,
@@ -173,4 +183,5 @@ def validate(
         corpus, num_batches=config.valid_batches,
         batch_size=config.batch_size, seq_len=config.seq_len,
     )  # fmt: skip
-    return float(np.mean([compiled.valid(state.params, batch) for batch in batches]))
+    model = state.params, state.others
+    return float(np.mean([compiled.valid(*model, batch) for batch in batches]))

@@ -26,6 +26,7 @@ def backward(
     call: Call,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``dq, dk, dv`` over the blocks of ``lists.dq`` and ``lists.dkv``."""
+    vectors = operands.with_numbers(vectors)
     q, k, v = operands.prepared(inputs, call)
     do = cotangents.do.astype(q.dtype)
     lse2 = softmax.lse_for_backward(cotangents.lse)
@@ -81,6 +82,10 @@ def _run_dq(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> 
         outs=(Operand(jax.ShapeDtypeStruct((heads, seq, head_dim), q.dtype), own),),
         scratch=((block_q, head_dim),),
         interpret=call.interpret,
+        tiles=tuple(
+            operands.word_operand(x, sizes, (batch, num_heads), 1, by="q")
+            for x in vectors.bits
+        ),
     )
     (dq,) = launch(partial(_dq_kernel, call=call, sizes=sizes), of, lists)
     return (dq.reshape(batch, num_heads, seq, head_dim),)
@@ -96,7 +101,7 @@ def _dq_kernel(
     q_vectors = tuple(operands.to_column(x[...]) for x in vector_refs)
     dq_ref[...] = jnp.zeros_like(dq_ref)
 
-    def visit(block: jax.Array, refs: tuple, full: bool) -> None:
+    def visit(block: jax.Array, refs: tuple, words: tuple, full: bool) -> None:
         k, v, *kv_vectors = (ref[...] for ref in refs)
         s = softmax.cap(
             softmax.dot(q_ref[...], k, contract=(1, 1)), call.logits_soft_cap
@@ -108,8 +113,8 @@ def _dq_kernel(
                 operands.column_ids(step.row, sizes.block_q),
                 operands.row_ids(block, sizes.block_kv),
             )
-            both = (q_vectors, tuple(kv_vectors))
-            pairs = operands.allowed(call, sizes, step, ids, both)
+            of_keys = operands.with_tiles(kv_vectors, words, by="q")
+            pairs = operands.allowed(call, sizes, step, ids, (q_vectors, *of_keys))
         _, ds = softmax.score_gradient(s, pairs, lse2, dp, delta, call.logits_soft_cap)
         dq_ref[...] += softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
 
@@ -158,6 +163,10 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
         ),
         scratch=((block_kv, head_dim), (block_kv, head_dim_v)),
         interpret=call.interpret,
+        tiles=tuple(
+            operands.word_operand(x, sizes, (batch, num_heads), group, by="kv")
+            for x in vectors.bits
+        ),
     )
     kernel = partial(_dkv_kernel, call=call, sizes=sizes, last=group - 1)
     dk, dv = launch(kernel, of, lists)
@@ -178,7 +187,7 @@ def _dkv_kernel(
         for ref in scratch:
             ref[...] = jnp.zeros_like(ref)
 
-    def visit(block: jax.Array, refs: tuple, full: bool) -> None:
+    def visit(block: jax.Array, refs: tuple, words: tuple, full: bool) -> None:
         # The tile is [keys, queries]: no product needs a transposed left side.
         q, do, statistics, *q_vectors = (ref[...] for ref in refs)
         s = softmax.cap(
@@ -191,7 +200,8 @@ def _dkv_kernel(
                 operands.row_ids(block, sizes.block_q),
                 operands.column_ids(step.row, sizes.block_kv),
             )
-            both = (tuple(q_vectors), kv_vectors)
+            of_keys = operands.with_tiles(kv_vectors, words, by="kv")
+            both = (tuple(q_vectors), *of_keys)
             pairs = operands.allowed(call, sizes, step, ids, both)
         p, ds = softmax.score_gradient(
             s, pairs, statistics[0:1], dp, statistics[1:2], call.logits_soft_cap

@@ -71,10 +71,10 @@ def _fold_rows(
         return jnp.broadcast_to(x, (size, batch, num_heads)).reshape(size, -1)
 
     first_row = of_heads(rows.first_row, batched.first_row)
-    map_of_head = of_heads(rows.map_of_head, batched.map_of_head)
+    test_of_head = of_heads(rows.test_of_head, batched.test_of_head)
     offset = jnp.arange(size, dtype=jnp.int32)[:, None] * table.shape[1]
     return RowList(
-        map_of_head.reshape(-1),
+        test_of_head.reshape(-1),
         (first_row + offset).reshape(-1),
         None,
         None,

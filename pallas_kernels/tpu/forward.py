@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import softmax
+from pallas_kernels import bits, softmax
 from pallas_kernels.call import Call, Inputs, Outputs, Vectors
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
@@ -17,6 +17,8 @@ from pallas_kernels.tpu.lists import LANES, Lists, RowList, Sizes
 def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outputs:
     """Attention over the blocks of ``lists.forward``."""
     q_seq_len, dtype = inputs.q.shape[2], inputs.q.dtype
+    bits.check(vectors.bits, *(x.sizes.block_kv for x in lists))
+    vectors = operands.with_numbers(vectors)
     run = foldable(partial(_run, call=call))
     o, lse = run(operands.prepared(inputs, call), vectors, lists.forward)
     return Outputs(o[:, :, :q_seq_len].astype(dtype), lse[:, :, :q_seq_len])
@@ -62,6 +64,10 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
         ),
         scratch=((sizes.block_q, head_dim_v), statistics, statistics),
         interpret=call.interpret,
+        tiles=tuple(
+            operands.word_operand(x, sizes, (batch, num_heads), 1, by="q")
+            for x in vectors.bits
+        ),
     )
     o, lse = launch(partial(_kernel, call=call, sizes=sizes), of, lists)
     shape = (batch, num_heads, seq)
@@ -81,7 +87,7 @@ def _kernel(
 
     store(softmax.start(*scratch[0].shape, lanes=scratch[1].shape[1]))
 
-    def visit(block: jax.Array, refs: tuple, full: bool) -> None:
+    def visit(block: jax.Array, refs: tuple, words: tuple, full: bool) -> None:
         k, v, *kv_vectors = (ref[...] for ref in refs)
         s = softmax.cap(
             softmax.dot(q_ref[...], k, contract=(1, 1)), call.logits_soft_cap
@@ -91,8 +97,9 @@ def _kernel(
                 operands.column_ids(step.row, sizes.block_q),
                 operands.row_ids(block, sizes.block_kv),
             )
-            both = (q_vectors, tuple(kv_vectors))
-            s = softmax.mask(s, operands.allowed(call, sizes, step, ids, both))
+            of_keys = operands.with_tiles(kv_vectors, words, by="q")
+            pairs = operands.allowed(call, sizes, step, ids, (q_vectors, *of_keys))
+            s = softmax.mask(s, pairs)
         store(softmax.fold(softmax.Carry(*(ref[...] for ref in scratch)), s, v))
 
     step.walk(visit)

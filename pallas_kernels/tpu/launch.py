@@ -1,7 +1,7 @@
 """One launch: a grid over rows, and a walk over the runs of each.
 
 The blocks along a row stay in HBM and come by DMA into one of two slots, the next block
-while the present one is worked on.
+while the present one is worked on. So do the windows of what differs from tile to tile.
 """
 
 from collections.abc import Callable
@@ -35,11 +35,29 @@ class Operand(NamedTuple):
         return (block, b) if self.axis == 1 else (a, block)
 
 
+class TileOperand(NamedTuple):
+    """An array ``[heads, planes, n, length]`` of which a tile reads ``[n, width]``.
+
+    ``window_of(row, block)`` is its plane and start, a multiple of ``step``.
+    """
+
+    array: Any
+    head_of: HeadOf
+    window_of: Callable[[Any, Any], tuple[Any, Any]]
+    width: int
+    step: int
+
+    def block_shape(self, _: int) -> tuple[int, int]:
+        """The shape of a window."""
+        return self.array.shape[2], self.width
+
+
 @dataclass(frozen=True)
 class Launch:
     """The arrays of a launch; ``rows`` have the block of the row, ``streams`` others.
 
-    The grid is ``(heads, rows, members)``: ``members`` query heads share a row.
+    A tile reads its own part of ``tiles``. The grid is ``(heads, rows, members)``:
+    ``members`` query heads share a row.
     """
 
     name: str
@@ -52,6 +70,7 @@ class Launch:
     outs: tuple[Operand, ...]
     scratch: tuple[tuple[int, int], ...]
     interpret: Any
+    tiles: tuple[TileOperand, ...] = ()
 
 
 class Step(NamedTuple):
@@ -59,10 +78,11 @@ class Step(NamedTuple):
 
     row: Any  # the block that the row is
     member: Any
-    map_index: Any
-    # walk(visit) calls visit(block, refs, full) on every block of the row, where
-    # ``full`` is a Python bool: the two kinds of run have code of their own.
-    walk: Callable[[Callable[[Any, tuple, bool], None]], None]
+    test: Any
+    # walk(visit) calls visit(block, refs, tiles, full) on every block of the row, where
+    # ``refs`` are of the streams, ``tiles`` of the tile operands, and ``full`` is a
+    # Python bool: the two kinds of run have code of their own.
+    walk: Callable[[Callable[[Any, tuple, tuple, bool], None]], None]
 
 
 class _Run(NamedTuple):
@@ -72,21 +92,21 @@ class _Run(NamedTuple):
 
 
 class _Scalars(NamedTuple):
-    map_of_head: Any
+    test_of_head: Any
     first_row: Any
     row_ptr: Any
     runs: Any
 
     def at(self, query_head: Any) -> Any:
         """Where the lists of heads hold ``query_head``."""
-        return lax.rem(query_head, jnp.int32(self.map_of_head.shape[0]))
+        return lax.rem(query_head, jnp.int32(self.test_of_head.shape[0]))
 
 
 def launch(
     kernel: Callable[[Step, tuple, tuple, tuple], None], of: Launch, lists: RowList
 ) -> tuple[jax.Array, ...]:
     """The outputs of ``kernel(step, row_refs, out_refs, scratch_refs)`` on all rows."""
-    scalars = _Scalars(lists.map_of_head, lists.first_row, lists.row_ptr, lists.runs)
+    scalars = _Scalars(lists.test_of_head, lists.first_row, lists.row_ptr, lists.runs)
 
     def row_spec(x: Operand) -> pl.BlockSpec:
         def index(h: Any, i: Any, g: Any, _: Any) -> tuple:
@@ -103,9 +123,9 @@ def launch(
         shape = (None, *lists.table.shape[1:])
         spec = pl.BlockSpec(shape, table_index, memory_space=pltpu.SMEM)
         tables, table_specs = (lists.table,), (spec,)
+    moving = (*of.streams, *of.tiles)
     buffers = tuple(
-        pltpu.VMEM((2, *x.block_shape(of.stream_block)), x.array.dtype)
-        for x in of.streams
+        pltpu.VMEM((2, *x.block_shape(of.stream_block)), x.array.dtype) for x in moving
     )
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
@@ -113,13 +133,13 @@ def launch(
         in_specs=[
             table_specs,
             tuple(row_spec(x) for x in of.rows),
-            tuple(pl.BlockSpec(memory_space=pl.ANY) for _ in of.streams),
+            tuple(pl.BlockSpec(memory_space=pl.ANY) for _ in moving),
         ],
         out_specs=[tuple(row_spec(x) for x in of.outs)],
         scratch_shapes=[
             tuple(pltpu.VMEM(shape, jnp.float32) for shape in of.scratch),
             buffers,
-            pltpu.SemaphoreType.DMA((2, max(1, len(of.streams)))),
+            pltpu.SemaphoreType.DMA((2, max(1, len(moving)))),
         ],
     )
     (out,) = pl.pallas_call(
@@ -132,46 +152,57 @@ def launch(
         interpret=of.interpret,
         name=of.name,
     )(scalars, tables, tuple(x.array for x in of.rows),
-      tuple(x.array for x in of.streams))  # fmt: skip
+      tuple(x.array for x in moving))  # fmt: skip
     return out
 
 
 def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
     def body(
-        scalars: _Scalars, tables: tuple, rows: tuple, streams: tuple, outs: tuple,
+        scalars: _Scalars, tables: tuple, rows: tuple, moving: tuple, outs: tuple,
         scratch: tuple, buffers: tuple, semaphores: Any,
     ) -> None:  # fmt: skip
         head, row, member = (pl.program_id(axis) for axis in range(3))
         at = scalars.at(head * of.members + member)
         begin, end, run_at = _row_runs(scalars, tables, at, row)
-        heads = [x.head_of(head, member) for x in of.streams]
+        heads = [x.head_of(head, member) for x in (*of.streams, *of.tiles)]
 
         def copies(block: Any, slot: Any) -> list:
-            here = pl.ds(
-                pl.multiple_of(block * of.stream_block, of.stream_block),
-                of.stream_block,
-            )
-            found = []
-            for i, x in enumerate(of.streams):
-                window = (here, slice(None)) if x.axis == 1 else (slice(None), here)
-                source = streams[i].at[heads[i], *window]
-                found.append(
-                    pltpu.make_async_copy(
-                        source, buffers[i].at[slot], semaphores.at[slot, i]
-                    )
+            sources = [
+                ref.at[at, *window]
+                for ref, at, window in zip(
+                    moving, heads, _windows(of, row, block), strict=True
                 )
-            return found
+            ]
+            return [
+                pltpu.make_async_copy(x, buffers[i].at[slot], semaphores.at[slot, i])
+                for i, x in enumerate(sources)
+            ]
 
-        def walk(visit: Callable[[Any, tuple, bool], None]) -> None:
+        def walk(visit: Callable[[Any, tuple, tuple, bool], None]) -> None:
             def at_slot(block: Any, slot: Any, full: bool) -> None:
-                visit(block, tuple(x.at[slot] for x in buffers), full)
+                refs, count = tuple(x.at[slot] for x in buffers), len(of.streams)
+                visit(block, refs[:count], refs[count:], full)
 
             _walk(begin, end, run_at, copies, at_slot)
 
-        step = Step(row, member, scalars.map_of_head[at], walk)
+        step = Step(row, member, scalars.test_of_head[at], walk)
         kernel(step, rows, outs, scratch)
 
     return body
+
+
+def _windows(of: Launch, row: Any, block: Any) -> list[tuple]:
+    """What a block reads of the head of each stream, and then of each tile operand."""
+    size = of.stream_block
+    here = pl.ds(pl.multiple_of(block * size, size), size)
+    windows: list[tuple] = [
+        (here, slice(None)) if x.axis == 1 else (slice(None), here) for x in of.streams
+    ]
+    for x in of.tiles:
+        plane, start = x.window_of(row, block)
+        there = pl.ds(pl.multiple_of(start, x.step), x.width)
+        windows.append((plane, slice(None), there))
+    return windows
 
 
 def _row_runs(

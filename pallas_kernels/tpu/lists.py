@@ -36,11 +36,12 @@ class RowList:
     ``runs`` and those of row ``r`` are ``row_ptr[r] : row_ptr[r + 1]`` (all of it in
     scalar memory), or ``table[r, 0]`` holds the count of the row and then its runs (a
     row at a time in scalar memory). The rows of query head ``h`` start at
-    ``first_row[h]``; both lists of heads repeat every ``len(first_row)`` heads.
+    ``first_row[h]``, and its test is ``test_of_head[h]``; heads count over all batch
+    entries, and both lists repeat every ``len(first_row)`` of them.
     """
 
     # int32; jax also builds trees of placeholders, so no annotation can say so.
-    map_of_head: Any  # [heads]
+    test_of_head: Any  # [heads]
     first_row: Any  # [heads]
     row_ptr: Any  # [rows + 1] or None
     runs: Any  # [2 * runs] or None
@@ -81,17 +82,18 @@ def _row_list(mask: BlockMask) -> RowList:
     lists = (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
     static = all(isinstance(x, np.ndarray) for x in (*lists, mask.map_of_head))
     xp: Any = np if static else jnp
-    heads = xp.asarray(mask.map_of_head, np.int32)
-    first_row = heads * np.int32(mask.num_rows)
+    test_of_head = xp.asarray(mask.test_of_head, np.int32)
+    first_row = xp.asarray(mask.map_of_head, np.int32) * np.int32(mask.num_rows)
     run_start, run_stop, run_full = (xp.asarray(x, np.int32) for x in lists[1:])
     first = run_start * 2 + (run_full != 0).astype(np.int32)
     words = xp.stack([first, run_stop], axis=-1)
     ptr = xp.asarray(mask.row_ptr, np.int32)
-    if static and ptr.nbytes + words.nbytes + 2 * heads.nbytes <= SCALAR_BYTES:
+    if static and ptr.nbytes + words.nbytes + 2 * first_row.nbytes <= SCALAR_BYTES:
         # An array of scalar memory cannot be empty.
         runs = words.reshape(-1) if words.size else np.zeros(2, np.int32)
-        return RowList(heads, first_row, ptr, runs, None, sizes)
-    return RowList(heads, first_row, None, None, _table(mask, ptr, words, xp), sizes)
+        return RowList(test_of_head, first_row, ptr, runs, None, sizes)
+    table = _table(mask, ptr, words, xp)
+    return RowList(test_of_head, first_row, None, None, table, sizes)
 
 
 def _table(mask: BlockMask, ptr: Any, words: Any, xp: Any) -> Any:

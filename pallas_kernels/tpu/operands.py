@@ -1,14 +1,18 @@
 """Arrays in the shapes that the kernels take: heads flat, sequences padded."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import softmax
-from pallas_kernels.call import Call, Inputs
-from pallas_kernels.tpu.launch import Operand, Step
+from pallas_kernels import bits, softmax
+from pallas_kernels.block_mask import Axis
+from pallas_kernels.call import Call, Inputs, PairBits, Vectors
+from pallas_kernels.tpu.launch import HeadOf, Operand, Step, TileOperand
 from pallas_kernels.tpu.lists import Sizes
 
 
@@ -38,8 +42,18 @@ def vector_operand(
     x: jax.Array, block: int, batch_and_heads: tuple[int, int], members: int
 ) -> Operand:
     """A vector ``[batch or 1, heads or 1, seq]`` as an operand of rows ``[1, seq]``."""
-    batch, num_heads = batch_and_heads
     own_batch, own_heads, _ = x.shape
+    head_of = _head_of((own_batch, own_heads), batch_and_heads, members)
+    x = padded(x, block, 2)
+    return Operand(x.reshape(own_batch * own_heads, 1, -1), head_of, axis=2)
+
+
+def _head_of(
+    own: tuple[int, int], batch_and_heads: tuple[int, int], members: int
+) -> HeadOf:
+    """Where an array of ``own`` batch entries and heads, or 1 of them, has a head."""
+    own_batch, own_heads = own
+    batch, num_heads = batch_and_heads
 
     def head_of(head: Any, member: Any) -> Any:
         query_head = head * members + member
@@ -51,8 +65,58 @@ def vector_operand(
             return lax.rem(query_head, jnp.int32(num_heads))
         return jnp.int32(0)
 
-    x = padded(x, block, 2)
-    return Operand(x.reshape(own_batch * own_heads, 1, -1), head_of, axis=2)
+    return head_of
+
+
+def with_numbers(vectors: Vectors) -> Vectors:
+    """The numbers of the bits of pairs as the last vectors of the keys."""
+    numbers = (jnp.asarray(x.bit, jnp.int32)[None, None] for x in vectors.bits)
+    words = tuple(replace(x, bit=None) for x in vectors.bits)
+    return Vectors(vectors.q, (*vectors.kv, *numbers), words)
+
+
+def word_operand(
+    x: PairBits,
+    sizes: Sizes,
+    batch_and_heads: tuple[int, int],
+    members: int,
+    *,
+    by: Axis,
+) -> TileOperand:
+    """The words of a tile of a plan ``by`` the queries or the keys."""
+    words, block_q = x.words, sizes.block_q
+    length = bits.padded_length(x, block_q, sizes.q_seq_len, sizes.kv_seq_len)
+    short = max(0, length - words.shape[4])
+    words = jnp.pad(words, [(0, 0)] * 4 + [(0, short)])
+
+    def window_of(row: Any, block: Any) -> tuple[Any, Any]:
+        at = (row, block) if by == "q" else (block, row)
+        return bits.window(x, *at, block_q=block_q, kv_seq_len=sizes.kv_seq_len)
+
+    return TileOperand(
+        words.reshape(-1, *words.shape[2:]),
+        _head_of((words.shape[0], words.shape[1]), batch_and_heads, members),
+        window_of,
+        width=block_q,
+        step=math.gcd(block_q, x.block_kv) if x.diagonal else block_q,
+    )
+
+
+def with_tiles(
+    vectors: Sequence[jax.Array], words: tuple, *, by: Axis
+) -> tuple[tuple, tuple]:
+    """The proper vectors of the keys, and the tiles of the bits.
+
+    The numbers of the bits are the last of ``vectors``; ``words`` are refs ``[n, q]``.
+    """
+    count = len(vectors) - len(words)
+
+    def tile(ref: Any, bit: jax.Array) -> jax.Array:
+        rows = [ref[w : w + 1] for w in range(ref.shape[0])]
+        return bits.tile([to_column(r) for r in rows] if by == "q" else rows, bit)
+
+    tiles = tuple(map(tile, words, vectors[count:]))
+    return tuple(vectors[:count]), tiles
 
 
 def to_column(row: jax.Array) -> jax.Array:
@@ -69,9 +133,12 @@ def to_row(column: jax.Array) -> jax.Array:
 def allowed(
     call: Call, sizes: Sizes, step: Step, ids: tuple[Any, Any], vectors: tuple
 ) -> jax.Array:
-    """The pairs of a partial tile; ids and vectors are ``(queries, keys)``."""
+    """The pairs of a partial tile; ids are ``(queries, keys)``.
+
+    ``vectors`` are those of the queries, those of the keys, and tiles of bits.
+    """
     q_ids, k_ids = ids
-    pairs = call.predicate(step.map_index, q_ids, k_ids, *vectors)
+    pairs = call.predicate(step.test, q_ids, k_ids, *vectors)
     if sizes.kv_seq_len % sizes.block_kv:
         pairs &= k_ids < sizes.kv_seq_len
     return pairs

@@ -17,6 +17,7 @@ from pallas_kernels.triton.launch import (
     pad_cotangents,
     pad_inputs,
     pad_vectors,
+    vector_specs,
     whole,
 )
 from pallas_kernels.triton.runs import (
@@ -26,21 +27,24 @@ from pallas_kernels.triton.runs import (
     Sizes,
     allowed,
     along,
+    bit_tiles,
+    first_of_batch,
     ids,
-    map_index,
+    map_and_test,
     walk,
 )
 
 
 def dq_kernel(
     runs: Runs, inputs: Inputs, cotangents: Cotangents, vectors: Vectors, dq_ref: Any,
-    *, sizes: Sizes, call: Call,
+    *, sizes: Sizes, call: Call, num_heads: int,
 ) -> None:  # fmt: skip
     """Writes one query block of ``dq``."""
     q_ref, k_ref, v_ref = inputs
     block_q, block_kv = sizes.block_q, sizes.block_kv
     row = runs.order[pl.program_id(0)]
-    index = map_index(runs, sizes, pl.program_id(1))
+    first = first_of_batch(runs, sizes, num_heads)
+    index, test = map_and_test(runs, sizes, pl.program_id(1), first)
     rows = pl.ds(row * block_q, block_q)
     q, do = q_ref[rows, :], cotangents.do[rows, :]
     lse2, delta = along(cotangents.lse[rows], 0), along(cotangents.delta[rows], 0)
@@ -62,9 +66,10 @@ def dq_kernel(
     def partial_(block: Any, dq: jax.Array) -> jax.Array:
         columns = pl.ds(block * block_kv, block_kv)
         kv_vectors = tuple(along(ref[columns], 1) for ref in vectors.kv)
+        tiles = bit_tiles(vectors, sizes, row, block, transposed=False)
         pairs = allowed(
-            sizes, call.predicate, index, q_ids, ids(block, block_kv, 1),
-            (q_vectors, kv_vectors),
+            sizes, call.predicate, test, q_ids, ids(block, block_kv, 1),
+            (q_vectors, kv_vectors, tiles),
         )  # fmt: skip
         return add(block, dq, pairs)
 
@@ -76,7 +81,7 @@ def dq_kernel(
 
 def dkv_kernel(
     runs: Runs, inputs: Inputs, cotangents: Cotangents, vectors: Vectors,
-    dk_ref: Any, dv_ref: Any, *, sizes: Sizes, call: Call,
+    dk_ref: Any, dv_ref: Any, *, sizes: Sizes, call: Call, num_heads: int,
 ) -> None:  # fmt: skip
     """Writes one key block of ``dk`` and ``dv``, summed over its query heads.
 
@@ -90,9 +95,10 @@ def dkv_kernel(
     rows = pl.ds(row * block_kv, block_kv)
     k, v = k_ref[rows, :], v_ref[rows, :]
     k_ids = ids(row, block_kv, 0)
+    first = first_of_batch(runs, sizes, num_heads)
 
     def of_head(member: Any, carry: tuple) -> tuple:
-        index = map_index(runs, sizes, first_head + member)
+        index, test = map_and_test(runs, sizes, first_head + member, first)
 
         def vector(ref: Any, at: Any, axis: int) -> jax.Array:
             return along(ref[0 if ref.shape[0] == 1 else member, at], axis)
@@ -121,9 +127,12 @@ def dkv_kernel(
         def partial_(block: Any, carry: tuple) -> tuple:
             columns = pl.ds(block * block_q, block_q)
             q_vectors = tuple(vector(ref, columns, 1) for ref in vectors.q)
+            tiles = bit_tiles(
+                vectors, sizes, block, row, transposed=True, member=member
+            )
             pairs = allowed(
-                sizes, call.predicate, index, ids(block, block_q, 1), k_ids,
-                (q_vectors, kv_vectors),
+                sizes, call.predicate, test, ids(block, block_q, 1), k_ids,
+                (q_vectors, kv_vectors, tiles),
             )  # fmt: skip
             return add(block, carry, pairs)
 
@@ -162,13 +171,13 @@ def _dq(
     cotangents = pad_cotangents(cotangents, plan.sizes)
 
     dq = pl.pallas_call(
-        partial(dq_kernel, sizes=plan.sizes, call=call),
+        partial(dq_kernel, sizes=plan.sizes, call=call, num_heads=num_q_heads),
         grid=(plan.sizes.num_rows, num_q_heads, batch),
         in_specs=[
             jax.tree.map(everything, plan.runs),
             input_specs(padded),
             jax.tree.map(whole, cotangents),
-            jax.tree.map(whole, vectors),
+            vector_specs(vectors),
         ],
         out_specs=whole(padded.q),
         out_shape=jax.ShapeDtypeStruct(padded.q.shape, inputs.q.dtype),
@@ -192,13 +201,15 @@ def _dkv(
 
     key, value = whole(padded.k), whole(padded.v)
     dk, dv = pl.pallas_call(
-        partial(dkv_kernel, sizes=plan.sizes, call=call),
+        partial(
+            dkv_kernel, sizes=plan.sizes, call=call, num_heads=num_kv_heads * group
+        ),
         grid=(plan.sizes.num_rows, num_kv_heads, batch),
         in_specs=[
             jax.tree.map(everything, plan.runs),
             Inputs(grouped(padded.q), key, value),
             jax.tree.map(grouped, cotangents),
-            jax.tree.map(grouped, vectors),
+            vector_specs(vectors, group),
         ],
         out_specs=[key, value],
         out_shape=[

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import softmax
+from pallas_kernels import bits, softmax
 from pallas_kernels.call import Call, Inputs, Outputs, Vectors
 from pallas_kernels.triton.launch import (
     compiler_params,
@@ -16,6 +16,7 @@ from pallas_kernels.triton.launch import (
     input_specs,
     pad_inputs,
     pad_vectors,
+    vector_specs,
     whole,
 )
 from pallas_kernels.triton.runs import (
@@ -24,21 +25,24 @@ from pallas_kernels.triton.runs import (
     Sizes,
     allowed,
     along,
+    bit_tiles,
+    first_of_batch,
     ids,
-    map_index,
+    map_and_test,
     walk,
 )
 
 
 def forward_kernel(
     runs: Runs, inputs: Inputs, vectors: Vectors, o_ref: Any, lse_ref: Any,
-    *, sizes: Sizes, call: Call,
+    *, sizes: Sizes, call: Call, num_heads: int,
 ) -> None:  # fmt: skip
     """Writes one query block of ``o`` and ``lse``."""
     q_ref, k_ref, v_ref = inputs
     block_q, block_kv = sizes.block_q, sizes.block_kv
     row = runs.order[pl.program_id(0)]
-    index = map_index(runs, sizes, pl.program_id(1))
+    first = first_of_batch(runs, sizes, num_heads)
+    index, test = map_and_test(runs, sizes, pl.program_id(1), first)
     rows = pl.ds(row * block_q, block_q)
     q = q_ref[rows, :]
     q_ids = ids(row, block_q, 0)
@@ -56,9 +60,10 @@ def forward_kernel(
     def partial_(block: Any, carry: softmax.Carry) -> softmax.Carry:
         columns = pl.ds(block * block_kv, block_kv)
         kv_vectors = tuple(along(ref[columns], 1) for ref in vectors.kv)
+        tiles = bit_tiles(vectors, sizes, row, block, transposed=False)
         pairs = allowed(
-            sizes, call.predicate, index, q_ids, ids(block, block_kv, 1),
-            (q_vectors, kv_vectors),
+            sizes, call.predicate, test, q_ids, ids(block, block_kv, 1),
+            (q_vectors, kv_vectors, tiles),
         )  # fmt: skip
         s = softmax.mask(scores(columns), pairs)
         return softmax.fold(carry, s, v_ref[columns, :])
@@ -74,6 +79,7 @@ def forward_kernel(
 def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outputs:
     """Attention over the blocks of ``lists``."""
     plan, tile = lists.forward, call.tiles.forward
+    bits.check(vectors.bits, *(x.sizes.block_kv for x in lists))
     batch, num_q_heads, q_seq_len, _ = inputs.q.shape
     head_dim_v = inputs.v.shape[-1]
     padded, vectors = pad_inputs(inputs, plan.sizes), pad_vectors(vectors, plan.sizes)
@@ -83,12 +89,12 @@ def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outpu
     )
     lse = jax.ShapeDtypeStruct((batch, num_q_heads, plan.sizes.padded_q), jnp.float32)
     o, lse = pl.pallas_call(
-        partial(forward_kernel, sizes=plan.sizes, call=call),
+        partial(forward_kernel, sizes=plan.sizes, call=call, num_heads=num_q_heads),
         grid=(plan.sizes.num_rows, num_q_heads, batch),
         in_specs=[
             jax.tree.map(everything, plan.runs),
             input_specs(padded),
-            jax.tree.map(whole, vectors),
+            vector_specs(vectors),
         ],
         out_specs=[whole(o), whole(lse)],
         out_shape=[o, lse],

@@ -1,5 +1,6 @@
 """How a kernel is launched: what each program sees, padding, compiler options."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -7,20 +8,25 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.call import Cotangents, Inputs, Vectors
+from pallas_kernels import bits
+from pallas_kernels.call import Cotangents, Inputs, PairBits, Vectors
 from pallas_kernels.config import Tile
 from pallas_kernels.triton.runs import Sizes
 from pallas_kernels.triton.tiles import power_of_two
 
 
-def whole(x: Any, heads: int | None = None, group: int = 1) -> Any:
+def whole(
+    x: Any, heads: int | None = None, group: int = 1, head_axis: int | None = None
+) -> Any:
     """The BlockSpec of a batch row of ``x``, all of it: in Triton just a pointer.
 
-    ``x`` is ``[batch, heads, seq]`` or ``[batch, seq, heads, dim]``, the grid ``(row,
-    head, batch)``. A program sees one head, without the axis, or ``heads`` of them;
-    ``group`` programs in a row see the same. An axis of length one is shared by all.
+    ``x`` is ``[batch, heads, seq]`` or ``[batch, seq, heads, dim]``, or heads are its
+    ``head_axis``; the grid is ``(row, head, batch)``. A program sees one head, without
+    the axis, or ``heads`` of them; ``group`` programs in a row see the same. An axis of
+    length one is shared by all.
     """
-    shape, head_axis = list(x.shape), x.ndim - 2
+    shape = list(x.shape)
+    head_axis = x.ndim - 2 if head_axis is None else head_axis
     shared = [size == 1 for size in shape]
     shape[0], shape[head_axis] = None, heads
     if heads is not None and shared[head_axis]:
@@ -42,6 +48,18 @@ def input_specs(inputs: Inputs) -> Inputs:
     group = inputs.q.shape[2] // inputs.k.shape[2]
     q, k, v = inputs
     return Inputs(whole(q), whole(k, group=group), whole(v, group=group))
+
+
+def vector_specs(vectors: Vectors, heads: int | None = None) -> Vectors:
+    """What the program of a query head, or of ``heads`` of them, sees of vectors."""
+    return Vectors(
+        tuple(whole(x, heads) for x in vectors.q),
+        tuple(whole(x, heads) for x in vectors.kv),
+        tuple(
+            replace(x, words=whole(x.words, heads, head_axis=1), bit=everything(x.bit))
+            for x in vectors.bits
+        ),
+    )
 
 
 def everything(x: Any) -> pl.BlockSpec:
@@ -85,7 +103,15 @@ def pad_vectors(vectors: Vectors, sizes: Sizes) -> Vectors:
     return Vectors(
         tuple(pad(x, 2, sizes.padded_q) for x in vectors.q),
         tuple(pad(x, 2, sizes.padded_kv) for x in vectors.kv),
+        tuple(_pad_bits(x, sizes) for x in vectors.bits),
     )
+
+
+def _pad_bits(x: PairBits, sizes: Sizes) -> PairBits:
+    seq_lens = sizes.q_seq_len, sizes.kv_seq_len
+    length = bits.padded_length(x, sizes.block_q, *seq_lens)
+    bit = jnp.asarray(x.bit, jnp.int32)
+    return replace(x, words=pad(x.words, 4, length), bit=pad(bit, 0, sizes.padded_kv))
 
 
 def pad_cotangents(cotangents: Cotangents, sizes: Sizes) -> Cotangents:

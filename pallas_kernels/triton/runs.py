@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Int32
 
+from pallas_kernels import bits
 from pallas_kernels.block_mask import BlockMask
-from pallas_kernels.call import Call, Masks
+from pallas_kernels.call import Call, Masks, PairBits, Vectors
 from pallas_kernels.triton import tiles
 
 Int32s = Array | np.ndarray
@@ -23,9 +25,11 @@ class Runs(NamedTuple):
     start: Int32[Int32s, " runs"]
     stop: Int32[Int32s, " runs"]
     full: Int32[Int32s, " runs"]
-    map_of_head: Int32[Int32s, " heads"]
+    map_of_head: Int32[Int32s, " heads"]  # or [batch * heads]
     # The rows of a map, those with most blocks first.
     order: Int32[Int32s, " rows"]
+    # Only where it is neither the map nor known before the kernel runs.
+    test_of_head: Int32[Int32s, " heads"] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Sizes:
     # Code for a kind of run that the plan has none of is left out.
     has_full: bool
     has_partial: bool
+    # The test of every head, where it is known; else the map or a list says.
+    test: int | None = None
 
     @property
     def padded_q(self) -> int:
@@ -87,6 +93,8 @@ def _plan(mask: BlockMask) -> Plan:
         # A kernel takes no array of size zero.
         return x if count else np_or_jnp.zeros(1, np.int32)
 
+    given = mask.test_of_map is not None
+    test = _single_test(mask)
     runs = Runs(
         row_ptr=mask.row_ptr,
         start=filled(mask.run_start),
@@ -94,6 +102,7 @@ def _plan(mask: BlockMask) -> Plan:
         full=filled(mask.run_full),
         map_of_head=mask.map_of_head,
         order=_order(mask, np_or_jnp),
+        test_of_head=mask.test_of_head if test is None and given else None,
     )
     sizes = Sizes(
         q_seq_len=mask.q_seq_len,
@@ -104,8 +113,18 @@ def _plan(mask: BlockMask) -> Plan:
         num_maps=mask.num_maps,
         has_full=bool(np.any(mask.run_full)) if host else True,
         has_partial=not np.all(mask.run_full) if host else True,
+        test=test,
     )
     return Plan(runs, sizes)
+
+
+def _single_test(mask: BlockMask) -> int | None:
+    """The test that all heads share, if that is known while the call is traced."""
+    if mask.test_of_map is None:
+        return 0 if mask.num_maps == 1 else None
+    known = isinstance(mask.test_of_map, np.ndarray)
+    tests = np.unique(mask.test_of_map) if known else ()
+    return int(tests[0]) if len(tests) == 1 else None
 
 
 def _order(mask: BlockMask, np_or_jnp: Any) -> Int32s:
@@ -118,9 +137,22 @@ def _order(mask: BlockMask, np_or_jnp: Any) -> Int32s:
     return np_or_jnp.argsort(-blocks, stable=True).astype(np.int32)
 
 
-def map_index(runs: Any, sizes: Sizes, head: Any) -> jax.Array:
-    """The map of a query head."""
-    return runs.map_of_head[head] if sizes.num_maps > 1 else jnp.int32(0)
+def first_of_batch(runs: Any, sizes: Sizes, num_heads: int) -> Any:
+    """Where the lists of heads start for the batch entry of a program; None: at 0."""
+    if sizes.num_maps == 1 or runs.map_of_head.shape[0] == num_heads:
+        return None
+    return pl.program_id(2) * num_heads
+
+
+def map_and_test(
+    runs: Any, sizes: Sizes, head: Any, first: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The map of a query head and its test; ``first`` is of ``first_of_batch``."""
+    at = head if first is None else first + head
+    index = runs.map_of_head[at] if sizes.num_maps > 1 else jnp.int32(0)
+    if sizes.test is not None:
+        return index, jnp.int32(sizes.test)
+    return index, index if runs.test_of_head is None else runs.test_of_head[at]
 
 
 def walk(
@@ -159,11 +191,41 @@ def along(x: jax.Array, axis: int) -> jax.Array:
     return jnp.expand_dims(x, 1 - axis)
 
 
+def bit_tiles(
+    vectors: Vectors, sizes: Sizes, q_block: Any, kv_block: Any, *, transposed: bool,
+    member: Any = None,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """The tiles of the bits, ``[q, k]``, or ``[k, q]`` if transposed.
+
+    The words have an axis of heads if there is a ``member`` to pick one.
+    """
+    block_q, block_kv = sizes.block_q, sizes.block_kv
+
+    def tile(x: PairBits) -> jax.Array:
+        plane, start = bits.window(
+            x, q_block, kv_block, block_q=block_q, kv_seq_len=sizes.kv_seq_len
+        )
+        here, lead = pl.ds(start, block_q), ()
+        if member is not None:
+            lead = (0 if x.words.shape[0] == 1 else member,)
+        words = [
+            along(x.words[*lead, plane, w, here], 1 if transposed else 0)
+            for w in range(x.words.shape[-2])
+        ]
+        number = x.bit[pl.ds(kv_block * block_kv, block_kv)]
+        return bits.tile(words, along(number, 0 if transposed else 1))
+
+    return tuple(tile(x) for x in vectors.bits)
+
+
 def allowed(
-    sizes: Sizes, predicate: Callable, index: Any, q: Any, kv: Any, vectors: Any
+    sizes: Sizes, predicate: Callable, test: Any, q: Any, kv: Any, vectors: Any
 ) -> jax.Array:
-    """The pairs of a partial tile, from the positions of its queries and keys."""
-    pairs = predicate(index, q, kv, *vectors)
+    """The pairs of a partial tile, from the positions of its queries and keys.
+
+    ``vectors`` are those of the queries, those of the keys, and tiles of bits.
+    """
+    pairs = predicate(test, q, kv, *vectors)
     if sizes.padded_kv != sizes.kv_seq_len:
         pairs = pairs & (kv < sizes.kv_seq_len)
     return jnp.broadcast_to(pairs, jnp.broadcast_shapes(q.shape, kv.shape))

@@ -11,6 +11,7 @@ from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
 from pallas_kernels.xla import tile
 from pallas_kernels.xla.heads import HeadGroup, add_up, head_groups, join, pick
 from pallas_kernels.xla.lists import Lists
+from pallas_kernels.xla.owners import Owner, add_group, for_owners, is_traced
 from pallas_kernels.xla.rows import Pass, fold_rows
 
 
@@ -40,7 +41,16 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``dq, dk, dv``; scores are computed again, a row at a time."""
     num_kv_heads = inputs.k.shape[1]
-    groups = head_groups(lists.map_of_head, num_kv_heads)
+    if is_traced(lists):
+
+        def of_owner(owner: Owner) -> tuple[jax.Array, ...]:
+            args = owner.inputs, owner.of_queries(cotangents), owner.vectors
+            return _backward(*args, owner.plan(lists.backward), owner.group, call)
+
+        dq, dk, dv = for_owners(of_owner, inputs, vectors, lists)
+        dk, dv = (add_group(x, num_kv_heads) for x in (dk, dv))
+        return dq, dk.astype(inputs.k.dtype), dv.astype(inputs.v.dtype)
+    groups = head_groups(lists.map_of_head, lists.test_of_map, num_kv_heads)
     parts = [
         _backward(inputs, cotangents, vectors, lists.backward, group, call)
         for group in groups
@@ -61,7 +71,7 @@ def _backward(
     """The heads of one group."""
     q_seq_len, kv_seq_len = inputs.q.shape[2], inputs.k.shape[2]
     blocks = tile.operands(inputs, group, plan)
-    pairs = tile.pairs_of(call, vectors, group, plan, kv_seq_len)
+    pairs = tile.pairs_of(call, vectors, group, plan, (q_seq_len, kv_seq_len))
     lse, delta = (
         tile.to_blocks(tile.fold_heads(x, group), 3, plan.block_q)
         for x in (cotangents.lse, cotangents.delta)

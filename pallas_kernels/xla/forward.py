@@ -10,7 +10,8 @@ from pallas_kernels import softmax
 from pallas_kernels.call import Call, Inputs, Outputs, Vectors
 from pallas_kernels.xla import tile
 from pallas_kernels.xla.heads import HeadGroup, head_groups, join
-from pallas_kernels.xla.lists import Lists
+from pallas_kernels.xla.lists import Lists, Plan
+from pallas_kernels.xla.owners import Owner, for_owners, is_traced
 from pallas_kernels.xla.rows import Pass, fold_rows
 
 fold_tiles = jax.vmap(jax.vmap(softmax.fold))
@@ -18,21 +19,27 @@ fold_tiles = jax.vmap(jax.vmap(softmax.fold))
 
 def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outputs:
     """Attention over the blocks of ``lists``, in memory linear in the lengths."""
-    groups = head_groups(lists.map_of_head, inputs.k.shape[1])
-    parts = [_forward(inputs, vectors, lists, group, call) for group in groups]
+    if is_traced(lists):
+
+        def of_owner(owner: Owner) -> Outputs:
+            args = owner.inputs, owner.vectors, owner.plan(lists.forward)
+            return _forward(*args, owner.group, call)
+
+        return Outputs(*for_owners(of_owner, inputs, vectors, lists))
+    groups = head_groups(lists.map_of_head, lists.test_of_map, inputs.k.shape[1])
+    parts = [_forward(inputs, vectors, lists.forward, group, call) for group in groups]
     heads = [group.q_heads for group in groups]
     return Outputs(*(join(list(x), heads) for x in zip(*parts, strict=True)))
 
 
 def _forward(
-    inputs: Inputs, vectors: Vectors, lists: Lists, group: HeadGroup, call: Call
+    inputs: Inputs, vectors: Vectors, plan: Plan, group: HeadGroup, call: Call
 ) -> Outputs:
     """The heads of one group."""
-    plan = lists.forward
     _, _, q_seq_len, _ = inputs.q.shape
     _, _, kv_seq_len, head_dim_v = inputs.v.shape
     blocks = tile.operands(inputs, group, plan)
-    pairs = tile.pairs_of(call, vectors, group, plan, kv_seq_len)
+    pairs = tile.pairs_of(call, vectors, group, plan, (q_seq_len, kv_seq_len))
     batch, q_blocks, block_q, q_heads, _ = blocks.q.shape
     kv_heads = len(group.kv_heads)
     size = q_heads // kv_heads

@@ -1,6 +1,6 @@
 """Which heads share a loop: those of one map, folded by the key head they read."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,13 @@ class HeadGroup(NamedTuple):
     map_index: int
     q_heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
+    # Which test of the predicate: an integer, traced where maps are looped over.
+    test: Any
 
 
-def head_groups(map_of_head: tuple[int, ...], num_kv_heads: int) -> list[HeadGroup]:
+def head_groups(
+    map_of_head: tuple[int, ...], test_of_map: tuple[int, ...], num_kv_heads: int
+) -> list[HeadGroup]:
     """Every query head in one group: a call with one map has one group."""
     group = len(map_of_head) // num_kv_heads
     of_kv_head: dict[tuple[int, int], list[int]] = {}
@@ -29,6 +33,7 @@ def head_groups(map_of_head: tuple[int, ...], num_kv_heads: int) -> list[HeadGro
             index,
             tuple(head for _, heads in members for head in heads),
             tuple(kv_head for kv_head, _ in members),
+            test_of_map[index],
         )
         for (index, _), members in merged.items()
     ]

@@ -61,7 +61,10 @@ class Walk:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Plan:
-    """The walks of all maps and the block sizes they count in."""
+    """The walks of all maps and the block sizes they count in.
+
+    Traced walks are one, with a leading axis of maps on every array.
+    """
 
     walks: tuple[Walk, ...]
     block_q: int = field(metadata={"static": True})
@@ -76,3 +79,4 @@ class Lists:
     forward: Plan
     backward: Plan
     map_of_head: tuple[int, ...] = field(metadata={"static": True})
+    test_of_map: tuple[int, ...] = field(metadata={"static": True})

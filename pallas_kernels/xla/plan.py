@@ -9,12 +9,14 @@ from jaxtyping import Int32
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Call, Masks
 from pallas_kernels.xla.lists import Chunks, Lists, Long, Plan, Short, Walk
-from pallas_kernels.xla.traced import traced_walks
+from pallas_kernels.xla.traced import traced_walk
 
 # Keys that are folded at once. A row of up to SHORT keys takes one softmax; a longer
 # one is folded CHUNK keys at a time, so that its scores stay in the cache.
 SHORT = 2048
 CHUNK = 1024
+# How many a traced row takes at once: its padding is not known to the planner.
+TRACED_CHUNK = 512
 
 # A further shape of short rows is a further loop to compile: it has to save this part
 # of all blocks.
@@ -30,7 +32,10 @@ def prepare(masks: Masks, call: Call) -> Lists:
     del call
     forward = plan(masks.forward)
     backward = forward if masks.dq is masks.forward else plan(masks.dq)
-    return Lists(forward, backward, head_maps(masks.forward))
+    maps = head_maps(masks.forward)
+    tests = masks.forward.test_of_map
+    tests = range(masks.forward.num_maps) if tests is None else np.asarray(tests)
+    return Lists(forward, backward, maps, tuple(int(t) for t in tests))
 
 
 def head_maps(mask: BlockMask) -> tuple[int, ...]:
@@ -50,8 +55,8 @@ def plan(mask: BlockMask) -> Plan:
     """The walks of a ``by="q"`` mask."""
     arrays = (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
-        slots = max(1, min(mask.max_blocks, CHUNK // mask.block_kv))
-        walks = traced_walks(mask, slots)
+        slots = max(1, min(mask.max_blocks, TRACED_CHUNK // mask.block_kv))
+        walks = (traced_walk(mask, slots),)
     else:
         walks = host_walks(mask)
     return Plan(walks, mask.block_q, mask.block_kv)

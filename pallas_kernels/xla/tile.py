@@ -5,17 +5,16 @@ head are folded into its matrix products, and keys are never repeated.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels import softmax
-from pallas_kernels.call import Call, Inputs, Vectors
+from pallas_kernels import bits, softmax
+from pallas_kernels.call import Call, Inputs, PairBits, Vectors
 from pallas_kernels.xla.heads import HeadGroup, pick
 from pallas_kernels.xla.lists import Plan
 
@@ -146,7 +145,7 @@ class Pairs:
     """Which pairs of partial blocks are allowed, for the heads of one group."""
 
     call: Call
-    map_index: int
+    test: Any
     vectors: Vectors  # each [batch or 1, kv_heads or 1, group or 1, blocks, block]
     block_q: int
     block_kv: int
@@ -172,10 +171,10 @@ class Pairs:
         along_kv = jnp.arange(self.block_kv, dtype=jnp.int32)
         q_ids = (row * self.block_q + along_q)[:, None]
         k_ids = (block[:, None] * self.block_kv + along_kv[None]).reshape(1, -1)
-        index = np.int32(self.map_index)
+        test = jnp.asarray(self.test, jnp.int32)
 
-        def pairs(q_vectors: tuple, kv_vectors: tuple) -> jax.Array:
-            return self.call.predicate(index, q_ids, k_ids, q_vectors, kv_vectors)
+        def pairs(q_vectors: tuple, kv_vectors: tuple, held: tuple) -> jax.Array:
+            return self.call.predicate(test, q_ids, k_ids, q_vectors, kv_vectors, held)
 
         def along(x: jax.Array) -> jax.Array:
             tiles = jnp.take(x, block, axis=3, mode="clip")
@@ -186,10 +185,33 @@ class Pairs:
             for x in self.vectors.q
         )
         kv_vectors = tuple(along(x) for x in self.vectors.kv)
-        allowed = mapped(pairs, 3)(q_vectors, kv_vectors)
+        held = tuple(self.bits(x, row, block) for x in self.vectors.bits)
+        allowed = mapped(pairs, 3)(q_vectors, kv_vectors, held)
         if self.kv_seq_len % self.block_kv:
             allowed &= (k_ids < self.kv_seq_len)[None, None, None]
         return allowed
+
+    def bits(
+        self, x: PairBits, row: Int32[Array, ""], block: Int32[Array, " slots"]
+    ) -> Bool[Array, "..."]:
+        """The bits of a row of blocks, ``[batch or 1, heads, group, q, slots * k]``."""
+        sizes = (*x.words.shape[:3], 1, x.words.shape[4], self.block_q)
+
+        def words_of(at: Int32[Array, ""]) -> Int32[Array, "..."]:
+            plane, start = bits.window(
+                x, row, at, block_q=self.block_q, kv_seq_len=self.kv_seq_len
+            )
+            zero = jnp.int32(0)
+            first = (zero, zero, zero, plane, zero, start)
+            first = tuple(jnp.asarray(i, jnp.int32) for i in first)
+            return jax.lax.dynamic_slice(x.words, first, sizes)[:, :, :, 0]
+
+        # [batch, heads, group, words, q, slots]
+        words = jnp.moveaxis(jax.vmap(words_of)(block), 0, -1)
+        columns = [words[:, :, :, i, :, :, None] for i in range(words.shape[3])]
+        keys = jnp.take(x.bit, block, axis=0, mode="clip")[None, None, None, None]
+        held = bits.tile(columns, keys)
+        return held.reshape(*held.shape[:4], -1)
 
 
 def mapped(f: Callable, axes: int) -> Callable:
@@ -214,18 +236,30 @@ def mapped(f: Callable, axes: int) -> Callable:
 
 
 def pairs_of(
-    call: Call, vectors: Vectors, group: HeadGroup, plan: Plan, kv_seq_len: int
+    call: Call,
+    vectors: Vectors,
+    group: HeadGroup,
+    plan: Plan,
+    lengths: tuple[int, int],
 ) -> Pairs:
-    """``Pairs`` with the vectors of the group in blocks."""
+    """``Pairs`` with the vectors and bits of the group in blocks."""
 
     def split(x: jax.Array, size: int) -> jax.Array:
         folded = fold_heads(x, group) if x.shape[1] > 1 else x[:, :, None]
         return to_blocks(folded, 3, size)
 
+    def whole(x: PairBits) -> PairBits:
+        words = x.words
+        words = fold_heads(words, group) if words.shape[1] > 1 else words[:, :, None]
+        length = bits.padded_length(x, plan.block_q, *lengths)
+        short = length - words.shape[-1]
+        words = jnp.pad(words, [(0, 0)] * 5 + [(0, short)])
+        return replace(x, words=words, bit=to_blocks(x.bit, 0, plan.block_kv))
+
+    bits.check(vectors.bits, plan.block_kv)
     blocked = Vectors(
         tuple(split(x, plan.block_q) for x in vectors.q),
         tuple(split(x, plan.block_kv) for x in vectors.kv),
+        tuple(whole(x) for x in vectors.bits),
     )
-    return Pairs(
-        call, group.map_index, blocked, plan.block_q, plan.block_kv, kv_seq_len
-    )
+    return Pairs(call, group.test, blocked, plan.block_q, plan.block_kv, lengths[1])

@@ -7,18 +7,21 @@ from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.xla.lists import Chunks, Long, Walk
 
 
-def traced_walks(mask: BlockMask, slots: int) -> tuple[Walk, ...]:
-    """The rows of every map, all of them in chunks of ``slots`` blocks."""
+def traced_walk(mask: BlockMask, slots: int) -> Walk:
+    """The rows of every map, all of them in chunks of ``slots`` blocks.
+
+    Every array has the maps as its first axis.
+    """
     if not mask.max_blocks:
-        return tuple(Walk((), None) for _ in range(mask.num_maps))
+        return Walk((), None)
     rows = jnp.arange(mask.num_rows, dtype=jnp.int32)
 
-    def walk(index: int) -> Walk:
+    def walk(index: jax.Array) -> Walk:
         at = rows + index * mask.num_rows
         full, partial = (_chunks(mask, at, slots, full=x) for x in (True, False))
         return Walk((), Long(rows, full, partial))
 
-    return tuple(walk(index) for index in range(mask.num_maps))
+    return jax.vmap(walk)(jnp.arange(mask.num_maps, dtype=jnp.int32))
 
 
 def _chunks(mask: BlockMask, rows: jax.Array, slots: int, *, full: bool) -> Chunks:

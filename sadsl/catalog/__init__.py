@@ -6,28 +6,57 @@ are those that were published.
 
 from sadsl.catalog.a_shape import a_shape as a_shape
 from sadsl.catalog.a_shape import tri_shape as tri_shape
+from sadsl.catalog.anchor_attention import anchor_attention as anchor_attention
 from sadsl.catalog.axial import axial as axial
+from sadsl.catalog.biformer import biformer as biformer
 from sadsl.catalog.big_bird import big_bird as big_bird
+from sadsl.catalog.block_sparse import block_sparse as block_sparse
 from sadsl.catalog.davit_window import davit_window as davit_window
+from sadsl.catalog.dhsa import dhsa as dhsa
 from sadsl.catalog.dilated import dilated_window as dilated_window
+from sadsl.catalog.dynamic_mask import dynamic_mask as dynamic_mask
+from sadsl.catalog.dynamic_mask import dynamic_mask_attention as dynamic_mask_attention
+from sadsl.catalog.dynamic_mask import value_bias as value_bias
+from sadsl.catalog.flex_prefill import flex_prefill as flex_prefill
+from sadsl.catalog.hip import hip as hip
+from sadsl.catalog.hyper_attention import Hyper as Hyper
+from sadsl.catalog.hyper_attention import draw_hyper as draw_hyper
+from sadsl.catalog.hyper_attention import hyper_attention as hyper_attention
+from sadsl.catalog.kinetics import kinetics as kinetics
 from sadsl.catalog.log_sparse import log_sparse as log_sparse
 from sadsl.catalog.longformer import longformer as longformer
+from sadsl.catalog.minference import minference as minference
+from sadsl.catalog.minference import minference_candidates as minference_candidates
+from sadsl.catalog.mminference import mminference_2d_boundary as mminference_2d_boundary
+from sadsl.catalog.mminference import mminference_candidates as mminference_candidates
+from sadsl.catalog.mminference import mminference_q_boundary as mminference_q_boundary
 from sadsl.catalog.mminference_grid import mminference_grid as mminference_grid
 from sadsl.catalog.mminference_grid import residue_major as residue_major
 from sadsl.catalog.moa import moa as moa
+from sadsl.catalog.moba import moba as moba
 from sadsl.catalog.modality_mutual import modality_mutual as modality_mutual
 from sadsl.catalog.neighborhood import neighborhood as neighborhood
+from sadsl.catalog.nsa_topk import nsa_topk as nsa_topk
 from sadsl.catalog.pine import pine as pine
 from sadsl.catalog.power_attention import power_attention as power_attention
 from sadsl.catalog.prefix_lm import prefix_lm as prefix_lm
+from sadsl.catalog.quest import quest as quest
 from sadsl.catalog.radial import radial as radial
+from sadsl.catalog.reformer import reformer as reformer
+from sadsl.catalog.routing_transformer import routing_transformer as routing_transformer
 from sadsl.catalog.s2 import s2_attention as s2_attention
 from sadsl.catalog.s2 import s2_bidirectional as s2_bidirectional
+from sadsl.catalog.seer_attention import seer_attention as seer_attention
+from sadsl.catalog.snapkv import snapkv as snapkv
 from sadsl.catalog.sparse_transformer import (
     sparse_transformer_fixed as sparse_transformer_fixed,
 )
 from sadsl.catalog.sparse_transformer import (
     sparse_transformer_strided as sparse_transformer_strided,
 )
+from sadsl.catalog.sparsed import sparsed as sparsed
+from sadsl.catalog.sparsifiner import sparsifiner as sparsifiner
+from sadsl.catalog.sparsifiner import sparsifiner_loss as sparsifiner_loss
 from sadsl.catalog.streaming import streaming as streaming
 from sadsl.catalog.swapped_window import swapped_window as swapped_window
+from sadsl.catalog.vmoba import vmoba as vmoba

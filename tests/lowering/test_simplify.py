@@ -132,7 +132,7 @@ def test_operands_decide_nothing_before_run_time():
 
 def test_known_ranges_of_operands_decide():
     node = simplify(sa.segments().node)
-    q, k = ir.Operand("q_segment_ids", ir.Q), ir.Operand("kv_segment_ids", ir.K)
+    q, k = ir.Operand("q_segment_ids", (ir.Q,)), ir.Operand("kv_segment_ids", (ir.K,))
     at = Rectangles(*(np.array([0, 0, 0]),) * 4)
     ranges = {
         q: (np.array([0, 3, 2]), np.array([1, 3, 5])),

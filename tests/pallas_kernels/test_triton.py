@@ -161,7 +161,7 @@ def test_backward_repeats_bitwise():
 class Refusing(Pattern):
     """Selects nothing: to be asked is to change the result."""
 
-    def __call__(self, index, q, k, q_vectors, kv_vectors):
+    def __call__(self, index, q, k, q_vectors, kv_vectors, bits):
         return (q < 0) & (k < 0)
 
 

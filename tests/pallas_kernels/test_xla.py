@@ -149,10 +149,11 @@ def test_lists_hold_every_block_once(seed, short, monkeypatch):
 @pytest.mark.parametrize("seed", range(3))
 def test_traced_lists_hold_every_block_once(seed):
     mask = random_mask(seed)
-    walks = jax.jit(lambda p: plan.plan(replace(mask, row_ptr=p)).walks)(mask.row_ptr)
-    kinds = block_mask.expand(mask)
-    for index, walk in enumerate(jax.tree.map(np.asarray, walks)):
-        np.testing.assert_array_equal(visited(walk, mask), kinds[index])
+    traced = jax.jit(lambda p: plan.plan(replace(mask, row_ptr=p)).walks)(mask.row_ptr)
+    (walks,) = jax.tree.map(np.asarray, traced)
+    for index, kinds in enumerate(block_mask.expand(mask)):
+        walk = jax.tree.map(lambda x, index=index: x[index], walks)
+        np.testing.assert_array_equal(visited(walk, mask), kinds)
 
 
 @pytest.mark.usefixtures("one_loop")
@@ -198,13 +199,13 @@ def test_grouping_rows_costs_little():
 class Diagonal:
     """Causal on the diagonal blocks, False on the full ones below them."""
 
-    def __call__(self, index, q, k, q_vectors, kv_vectors):
+    def __call__(self, index, q, k, q_vectors, kv_vectors, bits):
         return (k <= q) & (q // 32 == k // 32)
 
 
 @dataclass(frozen=True)
 class Never:
-    def __call__(self, index, q, k, q_vectors, kv_vectors):
+    def __call__(self, index, q, k, q_vectors, kv_vectors, bits):
         return (k < 0) & (q < 0)
 
 

@@ -245,8 +245,8 @@ def test_bad_values(make, message):
         (lambda: sa.where(lambda q, k: q), "expected a comparison"),
         (lambda: sa.where(lambda q: q < 1), "not of 1 arguments"),
         (
-            lambda: sa.where(lambda q, k: sa.operand("x")[q + 1] == k),
-            "must be q, k or h",
+            lambda: sa.where(lambda q, k: sa.operand("x")[3] == k),
+            "must be made of q, k and h",
         ),
         (lambda: sa.per_head(sa.causal(), 3), "per_head takes index maps"),
     ],

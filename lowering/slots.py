@@ -1,0 +1,89 @@
+"""Rows of arrays copied to slots and added up from them, the same way every time.
+
+A slot holds a copy of one position, or nothing; a position may be in any number of
+slots. ``take`` fills slots, ``add_up`` adds them to their positions. Each is the
+gradient of the other, and neither adds in an order that a device chooses.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+
+class Slots(NamedTuple):
+    """Which position every slot copies, and which slots every position has."""
+
+    position: Int32[Array, "rows slots"]  # the number of positions where there is none
+    order: Int32[Array, "rows slots"]  # the slots by their position
+    start: Int32[Array, "rows positions_and_one"]  # where a position begins in order
+
+    @property
+    def counts(self) -> Int32[Array, "rows positions"]:
+        """The slots of every position."""
+        return self.start[:, 1:] - self.start[:, :-1]
+
+
+def slots_of(position: Int32[Array, "rows slots"], length: int) -> Slots:
+    """The slots that copy ``position`` of ``length``, which stands for none."""
+    order = jnp.argsort(position, axis=-1, stable=True).astype(jnp.int32)
+    sorted_ = jnp.take_along_axis(position, order, axis=1)
+    edges = jnp.arange(length + 1, dtype=jnp.int32)
+    start = jax.vmap(lambda row: jnp.searchsorted(row, edges))(sorted_)
+    return Slots(position, order, start.astype(jnp.int32))
+
+
+@jax.custom_vjp
+def take(
+    x: Float[Array, "rows positions dim"], slots: Slots
+) -> Float[Array, "rows slots dim"]:
+    """The copies in slots; those of no position hold 0."""
+    at = slots.position[..., None]
+    return jnp.take_along_axis(x, at, axis=1, mode="fill", fill_value=0)
+
+
+def _take_fwd(x: Array, slots: Slots) -> tuple[Array, Slots]:
+    return take(x, slots), slots
+
+
+def _take_bwd(slots: Slots, cotangent: Array) -> tuple[Array, None]:
+    return add_up(cotangent, slots).astype(cotangent.dtype), None
+
+
+take.defvjp(_take_fwd, _take_bwd)
+
+
+@jax.custom_vjp
+def add_up(
+    y: Float[Array, "rows slots dim"], slots: Slots
+) -> Float[Array, "rows positions dim"]:
+    """The sum over the slots of every position, in their order; at least float32.
+
+    As many passes as the most slots that a position has, each of which adds one slot to
+    every position.
+    """
+    first, counts = slots.start[:, :-1], slots.counts
+    dtype = jnp.float64 if y.dtype == jnp.float64 else jnp.float32
+
+    def add_one(i: Any, total: Array) -> Array:
+        at = jnp.minimum(first + i, y.shape[1] - 1)
+        slot = jnp.take_along_axis(slots.order, at, axis=1)
+        part = jnp.take_along_axis(y, slot[..., None], axis=1).astype(dtype)
+        return total + jnp.where((i < counts)[..., None], part, 0)
+
+    zero = jnp.zeros((*first.shape, y.shape[2]), dtype)
+    return jax.lax.fori_loop(0, counts.max(), add_one, zero)
+
+
+def _add_up_fwd(y: Array, slots: Slots) -> tuple[Array, tuple]:
+    # An empty array remembers the dtype.
+    return add_up(y, slots), (slots, jnp.zeros((0,), y.dtype))
+
+
+def _add_up_bwd(residuals: tuple, cotangent: Array) -> tuple[Array, None]:
+    slots, like = residuals
+    return take(cotangent, slots).astype(like.dtype), None
+
+
+add_up.defvjp(_add_up_fwd, _add_up_bwd)

@@ -1,0 +1,250 @@
+"""How a checked call runs: what content decides, the order, the plan, the kernels."""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lowering import bits, hoist, ir, pipeline, sort, verify
+from lowering import select as run_time
+from lowering.kernel_predicate import KernelPredicate
+from lowering.pipeline import Problem, Stages
+from pallas_kernels import dispatch
+from pallas_kernels.call import Call, Inputs, Masks, Vectors
+from pallas_kernels.config import KernelConfig, Tiles
+from sadsl import checks, reference
+from sadsl.selections.content import Content, Selection, choose, selections_of
+from sadsl.terms import Softmax
+
+
+@dataclass(frozen=True)
+class Options:
+    """The static part of a call, as one hashable value."""
+
+    term: Softmax
+    problem: Problem
+    sm_scale: float
+    impl: str
+    interpret: Hashable = False
+    config: KernelConfig = field(default_factory=KernelConfig)
+
+    @cached_property
+    def selections(self) -> tuple[Selection, ...]:
+        """The parts of the map that are decided by content."""
+        return selections_of(self.term)
+
+    @property
+    def stages(self) -> Stages:
+        """The lowered map in the given order of positions, every stage kept."""
+        return pipeline.run(self.term.map.node, self.problem)
+
+    @cached_property
+    def sorted_by(self) -> sort.Keys | None:
+        """The labels that positions are sorted by at run time, if they are."""
+        orders = [
+            (s.key(s.order["q"]), s.key(s.order["k"]))
+            for s in self.selections
+            if s.order
+        ]
+        if not orders or self.config.relayout is False:
+            return None
+        return sort.keys(self.stages["simplify"], orders)
+
+    def arranged(self, tiles: Tiles) -> Stages:
+        """The lowered map in the order of positions that kernels work in."""
+        if self.config.relayout is False:
+            return self.stages
+        if self.sorted_by is not None:
+            return sort.sorted_stages(self.stages)
+        forward = tiles.forward
+        return pipeline.arrange(self.stages, forward.block_q, forward.block_kv)
+
+
+@partial(jax.jit, static_argnames=("options",))
+def traced(
+    q: Array, k: Array, v: Array, arrays: Mapping[str, Array], *, options: Options
+) -> tuple[Array, Array]:
+    """Output and lse of a checked call; ``arrays`` have a batch axis."""
+    arrays = with_parts(q, k, arrays, options)
+    run = _dense if options.impl == "reference" else _kernels
+    return run(q, k, v, arrays, options)
+
+
+def with_parts(
+    q: Array, k: Array, arrays: Mapping[str, Array], options: Options
+) -> Mapping[str, Array]:
+    """The arrays that the map reads, what content decides among them."""
+    if not options.selections:
+        return arrays
+    arrays = {**arrays, **chosen_parts(q, k, arrays, options)}
+    read = {x for m in options.stages["simplify"].maps for x in ir.operand_names(m)}
+    arrays = {name: x for name, x in arrays.items() if name in read}
+    check_operands(arrays, options.stages)
+    return arrays
+
+
+def chosen_parts(
+    q: Array, k: Array, arrays: Mapping[str, Array], options: Options
+) -> dict[str, Array]:
+    """What the selections of a call choose, by the names that its map reads."""
+    content = Content(
+        q=jnp.swapaxes(q, 1, 2),
+        k=jnp.swapaxes(k, 1, 2),
+        given=arrays,
+        sm_scale=options.sm_scale,
+        q_offset=options.problem.q_offset,
+    )
+    return choose(options.selections, content)
+
+
+def _dense(
+    q: Array, k: Array, v: Array, arrays: Mapping[str, Array], options: Options
+) -> tuple[Array, Array]:
+    problem = options.problem
+    program = options.stages["resolve_heads"]
+    nodes = tuple(program.maps[m] for m in program.map_of_head)
+    # An operand indexed by the head reads the head at hand.
+    nodes = tuple(
+        ir.substitute(node, {"h": ir.Const(head)}) for head, node in enumerate(nodes)
+    )
+    allowed = reference.pairs(nodes, problem.q_seq_len, problem.kv_seq_len, arrays)
+    out, lse = reference.attention(
+        q, k, v, allowed,
+        sm_scale=options.sm_scale, logits_soft_cap=options.term.logits_soft_cap,
+    )  # fmt: skip
+    return out, lse.astype(jnp.float32)
+
+
+def _kernels(
+    q: Array, k: Array, v: Array, arrays: Mapping[str, Array], options: Options
+) -> tuple[Array, Array]:
+    if q.dtype == jnp.float64:
+        raise NotImplementedError(
+            f"impl={options.impl!r} takes float32, bfloat16 or float16, not float64: "
+            "cast, or use impl='reference'"
+        )
+    tiles = choose_tiles(options, q.shape[-1], v.shape[-1], q.dtype)
+    ready = prepare(arrays, options, tiles)
+    layouts, orders = ready.stages.layouts, ready.orders
+    if layouts is not None:
+        # Before the heads come to the front: the two are one change of layout.
+        q = layouts.q.to_slots(q, 1)
+        k, v = (layouts.kv.to_slots(x, 1) for x in (k, v))
+    if orders is not None:
+        q, k, v = orders.to_slots(q, k, v)
+    inputs = Inputs(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
+    call = kernel_call(options, ready.stages, tiles)
+    o, lse = dispatch.attend(
+        inputs, ready.vectors, ready.masks, call, impl=options.impl
+    )
+    o = jnp.swapaxes(o, 1, 2)
+    if layouts is not None:
+        o, lse = layouts.q.to_positions(o, 1), layouts.q.to_positions(lse, 2)
+    if orders is not None:
+        o, lse = orders.to_positions(o, lse)
+    return o, lse
+
+
+class Prepared(NamedTuple):
+    """A call but for q, k and v: the map in its order, what it reads, its plans."""
+
+    stages: Stages
+    vectors: Vectors
+    masks: Masks
+    orders: sort.Orders | None
+
+
+def prepare(arrays: Mapping[str, Array], options: Options, tiles: Tiles) -> Prepared:
+    """The order, the vectors and the plans, made at run time where content decides."""
+    stages, orders = options.arranged(tiles), None
+    if options.sorted_by is not None:
+        orders = sort.orders(options.sorted_by, options.stages["simplify"], arrays)
+        arrays = {**arrays, **orders.operands}
+    vectors = call_vectors(stages, arrays, tiles)
+    if run_time.is_run_time(stages):
+        masks = run_time.masks(stages, tiles, vectors)
+    else:
+        masks = pipeline.masks(stages, tiles)
+    return Prepared(stages, vectors, masks, orders)
+
+
+def call_vectors(stages: Stages, arrays: Mapping[str, Array], tiles: Tiles) -> Vectors:
+    """The vectors and bits that the predicate reads, computed from the operands."""
+    program = stages["hoist"]
+    lengths = program.problem.q_seq_len, program.problem.kv_seq_len
+    heads_, block_kv = program.problem.num_heads, tiles.forward.block_kv
+    return Vectors(
+        hoist.vectors(program.q_vectors, lengths[0], heads_, arrays),
+        hoist.vectors(program.kv_vectors, lengths[1], heads_, arrays),
+        bits.pack(program.bits, lengths, block_kv, heads_, arrays),
+    )
+
+
+def kernel_call(options: Options, stages: Stages, tiles: Tiles) -> Call:
+    """The static part of the kernel call."""
+    return Call(
+        predicate=KernelPredicate(stages["hoist"].maps),
+        sm_scale=options.sm_scale,
+        tiles=tiles,
+        logits_soft_cap=options.term.logits_soft_cap,
+        interpret=options.interpret,
+    )
+
+
+def choose_tiles(options: Options, head_dim: int, head_dim_v: int, dtype: Any) -> Tiles:
+    """The block sizes of a call: the config's, else the backend's for these sizes."""
+    backend = dispatch.BACKENDS[options.impl]
+    defaults = backend.default_tiles(head_dim, head_dim_v, dtype)
+    return options.config.resolve(defaults)
+
+
+def call_arrays(
+    options: Options, operands: Mapping[str, Any] | None, ids: tuple, batch: int
+) -> dict[str, Array]:
+    """The run-time arrays of a call with a batch axis, checked against its map."""
+    asked = {name: r for s in options.selections for name, r in s.operands.items()}
+    arrays = checks.operand_arrays(operands, *ids, floats=frozenset(asked))
+    ranks = operand_ranks(options.stages, arrays) | asked
+    fitted = checks.with_batch_axis(arrays, ranks, batch)
+    others = {
+        name: x
+        for name, x in fitted.items()
+        if name not in asked and not any(s.owns(name) for s in options.selections)
+    }
+    check_operands(others, options.stages, made=options.selections)
+    return fitted
+
+
+def operand_ranks(stages: Stages, arrays: Mapping[str, Any]) -> dict[str, int]:
+    """The axes of each array beside the batch: as many as it is indexed by."""
+    ranks = {
+        n.name: len(n.index)
+        for node in stages["simplify"].maps
+        for n in ir.walk(node)
+        if isinstance(n, ir.Operand)
+    }
+    return {name: ranks.get(name, 1) for name in arrays}
+
+
+def check_operands(
+    arrays: Mapping[str, Any], stages: Stages, made: tuple[Selection, ...] = ()
+) -> None:
+    """Checks arrays ``[batch or 1, ...]`` against what the map reads.
+
+    The parts of the selections ``made`` need not be there yet.
+    """
+    program = stages["simplify"]
+    problem = program.problem
+    shapes = {name: tuple(x.shape[1:]) for name, x in arrays.items()}
+    needed = {
+        n
+        for node in program.maps
+        for n in ir.walk(node)
+        if isinstance(n, ir.Operand) and not any(s.owns(n.name) for s in made)
+    }
+    lengths = problem.q_seq_len, problem.kv_seq_len
+    verify.verify_operands(needed, *lengths, shapes, problem.num_heads)

@@ -1,0 +1,214 @@
+"""SeerAttention's gate as a layer of Flax NNX, and the loss that it learns from.
+
+Gao et al., SeerAttention: learning intrinsic sparse attention in your LLMs, 2024,
+section 3. The gate scores blocks from pooled queries and keys; its scores are the
+operand of ``sadsl.catalog.seer_attention``. Nothing but the gate is trained.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from sadsl.selections.partitions import grouped, num_parts, pooled
+from sadsl.selections.scores import in_steps, products, softmax
+
+HEAD_INIT = nnx.initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", batch_axis=0
+)
+
+
+class BlockGate(nnx.Module):
+    """How much a block of queries will attend to a block of keys.
+
+    Queries are pooled by their mean, keys by maximum, minimum and mean, side by side; a
+    linear map for each head takes them to ``gate_dim`` numbers, which are rotated to
+    the position where their block begins. ``gate(q, k)`` are the probabilities of a
+    softmax over the blocks up to the own one.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        *,
+        num_kv_heads: int | None = None,
+        block: int = 64,
+        gate_dim: int = 128,
+        rope_theta: float = 10_000.0,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Makes the parameters, one linear map for each query head and each key head.
+
+        Args:
+          num_heads, num_kv_heads: heads of the queries and of the keys (as many if
+            None), which must divide them.
+          head_dim: of the queries and keys.
+          block: positions of a block; that of the spec.
+          gate_dim: width of the gate, even.
+          rope_theta: the base of the rotary positions.
+          param_dtype: of the parameters; the gate computes in float32.
+          rngs: where ``rngs.params`` comes from.
+
+        Raises:
+          ValueError: the sizes are too small or do not divide.
+        """
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "block": block}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads={num_heads} must be a multiple of "
+                f"num_kv_heads={num_kv_heads}"
+            )
+        if gate_dim < 2 or gate_dim % 2:
+            raise ValueError(
+                f"gate_dim={gate_dim} must be even: it is rotated in pairs"
+            )
+        self.block, self.rope_theta = block, rope_theta
+        shapes = (num_heads, head_dim, gate_dim), (num_kv_heads, 3 * head_dim, gate_dim)
+        query, key = (HEAD_INIT(rngs.params(), shape, param_dtype) for shape in shapes)
+        self.query, self.key = nnx.Param(query), nnx.Param(key)
+
+    def logits(
+        self,
+        q: Float[Array, "batch q num_heads head_dim"],
+        k: Float[Array, "batch kv num_kv_heads head_dim"],
+    ) -> Float[Array, "batch num_heads q_blocks kv_blocks"]:
+        """The scores before the softmax, -inf for later blocks.
+
+        ``q`` and ``k`` are what attention takes, before rotary positions.
+
+        Raises:
+          ValueError: they do not have the heads and the width of the gate.
+        """
+        weights = {"q": self.query[...], "k": self.key[...]}
+        found = {"q": q, "k": k}
+        for name, x in found.items():
+            parts = 3 if name == "k" else 1
+            heads, width = weights[name].shape[0], weights[name].shape[1] // parts
+            if x.ndim != 4 or x.shape[2:] != (heads, width):
+                raise ValueError(
+                    f"{name} has shape {x.shape}: the gate was made for [batch, seq, "
+                    f"{heads}, {width}]"
+                )
+        means = _pooled(q, self.block, ("mean",))
+        keys = _pooled(k, self.block, ("max", "min", "mean"))
+        wide_q = self._rotated(means, weights["q"])
+        wide_k = self._rotated(keys, weights["k"])
+        scores = products(wide_q, wide_k) * wide_q.shape[-1] ** -0.5
+        rows, columns = (np.arange(n) for n in scores.shape[2:])
+        past = (columns[None, :] <= rows[:, None])[None, None]
+        return jnp.where(past, scores, -jnp.inf)
+
+    def __call__(
+        self,
+        q: Float[Array, "batch q num_heads head_dim"],
+        k: Float[Array, "batch kv num_kv_heads head_dim"],
+    ) -> Float[Array, "batch num_heads q_blocks kv_blocks"]:
+        """The scores: pass them as ``operands={"gate": gate(q, k)}``."""
+        return jax.nn.softmax(self.logits(q, k), axis=-1)
+
+    def _rotated(
+        self,
+        x: Float[Array, "batch heads blocks pools"],
+        weight: Float[Array, "heads pools gate"],
+    ) -> Float[Array, "batch heads blocks gate"]:
+        x = jnp.einsum("bhnp,hpg->bhng", x, weight.astype(jnp.float32))
+        half = x.shape[-1] // 2
+        frequency = self.rope_theta ** -(np.arange(half) / half)
+        angle = np.arange(x.shape[2])[:, None] * self.block * frequency
+        cos, sin = (
+            jnp.asarray(f(angle), jnp.float32)[None, None] for f in (np.cos, np.sin)
+        )
+        a, b = x[..., :half], x[..., half:]
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def _pooled(
+    x: Float[Array, "batch seq heads dim"], block: int, ways: tuple[str, ...]
+) -> Float[Array, "batch heads blocks pools"]:
+    x = jnp.swapaxes(x, 1, 2)
+    return jnp.concatenate([pooled(x, block, how) for how in ways], axis=-1)
+
+
+def target(
+    q: Float[Array, "batch seq num_heads head_dim"],
+    k: Float[Array, "batch seq num_kv_heads head_dim"],
+    *,
+    block: int = 64,
+    sm_scale: float | None = None,
+) -> Float[Array, "batch num_heads blocks blocks"]:
+    """What the gate should say: the largest attention in each block, rows adding to 1.
+
+    ``q`` and ``k`` are those of the attention, with their positions; it is causal. A
+    few blocks of queries are computed at a time, never the whole matrix. No gradient
+    flows through it.
+    """
+    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    q, k = (
+        jax.lax.stop_gradient(jnp.swapaxes(x, 1, 2)).astype(jnp.float32) for x in (q, k)
+    )
+    batch, num_heads, length, _ = q.shape
+    at_key = jnp.arange(k.shape[2], dtype=jnp.int32)[None, :]
+    first = jnp.arange(num_parts(block, length), dtype=jnp.int32) * block
+    rows = {"q": grouped(q, block, -2)[0], "first": first[None, None]}
+
+    def largest(x: Any) -> Float[Array, "batch heads rows blocks"]:
+        some = x["q"]
+        flat = some.reshape(*some.shape[:2], -1, some.shape[-1])
+        at = x["first"][0, 0, :, None] + jnp.arange(block, dtype=jnp.int32)[None, :]
+        at = at.reshape(-1, 1)
+        held = (at_key <= at) & (at < length)
+        p = softmax(products(flat, k) * scale, held[None, None])
+        p = p.reshape(*some.shape[:-1], -1)
+        # The rest of a short last block is 0, which is no maximum.
+        return jnp.max(grouped(p, block, -1)[0], axis=(3, 5))
+
+    found = in_steps(largest, rows, batch * num_heads * block * k.shape[2])
+    return found / jnp.sum(found, axis=-1, keepdims=True)
+
+
+def distillation_loss(
+    logits: Float[Array, "batch heads blocks blocks"],
+    wanted: Float[Array, "batch heads blocks blocks"],
+    *,
+    skip: float = 0.25,
+    weight: float = 10.0,
+) -> Float[Array, ""]:
+    """The divergence of the gate from its target, ``KL(wanted | softmax(logits))``.
+
+    Times ``weight``, and averaged over all entries as in the code, but for the first
+    ``skip`` of the rows of blocks, which have little to choose from.
+
+    Args:
+      logits: ``BlockGate.logits``, -inf for later blocks.
+      wanted: ``target``.
+      skip: the part of the rows that is left out.
+      weight: the factor of the loss.
+
+    Raises:
+      ValueError: the two differ in shape, or ``skip`` leaves no row.
+    """
+    if logits.shape != wanted.shape:
+        raise ValueError(
+            f"logits have shape {logits.shape} and wanted {wanted.shape}: both must be "
+            "[batch, heads, blocks, blocks], of one block size"
+        )
+    if not 0 <= skip < 1:
+        raise ValueError(f"skip={skip} must be at least 0 and below 1")
+    first = int(logits.shape[2] * skip)
+    logits, wanted = logits[:, :, first:], wanted[:, :, first:]
+    some = wanted > 0
+    # Double where: later blocks have -inf on both sides.
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    log_p = jnp.where(some, log_p, 0.0)
+    log_wanted = jnp.log(jnp.where(some, wanted, 1.0))
+    return weight * jnp.mean(wanted * (log_wanted - log_p))

@@ -1,0 +1,322 @@
+"""``scatter_mean``: members of clusters side by side, kernels on them, put back.
+
+Each cluster is copied to a head of its own, as long as the cluster has members, and the
+ordinary kernels run on these heads: block-diagonal attention in the order of the
+clusters. All copies together are as large as the arrays where ``num_clusters * window``
+is the length. Roy et al., Efficient content-based sparse attention with Routing
+Transformers, 2021, section 4.1.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lowering import ir, pipeline
+from lowering.hoist import AtPositions
+from lowering.pipeline import Problem
+from lowering.predicate import evaluate
+from lowering.slots import Slots, add_up, slots_of, take
+from pallas_kernels.config import KernelConfig
+from sadsl import checks, execution, reference
+from sadsl.execution import Options
+from sadsl.maps import IndexMap
+from sadsl.named import Where, causal, where
+from sadsl.selections.content import Content
+from sadsl.terms import ScatterMean, Softmax
+
+# Names that no operand of a caller can have.
+Q_AT, K_AT, K_SEEN = "slot.q", "slot.k", "slot.seen"
+
+
+class Members(NamedTuple):
+    """Who fills the slots of every cluster: int32 ``[batch, heads, clusters, window]``.
+
+    Ascending; the length of the sequence stands for no one.
+    """
+
+    q: Array
+    k: Array
+
+
+def attention(
+    inputs: tuple[Array, Array, Array],
+    term: ScatterMean,
+    given: Mapping[str, Any],
+    options: Options,
+) -> Array:
+    """The averaged output, ``[batch, seq, heads, head_dim_v]``.
+
+    ``inputs`` are q, k and v as in ``sadsl.attention``, ``given`` all run-time arrays,
+    and ``options`` those of a call with ``term.rest`` alone.
+
+    Raises:
+      ValueError: arrays, sizes and options do not fit together.
+    """
+    if term.own_key == "alone" and options.problem.q_offset:
+        raise ValueError(
+            f"q_offset={options.problem.q_offset}: scatter_mean with own_key='alone' "
+            "pairs query i with key i, so it takes q_offset=0"
+        )
+    arrays = _arrays(term, given, options, inputs[0].shape[0])
+    return _traced(*inputs, *arrays, term=term, options=options)
+
+
+def select(
+    q: Array, k: Array, term: ScatterMean, given: Mapping[str, Any], options: Options
+) -> dict[str, Array]:
+    """The members of the clusters by name, to be passed back as operands."""
+    of_clusters, _ = _arrays(term, given, options, q.shape[0])
+    found = _chosen(q, k, of_clusters, term=term, options=options)
+    return dict(zip(_names(term), found, strict=True))
+
+
+def reads(term: ScatterMean, name: str) -> bool:
+    """Whether a call takes the run-time array ``name``."""
+    known = (*term.clusters.operands, *ir.operand_names(term.rest.node))
+    return name in known or name in _names(term)
+
+
+def _names(term: ScatterMean) -> list[str]:
+    """What members are called among the operands of a call."""
+    return [term.clusters.key(name) for name in Members._fields]
+
+
+def _arrays(
+    term: ScatterMean, given: Mapping[str, Any], options: Options, batch: int
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The arrays of the clusters and of the rest, each with a batch axis."""
+    ranks = {**term.clusters.operands, **dict.fromkeys(_names(term), 3)}
+    mine = {name: x for name, x in given.items() if name in ranks}
+    others = {name: x for name, x in given.items() if name not in ranks}
+    arrays = checks.operand_arrays(mine, None, None, floats=frozenset(ranks))
+    of_rest = execution.call_arrays(options, others, (None, None), batch)
+    return checks.with_batch_axis(arrays, ranks, batch), of_rest
+
+
+@partial(jax.jit, static_argnames=("term", "options"))
+def _traced(
+    q: Array, k: Array, v: Array, of_clusters: Mapping[str, Array],
+    of_rest: Mapping[str, Array], *, term: ScatterMean, options: Options,
+) -> Array:  # fmt: skip
+    members = _members(q, k, of_clusters, term, options)
+    if term.sm_scale is not None:
+        options = replace(options, sm_scale=term.sm_scale)
+    run = _dense if options.impl == "reference" else _in_clusters
+    return run((q, k, v), members, of_rest, term, options)
+
+
+def _members(
+    q: Array, k: Array, arrays: Mapping[str, Array], term: ScatterMean, options: Options
+) -> Members:
+    """The members as given, or chosen; no gradient flows through them.
+
+    Raises:
+      ValueError: they are given in a shape that ``select`` does not make.
+    """
+    clusters = term.clusters
+    given = [arrays[name] for name in _names(term) if name in arrays]
+    if not given:
+        content = Content(
+            q=jnp.swapaxes(q, 1, 2),
+            k=jnp.swapaxes(k, 1, 2),
+            given=arrays,
+            sm_scale=options.sm_scale,
+            q_offset=options.problem.q_offset,
+        )
+        return Members(*clusters.slots(jax.lax.stop_gradient(content)))
+    lead = q.shape[2], clusters.num_clusters
+    wanted = [(*lead, clusters.size(x.shape[1])) for x in (q, k)]
+    if [x.shape[1:] for x in given] != wanted:
+        raise ValueError(
+            f"the members of {clusters!r} have shapes {[x.shape[1:] for x in given]} "
+            f"beside the batch: they must be {wanted}, as select chooses them for "
+            "these lengths"
+        )
+    spread = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])) for x in given)
+    return Members(*(x.astype(jnp.int32) for x in spread))
+
+
+_chosen = jax.jit(_members, static_argnames=("term", "options"))
+
+
+def _in_clusters(
+    inputs: tuple[Array, Array, Array],
+    members: Members,
+    of_rest: Mapping[str, Array],
+    term: ScatterMean,
+    options: Options,
+) -> Array:
+    """Copies to slots, attention of every cluster, and the mean put back."""
+    q, k, v = inputs
+    batch, q_seq_len, heads, _ = q.shape
+    _, kv_seq_len, kv_heads, _ = k.shape
+    num_clusters, window = members.q.shape[2:]
+    lead = batch, heads * num_clusters
+    q_slots = slots_of(members.q.reshape(batch * heads, -1), q_seq_len)
+    kv_slots = slots_of(members.k.reshape(batch * kv_heads, -1), kv_seq_len)
+    copies = [
+        _to_clusters(x, slots, lead)
+        for x, slots in ((q, q_slots), (k, kv_slots), (v, kv_slots))
+    ]
+    arrays = {
+        **of_rest,
+        Q_AT: members.q.reshape(*lead, window),
+        K_AT: members.k.reshape(*lead, -1),
+        K_SEEN: jnp.swapaxes(jnp.any(copies[2] != 0, axis=-1), 1, 2),
+    }
+    spec = _map_of_slots(term, options.problem, num_clusters)
+    of_slots = replace(
+        options,
+        term=Softmax(spec),
+        problem=Problem(window, copies[1].shape[1], lead[1]),
+        config=_config(options, window),
+    )
+    read = {name: arrays[name] for name in ir.operand_names(spec.node)}
+    out, lse = execution.traced(*copies, read, options=of_slots)
+    if term.own_key == "alone":
+        own = _own_pairs(term, options.problem, num_clusters, arrays)
+        alone = jnp.isneginf(lse) & own
+        out = jnp.where(jnp.swapaxes(alone, 1, 2)[..., None], copies[2], out)
+    rows = jnp.swapaxes(out, 1, 2).reshape(batch * heads, -1, out.shape[-1])
+    total, count = add_up(rows, q_slots), q_slots.counts[..., None]
+    mean = total / (count.astype(total.dtype) + term.eps_count)
+    mean = mean.reshape(batch, heads, q_seq_len, -1).astype(q.dtype)
+    return jnp.swapaxes(mean, 1, 2)
+
+
+def _to_clusters(x: Array, slots: Slots, lead: tuple[int, int]) -> Array:
+    """``[batch, seq, heads, dim]`` to ``[batch, slots, heads and clusters, dim]``."""
+    _, length, _, dim = x.shape
+    copies = take(jnp.swapaxes(x, 1, 2).reshape(-1, length, dim), slots)
+    return jnp.swapaxes(copies.reshape(*lead, -1, dim), 1, 2)
+
+
+def _config(options: Options, window: int) -> KernelConfig:
+    """Blocks that a cluster fills, unless the caller names some."""
+    config = replace(options.config, relayout=False)
+    if config.block_q or config.block_kv or config.dq or config.dkv:
+        return config
+    match options.impl:
+        case "xla":
+            even = -(-window // -(-window // 128))
+            block = -(-even // 8) * 8
+        case "triton" if window < 64:
+            block = max(16, 1 << (window - 1).bit_length())
+        case _:
+            return config
+    return replace(config, block_q=block, block_kv=block)
+
+
+def _map_of_slots(term: ScatterMean, problem: Problem, num_clusters: int) -> IndexMap:
+    """The pairs of slots of a cluster that attend.
+
+    Members ascend, so that causal clusters that are shared are causal in their slots,
+    which needs no run-time plan.
+    """
+    alone = term.own_key == "alone"
+    causal_alone = _simplified(term.rest, problem) == _simplified(causal(), problem)
+    shared = term.clusters.share_qk and not problem.q_offset
+    if causal_alone and shared and not term.skip_zeros:
+        return where(lambda q, k: k < q) if alone else causal()
+    q_at, k_at, k_seen = (
+        ir.Operand(name, (ir.H, axis))
+        for name, axis in ((Q_AT, ir.Q), (K_AT, ir.K), (K_SEEN, ir.K))
+    )
+    parts = [
+        _at_slots(term.rest.node, problem, num_clusters),
+        ir.Le(k_at, ir.Const(problem.kv_seq_len - 1)),
+    ]
+    if alone:
+        parts.append(ir.Not(ir.Eq(q_at, k_at)))
+    if term.skip_zeros:
+        parts.append(ir.Eq(k_seen, ir.Const(1)))
+    return Where(ir.And(tuple(parts)))
+
+
+def _simplified(map: IndexMap, problem: Problem) -> tuple[ir.Pred, ...]:
+    return pipeline.run(map.node, problem)["simplify"].maps
+
+
+def _at_slots(node: ir.Pred, problem: Problem, num_clusters: int) -> ir.Pred:
+    """A map of positions as a map of slots, whose heads are heads and clusters.
+
+    Slots of no position count as the last one.
+    """
+    shifted = pipeline.run(node, problem)["shift_queries"].maps[0]
+    head = ir.FloorDiv(ir.H, num_clusters)
+    whole = ir.substitute(shifted, {"n": ir.Const(problem.kv_seq_len), "h": head})
+
+    def position(name: str, slot: ir.Expr, length: int) -> ir.Expr:
+        at = ir.Operand(name, (ir.H, slot))
+        return ir.Max(ir.Min(at, ir.Const(length - 1)), ir.Const(0))
+
+    at_q = position(Q_AT, ir.Q, problem.q_seq_len)
+    at_k = position(K_AT, ir.K, problem.kv_seq_len)
+    return ir.substitute(whole, {"q": at_q, "k": at_k})
+
+
+def _own_pairs(
+    term: ScatterMean, problem: Problem, num_clusters: int, arrays: Mapping[str, Array]
+) -> Array:
+    """Whether the rest lets a slot see itself, bool ``[batch or 1, heads, slots]``."""
+    node = _at_slots(term.rest.node, problem, num_clusters)
+    heads, window = arrays[Q_AT].shape[1:]
+    maps = pipeline.run(node, Problem(window, window, heads))["resolve_heads"]
+    slot = jnp.arange(window, dtype=jnp.int32)[None, None, :]
+    head = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
+    at = AtPositions(slot, slot, h=head, operands=arrays)
+    own = [jnp.asarray(evaluate(each, at)) for each in maps.maps]
+    batch = max(x.shape[0] if x.ndim == 3 else 1 for x in own)
+    spread = jnp.stack([jnp.broadcast_to(x, (batch, heads, window)) for x in own])
+    return spread[np.array(maps.map_of_head), :, np.arange(heads)].swapaxes(0, 1)
+
+
+def _dense(
+    inputs: tuple[Array, Array, Array],
+    members: Members,
+    of_rest: Mapping[str, Array],
+    term: ScatterMean,
+    options: Options,
+) -> Array:
+    """The definition: dense attention in one cluster after the other."""
+    q, k, v = inputs
+    lengths = options.problem.q_seq_len, options.problem.kv_seq_len
+    program = options.stages["resolve_heads"]
+    every = (program.maps[m] for m in program.map_of_head)
+    nodes = tuple(ir.substitute(n, {"h": ir.Const(h)}) for h, n in enumerate(every))
+    allowed = reference.pairs(nodes, *lengths, of_rest)
+    if term.skip_zeros:
+        seen = jnp.swapaxes(jnp.any(v != 0, axis=-1), 1, 2)
+        allowed &= jnp.repeat(seen, q.shape[2] // k.shape[2], axis=1)[:, :, None]
+    own = np.eye(*lengths, dtype=bool)[None, None]
+    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    wide_q, wide_k, wide_v = (x.astype(dtype) for x in inputs)
+
+    def add(
+        total: tuple[Array, Array], of: Members
+    ) -> tuple[tuple[Array, Array], None]:
+        in_q, in_k = (
+            jnp.any(at[..., None] == np.arange(n).reshape(1, 1, 1, n), axis=2)
+            for at, n in zip(of, lengths, strict=True)
+        )
+        pairs = allowed & in_q[..., None] & in_k[:, :, None]
+        if term.own_key == "alone":
+            others = pairs & ~own
+            pairs = others | (pairs & ~others.any(axis=-1, keepdims=True))
+        out, _ = reference.attention(
+            wide_q, wide_k, wide_v, pairs, sm_scale=options.sm_scale
+        )
+        count = jnp.swapaxes(in_q, 1, 2)[..., None].astype(dtype)
+        return (total[0] + out, total[1] + count), None
+
+    zero = jnp.zeros((*q.shape[:3], v.shape[3]), dtype)
+    none = jnp.zeros((*q.shape[:3], 1), dtype)
+    by_cluster = Members(*(jnp.moveaxis(x, 2, 0) for x in members))
+    (total, count), _ = jax.lax.scan(add, (zero, none), by_cluster)
+    return (total / (count + term.eps_count)).astype(q.dtype)

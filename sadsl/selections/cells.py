@@ -1,0 +1,321 @@
+"""Cells of queries and keys that compete: the best few, the good enough, the mass.
+
+A cell is a block of queries and a block of keys, or tiles of a grid. A static map says
+which cells are eligible, and which are chosen in any case.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+from typing_extensions import override
+
+from lowering.pipeline import Problem
+from sadsl.maps import IndexMap, at_least
+from sadsl.selections import winners
+from sadsl.selections.content import Content, Leak, Selection
+from sadsl.selections.partitions import (
+    Partition,
+    Tiles,
+    check,
+    check_length,
+    num_parts,
+    part_of,
+)
+from sadsl.selections.regions import check_static, heads_of, holding
+from sadsl.selections.scores import MEAN, Score, Sides, in_steps, scorer, softmax
+from sadsl.symbols import Symbol, Truth
+
+Scope = Literal["query", "group", "shared", "head", "block", "overall"]
+# Scopes in which every row of cells has a budget of its own.
+BY_ROW = ("query", "group", "shared")
+SCOPES = (*BY_ROW, "head", "block", "overall")
+# A smaller range of scores counts as none.
+LEAST_RANGE = 1e-6
+
+
+@dataclass(frozen=True, repr=False)
+class Rules:
+    """What a budget does not say; see ``rules``."""
+
+    forced_counts: bool = True
+    at_least: int = 0
+    otherwise: str = "forced"
+
+    def __post_init__(self) -> None:
+        at_least("rules", "at_least", self.at_least, 0)
+        if self.otherwise not in ("forced", "eligible"):
+            raise ValueError(
+                f"rules: otherwise={self.otherwise!r} must be 'forced' or 'eligible'"
+            )
+
+    def __repr__(self) -> str:
+        return _call("rules", self)
+
+
+def rules(
+    *, forced_counts: bool = True, at_least: int = 0, otherwise: str = "forced"
+) -> Rules:
+    """What a budget does not say.
+
+    Args:
+      forced_counts: whether forced cells use up the budget.
+      at_least: how many cells of a set are chosen beside the forced ones, whatever
+        their scores, if as many are eligible.
+      otherwise: what an entry of the batch has where nothing is chosen in it beside
+        the forced cells: still the "forced" ones, or all "eligible" ones.
+    """
+    return Rules(forced_counts, at_least, otherwise)
+
+
+NO_RULES = Rules()
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Cells(Selection):
+    """What the selections of this file share; the result is one bool a cell."""
+
+    block: Partition = 64
+    block_q: Partition | None = None
+    score: Score = MEAN
+    scope: Scope = "query"
+    forced: IndexMap | None = None
+    eligible: IndexMap | None = None
+    rules: Rules = NO_RULES
+
+    # Whether the scores of forced cells weigh on what else is chosen.
+    sums_scores: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__.lower()
+        check(name, "block", self.block)
+        check(name, "block_q", self.rows)
+        check_static(name, "forced", self.forced)
+        check_static(name, "eligible", self.eligible)
+        if self.scope not in SCOPES:
+            raise ValueError(f"{name}: scope={self.scope!r} must be one of {SCOPES}")
+
+    @override
+    def __repr__(self) -> str:
+        return _call(type(self).__name__.lower(), self)
+
+    @property
+    def rows(self) -> Partition:
+        """How the queries fall into rows of cells."""
+        return self.block if self.block_q is None else self.block_q
+
+    @property
+    @override
+    def operands(self) -> Mapping[str, int]:
+        return {self.score.by: 3} if self.score.is_operand else {}
+
+    @property
+    @override
+    def leak(self) -> Leak:  # type: ignore[override]
+        return _leak(self)
+
+    @override
+    def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
+        cell = part_of(self.rows, q), part_of(self.block, k)
+        index = cell if self.scope == "shared" else (h, *cell)
+        return self.part("chosen")[index] == 1
+
+    def keep(
+        self,
+        values: Float[Array, "*sets entries"],
+        competing: Bool[Array, "*sets entries"],
+        rest: "Rest",
+    ) -> Bool[Array, "*sets entries"]:
+        """Which of those that compete win, beside the forced ones."""
+        raise NotImplementedError(f"{type(self).__name__} must define keep(...)")
+
+    @override
+    def choose(self, content: Content) -> dict[str, Array]:
+        sides = self._sides(content)
+        problem = sides.problem
+        cells = {
+            "forced": self._holding(self.forced, sides, False),
+            "eligible": self._holding(self.eligible, sides, True),
+        }
+        if self.score.normalise == "whole_softmax" and self.eligible is not None:
+            cells["broken"] = self._holding(~self.eligible, sides, False)
+        cells["forced"] &= cells["eligible"]
+        # Heads that choose as one: what is eligible or forced for one is for all.
+        size = {"group": content.group, "shared": problem.num_heads}.get(self.scope, 1)
+        one = {n: _over_heads(m, size, jnp.any) for n, m in cells.items()}
+        cells = {
+            n: jnp.repeat(m, size, axis=1) if m.shape[1] > 1 else m
+            for n, m in one.items()
+        }
+        query, of_rows, cost = scorer(self.score, content, sides, self.eligible)
+
+        def decide(x: dict[str, Any]) -> Bool[Array, "batch heads rows columns"]:
+            return self._decide(x, size)
+
+        if self.scope in BY_ROW:
+            chosen = in_steps(
+                lambda x: decide({**x, "scores": of_rows(x["query"])}),
+                {**cells, "query": query},
+                cost,
+            )
+        else:
+            chosen = decide({**cells, "scores": in_steps(of_rows, query, cost)})
+        if self.rules.otherwise == "eligible":
+            some = jnp.any(chosen & ~one["forced"], axis=(1, 2, 3), keepdims=True)
+            chosen = jnp.where(some, chosen, one["eligible"])
+        if self.scope == "shared":
+            return {"chosen": jnp.any(chosen, axis=1)}
+        shape = len(chosen), problem.num_heads, *chosen.shape[2:]
+        chosen = jnp.repeat(chosen, size, axis=1)
+        return {"chosen": jnp.broadcast_to(chosen, shape)}
+
+    def _sides(self, content: Content) -> Sides:
+        lengths = content.q.shape[2], content.k.shape[2]
+        check_length(self.rows, lengths[0], "queries")
+        check_length(self.block, lengths[1], "keys")
+        problem = Problem(*lengths, content.q.shape[1], content.q_offset)
+        return Sides(self.rows, self.block, problem)
+
+    def _holding(
+        self, a: IndexMap | None, sides: Sides, value: bool
+    ) -> Bool[Array, "1 heads_or_1 rows columns"]:
+        if a is not None:
+            return holding(a, sides.rows, sides.columns, sides.problem)[None]
+        problem = sides.problem
+        rows = num_parts(sides.rows, problem.q_seq_len)
+        columns = num_parts(sides.columns, problem.kv_seq_len)
+        return jnp.full((1, 1, rows, columns), value)
+
+    def _decide(
+        self, x: Mapping[str, Array], size: int
+    ) -> Bool[Array, "batch heads rows columns"]:
+        """The winners among some rows, or all, and the forced cells with them.
+
+        ``size`` heads choose as one, and are one in the result.
+        """
+        scores = x["scores"]
+        masks = {n: m for n, m in x.items() if n in ("forced", "eligible", "broken")}
+        if self.scope not in BY_ROW:
+            wide = (1, *scores.shape[1:])
+            masks = {n: jnp.broadcast_to(m, wide) for n, m in masks.items()}
+        sets = {n: to_sets(m, self.scope) for n, m in masks.items()}
+        values = to_sets(scores, self.scope)
+        weights = _weights(self.score.normalise, values, sets)
+        if size > 1:
+            weights = _over_heads(weights, size, jnp.mean)
+            sets = {n: _over_heads(m, size, jnp.any) for n, m in sets.items()}
+        forced, eligible = sets["forced"], sets["eligible"]
+        valid = eligible & jnp.isfinite(weights)
+        weights = jnp.where(valid, weights, 0.0)
+        competing = valid & ~forced
+        rows = 1 if self.scope in BY_ROW else weights.shape[-1] // scores.shape[-1]
+        rest = Rest(forced, eligible, valid, rows, scores.shape[-1])
+        kept = self.keep(weights, competing, rest)
+        if self.rules.at_least:
+            least = jnp.full(weights.shape[:-1], self.rules.at_least, jnp.int32)
+            kept = kept | winners.top(weights, competing, least)
+        return from_sets(kept | forced, self.scope, scores.shape)
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What a budget may look at beside the competing entries of its sets."""
+
+    forced: Bool[Array, "*sets entries"]
+    eligible: Bool[Array, "*sets entries"]
+    valid: Bool[Array, "*sets entries"]  # eligible, with a finite score
+    rows: int  # of cells in a set
+    columns: int
+
+
+def _call(name: str, value: Any) -> str:
+    """The call of a function: what has no default by place, the rest by name."""
+    given = [f for f in fields(value) if getattr(value, f.name) != f.default]
+    by_place = [f.name for f in given if f.default is MISSING]
+    by_name = [f.name for f in given if f.default is not MISSING]
+    texts = [repr(getattr(value, x)) for x in by_place]
+    texts += [f"{x}={getattr(value, x)!r}" for x in by_name]
+    return f"{name}({', '.join(texts)})"
+
+
+def to_sets(x: Array, scope: Scope) -> Array:
+    """``[batch, heads, rows, columns]`` by sets that share a budget: the last axis."""
+    batch, heads = x.shape[:2]
+    match scope:
+        case "head":
+            return x.reshape(batch, heads, -1)
+        case "overall":
+            return x.reshape(batch, -1)
+        case "block":
+            return jnp.moveaxis(x, 3, 1).reshape(batch, x.shape[3], -1)
+        case _:
+            return x
+
+
+def from_sets(x: Array, scope: Scope, shape: tuple[int, ...]) -> Array:
+    """The reverse of ``to_sets``, for scores of that shape."""
+    batch, heads, rows, columns = shape
+    match scope:
+        case "head" | "overall":
+            return x.reshape(batch, heads, rows, columns)
+        case "block":
+            return jnp.moveaxis(x.reshape(batch, columns, heads, rows), 1, 3)
+        case _:
+            return x
+
+
+def _over_heads(x: Array, size: int, how: Any) -> Array:
+    """The heads of axis 1 in groups of ``size``, each as one; a single one stays."""
+    if x.shape[1] == 1:
+        return x
+    return how(x.reshape(x.shape[0], -1, size, *x.shape[2:]), axis=2)
+
+
+def _weights(normalise: str, values: Array, sets: Mapping[str, Array]) -> Array:
+    """The scores as they are compared; NaN where there is none."""
+    valid = sets["eligible"] & jnp.isfinite(values)
+    match normalise:
+        case "softmax" | "whole_softmax":
+            whole = valid & ~sets["broken"] if "broken" in sets else valid
+            found = softmax(jnp.where(valid, values, 0.0), whole)
+        case "minmax":
+            low = jnp.where(valid, values, jnp.inf).min(axis=-1, keepdims=True)
+            high = jnp.where(valid, values, -jnp.inf).max(axis=-1, keepdims=True)
+            extent = jnp.where(high - low > LEAST_RANGE, high - low, 1.0)
+            found = (values - low) / extent
+        case _:
+            return values
+    return jnp.where(valid, found, jnp.nan)
+
+
+@lru_cache(maxsize=256)
+def _leak(cells: Cells) -> Leak:
+    """Seen from the cells of a short sequence; what cannot be seen counts as all."""
+    rows, columns, eligible = cells.rows, cells.block, cells.eligible
+    if cells.scope not in BY_ROW or eligible is None or isinstance(columns, Tiles):
+        return "all"
+    if isinstance(rows, Tiles):
+        return "all"
+    length = 16 * max(rows, columns) + 1
+    problem = Problem(length, length, heads_of(eligible, cells.forced))
+    try:
+        allowed = np.asarray(holding(eligible, rows, columns, problem))
+        forced = np.zeros_like(allowed)
+        if cells.forced is not None:
+            forced = np.asarray(holding(cells.forced, rows, columns, problem))
+    except ValueError:
+        return "all"
+    first_query = np.arange(allowed.shape[1])[:, None] * rows
+    first_key = np.arange(allowed.shape[2]) * columns
+    last_key = np.minimum(first_key + columns, length) - 1
+    if (allowed & (first_key > first_query + rows - 1)).any():
+        return "all"
+    # Forced cells are chosen without their scores, unless those weigh on the others.
+    weighed = cells.score.normalise in ("softmax", "minmax") or cells.sums_scores
+    read = allowed if weighed else allowed & ~forced
+    own = rows == 1 and not (read & (last_key > first_query)).any()
+    return "none" if own else "block"

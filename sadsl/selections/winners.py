@@ -1,0 +1,112 @@
+"""Who wins: the top of a set, or its heaviest part.
+
+A set is the last axis. Winners are found by bisection over the bits of the scores, not
+by sorting: 32 counts, whatever the budget, which may differ from set to set.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+
+def top(
+    scores: Float[Array, "*sets entries"],
+    competing: Bool[Array, "*sets entries"],
+    count: Int[Array, "*#sets"],
+) -> Bool[Array, "*sets entries"]:
+    """The ``count`` greatest of those that compete; of equal ones, the first.
+
+    Where fewer compete, all of them. Competitors must be finite.
+    """
+    order = _ordered(scores, competing)
+    sets = order.shape[:-1]
+    limit = _greatest(32, lambda x: _count(order >= x[..., None]) >= count, sets)
+    limit = limit[..., None]
+    above, tied = order > limit, competing & (order == limit)
+    left = count - _count(above)
+    return above | tied & (_places(order) < _last_place(tied, lambda x: x <= left))
+
+
+def heaviest(
+    weights: Float[Array, "*sets entries"],
+    competing: Bool[Array, "*sets entries"],
+    target: Float[Array, "*#sets"],
+) -> Bool[Array, "*sets entries"]:
+    """The fewest of those that compete whose weights add up to ``target``.
+
+    The heaviest first; of equal ones, the first. All of them where they do not reach
+    it, none where it is not positive. Weights must be at least 0.
+    """
+    order = _ordered(weights, competing)
+    weights = jnp.where(competing, weights, 0.0)
+
+    def total(held: Bool[Array, "*sets entries"]) -> Float[Array, "*sets"]:
+        return jnp.sum(jnp.where(held, weights, 0.0), axis=-1)
+
+    sets = order.shape[:-1]
+    limit = _greatest(32, lambda x: total(order >= x[..., None]) >= target, sets)
+    limit = limit[..., None]
+    above, tied = order > limit, competing & (order == limit)
+    held, each = total(above), jnp.max(jnp.where(tied, weights, 0.0), axis=-1)
+
+    def still_short(count: Int[Array, "*sets"]) -> Bool[Array, "*sets"]:
+        before = jnp.maximum(count - 1, 0).astype(jnp.float32)
+        return (count == 0) | (held + before * each < target)
+
+    return above | tied & (_places(order) < _last_place(tied, still_short))
+
+
+def _count(held: Bool[Array, "*sets entries"]) -> Int[Array, "*sets"]:
+    return jnp.sum(held, axis=-1, dtype=jnp.int32)
+
+
+def _ordered(
+    x: Float[Array, "*sets entries"], competing: Bool[Array, "*sets entries"]
+) -> UInt32[Array, "*sets entries"]:
+    """Unsigned integers in the order of the floats; 0, below all, for the others."""
+    # -0.0 and 0.0 are one value. (Adding 0 would be optimised away.)
+    x = jnp.where(x == 0, 0.0, x.astype(jnp.float32))
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    order = jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31)))
+    found = jax.lax.bitcast_convert_type(order, jnp.uint32)
+    return jnp.where(competing, found, jnp.uint32(0))
+
+
+def _places(x: Array) -> UInt32[Array, "*ones entries"]:
+    """The number of every entry in its set."""
+    return jax.lax.broadcasted_iota(
+        jnp.uint32, (1,) * (x.ndim - 1) + x.shape[-1:], x.ndim - 1
+    )
+
+
+def _last_place(
+    tied: Bool[Array, "*sets entries"],
+    holds: Callable[[Int[Array, "*sets"]], Bool[Array, "*sets"]],
+) -> UInt32[Array, "*sets 1"]:
+    """The greatest place such that the number of those tied before it is in order.
+
+    Counting again and again is several times faster than one cumulative sum.
+    """
+    place, bits = _places(tied), tied.shape[-1].bit_length()
+    found = _greatest(
+        bits, lambda x: holds(_count(tied & (place < x[..., None]))), tied.shape[:-1]
+    )
+    return found[..., None]
+
+
+def _greatest(
+    bits: int,
+    holds: Callable[[UInt32[Array, "*sets"]], Bool[Array, "*sets"]],
+    sets: tuple[int, ...],
+) -> UInt32[Array, "*sets"]:
+    """The greatest number of so many bits that holds, if those below it do; else 0."""
+
+    def step(i: Int[Array, ""], found: UInt32[Array, "*sets"]) -> Array:
+        raised = found | (
+            jnp.uint32(1) << (jnp.uint32(bits - 1) - i.astype(jnp.uint32))
+        )
+        return jnp.where(holds(raised), raised, found)
+
+    return jax.lax.fori_loop(0, bits, step, jnp.zeros(sets, jnp.uint32))

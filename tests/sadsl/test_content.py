@@ -1,0 +1,257 @@
+"""Maps decided by content on every backend: composed, sorted, skipped, traced once."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from calls import BACKENDS, IMPLS, SMALL, arrays, assert_matches
+
+import sadsl as sa
+from lowering import pipeline
+from sadsl import execution
+from sadsl.selections import Selection
+
+
+@dataclass(frozen=True)
+class Cells(Selection):
+    """A table of blocks from the signs of sums: a head and a batch entry each."""
+
+    block_q: int
+    block_kv: int
+
+    def choose(self, content):
+        def sums(x, block):
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)))
+            return x.reshape(*x.shape[:2], -1, block, x.shape[3]).sum(axis=3)
+
+        q, k = content.queries(), content.keys()
+        scores = jnp.einsum(
+            "bhid,bhjd->bhij", sums(q, self.block_q), sums(k, self.block_kv)
+        )
+        return {"chosen": scores > 0}
+
+    def pairs(self, q, k, h):
+        return self.part("chosen")[h, q // self.block_q, k // self.block_kv] == 1
+
+
+@dataclass(frozen=True)
+class Slashes(Selection):
+    """Distances that a head sees, the same for all batch entries."""
+
+    def choose(self, content):
+        heads, length = content.q.shape[1], content.k.shape[2]
+        head, distance = jnp.arange(heads)[:, None], jnp.arange(length)[None]
+        return {"slash": ((distance * 7 + head) % 5 < 2)[None]}
+
+    def pairs(self, q, k, h):
+        return (k <= q) & (self.part("slash")[h, sa.maximum(q - k, 0)] == 1)
+
+
+@dataclass(frozen=True)
+class Limits(Selection):
+    """Keys of a small rank, one limit for each query: nothing of a pair is looked up."""
+
+    def choose(self, content):
+        rank = jnp.argsort(jnp.argsort(content.keys()[..., 0], axis=-1), axis=-1)
+        return {"rank": rank, "limit": jnp.where(content.q[..., 1] > 0, 30, 10)}
+
+    def pairs(self, q, k, h):
+        return self.part("rank")[h, k] <= self.part("limit")[h, q]
+
+
+@dataclass(frozen=True)
+class Labels(Selection):
+    """Queries and keys of one label."""
+
+    count: int
+
+    @property
+    def order(self):
+        return {"q": "q", "k": "k"}
+
+    def choose(self, content):
+        def label(x):
+            return jnp.floor(x[..., 0] * 2.5).astype(jnp.int32) % self.count
+
+        return {"q": label(content.queries()), "k": label(content.keys())}
+
+    def pairs(self, q, k, h):
+        return self.part("q")[h, q] == self.part("k")[h, k]
+
+
+WINDOWS = sa.per_head(sa.window(3), sa.window(9))
+SPECS = [
+    sa.causal() & (sa.window(9) | Cells(7, 5)),
+    (Cells(32, 16) | WINDOWS) - Cells(1, 64),
+    Slashes() | (Cells(9, 70).T & sa.keys(0, 40)),
+    sa.causal() & Limits(),
+    sa.causal() & Labels(4),
+    Labels(3) | WINDOWS,
+]
+
+
+def dense(spec, q, k):
+    """The pairs of every batch entry and head, from what was chosen."""
+    parts = sa.select(spec, q, k)
+    return np.stack(
+        [
+            spec.dense(
+                q.shape[1], k.shape[1], q.shape[2],
+                operands={n: np.asarray(x[min(b, len(x) - 1)]) for n, x in parts.items()},
+            )
+            for b in range(len(q))
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+def test_composed(impl, spec):
+    q, k, v, do = arrays()
+    pairs = dense(spec, q, k)
+    assert 0 < pairs.mean() < 0.9
+    assert_matches(impl, spec, pairs, q, k, v, do)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_mask_of_blocks_of_the_user(impl):
+    text = "where(lambda q, k, h: operand('mask')[h, q // 16, k // 24] == 1)"
+    mask = np.random.default_rng(5).integers(0, 2, (2, 4, 5, 3)).astype(bool)
+    pairs = np.kron(mask, np.ones((1, 1, 16, 24), bool))[:, :, :70, :70]
+    q, k, v, do = arrays()
+    assert_matches(impl, text, pairs, q, k, v, do, operands={"mask": mask})
+
+
+@pytest.mark.parametrize("impl", ["xla", "triton"])
+def test_query_offset(impl):
+    q, k, v, do = arrays(q_len=20)
+    spec = sa.causal() & (Slashes() | Cells(4, 16))
+    parts = sa.select(spec, q, k, q_offset=50)
+    parts = {name: np.asarray(x) for name, x in parts.items()}
+    cells = np.kron(parts["Cells(block_q=4, block_kv=16).chosen"], np.ones((4, 16)))
+    q_at, k_at = np.arange(50, 70)[:, None], np.arange(70)[None]
+    slash = parts["Slashes().slash"][:, :, np.maximum(q_at - k_at, 0)]
+    pairs = (k_at <= q_at) & (slash | (cells[:, :, :20, :70] > 0))
+    assert_matches(impl, spec, pairs, q, k, v, do, q_offset=50)
+
+
+@pytest.mark.parametrize("impl", ["xla", "tpu", "triton"])
+def test_documents_that_cannot_meet_are_not_visited(impl):
+    """One sequence of two documents: what is wrong in the one is not read by the other."""
+    ids = jnp.repeat(jnp.array([[7, 3], [1, 1]]), 64, axis=1)
+    q, k, v, _ = arrays(q_len=128, kv_len=128)
+    k, v = (x.at[0, 64:].set(jnp.nan) for x in (k, v))
+    options = BACKENDS[impl] | {"impl": impl, "config": SMALL}
+    spec = sa.causal() & sa.segments()
+
+    def call(q, k, v):
+        return sa.attention(
+            q, k, v, spec, q_segment_ids=ids, kv_segment_ids=ids, **options
+        )
+
+    o, pull = jax.vjp(call, q, k, v)
+    dq, *_ = pull(jnp.ones_like(o))
+    for x in (o, dq):
+        assert np.isfinite(x[0, :64]).all()
+        assert np.isnan(x[0, 64:]).all()
+        assert np.isfinite(x[1]).all()
+
+
+def test_one_trace_serves_any_content():
+    def call(q, k, v):
+        return sa.attention(q, k, v, SPECS[0], impl="xla", config=SMALL)
+
+    before = execution.traced._cache_size()
+    q, k, v, _ = arrays(q_len=67)
+    outs = [call(q * sign, k, v) for sign in (1, -1)] + [call(q, 0 * k, v)]
+    assert execution.traced._cache_size() == before + 1
+    assert not np.allclose(outs[0], outs[1])
+
+
+def largest(jaxpr):
+    """The greatest number of entries of any array in a program."""
+    sizes = [int(np.prod(x.aval.shape)) for e in jaxpr.eqns for x in e.outvars]
+    params = jax.tree.leaves([list(e.params.values()) for e in jaxpr.eqns])
+    inner = [getattr(x, "jaxpr", x) for x in params]
+    return max([*sizes, *(largest(x) for x in inner if hasattr(x, "eqns"))], default=0)
+
+
+def test_no_array_has_all_pairs():
+    n = 4096
+    q = jax.ShapeDtypeStruct((1, n, 1, 16), jnp.float32)
+    for spec in (sa.causal() & (sa.window(99) | Cells(64, 64)), Slashes(), Labels(8)):
+        low = sa.lower(spec, q, q, q, gradient=True)
+        jaxpr = jax.make_jaxpr(low.run)(*low.arguments)
+        assert n * 16 <= largest(jaxpr.jaxpr) <= n * n / 8
+
+
+def test_chosen_once_used_often():
+    q, k, v, _ = arrays()
+    spec = SPECS[0]
+    parts = sa.select(spec, q, k)
+    assert list(parts) == ["Cells(block_q=7, block_kv=5).chosen"]
+    other = q[::-1]
+    kept = sa.attention(other, k, v, spec, operands=parts, impl="reference")
+    pairs = dense(spec, q, k)
+    table = {"t": jnp.asarray(pairs)}
+    told = "where(lambda q, k, h: operand('t')[h, q, k] == 1)"
+    wanted = sa.attention(other, k, v, told, operands=table, impl="reference")
+    np.testing.assert_allclose(kept, wanted, atol=1e-6)
+
+
+def test_the_order_follows_the_label():
+    """What is sorted is what was asked for, and a union is left in the given order."""
+    problem = pipeline.Problem(64, 64, 4)
+
+    def sorts(spec):
+        options = execution.Options(sa.softmax(spec), problem, 1.0, "xla")
+        return options.sorted_by is not None
+
+    assert sorts(Labels(4))
+    assert sorts(sa.causal() & Labels(4))
+    assert not sorts(sa.causal() | Labels(4))
+    assert not sorts(sa.per_head(Labels(4), sa.causal()))
+
+
+def test_second_derivatives_and_vmap():
+    q, k, v, do = (x[0, :, :2] for x in arrays(kv_heads=4))
+    spec = SPECS[0]
+
+    def call(q, impl):
+        o = sa.attention(*(x[None] for x in (q, k, v)), spec, impl=impl, config=SMALL)
+        return jnp.vdot(o[0], do)
+
+    def twice(impl):
+        return jax.grad(lambda q: jnp.sum(jax.grad(call)(q, impl) ** 2))(q)
+
+    np.testing.assert_allclose(twice("xla"), twice("reference"), atol=2e-4)
+    many = jnp.stack([q, -q])
+    mapped = jax.vmap(lambda q: call(q, "xla"))(many)
+    np.testing.assert_allclose(mapped, [call(x, "xla") for x in many], atol=1e-4)
+
+
+BAD = [
+    ({"mask": np.ones((4, 3, 3), bool)}, r"has shape \(4, 3, 3\) .* pass \[batch, 4, 5, 3\]"),
+    ({"mask": np.ones((4, 5), bool)}, "must have 3 axes"),
+    ({"mask": np.ones((4, 5, 3))}, "must be of integers"),
+    ({}, "reads the run-time array 'mask', which was not given"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("operands", "message"), BAD)
+def test_bad_operands(operands, message):
+    text = "where(lambda q, k, h: operand('mask')[h, q // 16, k // 24] == 1)"
+    q, k, v, _ = arrays()
+    with pytest.raises(ValueError, match=message):
+        sa.attention(q, k, v, text, operands=operands)
+
+
+def test_refusals():
+    q, k, v, _ = arrays()
+    mixed = "where(lambda q, k: operand('t')[(q + k) // 2] == 1)"
+    with pytest.raises(NotImplementedError, match="an index of the query alone"):
+        sa.attention(q, k, v, mixed, operands={"t": np.ones(70, int)}, impl="xla")
+    with pytest.raises(TypeError, match="the index must be made of q, k and h"):
+        sa.operand("t")[3]
