@@ -46,7 +46,7 @@ def window(
 
 
 def _quotient(block: Any, by: int) -> Any:
-    """``block // by``, spelt without asking for the chip that a kernel is traced for."""
+    """``block // by``, spelt without asking for the chip that it is traced for."""
     if by == 1 or isinstance(block, int):
         return block // by
     return lax.div(block, jnp.full_like(block, by))

@@ -111,7 +111,8 @@ def selection_leak(
     for _ in range(trial.repeats):
         q, k = _content(trial, rng)
         given = {} if operands is None else dict(operands(q, k))
-        parts = {name: np.asarray(x) for name, x in find(q, k, given).items()}
+        made = find(q, k, given)
+        parts: dict[str, Any] = {name: np.asarray(x) for name, x in made.items()}
         found = _longest(trial.each_cut, _pairs(term.map, trial, parts))
         best = max(best, found, key=lambda each: each[0])
     return SelectionLeak(declared, best[0] > 0, *best)

@@ -82,8 +82,8 @@ def attention_layer(config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> nnx.Modu
         )  # fmt: skip
     if config.num_kv_heads != config.num_heads:
         raise ValueError(
-            f"num_kv_heads={config.num_kv_heads}: in routing attention every query head "
-            f"has its keys, so leave it out, or set it to {config.num_heads}"
+            f"num_kv_heads={config.num_kv_heads}: in routing attention every query "
+            f"head has its keys, so leave it out, or set it to {config.num_heads}"
         )
     return RoutingAttention(
         config.num_heads, config.d_model,

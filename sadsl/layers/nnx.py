@@ -192,6 +192,13 @@ class RoutingAttention(nnx.Module):
         q, v = self.query(x), self.value(x)
         k = None if self.key is None else self.key(x)
         q, k, routed = self.routing.attended(q, k)
+        local = self.num_local
+        if local and self.transform_qk is not None:
+            near = self.transform_qk(q[:, :, :local], k[:, :, :local])
+            q, k = (
+                jnp.concatenate([x, y[:, :, local:]], axis=2)
+                for x, y in zip(near, (q, k), strict=True)
+            )
         out = attention(
             q, k, v, self.term, operands={"centroids": self.centroids[...]},
             impl=self.impl, config=self.config,
