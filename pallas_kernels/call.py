@@ -30,8 +30,8 @@ class PairBits:
     The bit of query ``q`` and key ``k`` of block ``j = k // block_kv`` is bit
     ``bit[k] % 32`` of word ``w = bit[k] // 32`` of ``words``: of ``words[..., p, w,
     q]`` with ``p = j // blocks_per_plane`` (``length == q_seq_len``), or, if
-    ``diagonal``, of ``words[..., 0, w, x]`` with ``x = q - j * block_kv + (num_kv_blocks
-    - 1) * block_kv`` (one plane, as long as ``x`` goes). Past the length, 0.
+    ``diagonal``, of ``words[..., 0, w, x]``, where ``x = q + (num_kv_blocks
+    - 1 - j) * block_kv`` (one plane, as long as ``x`` goes). Past the length, 0.
     """
 
     # int32 arrays; Any, because jax rebuilds a pytree with placeholders in them.
