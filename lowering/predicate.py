@@ -28,10 +28,10 @@ class _Positions:
     def operand(self, name: str, index: tuple) -> Any:
         """The value of a run-time array."""
         if name not in self.operands:
-            raise ValueError(
-                f"the map reads the run-time array {name!r}: pass "
-                f"operands={{{name!r}: array}}"
-            )
+            how = f"pass operands={{{name!r}: array}}"
+            if not name.isidentifier():
+                how = "pass an entry of the batch of what sadsl.select(spec, q, k) says"
+            raise ValueError(f"the map reads the run-time array {name!r}: {how}")
         return self.operands[name][index]
 
 

@@ -58,3 +58,13 @@ class Tiles:
     forward: Tile
     dq: Tile
     dkv: Tile
+
+    def with_block_kv(self, block_kv: int) -> "Tiles":
+        """The same with one size for the key blocks of all three."""
+        tiles = self.forward, self.dq, self.dkv
+        return Tiles(
+            **{
+                name: replace(tile, block_kv=block_kv)
+                for name, tile in zip(("forward", "dq", "dkv"), tiles, strict=True)
+            }
+        )

@@ -10,6 +10,7 @@ from lowering.live import first_and_last
 from lowering.planning import Sizes, plan
 from lowering.simplify import simplify
 from sadsl.attention import as_term
+from sadsl.selections.content import widest
 from sadsl.terms import Spec
 
 
@@ -82,6 +83,8 @@ class Cache:
 def cache(spec: Spec | str, n: int, num_heads: int = 1) -> Cache:
     """The smallest cache that decodes a causal map, from its expression.
 
+    Of a map decided by content, it holds what some content may choose.
+
     Args:
       spec: an index map, a term, or text; causal for ``n`` positions.
       n: tokens in all, the prompt included.
@@ -90,7 +93,7 @@ def cache(spec: Spec | str, n: int, num_heads: int = 1) -> Cache:
     Raises:
       ValueError: the map lets a query see a later key, or reads run-time arrays.
     """
-    node = as_term(spec).map.node
+    node = widest(as_term(spec).map)
     maps, map_of_head = head_maps(node, n, num_heads)
     offence = first_offence(maps, map_of_head, n)
     if offence is not None:

@@ -91,14 +91,20 @@ def chosen_parts(
     q: Array, k: Array, arrays: Mapping[str, Array], options: Options
 ) -> dict[str, Array]:
     """What the selections of a call choose, by the names that its map reads."""
-    content = Content(
+    return choose(options.selections, content_of(q, k, arrays, options))
+
+
+def content_of(
+    q: Array, k: Array, arrays: Mapping[str, Array], options: Options
+) -> Content:
+    """What selections may look at."""
+    return Content(
         q=jnp.swapaxes(q, 1, 2),
         k=jnp.swapaxes(k, 1, 2),
         given=arrays,
         sm_scale=options.sm_scale,
         q_offset=options.problem.q_offset,
     )
-    return choose(options.selections, content)
 
 
 def _dense(
@@ -199,7 +205,19 @@ def choose_tiles(options: Options, head_dim: int, head_dim_v: int, dtype: Any) -
     """The block sizes of a call: the config's, else the backend's for these sizes."""
     backend = dispatch.BACKENDS[options.impl]
     defaults = backend.default_tiles(head_dim, head_dim_v, dtype)
-    return options.config.resolve(defaults)
+    if not options.stages["hoist"].bits:
+        return options.config.resolve(defaults)
+    # Bits are packed for blocks of keys: the smallest fits the registers of all three.
+    smallest = min(t.block_kv for t in (defaults.forward, defaults.dq, defaults.dkv))
+    tiles = options.config.resolve(defaults.with_block_kv(smallest))
+    sizes = tiles.forward.block_kv, tiles.dq.block_kv, tiles.dkv.block_kv
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"config: block_kv is {sizes[0]} in the forward kernel, {sizes[1]} in dq "
+            f"and {sizes[2]} in dkv, but {options.term!r} looks up pairs in a run-time "
+            "array, which is packed for one block_kv: name the same in all three"
+        )
+    return tiles
 
 
 def call_arrays(
@@ -210,13 +228,22 @@ def call_arrays(
     arrays = checks.operand_arrays(operands, *ids, floats=frozenset(asked))
     ranks = operand_ranks(options.stages, arrays) | asked
     fitted = checks.with_batch_axis(arrays, ranks, batch)
-    others = {
-        name: x
-        for name, x in fitted.items()
-        if name not in asked and not any(s.owns(name) for s in options.selections)
-    }
-    check_operands(others, options.stages, made=options.selections)
+    check_given(fitted, options)
     return fitted
+
+
+def check_given(arrays: Mapping[str, Any], options: Options) -> None:
+    """Checks the arrays of a caller, but for what selections check or make."""
+    chosen = options.selections
+    asked = {name for s in chosen for name in s.operands}
+    read = {x for m in options.stages["simplify"].maps for x in ir.operand_names(m)}
+    mine = {
+        name: x
+        for name, x in arrays.items()
+        if name in read or name not in asked
+        if not any(s.owns(name) for s in chosen)
+    }
+    check_operands(mine, options.stages, made=chosen)
 
 
 def operand_ranks(stages: Stages, arrays: Mapping[str, Any]) -> dict[str, int]:

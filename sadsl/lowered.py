@@ -16,7 +16,7 @@ from sadsl import checks
 from sadsl.attention import PLATFORMS, as_term, choose_impl, plan_of
 from sadsl.execution import (
     Options,
-    check_operands,
+    check_given,
     choose_tiles,
     operand_ranks,
     traced,
@@ -220,8 +220,7 @@ def lower(
         else jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
         for name, x in shapes.items()
     }
-    others = {name: x for name, x in fitted.items() if name not in asked}
-    check_operands(others, options.stages, made=options.selections)
+    check_given(fitted, options)
     arrays = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
     return Lowered(options, target, (*arrays, fitted), gradient)
 

@@ -6,7 +6,6 @@ import numpy as np
 from jaxtyping import Int64
 
 from lowering import ir
-from lowering.envelope import envelope
 from lowering.hops import Hops, hops
 from lowering.live import first_and_last
 from lowering.pairs import count_pairs
@@ -15,7 +14,7 @@ from sadsl.attention import as_term
 from sadsl.decode import Cache, cache, first_offence, head_maps
 from sadsl.leaks import declared_leak
 from sadsl.named import Where
-from sadsl.selections.content import Leak, selections_of
+from sadsl.selections.content import Leak, widest
 from sadsl.terms import Spec
 
 # Lengths that the growth of the pairs is fitted to, as parts of the whole.
@@ -157,9 +156,7 @@ def properties(spec: Spec | str, n: int, num_heads: int = 1) -> Properties:
       ValueError: the map reads run-time arrays, or is made for another length.
     """
     term = as_term(spec)
-    node, chosen = term.map.node, selections_of(term)
-    if chosen:
-        node = envelope(node, lambda name: any(s.owns(name) for s in chosen))
+    node = widest(term.map)
     maps, map_of_head = head_maps(node, n, num_heads)
     offence = first_offence(maps, map_of_head, n)
     causal = offence is None

@@ -27,7 +27,6 @@ from sadsl import checks, execution, reference
 from sadsl.execution import Options
 from sadsl.maps import IndexMap
 from sadsl.named import Where, causal, where
-from sadsl.selections.content import Content
 from sadsl.terms import ScatterMean, Softmax
 
 # Names that no operand of a caller can have.
@@ -122,13 +121,7 @@ def _members(
     clusters = term.clusters
     given = [arrays[name] for name in _names(term) if name in arrays]
     if not given:
-        content = Content(
-            q=jnp.swapaxes(q, 1, 2),
-            k=jnp.swapaxes(k, 1, 2),
-            given=arrays,
-            sm_scale=options.sm_scale,
-            q_offset=options.problem.q_offset,
-        )
+        content = execution.content_of(q, k, arrays, options)
         return Members(*clusters.slots(jax.lax.stop_gradient(content)))
     lead = q.shape[2], clusters.num_clusters
     wanted = [(*lead, clusters.size(x.shape[1])) for x in (q, k)]

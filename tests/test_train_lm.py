@@ -1,6 +1,7 @@
 """The training example on tiny sizes: what it writes, and that a kill loses nothing."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,12 +173,42 @@ def test_a_foreign_checkpoint_says_what_differs(tmp_path):
         restored(tmp_path, {"spec": "causal()", "d_model": 9})
 
 
+def test_what_content_decides_is_trained_by_name(texts, tmp_path):
+    """Routing, with its centroids in the checkpoint, and blocks chosen by a query."""
+    best = "causal() & topk(2, block=8, eligible=causal())"
+    done = run(texts, tmp_path, f"--spec={best}", spec="routing", steps=6)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "train_lm.json").read_text())
+    dense, *rows = record["rows"]
+    assert [row["spec"] for row in rows] == ["routing", best]
+    assert dense["num_pairs"]
+    assert not any(row["num_pairs"] for row in rows)
+    assert "by content" in (tmp_path / "train_lm.md").read_text()
+    assert len({tuple(x) for x in losses(tmp_path)}) == 3
+
+
+@pytest.mark.slow
+def test_centroids_come_back_from_a_checkpoint(texts, tmp_path):
+    for _ in range(2):
+        done = run(texts, tmp_path, spec="routing", steps=8)
+        assert done.returncode == 0, done.stdout + done.stderr
+    last = tmp_path / "checkpoints" / "sparse"
+    shutil.rmtree(last / "8")
+    before = losses(tmp_path)
+    done = run(texts, tmp_path, spec="routing", steps=8)
+    assert "going on from step 4" in done.stdout
+    assert losses(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("causal() & windw(3)", "at position 11"),
         ("window(3, 3)", "sees a later key"),
         ("causal() & segments()", "reads the run-time arrays"),
+        ("causal() & kmeans(4)", "reads the run-time arrays .'centroids'"),
+        ("topk(4)", "sees a later key"),
+        ("heads((causal(), 2))", "must be a map, softmax"),
     ],
 )
 def test_a_bad_spec_is_refused(spec, message):

@@ -114,7 +114,8 @@ def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled
     state = State(params, optimizer.init(params), others)
 
     def cost(params: Any, others: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
-        model = nnx.merge(graph, params, others)
+        # A copy: routing layers write to their variables, at this level of the trace.
+        model = nnx.merge(graph, params, others, copy=True)
         bits = bits_per_byte(model, batch)
         _, _, moved = nnx.split(model, nnx.Param, ...)
         return bits + commitment_loss(model), (bits, moved)
@@ -127,7 +128,7 @@ def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled
         return State(params, moments, others), bits
 
     def valid(params: Any, others: Any, batch: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, params, others)
+        model = nnx.merge(graph, params, others, copy=True)
         model.eval()  # centroids stay where they are
         return bits_per_byte(model, batch)
 

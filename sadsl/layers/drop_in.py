@@ -13,6 +13,7 @@ from lowering import ir
 from pallas_kernels.config import KernelConfig
 from sadsl.attention import as_term, attention
 from sadsl.named import causal
+from sadsl.selections.content import selections_of
 from sadsl.terms import Softmax, Spec
 
 # What Flax may hand over besides q, k and v, where any value but None asks for what an
@@ -131,7 +132,11 @@ def attention_fn(
       ValueError: the text is not a spec, or the spec reads run-time arrays.
     """
     term = as_term(spec)
-    names = sorted(ir.operand_names(term.map.node))
+    chosen = selections_of(term)
+    read = {
+        n for n in ir.operand_names(term.map.node) if not any(s.owns(n) for s in chosen)
+    }
+    names = sorted(read.union(*(s.operands for s in chosen)))
     if names:
         raise ValueError(
             f"spec={term!r} reads the run-time arrays {names}, which Flax's attention "

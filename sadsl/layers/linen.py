@@ -98,6 +98,7 @@ class RoutingAttention(linen.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     kernel_init: Callable[..., Any] = linen.initializers.lecun_normal()
+    transform_qk: Callable[[Array, Array], tuple[Array, Array]] | None = None
     impl: str | None = None
     config: KernelConfig | None = None
 
@@ -117,7 +118,7 @@ class RoutingAttention(linen.Module):
         v = linear((self.num_heads, dim), name="value")(x)
         keys = local if options.share_qk else self.num_heads
         k = linear((keys, dim), name="key")(x) if keys else None
-        q, k, routed = options.attended(q, k)
+        q, k, routed = options.attended(q, k, self.transform_qk)
         variables = self._clusters(self.num_heads - local, dim)
         state = Clusters(*(x.value for x in variables))
         out = attention(

@@ -191,14 +191,7 @@ class RoutingAttention(nnx.Module):
         """Attends within ``x``; ``use_running_average=True`` keeps the centroids."""
         q, v = self.query(x), self.value(x)
         k = None if self.key is None else self.key(x)
-        q, k, routed = self.routing.attended(q, k)
-        local = self.num_local
-        if local and self.transform_qk is not None:
-            near = self.transform_qk(q[:, :, :local], k[:, :, :local])
-            q, k = (
-                jnp.concatenate([x, y[:, :, local:]], axis=2)
-                for x, y in zip(near, (q, k), strict=True)
-            )
+        q, k, routed = self.routing.attended(q, k, self.transform_qk)
         out = attention(
             q, k, v, self.term, operands={"centroids": self.centroids[...]},
             impl=self.impl, config=self.config,

@@ -1,5 +1,6 @@
 """What the routing layers of both Flax APIs share: options, keys, a step's loss."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,11 +73,13 @@ class Routing:
         self,
         q: Float[Array, "batch seq heads dim"],
         k: Float[Array, "batch seq some_heads dim"] | None,
+        transform: Callable[[Array, Array], tuple[Array, Array]] | None = None,
     ) -> tuple[Array, Array, Routed]:
         """Queries and keys as attention takes them; those of the clustered heads.
 
-        ``k`` are the keys of all heads, or, with ``share_qk``, of the local ones (None
-        if there are none): clustered heads take their queries as keys.
+        ``transform`` is applied to those of the local heads. ``k`` are the keys of all
+        heads, or, with ``share_qk``, of the local ones (None if there are none):
+        clustered heads take their queries as keys.
         """
         local = self.num_local_of(q.shape[2])
         routed_q, routed_k = q[:, :, local:], None
@@ -89,8 +92,10 @@ class Routing:
             new_q = routed_q
             new_k = normalized(new_q, "unit") if routed_k is None else routed_k
         if local and k is not None:
-            new_q = jnp.concatenate([q[:, :, :local], new_q], axis=2)
-            new_k = jnp.concatenate([k[:, :, :local], new_k], axis=2)
+            near = q[:, :, :local], k[:, :, :local]
+            near = near if transform is None else transform(*near)
+            new_q = jnp.concatenate([near[0], new_q], axis=2)
+            new_k = jnp.concatenate([near[1], new_k], axis=2)
         return new_q, new_k, Routed(routed_q, routed_k)
 
     def learned(

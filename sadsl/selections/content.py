@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowering import ir
+from lowering.envelope import envelope
 from sadsl.maps import IndexMap
 from sadsl.symbols import OperandArray
 
@@ -143,6 +145,14 @@ def selections_of(value: Any) -> tuple[Selection, ...]:
 
     visit(value)
     return tuple(found)
+
+
+def widest(map: IndexMap) -> ir.Pred:
+    """All pairs that the map may have, whatever its selections choose."""
+    chosen = selections_of(map)
+    if not chosen:
+        return map.node
+    return envelope(map.node, lambda name: any(s.owns(name) for s in chosen))
 
 
 def choose(chosen: tuple[Selection, ...], content: Content) -> dict[str, Array]:

@@ -11,7 +11,8 @@ from calls import BACKENDS, IMPLS, SMALL, arrays, assert_matches
 import sadsl as sa
 from lowering import pipeline
 from sadsl import execution
-from sadsl.selections import Selection
+from sadsl.layers import attention_fn
+from sadsl.selections import Selection, modalities
 
 
 @dataclass(frozen=True)
@@ -248,10 +249,56 @@ def test_bad_operands(operands, message):
         sa.attention(q, k, v, text, operands=operands)
 
 
+def test_one_size_of_key_blocks_where_pairs_are_looked_up():
+    """Defaults that differ by kernel, as those of GPUs do, are brought into line."""
+    shape = jax.ShapeDtypeStruct((1, 512, 2, 128), jnp.bfloat16)
+    low = sa.lower(
+        sa.causal() & Cells(64, 64), *[shape] * 3, target="h100", gradient=True
+    )
+    plain = sa.lower(sa.causal(), *[shape] * 3, target="h100")
+    sizes = [
+        {x.tiles.forward.block_kv, x.tiles.dq.block_kv, x.tiles.dkv.block_kv}
+        for x in (low, plain)
+    ]
+    assert sizes[0] == {min(sizes[1])} != sizes[1]
+    assert "dkv_kernel" in low.module
+    config = sa.KernelConfig(block_kv=32, dkv=sa.Tile(block_q=32, block_kv=64))
+    q, k, v, _ = arrays()
+    with pytest.raises(ValueError, match=r"block_kv is 32 in the forward .* 64 in dkv"):
+        sa.attention(q, k, v, SPECS[0], impl="xla", config=config)
+
+
+def test_an_array_that_a_selection_and_the_map_read():
+    mine = sa.where(lambda q, k: sa.operand("modality")[k] == 0)
+    q, k, v, _ = arrays()
+    given = {"modality": jnp.arange(70) // 20 % 2}
+    spec = sa.causal() & (modalities(0, 0) | mine)
+    found = sa.attention(q, k, v, spec, operands=given, impl="xla", config=SMALL)
+    wanted = sa.attention(q, k, v, sa.causal() & mine, operands=given, impl="reference")
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_what_flax_calls_and_what_a_cache_holds():
+    q, k, v, _ = arrays(kv_heads=4)
+    spec = sa.causal() & (sa.window(9) | Cells(7, 5))
+    found = attention_fn(spec, impl="xla", config=SMALL)(q, k, v)
+    np.testing.assert_array_equal(
+        found, sa.attention(q, k, v, spec, impl="xla", config=SMALL)
+    )
+    with pytest.raises(ValueError, match=r"reads the run-time arrays \['centroids'\]"):
+        attention_fn(sa.causal() & sa.kmeans(4))
+    near = sa.causal() & sa.window(19) & Cells(7, 5)
+    assert sa.cache(near, 70).size == sa.cache(sa.causal() & sa.window(19), 70).size
+
+
 def test_refusals():
     q, k, v, _ = arrays()
     mixed = "where(lambda q, k: operand('t')[(q + k) // 2] == 1)"
     with pytest.raises(NotImplementedError, match="an index of the query alone"):
         sa.attention(q, k, v, mixed, operands={"t": np.ones(70, int)}, impl="xla")
+    with pytest.raises(
+        ValueError, match=r"Cells\(.*chosen.*sadsl.select\(spec, q, k\)"
+    ):
+        Cells(4, 4).dense(8)
     with pytest.raises(TypeError, match="the index must be made of q, k and h"):
         sa.operand("t")[3]

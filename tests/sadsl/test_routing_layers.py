@@ -270,6 +270,25 @@ def test_the_linen_layer_is_the_nnx_layer():
         layer.apply(variables, x, train=True)
 
 
+def test_positions_turn_for_the_local_heads_alone():
+    turned = []
+
+    def turn(q, k, scale):
+        turned.append((q.shape, k.shape))
+        return q * scale, k
+
+    layer, x = nnx_layer(), jnp.asarray(X)
+    local, plain = layer.num_local, layer(x)
+    for scale, same in ((1.0, True), (3.0, False)):
+        found = nnx_layer(transform_qk=partial(turn, scale=scale))(x)
+        assert np.allclose(found, plain, atol=1e-6) == same
+    assert set(turned) == {((2, 20, local, 3), (2, 20, local, 3))}
+    last = partial(turn, scale=2.0)
+    of_linen = linen_layers.RoutingAttention(4, routing=ROUTING, transform_qk=last)
+    of_linen.init(jax.random.key(0), x)
+    assert len(turned) == 3
+
+
 def test_plain_layers_take_terms_of_several_softmaxes():
     spec = "heads((causal(), 2), (scatter_mean(causal() & kmeans(2)), 2))"
     operands, x = {"centroids": jnp.asarray(normal(2, 2, 3))}, jnp.asarray(X)
