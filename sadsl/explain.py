@@ -193,7 +193,8 @@ def _facts(
         facts.append(("order of keys", str(kv_order)))
     if plan.operands:
         text = f"decided at run time by {', '.join(plan.operands)}"
-        return (*facts, ("pairs", text))
+        most = "of all blocks that some content visits; see plan_for for one content"
+        return (*facts, ("pairs", text), ("counts below", most))
     total = cost.blocks(plan.mask).over_heads(pairs)
     area = plan.num_heads * options.problem.q_seq_len * options.problem.kv_seq_len
     waste = cost.padding_waste(q.shape[0] * total, of.forward, plan.mask)
