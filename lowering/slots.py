@@ -2,7 +2,7 @@
 
 A slot holds a copy of one position, or nothing; a position may be in any number of
 slots. ``take`` fills slots, ``add_up`` adds them to their positions. Each is the
-gradient of the other, and neither adds in an order that a device chooses.
+transpose of the other, and neither adds in an order that a device chooses.
 """
 
 from typing import Any, NamedTuple
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
+
+from lowering.adjoint import linear
 
 
 class Slots(NamedTuple):
@@ -34,27 +36,13 @@ def slots_of(position: Int32[Array, "rows slots"], length: int) -> Slots:
     return Slots(position, order, start.astype(jnp.int32))
 
 
-@jax.custom_vjp
 def take(
     x: Float[Array, "rows positions dim"], slots: Slots
 ) -> Float[Array, "rows slots dim"]:
     """The copies in slots; those of no position hold 0."""
-    at = slots.position[..., None]
-    return jnp.take_along_axis(x, at, axis=1, mode="fill", fill_value=0)
+    return linear(_take, _add_up, x, slots)
 
 
-def _take_fwd(x: Array, slots: Slots) -> tuple[Array, Slots]:
-    return take(x, slots), slots
-
-
-def _take_bwd(slots: Slots, cotangent: Array) -> tuple[Array, None]:
-    return add_up(cotangent, slots).astype(cotangent.dtype), None
-
-
-take.defvjp(_take_fwd, _take_bwd)
-
-
-@jax.custom_vjp
 def add_up(
     y: Float[Array, "rows slots dim"], slots: Slots
 ) -> Float[Array, "rows positions dim"]:
@@ -63,8 +51,17 @@ def add_up(
     As many passes as the most slots that a position has, each of which adds one slot to
     every position.
     """
+    return linear(_add_up, _take, y, slots, dtype=_wide(y))
+
+
+def _take(x: Array, slots: Slots) -> Array:
+    at = slots.position[..., None]
+    return jnp.take_along_axis(x, at, axis=1, mode="fill", fill_value=0)
+
+
+def _add_up(y: Array, slots: Slots) -> Array:
     first, counts = slots.start[:, :-1], slots.counts
-    dtype = jnp.float64 if y.dtype == jnp.float64 else jnp.float32
+    dtype = _wide(y)
 
     def add_one(i: Any, total: Array) -> Array:
         at = jnp.minimum(first + i, y.shape[1] - 1)
@@ -76,14 +73,5 @@ def add_up(
     return jax.lax.fori_loop(0, counts.max(), add_one, zero)
 
 
-def _add_up_fwd(y: Array, slots: Slots) -> tuple[Array, tuple]:
-    # An empty array remembers the dtype.
-    return add_up(y, slots), (slots, jnp.zeros((0,), y.dtype))
-
-
-def _add_up_bwd(residuals: tuple, cotangent: Array) -> tuple[Array, None]:
-    slots, like = residuals
-    return take(cotangent, slots).astype(like.dtype), None
-
-
-add_up.defvjp(_add_up_fwd, _add_up_bwd)
+def _wide(y: Array) -> Any:
+    return jnp.float64 if y.dtype == jnp.float64 else jnp.float32

@@ -9,11 +9,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from lowering import hoist, ir
+from lowering.adjoint import linear
 from lowering.pipeline import Program, Stages
 from lowering.pipeline import hoist as hoist_program
 
@@ -120,12 +120,15 @@ def orders(by: Keys, program: Program, arrays: Mapping[str, Array]) -> Orders:
     return Orders(*q, *kv)
 
 
-@jax.custom_vjp
 def permute(x: Array, order: Array, inverse: Array) -> Array:
     """``x[b, order[b, h, i], h]`` for ``[batch, seq, heads, ...]``; a permutation.
 
-    Its gradient is the inverse permutation: a gather too, and never an addition.
+    Its transpose is the inverse permutation: a gather too, and never an addition.
     """
+    return linear(_gather, _put_back, x, order, inverse)
+
+
+def _gather(x: Array, order: Array, inverse: Array) -> Array:
     del inverse
     at = jnp.swapaxes(order, 1, 2)
     at = jnp.broadcast_to(at, (x.shape[0], *at.shape[1:]))
@@ -133,13 +136,5 @@ def permute(x: Array, order: Array, inverse: Array) -> Array:
     return jnp.take_along_axis(x, at, axis=1, mode="clip")
 
 
-def _permute_fwd(x: Array, order: Array, inverse: Array) -> tuple[Array, tuple]:
-    return permute(x, order, inverse), (order, inverse)
-
-
-def _permute_bwd(residuals: tuple, cotangent: Array) -> tuple[Array, None, None]:
-    order, inverse = residuals
-    return permute(cotangent, inverse, order), None, None
-
-
-permute.defvjp(_permute_fwd, _permute_bwd)
+def _put_back(x: Array, order: Array, inverse: Array) -> Array:
+    return _gather(x, inverse, order)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.block_mask import BlockMask
@@ -17,6 +18,12 @@ from pallas_kernels.config import Tiles
 # batch and head axes, and ``bits`` are bool tiles over both, one for each of
 # ``Vectors.bits``. It must be hashable and equal by content.
 Predicate = Callable[[Any, Any, Any, tuple, tuple, tuple], Any]
+
+# scores(q_ids, k_ids, q_values, kv_values, pairs) -> f32 in natural units, added to the
+# scaled, capped scores of every tile, full ones too. The ids are as above; the values
+# are f32, shaped like the ids they belong to, and ``pairs`` are tiles over both, one
+# for each of ``ScoreValues.pairs``. Hashable and equal by content, too.
+Scores = Callable[[Any, Any, tuple, tuple, tuple], Any]
 
 # Bits in a word of PairBits.
 WORD = 32
@@ -42,16 +49,44 @@ class PairBits:
     blocks_per_plane: int = field(default=1, metadata={"static": True})
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PairValues:
+    """A float for every pair: f32 ``[batch or 1, num_q_heads or 1, q, kv]``.
+
+    If ``diagonal``, one for every ``q - k``: ``values[..., q - k + kv_seq_len - 1]``,
+    of length ``q_seq_len + kv_seq_len - 1``. ``-inf`` leaves the pair out.
+    """
+
+    values: Any  # Any, because jax rebuilds a pytree with placeholders in it.
+    diagonal: bool = field(default=False, metadata={"static": True})
+
+
+class ScoreValues(NamedTuple):
+    """What ``Call.scores`` reads: floats of queries, of keys and of pairs.
+
+    Vectors are f32 ``[batch or 1, num_q_heads or 1, q_seq_len]`` (``kv``:
+    ``kv_seq_len``).
+    """
+
+    q: tuple[Float32[Array, "_batch _heads _q"], ...] = ()
+    kv: tuple[Float32[Array, "_batch _heads _kv"], ...] = ()
+    pairs: tuple[PairValues, ...] = ()
+
+
 class Vectors(NamedTuple):
     """Run-time values that a predicate reads: an int32 a query or a key, bits of pairs.
 
     Each vector is ``[batch or 1, num_q_heads or 1, q_seq_len]`` (``kv``:
     ``kv_seq_len``). All kernels of a call with ``bits`` have one ``block_kv``.
+    ``scores`` are not for the predicate, but added to the scores. Nor are, where there
+    is dropout, the last of ``q`` and of ``kv``: the seeds of queries and keys.
     """
 
     q: tuple[Int32[Array, "_batch _heads _q"], ...] = ()
     kv: tuple[Int32[Array, "_batch _heads _kv"], ...] = ()
     bits: tuple[PairBits, ...] = ()
+    scores: ScoreValues = ScoreValues()
 
 
 class Masks(NamedTuple):
@@ -72,6 +107,11 @@ class Call:
     logits_soft_cap: float | None = None
     # False, True (Pallas' quick interpreter) or a backend's interpreter parameters.
     interpret: Hashable = False
+    # What is added to the scores, and whether its values want gradients.
+    scores: Scores | None = None
+    learned_scores: bool = False
+    # How many of the weights are dropped: in [0, 1).
+    dropout_rate: float = 0.0
 
 
 class Inputs(NamedTuple):
@@ -95,6 +135,19 @@ class Cotangents(NamedTuple):
     lse: Float32[Array, "batch q_heads q"]  # the natural lse of the forward pass
     do: Float[Array, "batch q_heads q head_dim_v"]
     delta: Float32[Array, "batch q_heads q"]
+
+
+def cotangents_of(outputs: Outputs, cotangent: Outputs) -> Cotangents:
+    """What a backward pass starts from, given the outputs and their cotangents."""
+    o, lse = outputs
+    do, dlse = cotangent
+    # An empty row has a constant lse of -inf: nothing flows back through it.
+    dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
+    products = o.astype(jnp.float32) * do.astype(jnp.float32)
+    # CPUs add up the last axis of an array one number at a time, but for dots.
+    ones = jnp.ones(o.shape[-1], jnp.float32)
+    delta = jnp.matmul(products, ones, precision="highest") - dlse
+    return Cotangents(lse, do, delta)
 
 
 class Backend(Protocol):

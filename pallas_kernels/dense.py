@@ -1,16 +1,25 @@
-"""The backward pass in plain JAX over all pairs: what second derivatives go through.
+"""Both passes in plain JAX over all pairs: what higher derivatives go through.
 
 Memory is quadratic; first derivatives never come here.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import softmax
-from pallas_kernels.call import WORD, Call, Cotangents, Inputs, PairBits, Vectors
+from pallas_kernels import dropout, pair_values, softmax
+from pallas_kernels.call import (
+    WORD,
+    Call,
+    Cotangents,
+    Inputs,
+    Outputs,
+    PairBits,
+    ScoreValues,
+    Vectors,
+)
 
 
 def allowed(
@@ -58,34 +67,119 @@ def unpacked(x: PairBits, q_seq_len: int) -> jax.Array:
     return (words & mask[None, None, None]) != 0
 
 
+def forward(inputs: Inputs, vectors: Vectors, tests: Any, call: Call) -> Outputs:
+    """What the backends compute, differentiable to any order."""
+    q, k, v = (x.astype(jnp.float32) for x in inputs)
+    group = q.shape[1] // k.shape[1]
+    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
+    pairs = allowed(vectors, tests, q.shape, k.shape[2], call)
+    pairs, on_top = _with_scores(pairs, vectors, call)
+    s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
+    s = softmax.cap(s * (call.sm_scale * softmax.LOG2_E), call.logits_soft_cap)
+    s = s if on_top is None else s + on_top
+    some = pairs.any(axis=-1, keepdims=True)
+    s = softmax.mask(s, pairs)
+    top = jax.lax.stop_gradient(jnp.where(some, s.max(axis=-1, keepdims=True), 0.0))
+    p = jnp.exp2(s - top)
+    l = jnp.where(some, p.sum(axis=-1, keepdims=True), 1.0)
+    factor = _factor(vectors, call)
+    p = p / l if factor is None else p / l * factor
+    o = jnp.einsum("bhqk,bhkd->bhqd", p, v, precision="highest")
+    lse = jnp.where(some, (top + jnp.log2(l)) * softmax.LN_2, -jnp.inf)
+    return Outputs(o.astype(inputs.q.dtype), lse[..., 0])
+
+
+class _Rows(NamedTuple):
+    """What a backward pass computes of all pairs; keys once for every query head."""
+
+    inputs: Inputs
+    do: jax.Array
+    p: jax.Array
+    # The gradients of what is added to the scores, and of the scores before the cap.
+    dadded: jax.Array
+    ds: jax.Array
+
+
+def _rows(
+    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, tests: Any, call: Call
+) -> _Rows:
+    q, k, v = (x.astype(jnp.float32) for x in inputs)
+    lse, do, delta = (x.astype(jnp.float32) for x in cotangents)
+    group = q.shape[1] // k.shape[1]
+    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
+    pairs = allowed(vectors, tests, q.shape, k.shape[2], call)
+    pairs, on_top = _with_scores(pairs, vectors, call)
+    s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
+    s = softmax.cap(s * (call.sm_scale * softmax.LOG2_E), call.logits_soft_cap)
+    dp = jnp.einsum("bhqd,bhkd->bhqk", do, v, precision="highest")
+    lse2, delta = softmax.lse_for_backward(lse)[..., None], delta[..., None]
+    factor = _factor(vectors, call)
+    p, dadded = softmax.score_gradient(s, pairs, lse2, dp, delta, None, on_top, factor)
+    ds = dadded * softmax.cap_slope(s, call.logits_soft_cap)
+    return _Rows(Inputs(q, k, v), do, p, dadded, ds)
+
+
 def backward(
     inputs: Inputs, cotangents: Cotangents, vectors: Vectors, tests: Any, call: Call
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``dq, dk, dv`` as the backends compute them, differentiable once more."""
-    dtypes = [x.dtype for x in inputs]
-    q, k, v = (x.astype(jnp.float32) for x in inputs)
-    lse, do, delta = (x.astype(jnp.float32) for x in cotangents)
-    batch, num_q_heads, _, _ = q.shape
-    _, num_kv_heads, kv_seq_len, _ = k.shape
-    group = num_q_heads // num_kv_heads
-    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
-
-    pairs = allowed(vectors, tests, q.shape, kv_seq_len, call)
-    s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
-    s = softmax.cap(s * (call.sm_scale * softmax.LOG2_E), call.logits_soft_cap)
-    dp = jnp.einsum("bhqd,bhkd->bhqk", do, v, precision="highest")
-    lse2 = softmax.lse_for_backward(lse)[..., None]
-    p, ds = softmax.score_gradient(
-        s, pairs, lse2, dp, delta[..., None], call.logits_soft_cap
-    )
+    batch, num_kv_heads, kv_seq_len, _ = inputs.k.shape
+    (q, k, _), do, p, _, ds = _rows(inputs, cotangents, vectors, tests, call)
     ds = ds * call.sm_scale
     dq = jnp.einsum("bhqk,bhkd->bhqd", ds, k, precision="highest")
     dk = jnp.einsum("bhqk,bhqd->bhkd", ds, q, precision="highest")
     dv = jnp.einsum("bhqk,bhqd->bhkd", p, do, precision="highest")
 
     def per_kv_head(x: jax.Array) -> jax.Array:
-        return x.reshape(batch, num_kv_heads, group, kv_seq_len, -1).sum(axis=2)
+        return x.reshape(batch, num_kv_heads, -1, kv_seq_len, x.shape[-1]).sum(axis=2)
 
     gradients = dq, per_kv_head(dk), per_kv_head(dv)
-    dq, dk, dv = (x.astype(t) for x, t in zip(gradients, dtypes, strict=True))
+    dq, dk, dv = (x.astype(y.dtype) for x, y in zip(gradients, inputs, strict=True))
     return dq, dk, dv
+
+
+def score_backward(
+    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, tests: Any, call: Call
+) -> ScoreValues:
+    """The gradient of ``vectors.scores``, differentiable once more."""
+    gradient = _rows(inputs, cotangents, vectors, tests, call).dadded
+
+    def of(values: ScoreValues) -> jax.Array:
+        found = on_all_pairs(values, gradient.shape[2:], call)
+        return jnp.broadcast_to(found, gradient.shape)
+
+    return jax.vjp(of, vectors.scores)[1](gradient)[0]
+
+
+def on_all_pairs(
+    values: ScoreValues, lengths: tuple[int, ...], call: Call
+) -> jax.Array:
+    """What the call adds to the scores: f32 ``[batch or 1, heads or 1, q, kv]``."""
+    assert call.scores is not None
+    q_seq_len, kv_seq_len = lengths
+    return call.scores(
+        jnp.arange(q_seq_len, dtype=jnp.int32)[None, None, :, None],
+        jnp.arange(kv_seq_len, dtype=jnp.int32)[None, None, None, :],
+        tuple(x[..., :, None] for x in values.q),
+        tuple(x[..., None, :] for x in values.kv),
+        tuple(pair_values.of_all(x, q_seq_len, kv_seq_len) for x in values.pairs),
+    )
+
+
+def _with_scores(
+    pairs: jax.Array, vectors: Vectors, call: Call
+) -> tuple[jax.Array, jax.Array | None]:
+    """The pairs that are not left out by ``-inf``, and what is added, base 2."""
+    if call.scores is None:
+        return pairs, None
+    found = on_all_pairs(vectors.scores, pairs.shape[2:], call)
+    out = jnp.isneginf(found)
+    return pairs & ~out, jnp.where(out, 0.0, found) * softmax.LOG2_E
+
+
+def _factor(vectors: Vectors, call: Call) -> jax.Array | None:
+    """What dropout multiplies the weights by; None for none."""
+    if not call.dropout_rate:
+        return None
+    queries, keys = vectors.q[-1][..., :, None], vectors.kv[-1][..., None, :]
+    return dropout.factor(queries, keys, call.dropout_rate)

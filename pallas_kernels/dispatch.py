@@ -1,20 +1,33 @@
 """One attention call on a chosen backend, with its gradient.
 
-Structure (each custom_vjp's forward rule calls the custom_vjp itself, never the raw
-kernel, so that a second derivative finds a rule): ``attend`` is differentiated by
-``backward``, and ``backward`` by ``jax.vjp`` of a twin in plain JAX.
+The XLA backend has derivatives of its own, of both modes. Those of the kernels are
+here, as are those of learned scores (each custom_vjp's forward rule calls the
+custom_vjp itself, never the raw kernel, so that a second derivative finds a rule):
+``attend`` is differentiated by ``backward`` and ``score_gradient``, and these by
+``jax.vjp`` of twins in plain JAX. Forward mode they do not have.
 """
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import dense, tpu, triton, xla
-from pallas_kernels.call import Call, Cotangents, Inputs, Masks, Outputs, Vectors
+from pallas_kernels.call import (
+    Call,
+    Cotangents,
+    Inputs,
+    Masks,
+    Outputs,
+    ScoreValues,
+    Vectors,
+    cotangents_of,
+)
+from pallas_kernels.xla import derivatives
+from pallas_kernels.xla.score_gradient import score_gradient
 
 BACKENDS: dict[str, ModuleType] = {"xla": xla, "tpu": tpu, "triton": triton}
 
@@ -28,62 +41,108 @@ def attend(
     residuals are named ``attn_out`` and ``attn_lse`` for checkpoint policies.
     """
     lists = BACKENDS[impl].prepare(masks, call)
-    return _attend(impl, call, inputs, vectors, masks.forward.test_of_head, lists)
+    tests = masks.forward.test_of_head
+    if impl == "xla":
+        return derivatives.attend(call, inputs, vectors, tests, lists)
+    walk = xla.prepare(masks, call) if call.learned_scores else None
+    return _attend(impl, call, inputs, vectors, Plan(lists, tests, walk))
+
+
+class Plan(NamedTuple):
+    """The lists of a backend, the tests of the heads, and a walk for learned scores."""
+
+    lists: Any
+    tests: Any
+    walk: Any = None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(
-    impl: str, call: Call, inputs: Inputs, vectors: Vectors, tests: Any, lists: Any
+    impl: str, call: Call, inputs: Inputs, vectors: Vectors, plan: Plan
 ) -> Outputs:
-    del tests
-    return BACKENDS[impl].forward(inputs, vectors, lists, call)
+    return BACKENDS[impl].forward(inputs, vectors, plan.lists, call)
 
 
 def _attend_fwd(
-    impl: str, call: Call, inputs: Inputs, vectors: Vectors, tests: Any, lists: Any
+    impl: str, call: Call, inputs: Inputs, vectors: Vectors, plan: Plan
 ) -> tuple[Outputs, Any]:
-    o, lse = _attend(impl, call, inputs, vectors, tests, lists)
+    o, lse = _attend(impl, call, inputs, vectors, plan)
     o, lse = checkpoint_name(o, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return Outputs(o, lse), (inputs, vectors, tests, lists, o, lse)
+    return Outputs(o, lse), (inputs, vectors, plan, o, lse)
 
 
 def _attend_bwd(impl: str, call: Call, residuals: Any, cotangent: Outputs) -> Any:
-    inputs, vectors, tests, lists, o, lse = residuals
-    do, dlse = cotangent
-    # An empty row has a constant lse of -inf: nothing flows back through it.
-    dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
-    delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1) - dlse
-    cotangents = Cotangents(lse, do, delta)
-    gradients = _backward(impl, call, inputs, cotangents, vectors, tests, lists)
-    return Inputs(*gradients), None, None, None
+    inputs, vectors, plan, o, lse = residuals
+    cotangents = cotangents_of(Outputs(o, lse), cotangent)
+    gradients = _backward(impl, call, inputs, cotangents, vectors, plan)
+    if not call.learned_scores:
+        return Inputs(*gradients), None, None
+    # The walk of its own is dropped where nobody asks for what it finds.
+    scores = _score_gradient(call, inputs, cotangents, vectors, plan)
+    return Inputs(*gradients), _of_scores(scores), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
+def _of_scores(scores: ScoreValues) -> Any:
+    """Cotangents of vectors, of which the integers have none."""
+    return Vectors(None, None, None, scores)  # type: ignore[arg-type]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _backward(
-    impl: str, call: Call, inputs: Inputs, cotangents: Cotangents,
-    vectors: Vectors, tests: Any, lists: Any,
+    impl: str, call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors,
+    plan: Plan,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    del tests
-    return BACKENDS[impl].backward(inputs, cotangents, vectors, lists, call)
+    return BACKENDS[impl].backward(inputs, cotangents, vectors, plan.lists, call)
 
 
 def _backward_fwd(
-    impl: str, call: Call, inputs: Inputs, cotangents: Cotangents,
-    vectors: Vectors, tests: Any, lists: Any,
+    impl: str, call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors,
+    plan: Plan,
 ) -> tuple[Any, Any]:  # fmt: skip
-    gradients = _backward(impl, call, inputs, cotangents, vectors, tests, lists)
-    return gradients, (inputs, cotangents, vectors, tests)
+    gradients = _backward(impl, call, inputs, cotangents, vectors, plan)
+    return gradients, (inputs, cotangents, vectors, plan.tests)
 
 
 def _backward_bwd(impl: str, call: Call, residuals: Any, cotangent: Any) -> Any:
     del impl
-    inputs, cotangents, vectors, tests = residuals
-    twin = partial(dense.backward, vectors=vectors, tests=tests, call=call)
-    _, pull = jax.vjp(twin, inputs, cotangents)
-    return *pull(cotangent), None, None, None
+    return _through_twin(dense.backward, call, residuals, cotangent)
 
 
 _backward.defvjp(_backward_fwd, _backward_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _score_gradient(
+    call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: Plan
+) -> ScoreValues:
+    return score_gradient(inputs, cotangents, vectors, plan.walk, call)
+
+
+def _score_gradient_fwd(
+    call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: Plan
+) -> tuple[Any, Any]:
+    found = _score_gradient(call, inputs, cotangents, vectors, plan)
+    return found, (inputs, cotangents, vectors, plan.tests)
+
+
+def _score_gradient_bwd(call: Call, residuals: Any, cotangent: Any) -> Any:
+    return _through_twin(dense.score_backward, call, residuals, cotangent)
+
+
+_score_gradient.defvjp(_score_gradient_fwd, _score_gradient_bwd)
+
+
+def _through_twin(twin: Callable, call: Call, residuals: Any, cotangent: Any) -> Any:
+    """The cotangents of a backward pass, by the one in plain JAX."""
+    inputs, cotangents, vectors, tests = residuals
+
+    def run(inputs: Inputs, cotangents: Cotangents, scores: ScoreValues) -> Any:
+        own = vectors._replace(scores=scores)
+        return twin(inputs, cotangents, own, tests, call)
+
+    _, pull = jax.vjp(run, inputs, cotangents, vectors.scores)
+    *found, scores = pull(cotangent)
+    return *found, _of_scores(scores), None

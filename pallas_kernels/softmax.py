@@ -19,6 +19,8 @@ LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 MASKED = -1e30
 FLOOR = -0.5e30
+# The lse of queries that are not there: whatever is added to their scores, p is 0.
+BEYOND = 1e30
 
 
 class Carry(NamedTuple):
@@ -94,12 +96,18 @@ def _lane_sums(p: jax.Array, lanes: int) -> jax.Array:
     return total
 
 
-def fold(carry: Carry, s: jax.Array, v: jax.Array) -> Carry:
-    """Folds one tile of masked base-2 scores ``[rows, keys]`` into the softmax."""
+def fold(
+    carry: Carry, s: jax.Array, v: jax.Array, factor: jax.Array | None = None
+) -> Carry:
+    """Folds one tile of masked base-2 scores ``[rows, keys]`` into the softmax.
+
+    With dropout, ``factor`` multiplies the weights of the values, not the denominator.
+    """
     acc, m, l = carry
     m_new = jnp.maximum(m, s.max(axis=1, keepdims=True))
     p, fade = jnp.exp2(s - _across(m_new, s.shape[1])), jnp.exp2(m - m_new)
-    pv = dot(p.astype(v.dtype), v, contract=(1, 0))
+    kept = p if factor is None else p * factor
+    pv = dot(kept.astype(v.dtype), v, contract=(1, 0))
     acc = acc * _across(fade, acc.shape[1]) + pv
     return Carry(acc, m_new, l * fade + _lane_sums(p, l.shape[1]))
 
@@ -127,11 +135,18 @@ def score_gradient(
     dp: jax.Array,
     delta: jax.Array,
     soft_cap: float | None,
+    added: jax.Array | None = None,
+    factor: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """``p`` and the gradient of the uncapped natural scores, of one tile.
 
-    ``s`` is capped and unmasked (base 2), ``dp = do v^T``, ``delta = rowsum(do * o)
-    - dlse``; ``lse2`` and ``delta`` broadcast against ``s`` in either orientation.
+    ``s`` is capped and unmasked (base 2), ``added`` is what comes on top of it, ``dp =
+    do v^T``, ``delta = rowsum(do * o) - dlse``; ``lse2`` and ``delta`` broadcast
+    against ``s`` in either orientation. With dropout, ``factor`` multiplies the
+    weights; so it does the first result.
     """
-    p = jnp.exp2(mask(s, allowed) - lse2)
-    return p, p * (dp - delta) * cap_slope(s, soft_cap)
+    total = s if added is None else s + added
+    p = jnp.exp2(mask(total, allowed) - lse2)
+    if factor is None:
+        return p, p * (dp - delta) * cap_slope(s, soft_cap)
+    return p * factor, p * (dp * factor - delta) * cap_slope(s, soft_cap)

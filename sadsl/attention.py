@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Integer
 
 from lowering import pipeline
@@ -13,10 +14,12 @@ from lowering.counts import Plan
 from lowering.pipeline import Problem, Stages
 from pallas_kernels import dispatch
 from pallas_kernels.config import KernelConfig
-from sadsl import by_heads, checks, routing
-from sadsl.execution import Options, call_arrays, chosen_parts, traced
+from sadsl import by_heads, checks, overlaps, routing
+from sadsl.evaluate import evaluate, options_of
+from sadsl.execution import call_arrays, chosen_parts
 from sadsl.maps import IndexMap
-from sadsl.terms import Heads, ScatterMean, Softmax, Spec, Term
+from sadsl.term import DROPOUT_KEY, Setting, Spec, Term, read_by, reads
+from sadsl.terms import Heads, ScatterMean, Softmax
 from sadsl.text import parse
 
 IMPLS = ("reference", *dispatch.BACKENDS)
@@ -39,6 +42,8 @@ def attention(
     impl: str | None = None,
     interpret: Any = False,
     config: KernelConfig | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
 ) -> (
     Float[Array, "batch q_seq num_q_heads head_dim_v"]
     | tuple[
@@ -49,67 +54,88 @@ def attention(
     """Attention over the pairs that ``spec`` selects.
 
     ``jit``, ``grad``, ``vmap``, ``jax.checkpoint`` and ``shard_map`` (over batch or
-    heads, ``check_vma=False``) work. A query that selects no key yields 0, and
-    ``lse == -inf``. Lengths need not be multiples of a block.
+    heads, ``check_vma=False``) work, and with "xla" forward mode and any second
+    derivative. A query that selects no key yields 0, and ``lse == -inf``. Lengths need
+    not be multiples of a block.
 
     Args:
       q, k, v: float32, bfloat16 or float16, all of one dtype; the number of heads of q
         is a multiple of that of k and v. Products accumulate in float32.
-      spec: an index map, a term such as ``softmax(map, ...)``, or their text.
+      spec: an index map, a term such as ``softmax(map, ...)`` or ``joint(a, b)``, or
+        their text.
       q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``.
-      operands: run-time arrays by name: integers for maps made of ``operand(name)``,
-        what a selection asks for, or parts that ``select`` chose before.
+      operands: what the spec reads by name: integers for maps made of
+        ``operand(name)``; what a selection asks for, or parts that ``select`` chose
+        before; biases, sinks, gates and decays, which have gradients; functions, where
+        a term names a feature map.
       sm_scale: factor before the softmax; ``head_dim ** -0.5`` if None.
       q_offset: the position of the first query, as decoding needs.
       return_lse: also return the natural log-sum-exp, f32; it has a gradient.
       impl: "xla", "tpu", "triton", "reference" (dense), or None for the default device.
       interpret: run Pallas kernels in an interpreter (True, or its parameters).
       config: block sizes and pipelining; never changes the result.
+      dropout_rate: the part of the attention weights that is dropped; the others grow
+        by ``1 / (1 - dropout_rate)``, and the lse is that of all.
+      dropout_key: what decides on it, a key of ``jax.random``; the same weights are
+        dropped on every backend. Under ``shard_map``, fold the shard into it.
 
     Raises:
       ValueError: the arrays, the spec and the options do not fit together.
       NotImplementedError: this backend cannot do it; nothing falls back silently.
     """
     term = any_term(spec)
-    problem = checks.problem(q, k, v, q_offset)
-    ids = q_segment_ids, kv_segment_ids
-    if isinstance(term, Heads):
-        attend = partial(
-            attention, sm_scale=sm_scale, q_offset=q_offset, return_lse=return_lse,
-            impl=impl, interpret=interpret, config=config,
-        )  # fmt: skip
-        return by_heads.attention((q, k, v), term, _named(operands, *ids), attend)
-    options = Options(
-        term=_of_rest(term),
-        problem=problem,
+    checks.problem(q, k, v, q_offset)
+    given = _given(operands, q_segment_ids, kv_segment_ids)
+    rate = checks.dropout(dropout_rate, dropout_key)
+    if rate:
+        given[DROPOUT_KEY] = dropout_key
+    _check_read(term, given)
+    setting = Setting(
         sm_scale=float(q.shape[-1] ** -0.5 if sm_scale is None else sm_scale),
+        q_offset=int(q_offset),
         impl=choose_impl(impl, interpret, q, k, v),
         interpret=interpret,
         config=config or KernelConfig(),
+        dropout_rate=rate,
     )
-    if isinstance(term, ScatterMean):
-        if return_lse:
-            raise NotImplementedError(
-                f"return_lse=True: {term!r} has a softmax a cluster, so that no single "
-                "log-sum-exp belongs to a query: leave it False"
-            )
-        return routing.attention((q, k, v), term, _named(operands, *ids), options)
-    arrays = call_arrays(options, operands, ids, q.shape[0])
-    out, lse = traced(q, k, v, arrays, options=options)
-    return (out, lse) if return_lse else out
+    out, lse = evaluate((q, k, v), term, given, setting)
+    if not return_lse:
+        return out
+    if lse is None:
+        raise NotImplementedError(
+            f"return_lse=True: {term!r} has more than one normaliser, so that no "
+            "single log-sum-exp belongs to a query: leave it False"
+        )
+    return out, lse.astype(jnp.float32)
 
 
-def _named(
-    operands: Mapping[str, Any] | None, q_segment_ids: Any, kv_segment_ids: Any
+def _given(
+    operands: Mapping[str, Any] | None,
+    q_segment_ids: Any,
+    kv_segment_ids: Any,
 ) -> dict[str, Any]:
-    """All run-time arrays of a call by name."""
+    """All run-time arrays of a call by name.
+
+    Raises:
+      ValueError: one kind of segment ids without the other.
+    """
     ids = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
-    return {**(operands or {}), **{n: x for n, x in ids.items() if x is not None}}
+    named = {name: x for name, x in ids.items() if x is not None}
+    if len(named) == 1:
+        (name,), (other,) = named, set(ids) - set(named)
+        raise ValueError(f"{name} was given without {other}: pass both")
+    return {**(operands or {}), **named}
 
 
-def _of_rest(term: Softmax | ScatterMean) -> Softmax:
-    """What a call needs to know of a term apart from its clusters."""
-    return Softmax(term.rest) if isinstance(term, ScatterMean) else term
+def _check_read(term: Term, given: Mapping[str, Any]) -> None:
+    """Refuses arrays that no part of a mixture reads; maps check their own."""
+    if isinstance(term, Softmax | ScatterMean):
+        return
+    for name in given:
+        if not term.reads(name):
+            raise ValueError(
+                f"{name!r} was given, but no part of {term!r} reads it: drop it"
+            )
 
 
 def choose_impl(impl: str | None, interpret: Any, *arrays: Any) -> str:
@@ -154,15 +180,34 @@ def as_term(spec: Spec | str) -> Softmax:
     """The one softmax that a spec stands for.
 
     Raises:
-      NotImplementedError: it has several, by cluster or by head.
+      NotImplementedError: it has several, or scores that are not those of a softmax.
     """
     term = any_term(spec)
     if isinstance(term, Softmax):
         return term
+    found = overlaps.one_softmax(term)
+    if found is not None:
+        return found
     raise NotImplementedError(
-        f"spec={term!r} has more than one softmax, by head or by cluster, and this "
-        "takes a map or softmax(map, ...): ask it of the map of a part"
+        f"spec={term!r} is more than one softmax over a map, and this takes a map or "
+        "softmax(map, ...): ask it of a part; joint(...).resolved(n) are those of a "
+        "joint"
     )
+
+
+def map_of(spec: Spec | str) -> IndexMap:
+    """The pairs on which the output of a spec depends, as one map.
+
+    Raises:
+      NotImplementedError: no map says that.
+    """
+    term = any_term(spec)
+    if term.seen is None:
+        raise NotImplementedError(
+            f"spec={term!r} has a part whose pairs no map describes: ask for those of "
+            "the other parts"
+        )
+    return term.seen
 
 
 def select(
@@ -180,16 +225,28 @@ def select(
     an entry of its batch to ``IndexMap.dense``, to look at it. Empty for a static map.
     """
     term = any_term(spec)
-    problem = checks.problem(q, k, k, q_offset)
-    if isinstance(term, Heads):
-        choose = partial(select, sm_scale=sm_scale, q_offset=q_offset)
-        return by_heads.select((q, k), term, operands or {}, choose)
+    checks.problem(q, k, k, q_offset)
+    choose = partial(select, sm_scale=sm_scale, q_offset=q_offset)
+    given = dict(operands or {})
+    _check_read(term, given)
     scale = float(q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
-    options = Options(_of_rest(term), problem, scale, "reference")
-    if isinstance(term, ScatterMean):
-        return routing.select(q, k, term, operands or {}, options)
-    arrays = call_arrays(options, operands, (None, None), q.shape[0])
-    return chosen_parts(q, k, arrays, options)
+    setting = Setting(scale, q_offset, "reference")
+    match term:
+        case Heads():
+            return by_heads.select((q, k), term, given, choose)
+        case ScatterMean():
+            options = options_of((q, k), Softmax(term.rest), setting)
+            return routing.select(q, k, term, given, options)
+        case Softmax():
+            options = options_of((q, k), Softmax(term.map), setting)
+            extra = [name for name in term.operands if not reads(term.map, name)]
+            mine = {name: x for name, x in given.items() if name not in extra}
+            arrays = call_arrays(options, mine, (None, None), q.shape[0])
+            return chosen_parts(q, k, arrays, options)
+    found: dict[str, Array] = {}
+    for part in term.parts:
+        found |= choose(part, q, k, operands=read_by(part, given))
+    return found
 
 
 def plan(

@@ -3,27 +3,20 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowering import ir
-from sadsl import routing
-from sadsl.selections.content import selections_of
-from sadsl.terms import Heads, ScatterMean, Softmax, Spec
-
-
-def reads(spec: Spec, name: str) -> bool:
-    """Whether a call with ``spec`` takes the run-time array ``name``."""
-    match spec:
-        case Heads(parts):
-            return any(reads(part, name) for part, _ in parts)
-        case ScatterMean():
-            return routing.reads(spec, name)
-        case Softmax(map):
-            return reads(map, name)
-    chosen = selections_of(spec)
-    asked = any(name in s.operands or s.owns(name) for s in chosen)
-    return asked or name in ir.operand_names(spec.node)
+from sadsl.term import (
+    DROPOUT_KEY,
+    Evaluate,
+    Inputs,
+    Outcome,
+    Setting,
+    Spec,
+    read_by,
+)
+from sadsl.terms import Heads
 
 
 def slices(
@@ -42,7 +35,7 @@ def slices(
             "numbers add up to the heads of q"
         )
     found, start = [], 0
-    for spec, count in term.parts:
+    for spec, count in term.shares:
         if count % group:
             raise ValueError(
                 f"{term!r}: {count} heads of {spec!r} split a group of {group} that "
@@ -55,29 +48,21 @@ def slices(
     return found
 
 
-def attention(
-    inputs: tuple[Array, Array, Array],
-    term: Heads,
-    given: Mapping[str, Any],
-    attend: Callable[..., Any],
-) -> tuple[Array, Array] | Array:
-    """Output of all parts, with the lse if ``attend`` returns it as well.
-
-    ``attend(q, k, v, spec, operands=...)`` is ``sadsl.attention.attention`` with the
-    options of the call.
-
-    Raises:
-      ValueError: no part reads an array, or the numbers of heads do not fit.
-    """
-    found = [
-        attend(*mine, spec, operands={n: x for n, x in given.items() if reads(spec, n)})
-        for mine, spec in slices(inputs, term)
-    ]
-    check_read(given, term)
-    if isinstance(found[0], tuple):
-        outs, lses = zip(*found, strict=True)
-        return jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=1)
-    return jnp.concatenate(found, axis=2)
+def attend(
+    inputs: Inputs, term: Heads, given: Mapping[str, Any], setting: Setting,
+    evaluate: Evaluate,
+) -> Outcome:  # fmt: skip
+    """The outcomes of all parts, side by side; an lse if every part has one."""
+    found = []
+    for i, ((q, k, v), spec) in enumerate(slices(inputs, term)):
+        mine = read_by(spec, given)
+        if DROPOUT_KEY in mine:
+            # Else the first heads of all parts would drop the same pairs.
+            mine[DROPOUT_KEY] = jax.random.fold_in(mine[DROPOUT_KEY], i)
+        found.append(evaluate((q, k, v), spec, mine, setting))
+    lses = [lse for _, lse in found if lse is not None]
+    lse = jnp.concatenate(lses, axis=1) if len(lses) == len(found) else None
+    return Outcome(jnp.concatenate([out for out, _ in found], axis=2), lse)
 
 
 def select(
@@ -91,11 +76,9 @@ def select(
     Raises:
       ValueError: two parts have the same selection, whose arrays have one name.
     """
-    check_read(given, term)
     found: dict[str, Array] = {}
     for mine, spec in slices(inputs, term):
-        mine_given = {n: x for n, x in given.items() if reads(spec, n)}
-        made = choose(spec, *mine, operands=mine_given)
+        made = choose(spec, *mine, operands=read_by(spec, given))
         twice = sorted(set(found) & set(made))
         if twice:
             raise ValueError(
@@ -104,12 +87,3 @@ def select(
             )
         found |= made
     return found
-
-
-def check_read(given: Mapping[str, Any], term: Heads) -> None:
-    """Refuses arrays that no part reads."""
-    for name in given:
-        if not reads(term, name):
-            raise ValueError(
-                f"{name!r} was given, but no part of {term!r} reads it: drop it"
-            )

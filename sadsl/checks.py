@@ -71,6 +71,22 @@ def _check_sizes(q: Shape, k: Shape, v: Shape) -> None:
         )
 
 
+def dropout(rate: float, key: Any) -> float:
+    """The rate of a call, checked; 0 where nothing is dropped.
+
+    Raises:
+      ValueError: the rate is outside [0, 1), or there is a rate without a key.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate={rate} must be at least 0 and below 1")
+    if rate and key is None:
+        raise ValueError(
+            f"dropout_rate={rate} without dropout_key: pass a key of jax.random, or "
+            "dropout_rate=0 where nothing shall be dropped"
+        )
+    return float(rate)
+
+
 def operand_arrays(
     operands: Mapping[str, Any] | None,
     q_segment_ids: Any,

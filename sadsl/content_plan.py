@@ -15,7 +15,7 @@ from pallas_kernels.config import KernelConfig, Tile, Tiles
 from sadsl import checks
 from sadsl.attention import as_term
 from sadsl.execution import Options, call_arrays, prepare, with_parts
-from sadsl.terms import Spec
+from sadsl.term import Spec
 
 
 def plan_for(

@@ -11,7 +11,7 @@ from lowering.planning import Sizes, plan
 from lowering.simplify import simplify
 from sadsl.attention import as_term
 from sadsl.selections.content import widest
-from sadsl.terms import Spec
+from sadsl.term import Spec
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowering import bits, hoist, ir, pipeline, sort, verify
+from lowering import bits, hoist, ir, pipeline, score_values, scores, sort, verify
 from lowering import select as run_time
 from lowering.kernel_predicate import KernelPredicate
 from lowering.pipeline import Problem, Stages
+from lowering.verify_scores import verify_scores
 from pallas_kernels import dispatch
 from pallas_kernels.call import Call, Inputs, Masks, Vectors
 from pallas_kernels.config import KernelConfig, Tiles
-from sadsl import checks, reference
+from sadsl import checks, dropout, reference
 from sadsl.selections.content import Content, Selection, choose, selections_of
+from sadsl.term import DROPOUT_KEY
 from sadsl.terms import Softmax
 
 
@@ -31,11 +33,42 @@ class Options:
     impl: str
     interpret: Hashable = False
     config: KernelConfig = field(default_factory=KernelConfig)
+    dropout_rate: float = 0.0
 
     @cached_property
     def selections(self) -> tuple[Selection, ...]:
         """The parts of the map that are decided by content."""
         return selections_of(self.term)
+
+    @cached_property
+    def asked(self) -> dict[str, int]:
+        """The arrays of floats that selections and the bias read, with their axes."""
+        own = {} if self.term.bias is None else self.term.bias.operands
+        return {n: r for s in self.selections for n, r in s.operands.items()} | own
+
+    @cached_property
+    def of_bias(self) -> dict[str, int]:
+        """All run-time arrays that the bias reads, integers too."""
+        bias = self.term.bias
+        return {} if bias is None else {**bias.operands, **bias.integer_operands}
+
+    @cached_property
+    def score(self) -> scores.Score | None:
+        """The bias as an expression."""
+        bias = self.term.bias
+        return None if bias is None else bias.score(self.problem.num_heads)
+
+    @property
+    def lowered_score(self) -> scores.Lowered | None:
+        """The bias as kernels take it."""
+        if self.score is None:
+            return None
+        return scores.lower(self.score, self.problem)
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether positions stay as given: a bias is made for pairs in that order."""
+        return self.config.relayout is False or self.term.bias is not None
 
     @property
     def stages(self) -> Stages:
@@ -50,13 +83,13 @@ class Options:
             for s in self.selections
             if s.order
         ]
-        if not orders or self.config.relayout is False:
+        if not orders or self.keeps_order:
             return None
         return sort.keys(self.stages["simplify"], orders)
 
     def arranged(self, tiles: Tiles) -> Stages:
         """The lowered map in the order of positions that kernels work in."""
-        if self.config.relayout is False:
+        if self.keeps_order:
             return self.stages
         if self.sorted_by is not None:
             return sort.sorted_stages(self.stages)
@@ -68,8 +101,13 @@ class Options:
 def traced(
     q: Array, k: Array, v: Array, arrays: Mapping[str, Array], *, options: Options
 ) -> tuple[Array, Array]:
-    """Output and lse of a checked call; ``arrays`` have a batch axis."""
-    arrays = with_parts(q, k, arrays, options)
+    """Output and lse of a checked call; ``arrays`` have a batch axis.
+
+    With dropout, the words of its key are among them.
+    """
+    known = {*options.of_bias, DROPOUT_KEY}
+    own = {name: x for name, x in arrays.items() if name in known}
+    arrays = {**with_parts(q, k, arrays, options), **own}
     run = _dense if options.impl == "reference" else _kernels
     return run(q, k, v, arrays, options)
 
@@ -118,11 +156,33 @@ def _dense(
         ir.substitute(node, {"h": ir.Const(head)}) for head, node in enumerate(nodes)
     )
     allowed = reference.pairs(nodes, problem.q_seq_len, problem.kv_seq_len, arrays)
+    factor, rate = None, options.dropout_rate
+    if rate:
+        words = arrays[DROPOUT_KEY]
+        factor = dropout.of_all_pairs(words, q.shape[0], problem, rate)
     out, lse = reference.attention(
         q, k, v, allowed,
         sm_scale=options.sm_scale, logits_soft_cap=options.term.logits_soft_cap,
+        bias=_dense_bias(arrays, options, q.dtype), factor=factor,
     )  # fmt: skip
     return out, lse.astype(jnp.float32)
+
+
+def _dense_bias(
+    arrays: Mapping[str, Array], options: Options, dtype: Any
+) -> Array | None:
+    """The bias of every pair, straight from its expression."""
+    if options.score is None:
+        return None
+    problem = options.problem
+    places = score_values.Places(
+        jnp.arange(problem.q_seq_len, dtype=jnp.int32)[None, None, :, None],
+        jnp.arange(problem.kv_seq_len, dtype=jnp.int32)[None, None, None, :],
+        problem.num_heads,
+        arrays,
+        dtype=jnp.float64 if dtype == jnp.float64 else jnp.float32,
+    )
+    return score_values.dense(scores.resolved(options.score, problem), places)
 
 
 def _kernels(
@@ -143,10 +203,12 @@ def _kernels(
     if orders is not None:
         q, k, v = orders.to_slots(q, k, v)
     inputs = Inputs(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
-    call = kernel_call(options, ready.stages, tiles)
-    o, lse = dispatch.attend(
-        inputs, ready.vectors, ready.masks, call, impl=options.impl
-    )
+    call, vectors = kernel_call(options, ready.stages, tiles), ready.vectors
+    if options.dropout_rate:
+        words, order = arrays[DROPOUT_KEY], layouts or orders
+        problem = options.problem
+        vectors = dropout.with_seeds(vectors, words, q.shape[0], problem, order)
+    o, lse = dispatch.attend(inputs, vectors, ready.masks, call, impl=options.impl)
     o = jnp.swapaxes(o, 1, 2)
     if layouts is not None:
         o, lse = layouts.q.to_positions(o, 1), layouts.q.to_positions(lse, 2)
@@ -171,6 +233,10 @@ def prepare(arrays: Mapping[str, Array], options: Options, tiles: Tiles) -> Prep
         orders = sort.orders(options.sorted_by, options.stages["simplify"], arrays)
         arrays = {**arrays, **orders.operands}
     vectors = call_vectors(stages, arrays, tiles)
+    lowered = options.lowered_score
+    if lowered is not None:
+        added = score_values.values(lowered, options.problem, arrays)
+        vectors = vectors._replace(scores=added)
     if run_time.is_run_time(stages):
         masks = run_time.masks(stages, tiles, vectors)
     else:
@@ -192,12 +258,16 @@ def call_vectors(stages: Stages, arrays: Mapping[str, Array], tiles: Tiles) -> V
 
 def kernel_call(options: Options, stages: Stages, tiles: Tiles) -> Call:
     """The static part of the kernel call."""
+    score = options.lowered_score
     return Call(
         predicate=KernelPredicate(stages["hoist"].maps),
         sm_scale=options.sm_scale,
         tiles=tiles,
         logits_soft_cap=options.term.logits_soft_cap,
         interpret=options.interpret,
+        scores=None if score is None else score.kernel,
+        learned_scores=score is not None and score.learned,
+        dropout_rate=options.dropout_rate,
     )
 
 
@@ -224,9 +294,8 @@ def call_arrays(
     options: Options, operands: Mapping[str, Any] | None, ids: tuple, batch: int
 ) -> dict[str, Array]:
     """The run-time arrays of a call with a batch axis, checked against its map."""
-    asked = {name: r for s in options.selections for name, r in s.operands.items()}
-    arrays = checks.operand_arrays(operands, *ids, floats=frozenset(asked))
-    ranks = operand_ranks(options.stages, arrays) | asked
+    arrays = checks.operand_arrays(operands, *ids, floats=frozenset(options.asked))
+    ranks = operand_ranks(options.stages, arrays) | options.asked | options.of_bias
     fitted = checks.with_batch_axis(arrays, ranks, batch)
     check_given(fitted, options)
     return fitted
@@ -235,7 +304,10 @@ def call_arrays(
 def check_given(arrays: Mapping[str, Any], options: Options) -> None:
     """Checks the arrays of a caller, but for what selections check or make."""
     chosen = options.selections
-    asked = {name for s in chosen for name in s.operands}
+    asked = {*options.asked, *options.of_bias}
+    if options.score is not None:
+        shapes = {n: x.shape[1:] for n, x in arrays.items() if n in options.of_bias}
+        verify_scores(options.score, options.problem, shapes)
     read = {x for m in options.stages["simplify"].maps for x in ir.operand_names(m)}
     mine = {
         name: x

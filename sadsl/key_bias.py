@@ -1,7 +1,10 @@
 """A number added to the scores of a key: one more feature of queries and keys.
 
 ``[q, 1] . [k, b / sm_scale] * sm_scale = q . k * sm_scale + b``, so that every backend
-has the bias, and its gradient, from the product that it computes anyway.
+has the bias, and its gradient, from the product that it computes anyway. That is for
+callers with the array at hand and no soft cap. ``softmax(map, bias=key_bias(name))``
+says the same in a spec: after a soft cap, for every query head of its own, and with the
+product as it is, at the price of a vector that the kernels read.
 """
 
 from collections.abc import Mapping
@@ -13,7 +16,7 @@ from jaxtyping import Array, Float
 
 from sadsl.attention import as_term, attention, select
 from sadsl.selections.content import selections_of
-from sadsl.terms import Spec
+from sadsl.term import Spec
 
 # Features that hold a float32 together, each rounded to what the one before left over.
 PIECES = {"float32": 1, "bfloat16": 3, "float16": 3, "float64": 1}

@@ -15,7 +15,7 @@ import numpy as np
 from sadsl.attention import as_term, select
 from sadsl.maps import IndexMap
 from sadsl.selections.content import Leak, selections_of
-from sadsl.terms import Spec
+from sadsl.term import Spec
 
 # From no dependence on later tokens to any.
 ORDER: tuple[Leak, ...] = ("none", "block", "all")

@@ -22,7 +22,7 @@ from sadsl.execution import (
     traced,
 )
 from sadsl.explain import Explanation, explain
-from sadsl.terms import Spec
+from sadsl.term import Spec
 
 IMPL_OF_PLATFORM = {"cpu": "xla", "tpu": "tpu", "cuda": "triton"}
 
@@ -208,12 +208,12 @@ def lower(
         impl=_impl_for(impl or IMPL_OF_PLATFORM[platform], target, platform),
         config=config or KernelConfig(),
     )
-    asked = {name: r for s in options.selections for name, r in s.operands.items()}
+    asked = options.asked
     shapes = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype if name in asked else jnp.int32)
         for name, x in (operands or {}).items()
     }
-    ranks = operand_ranks(options.stages, shapes) | asked
+    ranks = operand_ranks(options.stages, shapes) | asked | options.of_bias
     fitted = {
         name: x
         if len(x.shape) > ranks[name]

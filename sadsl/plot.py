@@ -4,15 +4,16 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.patches import Patch
 
 from lowering.counts import Plan
 from pallas_kernels.block_mask import expand
-from sadsl.attention import as_term
+from sadsl.attention import map_of
 from sadsl.properties import Properties
-from sadsl.terms import Spec
+from sadsl.term import Spec
 
 EMPTY, PARTIAL, FULL = "#f4f4f2", "#f2a65a", "#2e6f95"
 # A larger plan is drawn by the strongest kind of each group of blocks.
@@ -30,12 +31,40 @@ def pattern(
     ax: Axes | None = None,
 ) -> Axes:
     """Draws every pair of one head: queries downwards, keys to the right."""
-    chosen = as_term(spec).map
+    chosen = map_of(spec)
     pairs = chosen.dense(q_seq_len, kv_seq_len, num_heads, operands=operands)[head]
     ax = _axes(ax)
     ax.imshow(pairs, cmap=ListedColormap([EMPTY, FULL]), vmin=0, vmax=1, aspect="equal")
     _label(ax, f"{pairs.mean():.1%} of the pairs", "key", "query", repr(chosen))
     return ax
+
+
+def weights(
+    matrix: Float[np.ndarray, "q_seq kv_seq"],
+    *,
+    title: str = "weights",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws a matrix of weights, such as one head of ``sadsl.induced``: log scale.
+
+    Pairs without a weight have the colour of an empty block.
+    """
+    found = np.asarray(matrix, float)
+    ax = _axes(ax)
+    shown = np.ma.masked_less_equal(found, 0)
+    ax.set_facecolor(EMPTY)
+    lowest = float(shown.min()) if shown.count() else 1.0
+    norm = LogNorm(vmin=lowest, vmax=max(float(found.max()), lowest * 1.01))
+    ax.imshow(shown, cmap="viridis", norm=norm, aspect="equal")
+    sums = found.sum(axis=1)
+    note = f"{np.mean(found > 0):.1%} of the pairs; rows sum to {_range(sums)}"
+    _label(ax, note, "key", "query", title)
+    return ax
+
+
+def _range(values: np.ndarray) -> str:
+    low, high = f"{values.min():.3g}", f"{values.max():.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def blocks(plan: Plan, *, map_index: int = 0, ax: Axes | None = None) -> Axes:

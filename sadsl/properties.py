@@ -10,12 +10,12 @@ from lowering.hops import Hops, hops
 from lowering.live import first_and_last
 from lowering.pairs import count_pairs
 from lowering.simplify import simplify
-from sadsl.attention import as_term
+from sadsl.attention import map_of
 from sadsl.decode import Cache, cache, first_offence, head_maps
 from sadsl.leaks import declared_leak
 from sadsl.named import Where
 from sadsl.selections.content import Leak, widest
-from sadsl.terms import Spec
+from sadsl.term import Spec
 
 # Lengths that the growth of the pairs is fitted to, as parts of the whole.
 PARTS = (8, 4, 2, 1)
@@ -155,8 +155,8 @@ def properties(spec: Spec | str, n: int, num_heads: int = 1) -> Properties:
     Raises:
       ValueError: the map reads run-time arrays, or is made for another length.
     """
-    term = as_term(spec)
-    node = widest(term.map)
+    seen = map_of(spec)
+    node = widest(seen)
     maps, map_of_head = head_maps(node, n, num_heads)
     offence = first_offence(maps, map_of_head, n)
     causal = offence is None
@@ -184,7 +184,7 @@ def properties(spec: Spec | str, n: int, num_heads: int = 1) -> Properties:
         cache=cache(Where(node), n, num_heads) if causal else None,
         growth=growth,
         exponent=exponent,
-        selection_leak=declared_leak(term),
+        selection_leak=declared_leak(seen),
     )
 
 

@@ -63,10 +63,14 @@ def attention(
     *,
     sm_scale: float,
     logits_soft_cap: float | None = None,
+    bias: Float[Array, "_batch _heads _q _kv"] | None = None,
+    factor: Float[Array, "batch heads q kv"] | None = None,
 ) -> tuple[Float[Array, "batch q heads head_dim_v"], Float[Array, "batch heads q"]]:
     """Output and natural lse over the allowed pairs, in f32 (f64 for f64 inputs).
 
-    A row that allows no key yields 0 and -inf, and passes zero gradients.
+    ``bias`` is added to the capped scores; ``-inf`` leaves the pair out. A row that
+    allows no key yields 0 and -inf, and passes zero gradients. Dropout multiplies the
+    normalised weights by ``factor``.
     """
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     group = q.shape[2] // k.shape[2]
@@ -75,12 +79,18 @@ def attention(
     s = jnp.einsum("bqhd,bkhd->bhqk", wide_q, wide_k, precision="highest") * sm_scale
     if logits_soft_cap is not None:
         s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
+    if bias is not None:
+        # Without infinities, on which gradients turn to NaN.
+        out = jnp.isneginf(bias)
+        allowed = allowed & ~out
+        s = s + jnp.where(out, 0, bias).astype(dtype)
     # Double where: no -inf minus -inf on the way, forward or backward.
     some = allowed.any(axis=-1, keepdims=True)
     s = jnp.where(allowed, s, jnp.finfo(dtype).min)
     top = jax.lax.stop_gradient(s.max(axis=-1, keepdims=True))
     p = jnp.where(allowed, jnp.exp(s - top), 0)
     l = jnp.where(some, p.sum(axis=-1, keepdims=True), 1)
-    o = jnp.einsum("bhqk,bkhd->bqhd", p / l, wide_v, precision="highest")
+    p = p / l if factor is None else p / l * factor.astype(dtype)
+    o = jnp.einsum("bhqk,bkhd->bqhd", p, wide_v, precision="highest")
     lse = jnp.where(some, top + jnp.log(l), -jnp.inf)[..., 0]
     return o.astype(q.dtype), lse

@@ -24,7 +24,7 @@ from lowering.counts import Plan
 from lowering.layout import Axis, Layout
 from lowering.orders import Layouts
 from pallas_kernels.block_mask import BlockMask, check
-from sadsl.terms import Spec
+from sadsl.term import Spec
 from sadsl.text import parse
 
 # Raised whenever an older reader would misunderstand a file.

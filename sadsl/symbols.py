@@ -1,14 +1,28 @@
-"""What the function given to ``where`` is traced on: integers and truths as symbols."""
+"""What ``where`` and ``bias`` are traced on: integers and truths as symbols."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, NoReturn, TypeAlias
 
-from lowering import ir
+from lowering import ir, scores
 from lowering.printing import show
+from sadsl.reals import Real, TableNumbers, number
 
 Integer: TypeAlias = "Symbol | OperandArray | int"
+
+
+def _or_real(method: Callable) -> Callable:
+    """``method`` of integers; with a float on the other side, that of numbers."""
+
+    @wraps(method)
+    def either(self: "Symbol", other: Any) -> Any:
+        if isinstance(other, float | Real):
+            return getattr(Real(scores.Integer(self.node)), method.__name__)(other)
+        return method(self, other)
+
+    return either
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,18 +39,22 @@ class Symbol:
     # NumPy must not take the symbol apart: it defers to the operators below.
     __array_ufunc__ = None
 
+    @_or_real
     def __add__(self, other: Integer) -> "Symbol":
         return Symbol(ir.Add(self.node, as_node(other, "+")))
 
+    @_or_real
     def __radd__(self, other: Integer) -> "Symbol":
         return Symbol(ir.Add(as_node(other, "+"), self.node))
 
+    @_or_real
     def __sub__(self, other: Integer) -> "Symbol":
         right = as_node(other, "-")
         if isinstance(right, ir.Const):
             return Symbol(ir.Add(self.node, ir.Const(-right.value)))
         return Symbol(ir.Add(self.node, ir.Mul(right, -1)))
 
+    @_or_real
     def __rsub__(self, other: Integer) -> "Symbol":
         return Symbol(ir.Add(as_node(other, "-"), ir.Mul(self.node, -1)))
 
@@ -46,6 +64,7 @@ class Symbol:
     def __abs__(self) -> "Symbol":
         return maximum(self, -self)
 
+    @_or_real
     def __mul__(self, other: int) -> "Symbol":
         return Symbol(ir.Mul(self.node, constant(other, "*")))
 
@@ -222,12 +241,17 @@ class TableValues:
         return Symbol(ir.Table(self.values, as_node(index, "table index")))
 
 
-def table(values: Iterable[int]) -> TableValues:
-    """A constant table to be indexed by positions; the index must stay inside it."""
-    found = tuple(operator.index(v) for v in values)
+def table(values: Iterable[Any]) -> Any:
+    """A constant table to be indexed by positions; the index must stay inside it.
+
+    A table of floats is for a bias.
+    """
+    found = tuple(values)
     if not found:
         raise ValueError("table(()): a table needs at least one value")
-    return TableValues(found)
+    if any(isinstance(v, float) for v in found):
+        return TableNumbers(tuple(map(number, found)))
+    return TableValues(tuple(operator.index(v) for v in found))
 
 
 def operand(name: str) -> OperandArray:

@@ -1,44 +1,79 @@
 """Terms: how the pairs of a map are scored and normalised, and by which heads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import reduce
+from math import gcd
 from operator import and_
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
-from sadsl.maps import Both, IndexMap, Minus, at_least
+from lowering import ir
+from sadsl.bias import Bias
+from sadsl.maps import Both, IndexMap, Minus, at_least, per_head
 from sadsl.named import full
 from sadsl.selections.content import selections_of
 from sadsl.selections.kmeans import Kmeans
+from sadsl.term import Learned, Sizes, Spec, Term, seen
 
 OwnKey = Literal["seen", "alone"]
 
 
 @dataclass(frozen=True, repr=False)
-class Softmax:
+class Softmax(Term):
     """Softmax over the keys that ``map`` selects: reducer R1, one softmax over the set.
 
-    ``logits_soft_cap`` replaces each scaled score ``s`` by ``cap * tanh(s / cap)``
-    (Gemma Team, Gemma 2, 2024, section 2).
+    See ``softmax``, which makes it.
     """
 
     map: IndexMap
     logits_soft_cap: float | None = None
+    bias: Bias | None = None
+    sink: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.map, IndexMap):
             raise TypeError(f"softmax takes an index map, not {self.map!r}")
+        if not isinstance(self.bias, Bias | None):
+            raise TypeError(
+                f"softmax: bias={self.bias!r} must be one such as alibi(), or None; an "
+                "array is the operand of pair_bias(name)"
+            )
         cap = self.logits_soft_cap
         if cap is not None and not cap > 0:
             raise ValueError(
                 f"softmax: logits_soft_cap={cap} must be positive, or None"
             )
 
+    @property
+    def parts(self) -> tuple[Spec, ...]:
+        """The map."""
+        return (self.map,)
+
+    @property
+    def operands(self) -> Mapping[str, int]:
+        """The arrays of the bias, and the sinks."""
+        bias = self.bias
+        of_bias = {} if bias is None else {**bias.operands, **bias.integer_operands}
+        return {**of_bias, **({} if self.sink is None else {self.sink: 1})}
+
+    @property
+    def support(self) -> IndexMap:
+        """The map."""
+        return self.map
+
+    def learned(self, sizes: Sizes) -> dict[str, Learned]:
+        """The arrays of the bias, and a sink a head, which starts at 0."""
+        found = {} if self.bias is None else self.bias.learned(sizes)
+        if self.sink is not None:
+            found[self.sink] = Learned((sizes.num_q_heads,))
+        return found
+
     def __repr__(self) -> str:
         return f"softmax({_arguments(self)})"
 
 
 @dataclass(frozen=True, repr=False)
-class ScatterMean:
+class ScatterMean(Term):
     """A softmax in every cluster of ``map``, and the mean of what they yield: R2.
 
     ``map`` is ``kmeans(...)`` with ``members="topw"``, perhaps ``&`` maps that are not
@@ -81,6 +116,21 @@ class ScatterMean:
             )
 
     @property
+    def operands(self) -> Mapping[str, int]:
+        """What the clusters read, and their members."""
+        names = (self.clusters.key(name) for name in ("q", "k"))
+        return {**self.clusters.operands, **dict.fromkeys(names, 3)}
+
+    @property
+    def parts(self) -> tuple[Spec, ...]:
+        """What the map demands beside a cluster in common."""
+        return (self.rest,)
+
+    def reads(self, name: str) -> bool:
+        """Whether the clusters or the rest of the map take the array."""
+        return name in self.operands or name in ir.operand_names(self.rest.node)
+
+    @property
     def clusters(self) -> Kmeans:
         """The clusters that the map has.
 
@@ -106,38 +156,89 @@ class ScatterMean:
 
 
 @dataclass(frozen=True, repr=False)
-class Heads:
+class Heads(Term):
     """The first heads have the first spec, the next ones the second, and so on."""
 
-    parts: tuple[tuple["Spec", int], ...]
+    shares: tuple[tuple[Spec, int], ...]
 
     def __post_init__(self) -> None:
-        if not self.parts:
+        if not self.shares:
             raise ValueError("heads(): give at least one (spec, number of heads)")
-        for part in self.parts:
+        for part in self.shares:
             if not isinstance(part, tuple) or len(part) != 2:
                 raise TypeError(f"heads takes (spec, number of heads), not {part!r}")
             spec, count = part
-            if not isinstance(spec, IndexMap | Softmax | ScatterMean | Heads):
+            if not isinstance(spec, IndexMap | Term):
                 raise TypeError(f"heads takes maps and terms, not {spec!r}")
             at_least("heads", "n", count, 1)
 
     @property
     def num_heads(self) -> int:
         """Of all parts together."""
-        return sum(count for _, count in self.parts)
+        return sum(count for _, count in self.shares)
+
+    @property
+    def parts(self) -> tuple[Spec, ...]:
+        """The specs, without their numbers of heads."""
+        return tuple(spec for spec, _ in self.shares)
+
+    @property
+    def seen(self) -> IndexMap | None:
+        """The pairs of every head, unless those of a part depend on the head."""
+        maps = [seen(spec) for spec in self.parts]
+        known = [m for m in maps if m is not None and "h" not in ir.axes(m.node)]
+        if len(known) < len(maps):
+            return None
+        unit = gcd(*(count for _, count in self.shares))
+        each = zip(known, self.shares, strict=True)
+        return per_head(*(m for m, (_, n) in each for _ in range(n // unit)))
+
+    def learned(self, sizes: Sizes) -> dict[str, Learned]:
+        """What each part learns for its own heads.
+
+        Raises:
+          ValueError: two parts read one learned array, which has the heads of one.
+        """
+        found: dict[str, Learned] = {}
+        for spec, count in self.shares:
+            if not isinstance(spec, Term):
+                continue
+            group = sizes.num_q_heads // sizes.num_kv_heads
+            mine = sizes._replace(num_q_heads=count, num_kv_heads=count // group)
+            new = spec.learned(mine)
+            twice = sorted(set(found) & set(new))
+            if twice:
+                raise ValueError(
+                    f"{self!r} learns {twice[0]!r} in two parts, whose heads differ: "
+                    "give the arrays of one part another name"
+                )
+            found |= new
+        return found
 
     def __repr__(self) -> str:
-        return f"heads({', '.join(map(repr, self.parts))})"
+        return f"heads({', '.join(map(repr, self.shares))})"
 
 
-Term: TypeAlias = Softmax | ScatterMean | Heads
-Spec: TypeAlias = IndexMap | Term
+def softmax(
+    map: IndexMap,
+    logits_soft_cap: float | None = None,
+    bias: Bias | None = None,
+    sink: bool | str = False,
+) -> Softmax:
+    """The term of a map with options; a bare map means ``softmax(map)``.
 
-
-def softmax(map: IndexMap, logits_soft_cap: float | None = None) -> Softmax:
-    """The term of a map with options; a bare map means ``softmax(map)``."""
-    return Softmax(map, None if logits_soft_cap is None else float(logits_soft_cap))
+    Args:
+      map: the pairs that attend.
+      logits_soft_cap: replaces each scaled score ``s`` by ``cap * tanh(s / cap)``
+        (Gemma Team, Gemma 2, 2024, section 2).
+      bias: what is added to the capped scores: ``alibi()``, ``t5_bias()``, ...
+      sink: a learned logit a head, to which no value belongs, joins each softmax: the
+        floats ``[num_q_heads]`` of the operand "sink", or of the name given here
+        (OpenAI, gpt-oss, 2025). The lse includes it, so that no query is empty.
+    """
+    cap = None if logits_soft_cap is None else float(logits_soft_cap)
+    name = ("sink" if sink else None) if isinstance(sink, bool) else sink
+    return Softmax(map, cap, bias, name)
 
 
 def scatter_mean(

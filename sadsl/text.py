@@ -9,8 +9,20 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from sadsl import grids, maps, named, symbols, terms
+from sadsl import (
+    channels,
+    compression,
+    grids,
+    maps,
+    mixtures,
+    named,
+    symbols,
+    terms,
+)
+from sadsl.bias import alibi, bias, distance_bias, key_bias, pair_bias, t5_bias
+from sadsl.linear import linear
 from sadsl.maps import IndexMap
+from sadsl.reals import weights
 from sadsl.selections import (
     anchor,
     budgets,
@@ -27,8 +39,18 @@ from sadsl.selections import (
     scores,
 )
 from sadsl.selections.kmeans import kmeans
+from sadsl.summaries import (
+    clusters,
+    columns,
+    regions,
+    rowmajor,
+    rows,
+    spans,
+    summaries,
+    tower,
+)
 from sadsl.symbols import Symbol
-from sadsl.terms import Spec
+from sadsl.term import Spec, Term
 
 CALLS: Mapping[str, Callable[..., Any]] = {
     f.__name__: f
@@ -42,9 +64,13 @@ CALLS: Mapping[str, Callable[..., Any]] = {
         factorised.factorised_topk,
         budgets.topk, budgets.threshold, budgets.mass, cells.rules, budgets.share,
         budgets.tokens, partitions.tiles, partitions.within, scores.scored,
-        kmeans, terms.scatter_mean, terms.heads,
+        kmeans, terms.scatter_mean, terms.heads, mixtures.joint, mixtures.average,
+        linear,
+        mixtures.gated, mixtures.weighted, channels.channel, compression.compressed,
         estimate.vertical_slash, estimate.vertical_slash_mass, eviction.kept_keys,
         modality.modalities, anchor.stripes, pruning.descent, chunks.chunk_budget,
+        summaries, spans, tower, columns, rows, rowmajor, clusters, regions,
+        weights, alibi, t5_bias, distance_bias, pair_bias, key_bias,
     )
 }  # fmt: skip
 METHODS = {"lift", "permute", "isin", "product", "axial", "neighborhood"}
@@ -86,7 +112,7 @@ def parse(text: str) -> Spec:
         column = _column(text, place[0], place[1] - 1)
         _fail(text, column, f"is not an expression: {error.args[0]}")
     spec = _Reader(text).read(tree.body, {})
-    if not isinstance(spec, IndexMap | terms.Term):
+    if not isinstance(spec, IndexMap | Term):
         _fail(text, 0, f"spells {spec!r}, not an index map or a term")
     return spec
 
@@ -143,7 +169,11 @@ class _Reader:
             case ast.Call(
                 func=ast.Name(id="where"), args=[ast.Lambda() as f], keywords=[]
             ):
-                return self._where(f)
+                return self._traced(f, named.where, most=4)
+            case ast.Call(
+                func=ast.Name(id="bias"), args=[ast.Lambda() as f], keywords=[]
+            ):
+                return self._traced(f, bias, most=3)
             case ast.Call(func=ast.Name(id=name)) if name in CALLS:
                 return self._call(CALLS[name], node, names)
             case ast.Call(func=ast.Attribute(value=inner, attr=name)) if (
@@ -175,11 +205,14 @@ class _Reader:
             *args, **{w.arg: self.read(w.value, names) for w in node.keywords}
         )
 
-    def _where(self, function: ast.Lambda) -> IndexMap:
+    def _traced(
+        self, function: ast.Lambda, trace: Callable[..., Any], most: int
+    ) -> Any:
         arguments = [a.arg for a in function.args.args]
         count = len(arguments)
-        if count < 2 or arguments != ARGUMENTS[:count]:
-            self.fail(function, "needs `lambda q, k:`, perhaps with `h`, or `h, n`")
+        if not 2 <= count <= most or arguments != ARGUMENTS[:count]:
+            perhaps = "perhaps with `h`" + (", or `h, n`" if most > 3 else "")
+            self.fail(function, f"needs `lambda q, k:`, {perhaps}")
 
         def build(*values: Symbol) -> Any:
             return self.read(function.body, dict(zip(arguments, values, strict=True)))
@@ -190,7 +223,7 @@ class _Reader:
             3: lambda q, k, h: build(q, k, h),
             4: lambda q, k, h, n: build(q, k, h, n),
         }
-        return named.where(traced[count])
+        return trace(traced[count])
 
     def _refuse(self, node: ast.expr) -> NoReturn:
         match node:

@@ -109,10 +109,10 @@ def _pallas(found, impl):
         found.report("flops", 2 * out.size * a.shape[contract[0]])
         return out
 
-    def counted_fold(carry, s, v):
+    def counted_fold(carry, s, v, *rest):
         found.report("tiles")
         found.report("full")
-        return fold(carry, s, v)
+        return fold(carry, s, v, *rest)
 
     def counted_mask(s, allowed):
         # What is masked before it is folded is not full. score_gradient masks too.

@@ -15,7 +15,8 @@ from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import Launch, Operand, Step, launch
-from pallas_kernels.tpu.lists import Lists, RowList, Sizes
+from pallas_kernels.tpu.lists import Lists, RowList
+from pallas_kernels.tpu.scores import OnTop, on_top, tile_operands
 
 
 def backward(
@@ -41,7 +42,11 @@ def backward(
 
 
 def _statistics(x: jax.Array, block: int) -> jax.Array:
-    x = operands.padded(x, block, 3)
+    # The weights of queries that are not there are 0, whatever is added to scores.
+    fill = jnp.array([softmax.BEYOND, 0.0], jnp.float32)[:, None]
+    short = -x.shape[3] % block
+    fill = jnp.broadcast_to(fill, (*x.shape[:3], short))
+    x = jnp.concatenate([x, fill], axis=3)
     return x.reshape(-1, *x.shape[2:])
 
 
@@ -51,7 +56,7 @@ def _run_dq(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> 
     block_q, block_kv = sizes.block_q, sizes.block_kv
     batch, num_heads, _, head_dim = q.shape
     heads, group = batch * num_heads, num_heads // k.shape[1]
-    seq = sizes.num_rows * block_q
+    seq, added = sizes.num_rows * block_q, vectors.scores
 
     def own(h: jax.Array, _: jax.Array) -> jax.Array:
         return h
@@ -72,37 +77,39 @@ def _run_dq(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> 
             Operand(operands.flat(q, block_q), own),
             Operand(operands.flat(do, block_q), own),
             Operand(_statistics(statistics, block_q), own, axis=2),
-            *(vector(x, block_q) for x in vectors.q),
+            *(vector(x, block_q) for x in (*vectors.q, *added.q)),
         ),
         streams=(
             Operand(operands.flat(k, block_kv), kv_head),
             Operand(operands.flat(v, block_kv), kv_head),
-            *(vector(x, block_kv) for x in vectors.kv),
+            *(vector(x, block_kv) for x in (*vectors.kv, *added.kv)),
         ),
         outs=(Operand(jax.ShapeDtypeStruct((heads, seq, head_dim), q.dtype), own),),
         scratch=((block_q, head_dim),),
         interpret=call.interpret,
-        tiles=tuple(
-            operands.word_operand(x, sizes, (batch, num_heads), 1, by="q")
-            for x in vectors.bits
-        ),
+        tiles=tile_operands(vectors, sizes, (batch, num_heads), 1, by="q"),
     )
-    (dq,) = launch(partial(_dq_kernel, call=call, sizes=sizes), of, lists)
+    kernel = partial(_dq_kernel, call=call, on_top=on_top(added, call, sizes, "q"))
+    (dq,) = launch(kernel, of, lists)
     return (dq.reshape(batch, num_heads, seq, head_dim),)
 
 
 def _dq_kernel(
-    step: Step, rows: tuple, outs: tuple, scratch: tuple, *, call: Call, sizes: Sizes
+    step: Step, rows: tuple, outs: tuple, scratch: tuple, *, call: Call, on_top: OnTop
 ) -> None:
     q_ref, do_ref, statistics_ref, *vector_refs = rows
     (dq_ref,) = scratch
     lse2 = operands.to_column(statistics_ref[0:1])
     delta = operands.to_column(statistics_ref[1:2])
-    q_vectors = tuple(operands.to_column(x[...]) for x in vector_refs)
+    columns = [operands.to_column(x[...]) for x in vector_refs]
+    q_vectors, q_values = on_top.split(columns, "q")
+    sizes = on_top.sizes
     dq_ref[...] = jnp.zeros_like(dq_ref)
 
-    def visit(block: jax.Array, refs: tuple, words: tuple, full: bool) -> None:
-        k, v, *kv_vectors = (ref[...] for ref in refs)
+    def visit(block: jax.Array, refs: tuple, tiles: tuple, full: bool) -> None:
+        k, v, *vectors = (ref[...] for ref in refs)
+        words, windows = on_top.split_tiles(tiles)
+        kv_vectors, kv_values = on_top.split(vectors, "kv")
         s = softmax.cap(
             softmax.dot(q_ref[...], k, contract=(1, 1)), call.logits_soft_cap
         )
@@ -115,7 +122,11 @@ def _dq_kernel(
             )
             of_keys = operands.with_tiles(kv_vectors, words, by="q")
             pairs = operands.allowed(call, sizes, step, ids, (q_vectors, *of_keys))
-        _, ds = softmax.score_gradient(s, pairs, lse2, dp, delta, call.logits_soft_cap)
+        added = on_top(step, block, (q_values, kv_values), windows)
+        factor = operands.factor(call, q_vectors, kv_vectors, len(words))
+        _, ds = softmax.score_gradient(
+            s, pairs, lse2, dp, delta, call.logits_soft_cap, added, factor
+        )
         dq_ref[...] += softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
 
     step.walk(visit)
@@ -129,7 +140,7 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
     batch, num_heads, _, head_dim = q.shape
     _, num_kv_heads, _, head_dim_v = v.shape
     heads, group = batch * num_kv_heads, num_heads // num_kv_heads
-    seq = sizes.num_rows * block_kv
+    seq, added = sizes.num_rows * block_kv, vectors.scores
 
     def own(h: jax.Array, _: jax.Array) -> jax.Array:
         return h
@@ -149,13 +160,13 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
         rows=(
             Operand(operands.flat(k, block_kv), own),
             Operand(operands.flat(v, block_kv), own),
-            *(vector(x, block_kv) for x in vectors.kv),
+            *(vector(x, block_kv) for x in (*vectors.kv, *added.kv)),
         ),
         streams=(
             Operand(operands.flat(q, block_q), query_head),
             Operand(operands.flat(do, block_q), query_head),
             Operand(_statistics(statistics, block_q), query_head, axis=2),
-            *(vector(x, block_q) for x in vectors.q),
+            *(vector(x, block_q) for x in (*vectors.q, *added.q)),
         ),
         outs=(
             Operand(jax.ShapeDtypeStruct((heads, seq, head_dim), k.dtype), own),
@@ -163,12 +174,10 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
         ),
         scratch=((block_kv, head_dim), (block_kv, head_dim_v)),
         interpret=call.interpret,
-        tiles=tuple(
-            operands.word_operand(x, sizes, (batch, num_heads), group, by="kv")
-            for x in vectors.bits
-        ),
+        tiles=tile_operands(vectors, sizes, (batch, num_heads), group, by="kv"),
     )
-    kernel = partial(_dkv_kernel, call=call, sizes=sizes, last=group - 1)
+    of_scores = on_top(added, call, sizes, "kv")
+    kernel = partial(_dkv_kernel, call=call, on_top=of_scores, last=group - 1)
     dk, dv = launch(kernel, of, lists)
     shape = (batch, num_kv_heads, seq)
     return dk.reshape(*shape, head_dim), dv.reshape(*shape, head_dim_v)
@@ -176,20 +185,24 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
 
 def _dkv_kernel(
     step: Step, rows: tuple, outs: tuple, scratch: tuple, *,
-    call: Call, sizes: Sizes, last: int,
+    call: Call, on_top: OnTop, last: int,
 ) -> None:  # fmt: skip
     k_ref, v_ref, *vector_refs = rows
     dk_ref, dv_ref = scratch
-    kv_vectors = tuple(operands.to_column(x[...]) for x in vector_refs)
+    columns = [operands.to_column(x[...]) for x in vector_refs]
+    kv_vectors, kv_values = on_top.split(columns, "kv")
+    sizes = on_top.sizes
 
     @pl.when(step.member == 0)
     def _() -> None:
         for ref in scratch:
             ref[...] = jnp.zeros_like(ref)
 
-    def visit(block: jax.Array, refs: tuple, words: tuple, full: bool) -> None:
+    def visit(block: jax.Array, refs: tuple, tiles: tuple, full: bool) -> None:
         # The tile is [keys, queries]: no product needs a transposed left side.
-        q, do, statistics, *q_vectors = (ref[...] for ref in refs)
+        q, do, statistics, *vectors = (ref[...] for ref in refs)
+        words, windows = on_top.split_tiles(tiles)
+        q_vectors, q_values = on_top.split(vectors, "q")
         s = softmax.cap(
             softmax.dot(k_ref[...], q, contract=(1, 1)), call.logits_soft_cap
         )
@@ -201,10 +214,13 @@ def _dkv_kernel(
                 operands.column_ids(step.row, sizes.block_kv),
             )
             of_keys = operands.with_tiles(kv_vectors, words, by="kv")
-            both = (tuple(q_vectors), *of_keys)
+            both = (q_vectors, *of_keys)
             pairs = operands.allowed(call, sizes, step, ids, both)
+        added = on_top(step, block, (q_values, kv_values), windows)
+        factor = operands.factor(call, q_vectors, kv_vectors, len(words))
+        lse2, delta = statistics[0:1], statistics[1:2]
         p, ds = softmax.score_gradient(
-            s, pairs, statistics[0:1], dp, statistics[1:2], call.logits_soft_cap
+            s, pairs, lse2, dp, delta, call.logits_soft_cap, added, factor
         )
         dv_ref[...] += softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
         dk_ref[...] += softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))

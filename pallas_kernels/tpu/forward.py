@@ -11,7 +11,8 @@ from pallas_kernels.call import Call, Inputs, Outputs, Vectors
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import Launch, Operand, Step, launch
-from pallas_kernels.tpu.lists import LANES, Lists, RowList, Sizes
+from pallas_kernels.tpu.lists import LANES, Lists, RowList
+from pallas_kernels.tpu.scores import OnTop, on_top, tile_operands
 
 
 def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outputs:
@@ -34,6 +35,8 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
     # Whole registers where a tile has them: in the interpreter it may be narrower.
     statistics = (sizes.block_q, 1 if sizes.block_kv % LANES else LANES)
 
+    added = vectors.scores
+
     def own(h: jax.Array, _: jax.Array) -> jax.Array:
         return h
 
@@ -51,12 +54,12 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
         stream_block=sizes.block_kv,
         rows=(
             Operand(operands.flat(q, sizes.block_q), own),
-            *(vector(x, sizes.block_q) for x in vectors.q),
+            *(vector(x, sizes.block_q) for x in (*vectors.q, *added.q)),
         ),
         streams=(
             Operand(operands.flat(k, sizes.block_kv), kv_head),
             Operand(operands.flat(v, sizes.block_kv), kv_head),
-            *(vector(x, sizes.block_kv) for x in vectors.kv),
+            *(vector(x, sizes.block_kv) for x in (*vectors.kv, *added.kv)),
         ),
         outs=(
             Operand(jax.ShapeDtypeStruct((heads, seq, head_dim_v), q.dtype), own),
@@ -64,22 +67,22 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
         ),
         scratch=((sizes.block_q, head_dim_v), statistics, statistics),
         interpret=call.interpret,
-        tiles=tuple(
-            operands.word_operand(x, sizes, (batch, num_heads), 1, by="q")
-            for x in vectors.bits
-        ),
+        tiles=tile_operands(vectors, sizes, (batch, num_heads), 1, by="q"),
     )
-    o, lse = launch(partial(_kernel, call=call, sizes=sizes), of, lists)
+    kernel = partial(_kernel, call=call, on_top=on_top(added, call, sizes, "q"))
+    o, lse = launch(kernel, of, lists)
     shape = (batch, num_heads, seq)
     return o.reshape(*shape, head_dim_v), lse.reshape(shape)
 
 
 def _kernel(
-    step: Step, rows: tuple, outs: tuple, scratch: tuple, *, call: Call, sizes: Sizes
+    step: Step, rows: tuple, outs: tuple, scratch: tuple, *, call: Call, on_top: OnTop
 ) -> None:
     q_ref, *vector_refs = rows
     o_ref, lse_ref = outs
-    q_vectors = tuple(operands.to_column(x[...]) for x in vector_refs)
+    sizes = on_top.sizes
+    columns = [operands.to_column(x[...]) for x in vector_refs]
+    q_vectors, q_values = on_top.split(columns, "q")
 
     def store(carry: softmax.Carry) -> None:
         for ref, value in zip(scratch, carry, strict=True):
@@ -87,11 +90,15 @@ def _kernel(
 
     store(softmax.start(*scratch[0].shape, lanes=scratch[1].shape[1]))
 
-    def visit(block: jax.Array, refs: tuple, words: tuple, full: bool) -> None:
-        k, v, *kv_vectors = (ref[...] for ref in refs)
+    def visit(block: jax.Array, refs: tuple, tiles: tuple, full: bool) -> None:
+        k, v, *vectors = (ref[...] for ref in refs)
+        words, windows = on_top.split_tiles(tiles)
+        kv_vectors, kv_values = on_top.split(vectors, "kv")
         s = softmax.cap(
             softmax.dot(q_ref[...], k, contract=(1, 1)), call.logits_soft_cap
         )
+        added = on_top(step, block, (q_values, kv_values), windows)
+        s = s if added is None else s + added
         if not full:
             ids = (
                 operands.column_ids(step.row, sizes.block_q),
@@ -100,7 +107,9 @@ def _kernel(
             of_keys = operands.with_tiles(kv_vectors, words, by="q")
             pairs = operands.allowed(call, sizes, step, ids, (q_vectors, *of_keys))
             s = softmax.mask(s, pairs)
-        store(softmax.fold(softmax.Carry(*(ref[...] for ref in scratch)), s, v))
+        factor = operands.factor(call, q_vectors, kv_vectors, len(words))
+        carry = softmax.Carry(*(ref[...] for ref in scratch))
+        store(softmax.fold(carry, s, v, factor))
 
     step.walk(visit)
     o, lse = softmax.finish(softmax.Carry(*(ref[...] for ref in scratch)))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import bits, softmax
+from pallas_kernels import bits, dropout, softmax
 from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Inputs, PairBits, Vectors
 from pallas_kernels.tpu.launch import HeadOf, Operand, Step, TileOperand
@@ -43,12 +43,12 @@ def vector_operand(
 ) -> Operand:
     """A vector ``[batch or 1, heads or 1, seq]`` as an operand of rows ``[1, seq]``."""
     own_batch, own_heads, _ = x.shape
-    head_of = _head_of((own_batch, own_heads), batch_and_heads, members)
+    head_of = head_of_array((own_batch, own_heads), batch_and_heads, members)
     x = padded(x, block, 2)
     return Operand(x.reshape(own_batch * own_heads, 1, -1), head_of, axis=2)
 
 
-def _head_of(
+def head_of_array(
     own: tuple[int, int], batch_and_heads: tuple[int, int], members: int
 ) -> HeadOf:
     """Where an array of ``own`` batch entries and heads, or 1 of them, has a head."""
@@ -72,7 +72,7 @@ def with_numbers(vectors: Vectors) -> Vectors:
     """The numbers of the bits of pairs as the last vectors of the keys."""
     numbers = (jnp.asarray(x.bit, jnp.int32)[None, None] for x in vectors.bits)
     words = tuple(replace(x, bit=None) for x in vectors.bits)
-    return Vectors(vectors.q, (*vectors.kv, *numbers), words)
+    return Vectors(vectors.q, (*vectors.kv, *numbers), words, vectors.scores)
 
 
 def word_operand(
@@ -95,7 +95,7 @@ def word_operand(
 
     return TileOperand(
         words.reshape(-1, *words.shape[2:]),
-        _head_of((words.shape[0], words.shape[1]), batch_and_heads, members),
+        head_of_array((words.shape[0], words.shape[1]), batch_and_heads, members),
         window_of,
         width=block_q,
         step=math.gcd(block_q, x.block_kv) if x.diagonal else block_q,
@@ -117,6 +117,22 @@ def with_tiles(
 
     tiles = tuple(map(tile, words, vectors[count:]))
     return tuple(vectors[:count]), tiles
+
+
+def factor(
+    call: Call,
+    q_vectors: Sequence[jax.Array],
+    kv_vectors: Sequence[jax.Array],
+    bits: int,
+) -> jax.Array | None:
+    """What dropout multiplies the weights of a tile by; None for none.
+
+    The seeds are the last of the vectors, but for the numbers of so many ``bits``.
+    """
+    if not call.dropout_rate:
+        return None
+    keys = kv_vectors[len(kv_vectors) - 1 - bits]
+    return dropout.factor(q_vectors[-1], keys, call.dropout_rate)
 
 
 def to_column(row: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ from pallas_kernels.triton.runs import (
     map_and_test,
     walk,
 )
+from pallas_kernels.triton.scores import Here, added_scores, factor
 
 
 def dq_kernel(
@@ -56,8 +57,13 @@ def dq_kernel(
         k = k_ref[columns, :]
         s = softmax.dot(q, k, contract=(1, 1)) * (call.sm_scale * softmax.LOG2_E)
         s = softmax.cap(s, call.logits_soft_cap)
+        here = Here(q_ids, ids(block, block_kv, 1), rows, columns)
+        added = added_scores(vectors.scores, here, sizes, call)
         dp = softmax.dot(do, v_ref[columns, :], contract=(1, 1))
-        _, ds = softmax.score_gradient(s, pairs, lse2, dp, delta, call.logits_soft_cap)
+        kept = factor(vectors, here, call)
+        _, ds = softmax.score_gradient(
+            s, pairs, lse2, dp, delta, call.logits_soft_cap, added, kept
+        )
         return dq + softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
 
     def full(block: Any, dq: jax.Array) -> jax.Array:
@@ -113,9 +119,12 @@ def dkv_kernel(
             delta = vector(cotangents.delta, columns, 1)
             s = softmax.dot(k, q, contract=(1, 1)) * (call.sm_scale * softmax.LOG2_E)
             s = softmax.cap(s, call.logits_soft_cap)
+            here = Here(ids(block, block_q, 1), k_ids, columns, rows, member)
+            added = added_scores(vectors.scores, here, sizes, call)
             dp = softmax.dot(v, do, contract=(1, 1))
+            kept = factor(vectors, here, call)
             p, ds = softmax.score_gradient(
-                s, pairs, lse2, dp, delta, call.logits_soft_cap
+                s, pairs, lse2, dp, delta, call.logits_soft_cap, added, kept
             )
             dv = dv + softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
             dk = dk + softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))

@@ -31,6 +31,7 @@ from pallas_kernels.triton.runs import (
     map_and_test,
     walk,
 )
+from pallas_kernels.triton.scores import Here, added_scores, factor
 
 
 def forward_kernel(
@@ -48,14 +49,20 @@ def forward_kernel(
     q_ids = ids(row, block_q, 0)
     q_vectors = tuple(along(ref[rows], 0) for ref in vectors.q)
 
-    def scores(columns: Any) -> jax.Array:
+    def here(block: Any, columns: Any) -> Here:
+        return Here(q_ids, ids(block, block_kv, 1), rows, columns)
+
+    def scores(block: Any, columns: Any) -> jax.Array:
         # Scaled here in f32: a scaled q rounded to bf16 costs accuracy.
         s = softmax.dot(q, k_ref[columns, :], contract=(1, 1))
-        return softmax.cap(s * (call.sm_scale * softmax.LOG2_E), call.logits_soft_cap)
+        s = softmax.cap(s * (call.sm_scale * softmax.LOG2_E), call.logits_soft_cap)
+        added = added_scores(vectors.scores, here(block, columns), sizes, call)
+        return s if added is None else s + added
 
     def full(block: Any, carry: softmax.Carry) -> softmax.Carry:
         columns = pl.ds(block * block_kv, block_kv)
-        return softmax.fold(carry, scores(columns), v_ref[columns, :])
+        kept = factor(vectors, here(block, columns), call)
+        return softmax.fold(carry, scores(block, columns), v_ref[columns, :], kept)
 
     def partial_(block: Any, carry: softmax.Carry) -> softmax.Carry:
         columns = pl.ds(block * block_kv, block_kv)
@@ -65,8 +72,9 @@ def forward_kernel(
             sizes, call.predicate, test, q_ids, ids(block, block_kv, 1),
             (q_vectors, kv_vectors, tiles),
         )  # fmt: skip
-        s = softmax.mask(scores(columns), pairs)
-        return softmax.fold(carry, s, v_ref[columns, :])
+        s = softmax.mask(scores(block, columns), pairs)
+        kept = factor(vectors, here(block, columns), call)
+        return softmax.fold(carry, s, v_ref[columns, :], kept)
 
     carry = softmax.start(block_q, v_ref.shape[-1])
     row_of_map = index * sizes.num_rows + row

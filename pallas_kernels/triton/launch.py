@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import bits
+from pallas_kernels import bits, softmax
 from pallas_kernels.call import Cotangents, Inputs, PairBits, Vectors
 from pallas_kernels.config import Tile
+from pallas_kernels.triton import scores
 from pallas_kernels.triton.runs import Sizes
 from pallas_kernels.triton.tiles import power_of_two
 
@@ -59,6 +60,7 @@ def vector_specs(vectors: Vectors, heads: int | None = None) -> Vectors:
             replace(x, words=whole(x.words, heads, head_axis=1), bit=everything(x.bit))
             for x in vectors.bits
         ),
+        jax.tree.map(lambda x: whole(x, heads, head_axis=1), vectors.scores),
     )
 
 
@@ -67,11 +69,13 @@ def everything(x: Any) -> pl.BlockSpec:
     return pl.BlockSpec(x.shape, lambda *program: (0,) * x.ndim)
 
 
-def pad(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """``x`` filled up with zeros to ``size`` along an axis."""
+def pad(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
+    """``x`` filled up with ``fill`` to ``size`` along an axis."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths) if size > x.shape[axis] else x
+    if size == x.shape[axis]:
+        return x
+    return jnp.pad(x, widths, constant_values=fill)
 
 
 def rows_first(x: jax.Array, seq_len: int) -> jax.Array:
@@ -104,6 +108,7 @@ def pad_vectors(vectors: Vectors, sizes: Sizes) -> Vectors:
         tuple(pad(x, 2, sizes.padded_q) for x in vectors.q),
         tuple(pad(x, 2, sizes.padded_kv) for x in vectors.kv),
         tuple(_pad_bits(x, sizes) for x in vectors.bits),
+        scores.padded(vectors.scores, sizes),
     )
 
 
@@ -116,9 +121,9 @@ def _pad_bits(x: PairBits, sizes: Sizes) -> PairBits:
 
 def pad_cotangents(cotangents: Cotangents, sizes: Sizes) -> Cotangents:
     """The cotangents as the kernels read them."""
-    # Padded queries have do == 0, delta == 0 and lse == 0: they add exactly nothing.
+    # Padded queries have do == 0, delta == 0 and p == 0: they add exactly nothing.
     return Cotangents(
-        pad(cotangents.lse, 2, sizes.padded_q),
+        pad(cotangents.lse, 2, sizes.padded_q, softmax.BEYOND),
         rows_first(cotangents.do, sizes.padded_q),
         pad(cotangents.delta, 2, sizes.padded_q),
     )

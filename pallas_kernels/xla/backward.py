@@ -26,6 +26,7 @@ class Gradients(NamedTuple):
 class Row(NamedTuple):
     """What the tiles of a row share, ``[batch, kv_heads, group * queries, ...]``."""
 
+    at: Int32[Array, ""]
     q: Float32[Array, "b h gq head_dim"]
     do: Float32[Array, "b h gq head_dim_v"]
     lse: Float32[Array, "b h gq"]
@@ -72,15 +73,16 @@ def _backward(
     q_seq_len, kv_seq_len = inputs.q.shape[2], inputs.k.shape[2]
     blocks = tile.operands(inputs, group, plan)
     pairs = tile.pairs_of(call, vectors, group, plan, (q_seq_len, kv_seq_len))
-    lse, delta = (
-        tile.to_blocks(tile.fold_heads(x, group), 3, plan.block_q)
-        for x in (cotangents.lse, cotangents.delta)
+    lse = tile.to_blocks(
+        tile.fold_heads(cotangents.lse, group), 3, plan.block_q, softmax.BEYOND
     )
+    delta = tile.to_blocks(tile.fold_heads(cotangents.delta, group), 3, plan.block_q)
     do = tile.positions_first(pick(cotangents.do, group.q_heads), plan.block_q)
     batch, kv_heads, size = lse.shape[:3]
 
     def start(total: Gradients, row: Array) -> tuple[Any, Any]:
         fixed = Row(
+            row,
             tile.queries_of(blocks.q, row, kv_heads),
             tile.queries_of(do, row, kv_heads),
             softmax.lse_for_backward(tile.row_of(lse, row)),
@@ -91,7 +93,8 @@ def _backward(
     def fold(fixed: Row, state: Any, block: Array, bias: Array) -> Any:
         total, dq = state
         k, v = (tile.gather(x, block) for x in (blocks.k, blocks.v))
-        p, ds = score_gradient(fixed, k, v, bias, (size, call))
+        factor = pairs.factor(fixed.at, block)
+        p, ds = score_gradient(fixed, k, v, (bias, factor), (size, call))
         dq += tile.batched_dot(ds, k, contract=(1, 0))
         total = total._replace(
             dk=add_keys(total.dk, ds, fixed.q, block),
@@ -122,20 +125,21 @@ def score_gradient(
     row: Row,
     k: Float32[Array, "b h k d"],
     v: Float32[Array, "b h k dv"],
-    bias: Float32[Array, "..."],
+    on_top: tuple[Float32[Array, "..."], Float32[Array, "..."] | None],
     options: tuple[int, Call],
 ) -> tuple[Float32[Array, "b h gq k"], Float32[Array, "b h gq k"]]:
-    """``p`` and the gradient of ``q k^T`` of some blocks of a row."""
+    """``p`` and the gradient of ``q k^T`` of some blocks of a row.
+
+    ``on_top`` is the bias of the scores, and the factor of the weights.
+    """
     size, call = options
+    bias, factor = on_top
     s = tile.scores(row.q * (call.sm_scale * softmax.LOG2_E), k, size, call)
     dp = tile.batched_dot(row.do, v, contract=(1, 1)).reshape(s.shape)
     lse2, delta = (x.reshape(*s.shape[:-1], 1) for x in (row.lse, row.delta))
-    if call.logits_soft_cap is None:
-        s, allowed = s + bias, None
-    else:
-        # The slope of the cap wants scores that are not masked.
-        allowed = jnp.broadcast_to(bias == 0, s.shape)
-    p, ds = softmax.score_gradient(s, allowed, lse2, dp, delta, call.logits_soft_cap)
+    # The bias masks, too: where it does, p is 0.
+    cap = call.logits_soft_cap
+    p, ds = softmax.score_gradient(s, None, lse2, dp, delta, cap, bias, factor)
     ds *= call.sm_scale
     flat = *row.q.shape[:-1], s.shape[-1]
     return p.reshape(flat), ds.reshape(flat)

@@ -50,17 +50,20 @@ def _forward(
         empty = softmax.start(size * block_q, head_dim_v)
         lead = batch, kv_heads
         state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), empty)
-        return (q, total), state
+        return (q, total, row), state
 
     def fold(fixed: Any, state: Any, block: Array, bias: Array) -> Any:
-        q, _ = fixed
+        q, _, row = fixed
         s = tile.scores(q, tile.gather(blocks.k, block), size, call) + bias
         s = s.reshape(*q.shape[:-1], s.shape[-1])
-        return fold_tiles(state, s, tile.gather(blocks.v, block))
+        v, factor = tile.gather(blocks.v, block), pairs.factor(row, block)
+        if factor is None:
+            return fold_tiles(state, s, v)
+        return fold_tiles(state, s, v, tile.for_all(factor, size, s.shape))
 
     def close(fixed: Any, state: Any, row: Array) -> Any:
         o, lse = softmax.finish(state)
-        _, total = fixed
+        _, total, _ = fixed
         return Outputs(
             tile.put_queries(total.o, o, row),
             tile.put_row(total.lse, lse[..., 0], row),

@@ -110,4 +110,5 @@ def _vectors(vectors: Vectors, b: Any, h: Any) -> Vectors:
         return replace(x, words=own(x.words))
 
     q, kv = (tuple(own(x) for x in side) for side in vectors[:2])
-    return Vectors(q, kv, tuple(own_bits(x) for x in vectors.bits))
+    bits = tuple(own_bits(x) for x in vectors.bits)
+    return Vectors(q, kv, bits, jax.tree.map(own, vectors.scores))

@@ -16,7 +16,7 @@ class Pass(NamedTuple):
 
     # open(total, row) -> (what stays the same within the row, the state to fold into)
     open: Callable[[Any, Array], tuple[Any, Any]]
-    # fold(fixed, state, block, bias) -> state
+    # fold(fixed, state, block, bias) -> state, where bias is added to capped scores
     fold: Callable[[Any, Any, Array, Array], Any]
     # close(fixed, state, row) -> total
     close: Callable[[Any, Any, Array], Any]
@@ -33,7 +33,7 @@ def _fold_short(short: Short, pairs: Pairs, steps: Pass, total: Any) -> Any:
     def step(total: Any, line: tuple[Array, ...]) -> tuple[Any, None]:
         row, block, *_ = line
         fixed, state = steps.open(total, row)
-        bias = row_bias(short, pairs, line)
+        bias = pairs.with_scores(row_bias(short, pairs, line), row, block)
         state = steps.fold(fixed, state, block, bias)
         return steps.close(fixed, state, row), None
 
@@ -71,7 +71,9 @@ def _fold_long(long: Long, pairs: Pairs, steps: Pass, total: Any) -> Any:
             def fold(at: Int32[Array, ""], state: Any) -> Any:
                 block = jnp.asarray(chunks.block)[at]
                 count = jnp.asarray(chunks.count)[at]
-                return steps.fold(fixed, state, block, bias(row, block, count))
+                masked = bias(row, block, count)
+                masked = pairs.with_scores(masked, row, block)
+                return steps.fold(fixed, state, block, masked)
 
             return jax.lax.fori_loop(span[0], span[1], fold, state)
 

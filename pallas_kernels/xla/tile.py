@@ -13,32 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels import bits, softmax
+from pallas_kernels import bits, dropout, softmax
 from pallas_kernels.call import Call, Inputs, PairBits, Vectors
+from pallas_kernels.xla.blocks import fold_heads as fold_heads
+from pallas_kernels.xla.blocks import fold_if_own, from_blocks, to_blocks
 from pallas_kernels.xla.heads import HeadGroup, pick
 from pallas_kernels.xla.lists import Plan
-
-
-def to_blocks(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """Splits ``axis`` into blocks of ``size``, the last of them padded with zeros."""
-    short = -x.shape[axis] % size
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, short)
-    x = jnp.pad(x, widths) if short else x
-    blocks = x.shape[axis] // size
-    return x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
-
-
-def from_blocks(x: jax.Array, axis: int, length: int) -> jax.Array:
-    """Undoes ``to_blocks``."""
-    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-    return jax.lax.slice_in_dim(x, 0, length, axis=axis)
-
-
-def fold_heads(x: jax.Array, group: HeadGroup) -> jax.Array:
-    """``[batch, heads, ...]`` to ``[batch, kv_heads, group, ...]`` of the group."""
-    x = pick(x, group.q_heads)
-    return x.reshape(x.shape[0], len(group.kv_heads), -1, *x.shape[2:])
+from pallas_kernels.xla.scores import Added, added
 
 
 class Operands(NamedTuple):
@@ -132,6 +113,14 @@ def scores(
     return s.reshape(*s.shape[:2], group, -1, s.shape[-1])
 
 
+def for_all(
+    x: Float32[Array, "..."], group: int, shape: tuple[int, ...]
+) -> Float32[Array, "b h gq k"]:
+    """A tile ``[batch or 1, kv_heads or 1, group or 1, q, k]`` for every query head."""
+    b, h, gq, k = shape
+    return jnp.broadcast_to(x, (b, h, group, gq // group, k)).reshape(shape)
+
+
 def padding_bias(
     count: Int32[Array, ""], slots: int, block_kv: int
 ) -> Float32[Array, "1 1 1 1 k"]:
@@ -142,7 +131,10 @@ def padding_bias(
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which pairs of partial blocks are allowed, for the heads of one group."""
+    """Which pairs of partial blocks are allowed, and what is added to the scores.
+
+    For the heads of one group.
+    """
 
     call: Call
     test: Any
@@ -150,6 +142,31 @@ class Pairs:
     block_q: int
     block_kv: int
     kv_seq_len: int
+    scores: Added | None = None
+
+    def with_scores(
+        self,
+        bias: Float32[Array, "..."],
+        row: Int32[Array, ""],
+        block: Int32[Array, " slots"],
+    ) -> Float32[Array, "..."]:
+        """``bias`` and what the call adds to the scores, base 2."""
+        if self.scores is None:
+            return bias
+        pieces = self.scores.pieces(row, block)
+        return bias + self.scores.tile(pieces, row, block) * softmax.LOG2_E
+
+    def factor(
+        self, row: Int32[Array, ""], block: Int32[Array, " slots"]
+    ) -> Float32[Array, "..."] | None:
+        """What dropout multiplies the weights by, shaped as the bias; None for none."""
+        if not self.call.dropout_rate:
+            return None
+        queries, keys = self.vectors.q[-1], self.vectors.kv[-1]
+        queries = jax.lax.dynamic_index_in_dim(queries, row, 3, keepdims=False)
+        keys = jnp.take(keys, block, axis=3, mode="clip")
+        keys = keys.reshape(*keys.shape[:3], 1, -1)
+        return dropout.factor(queries[..., None], keys, self.call.dropout_rate)
 
     def bias(
         self, row: Int32[Array, ""], block: Int32[Array, " slots"], count: Array
@@ -242,15 +259,13 @@ def pairs_of(
     plan: Plan,
     lengths: tuple[int, int],
 ) -> Pairs:
-    """``Pairs`` with the vectors and bits of the group in blocks."""
+    """``Pairs`` with what the group reads in blocks."""
 
     def split(x: jax.Array, size: int) -> jax.Array:
-        folded = fold_heads(x, group) if x.shape[1] > 1 else x[:, :, None]
-        return to_blocks(folded, 3, size)
+        return to_blocks(fold_if_own(x, group), 3, size)
 
     def whole(x: PairBits) -> PairBits:
-        words = x.words
-        words = fold_heads(words, group) if words.shape[1] > 1 else words[:, :, None]
+        words = fold_if_own(x.words, group)
         length = bits.padded_length(x, plan.block_q, *lengths)
         short = length - words.shape[-1]
         words = jnp.pad(words, [(0, 0)] * 5 + [(0, short)])
@@ -262,4 +277,8 @@ def pairs_of(
         tuple(split(x, plan.block_kv) for x in vectors.kv),
         tuple(whole(x) for x in vectors.bits),
     )
-    return Pairs(call, group.test, blocked, plan.block_q, plan.block_kv, lengths[1])
+    sizes = plan.block_q, plan.block_kv
+    own = None
+    if call.scores is not None:
+        own = added(call.scores, vectors.scores, group, lengths, sizes)
+    return Pairs(call, group.test, blocked, *sizes, lengths[1], own)

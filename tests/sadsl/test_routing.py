@@ -221,7 +221,7 @@ def test_lucidrains_sees_itself_only_where_it_is_alone(impl, quick):
     k = unit(q).astype(np.float32)
     centroids = unit(normal(heads, 4, 8, seed=2)).astype(np.float32)
     members = members_of(unit(q), centroids, 12)
-    (spec, count) = routing_transformer(4, 4, 12, variant="lucidrains").parts[1]
+    (spec, count) = routing_transformer(4, 4, 12, variant="lucidrains").shares[1]
     assert count == 2
     options = {"scale": 8**-0.5, "eps": 1e-5, "alone": True, "impl": impl}
     members = members, members

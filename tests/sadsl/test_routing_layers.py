@@ -166,7 +166,7 @@ def by_hand(layer, x):
     q, v = project(layer.query), project(layer.value)
     k = None if layer.key is None else project(layer.key)
     options, local = layer.routing, layer.num_local
-    near, routed = (part for part, _ in options.spec(4).parts)
+    near, routed = options.spec(4).parts
     here = q[:, :, :local], k[:, :, :local], v[:, :, :local]
     there = q[:, :, local:], q[:, :, local:] if options.share_qk else k[:, :, local:]
     if options.variant == "official":

@@ -30,7 +30,7 @@ def test_heads_are_calls_of_their_own():
     spec = sa.heads((sa.causal(), 2), (sa.softmax(sa.window(3), 5.0), 4))
     assert sa.parse(repr(spec)) == spec
     out, lse = sa.attention(q, k, v, spec, return_lse=True)
-    for a, b, part in ((0, 2, spec.parts[0][0]), (2, 6, spec.parts[1][0])):
+    for a, b, part in ((0, 2, spec.shares[0][0]), (2, 6, spec.shares[1][0])):
         kv = slice(a // 2, b // 2)
         mine = q[:, :, a:b], k[:, :, kv], v[:, :, kv], part
         wanted, wanted_lse = sa.attention(*mine, return_lse=True)
@@ -51,7 +51,7 @@ def test_heads_pass_operands_to_the_parts_that_read_them():
     spec = routing_transformer(4, 2, 10, local_window=5)
     operands = {"centroids": normal(2, 2, 8)}
     chosen = sa.select(spec, q, q, operands=operands)
-    near, routed = (part for part, _ in spec.parts)
+    near, routed = (part for part, _ in spec.shares)
     out = sa.attention(q, q, v, spec, operands=operands)
     wanted = sa.attention(q[:, :, :2], q[:, :, :2], v[:, :, :2], near)
     np.testing.assert_array_equal(out[:, :, :2], wanted)

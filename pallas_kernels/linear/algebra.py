@@ -1,0 +1,233 @@
+"""One chunk of a linear recurrence, on values: what every backend computes with.
+
+A state ``S`` of size ``[features, head_dim_v]`` takes in one key after the other,
+``S_t = a_t S_(t-1) + k_t v_t``, and a query reads ``q_t S_t`` (Katharopoulos et al.,
+Transformers are RNNs, 2020, section 3.4; with a decay ``a_t`` Sun et al., Retentive
+Network, 2023, section 2). For a chunk of tokens that is three products: what its
+queries get from its own keys, ``scores @ v``; from the state at its start, ``reads @
+S``; and the state after it, ``carry S + writes.T @ v``.
+
+A ``Rule`` says what these four are, so that a kernel knows nothing of decays. Its
+gradient is never written down: backends differentiate ``read`` and ``write`` by
+``jax.vjp`` inside of their kernels. A gate for every feature (Gated Linear Attention,
+LightNet) is a rule whose ``reads``, ``writes`` and ``carry`` scale features. A delta
+rule needs one function more, the values less what the state holds of them already.
+
+Everything is f32; ``dot`` rounds the operands of a product to the dtype of the inputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+# dot(a, b, (axis of a, axis of b)), accumulated in f32.
+Dot: TypeAlias = Callable[[Any, Any, tuple[int, int]], Any]
+
+# The exponent of a pair that is not seen: exp gives 0, and so does its derivative.
+UNSEEN = -1e30
+# A normaliser with its epsilon that is as close to zero as the epsilon, or the first of
+# these, has vanished. The second holds without an epsilon: the square of its inverse,
+# in a gradient, is still a number in f32.
+VANISHING = 1e-10
+TINY = 1e-15
+
+
+class Pair(NamedTuple):
+    """A number for every position of a chunk: down the rows, and along the columns."""
+
+    col: Any  # [chunk, 1]
+    row: Any  # [1, chunk]
+
+
+class Marks(NamedTuple):
+    """What a chunk's positions carry beside q, k and v: a ``Pair`` each, or None.
+
+    The log-decays from the start of the chunk on, each position's own included, are
+    ``coarse + fine``: ``coarse`` is exact, and ``fine`` so small that a difference of
+    two has no rounding error to speak of (``marks.of_chunks``). ``run`` counts the
+    resets of the state so far.
+    """
+
+    fine: Any = None
+    coarse: Any = None
+    run: Any = None
+
+
+class Keys(NamedTuple):
+    """The keys of a chunk."""
+
+    k: Any  # [chunk, features]
+    v: Any  # [chunk, head_dim_v]
+    marks: Marks
+
+
+class State(NamedTuple):
+    """What is kept of the keys so far; ``z`` is None without a normaliser."""
+
+    s: Any  # [features, head_dim_v]
+    z: Any  # [1, features]: the sum of the keys
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A linear recurrence, as pure functions on the values of a chunk.
+
+    ``scores(dot, q, keys)`` are the weights ``[chunk, chunk]`` of the chunk's own keys;
+    ``reads(q, marks)`` and ``writes(k, marks)`` the queries and keys as they meet the
+    states at the start and at the end; ``carry(marks)`` the factor of the old state,
+    a ``Pair`` of ``[features or 1, 1]`` and ``[1, features or 1]``, or None for 1. With
+    ``eps`` an output is divided by the sum of its weights, plus ``eps``.
+    """
+
+    scores: Callable[[Dot, Any, Keys], Any]
+    reads: Callable[[Any, Marks], Any]
+    writes: Callable[[Any, Marks], Any]
+    carry: Callable[[Marks], Pair | None]
+    eps: float | None = None
+
+
+def read(
+    rule: Rule, dot: Dot, q: Any, keys: Keys, state: State
+) -> tuple[Any, Any | None]:
+    """What the queries of a chunk get, ``[chunk, head_dim_v]``, and their normaliser.
+
+    ``state`` is that at the start of the chunk. The normaliser, ``[chunk, 1]``, is the
+    sum of weights plus ``eps``; 0 where it vanishes, and so is the output there.
+    """
+    weights = rule.scores(dot, q, keys)
+    reads = rule.reads(q, keys.marks)
+    out = dot(weights, keys.v, (1, 0)) + dot(reads, state.s, (1, 0))
+    if rule.eps is None:
+        return out, None
+    total = jnp.sum(weights, 1, keepdims=True)
+    total += jnp.sum(reads * state.z, 1, keepdims=True)
+    return normalised(out, total, rule.eps)
+
+
+def normalised(out: Any, total: Any, eps: float) -> tuple[Any, Any]:
+    """``out / (total + eps)`` and ``total + eps``; both 0 where there is no total.
+
+    That is where ``total == 0``, so that nothing was seen, or ``|total + eps|`` is
+    below ``min(eps, 1e-10)`` (and 1e-15): the weights cancel.
+    """
+    least = max(min(eps, VANISHING), TINY)
+    live = (total != 0) & (jnp.abs(total + eps) >= least)
+    safe = jnp.where(live, total + eps, 1.0)
+    return jnp.where(live, out / safe, 0.0), jnp.where(live, safe, 0.0)
+
+
+def write(rule: Rule, dot: Dot, keys: Keys, state: State) -> State:
+    """The state at the end of a chunk, from that at its start."""
+    writes, carry = rule.writes(keys.k, keys.marks), rule.carry(keys.marks)
+    s, z = dot(writes, keys.v, (0, 0)), None
+    s += state.s if carry is None else carry.col * state.s
+    if state.z is not None:
+        z = jnp.sum(writes, 0, keepdims=True)
+        z += state.z if carry is None else carry.row * state.z
+    return State(s, z)
+
+
+# --- the scalar rule: no decay, or one factor a step, and resets ---
+
+
+def _scores(dot: Dot, q: Any, keys: Keys) -> Any:
+    marks, shape = keys.marks, (q.shape[0], keys.k.shape[0])
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    seen = column <= row
+    if marks.run is not None:
+        seen &= marks.run.col == marks.run.row
+    s = dot(q, keys.k, (1, 1))
+    if marks.fine is None or marks.coarse is None:
+        return jnp.where(seen, s, 0.0)
+    past = marks.coarse.col - marks.coarse.row
+    past += marks.fine.col - marks.fine.row
+    return s * jnp.exp(jnp.where(seen, past, UNSEEN))
+
+
+def _reads(q: Any, marks: Marks) -> Any:
+    if marks.fine is not None and marks.coarse is not None:
+        q = q * jnp.exp(marks.coarse.col + marks.fine.col)
+    return q if marks.run is None else jnp.where(marks.run.col == 0, q, 0.0)
+
+
+def _writes(k: Any, marks: Marks) -> Any:
+    if marks.fine is not None and marks.coarse is not None:
+        left = _last(marks.coarse.row) - marks.coarse.col
+        k = k * jnp.exp(left + (_last(marks.fine.row) - marks.fine.col))
+    if marks.run is None:
+        return k
+    return jnp.where(marks.run.col == _last(marks.run.row), k, 0.0)
+
+
+def _carry(marks: Marks) -> Pair | None:
+    factor = None
+    if marks.fine is not None and marks.coarse is not None:
+        factor = jnp.exp(_last(marks.coarse.row) + _last(marks.fine.row))
+    if marks.run is not None:
+        kept = 1.0 if factor is None else factor
+        factor = jnp.where(_last(marks.run.row) == 0, kept, 0.0)
+    return None if factor is None else Pair(factor, factor)
+
+
+def _last(row: Any) -> Any:
+    """The last of ``[1, chunk]``, as ``[1, 1]``."""
+    # Not every backend takes an element out of a value, and a sum they all have.
+    position = jax.lax.broadcasted_iota(jnp.int32, row.shape, 1)
+    end = position == row.shape[1] - 1
+    return jnp.sum(jnp.where(end, row, 0.0), axis=1, keepdims=True)
+
+
+def scalar(eps: float | None) -> Rule:
+    """The rule of linear attention: a decay a step, the same for all features."""
+    return Rule(_scores, _reads, _writes, _carry, eps)
+
+
+# --- products ---
+
+
+def plain_dot(dtype: Any) -> Dot:
+    """Products of operands rounded to ``dtype``, as jax differentiates them."""
+    return partial(_product, dtype=jnp.dtype(dtype))
+
+
+def kernel_dot(dtype: Any) -> Dot:
+    """The same, whose derivatives are such products too, with no transpose around."""
+    return partial(_rounded, jnp.dtype(dtype))
+
+
+def _product(a: Any, b: Any, contract: tuple[int, int], *, dtype: Any) -> Any:
+    # f32 operands are multiplied in full precision: chips default to less.
+    exact = dtype == jnp.float32
+    return jax.lax.dot_general(
+        a.astype(dtype),
+        b.astype(dtype),
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _rounded(dtype: Any, a: Any, b: Any, contract: tuple[int, int]) -> Any:
+    return _product(a, b, contract, dtype=dtype)
+
+
+def _rounded_fwd(dtype: Any, a: Any, b: Any, contract: tuple[int, int]) -> Any:
+    return _product(a, b, contract, dtype=dtype), (a, b)
+
+
+def _rounded_bwd(dtype: Any, contract: tuple[int, int], operands: Any, g: Any) -> Any:
+    a, b = operands
+    of_a, of_b = contract
+    dot = plain_dot(dtype)
+    da = dot(g, b, (1, 1 - of_b)) if of_a == 1 else dot(b, g, (1 - of_b, 1))
+    db = dot(a, g, (1 - of_a, 0)) if of_b == 0 else dot(g, a, (0, 1 - of_a))
+    return da, db
+
+
+_rounded.defvjp(_rounded_fwd, _rounded_bwd)

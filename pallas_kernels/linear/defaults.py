@@ -1,0 +1,55 @@
+"""The chunk and the launch options of a call, where the caller leaves them open."""
+
+from collections.abc import Hashable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.config import KernelConfig
+from pallas_kernels.linear.algebra import Rule
+from pallas_kernels.linear.call import Call
+from pallas_kernels.linear.marks import LONGEST_CHUNK
+
+# xla: the fastest of 32 to 256 on two cores. tpu: the fewest bundles a token.
+CHUNKS = {"xla": 64, "tpu": 256}
+
+
+def default_call(
+    rule: Rule,
+    impl: str,
+    sizes: tuple[int, int],
+    dtype: jax.typing.DTypeLike,
+    config: KernelConfig,
+    interpret: Hashable = False,
+) -> Call:
+    """The static part of a call; ``sizes`` are those of features and values.
+
+    ``block_kv`` of the config, or else ``block_q``, is the length of a chunk.
+
+    Raises:
+      ValueError: the chunk is too long.
+    """
+    chunk, warps = CHUNKS.get(impl), 4
+    if chunk is None:
+        chunk, warps = _triton(max(sizes), dtype)
+    chunk = config.block_kv or config.block_q or chunk
+    if chunk > LONGEST_CHUNK:
+        raise ValueError(
+            f"config: a chunk of {chunk} positions (block_kv, or else block_q) must "
+            f"be at most {LONGEST_CHUNK}, so that the log-decays of a chunk keep their "
+            "precision: leave it None for one that fits"
+        )
+    return Call(
+        rule=rule,
+        chunk=chunk,
+        interpret=interpret,
+        num_warps=config.num_warps or warps,
+        num_stages=config.num_stages or 1,
+    )
+
+
+def _triton(size: int, dtype: jax.typing.DTypeLike) -> tuple[int, int]:
+    """Chunk and warps, chosen by the registers of the code compiled for sm_90."""
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        return 64, 8
+    return (32, 8) if size <= 64 else (16, 8)

@@ -1,0 +1,116 @@
+"""One linear recurrence on a chosen backend, with its gradient.
+
+The xla path is differentiated by JAX itself. A kernel has a backward kernel, and a
+second derivative goes through the xla path (the forward rules call the differentiated
+functions, never a raw kernel, so that they find one).
+"""
+
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear import marks, tpu, triton, xla
+from pallas_kernels.linear.algebra import Marks, State
+from pallas_kernels.linear.call import Call, Chunks, Inputs, Outputs, Rows
+
+KERNELS: dict[str, ModuleType] = {"tpu": tpu, "triton": triton}
+
+
+def attend(inputs: Inputs, call: Call, *, impl: str) -> Outputs:
+    """What every query reads from the state at its position.
+
+    ``jit``, ``grad``, ``vmap`` and ``jax.checkpoint`` hold on every backend; ``jvp`` on
+    "xla". Lengths need not be multiples of ``call.chunk``.
+    """
+    batch, heads, group, seq, _ = inputs.q.shape
+    chunks = chunked(inputs, call.chunk)
+    rows = xla.forward(chunks, call) if impl == "xla" else _attend(impl, call, chunks)
+
+    def shaped(x: Any, *rest: int) -> Any:
+        return x[:, :, :seq].reshape(batch, heads, group, seq, *rest)
+
+    total = None if rows.total is None else shaped(rows.total)
+    return Outputs(shaped(rows.out, rows.out.shape[-1]), total)
+
+
+def final_state(inputs: Inputs, call: Call) -> State:
+    """What is kept of all keys, f32, each array ``[batch, heads, ...]``."""
+    batch, heads = inputs.k.shape[:2]
+    state = xla.final_state(chunked(inputs, call.chunk), call)
+    return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), state)
+
+
+def chunked(inputs: Inputs, chunk: int) -> Chunks:
+    """The arrays with flat heads, filled up to whole chunks."""
+    batch, heads, _, seq, _ = inputs.q.shape
+
+    def padded(x: Any, axis: int) -> Any:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, -seq % chunk)
+        return jnp.pad(x, widths) if seq % chunk else x
+
+    def flat(x: Any, axis: int) -> Any:
+        return padded(x, axis).reshape(batch * heads, *x.shape[2:axis], -1, x.shape[-1])
+
+    def per_head(x: Any) -> Any:
+        x = jnp.broadcast_to(x, (batch, heads, seq)).reshape(batch * heads, seq)
+        return padded(x, 1)
+
+    decay, starts = inputs.log_decay, inputs.starts
+    decay = None if decay is None else per_head(decay)
+    starts = None if starts is None else per_head(starts[:, None])
+    return Chunks(
+        flat(inputs.q, 3),
+        flat(inputs.k, 2),
+        flat(inputs.v, 2),
+        marks.of_chunks(decay, starts, chunk),
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(impl: str, call: Call, chunks: Chunks) -> Rows:
+    return KERNELS[impl].forward(chunks, call)
+
+
+def _attend_fwd(impl: str, call: Call, chunks: Chunks) -> tuple[Rows, Chunks]:
+    return _attend(impl, call, chunks), chunks
+
+
+def _attend_bwd(
+    impl: str, call: Call, chunks: Chunks, cotangent: Rows
+) -> tuple[Chunks]:
+    dq, dk, dv, dfine = _backward(impl, call, chunks, cotangent)
+    return (Chunks(dq, dk, dv, Marks(fine=dfine)),)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _backward(impl: str, call: Call, chunks: Chunks, cotangent: Rows) -> tuple:
+    return KERNELS[impl].backward(chunks, cotangent, call)
+
+
+def _backward_fwd(
+    impl: str, call: Call, chunks: Chunks, cotangent: Rows
+) -> tuple[tuple, Any]:
+    return _backward(impl, call, chunks, cotangent), (chunks, cotangent)
+
+
+def _backward_bwd(impl: str, call: Call, residuals: Any, cotangent: tuple) -> tuple:
+    del impl
+    _, pull = jax.vjp(partial(_twin, call), *residuals)
+    return pull(cotangent)
+
+
+_backward.defvjp(_backward_fwd, _backward_bwd)
+
+
+def _twin(call: Call, chunks: Chunks, cotangent: Rows) -> tuple:
+    """What a backward kernel computes, in plain JAX."""
+    _, pull = jax.vjp(partial(xla.forward, call=call), chunks)
+    (found,) = pull(cotangent)
+    return found.q, found.k, found.v, found.marks.fine

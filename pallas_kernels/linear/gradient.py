@@ -1,0 +1,47 @@
+"""The derivatives of a chunk, from its rule: what backward kernels compute with."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from pallas_kernels.linear.algebra import Dot, Keys, Pair, Rule, State, read, write
+
+
+class KeyGradients(NamedTuple):
+    """The cotangents of the keys of a chunk; ``fine`` stands for the log-decays."""
+
+    k: Any
+    v: Any
+    fine: Pair | None
+
+    def plus(self, other: "KeyGradients") -> "KeyGradients":
+        """Both together."""
+        return jax.tree.map(lambda a, b: a + b, self, other)
+
+
+def of_read(
+    rule: Rule, dot: Dot, q: Any, keys: Keys, state: State, cotangents: tuple[Any, Any]
+) -> tuple[Any, KeyGradients, State]:
+    """The cotangents of ``q``, the keys and the state, from those of what is read."""
+
+    def f(q: Any, k: Any, v: Any, fine: Any, state: State) -> Any:
+        marks = keys.marks._replace(fine=fine)
+        return read(rule, dot, q, Keys(k, v, marks), state)
+
+    _, pull = jax.vjp(f, q, keys.k, keys.v, keys.marks.fine, state)
+    dq, dk, dv, dfine, dstate = pull(cotangents)
+    return dq, KeyGradients(dk, dv, dfine), dstate
+
+
+def of_write(
+    rule: Rule, dot: Dot, keys: Keys, state: State, cotangent: State
+) -> tuple[KeyGradients, State]:
+    """The cotangents of the keys and the old state, from that of the new one."""
+
+    def f(k: Any, v: Any, fine: Any, state: State) -> State:
+        marks = keys.marks._replace(fine=fine)
+        return write(rule, dot, Keys(k, v, marks), state)
+
+    _, pull = jax.vjp(f, keys.k, keys.v, keys.marks.fine, state)
+    dk, dv, dfine, dstate = pull(cotangent)
+    return KeyGradients(dk, dv, dfine), dstate

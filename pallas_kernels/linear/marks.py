@@ -1,0 +1,51 @@
+"""What every position of a chunk carries: log-decays from its start on, and resets."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32
+
+from pallas_kernels.linear.algebra import Marks, Pair
+
+# A factor of exp(-60) = 9e-27 forgets all that f32 could tell of.
+STRONGEST = -60.0
+# The exact part of a log-decay is a multiple of this. The sum over a chunk has then at
+# most the 24 bits of an f32, and what is left sums up to a quarter.
+GRAIN = 2.0**-9
+LONGEST_CHUNK = 512
+
+
+def of_chunks(
+    log_decay: Float32[Array, "heads padded"] | None,
+    starts: Bool[Array, "heads padded"] | None,
+    chunk: int,
+) -> Marks:
+    """The marks of all chunks, arrays ``[heads, chunks, chunk]``.
+
+    A log-decay below -60 counts as -60. The gradient goes by way of ``fine``.
+    """
+    assert chunk <= LONGEST_CHUNK
+    fine = coarse = run = None
+    if log_decay is not None:
+        decay = jnp.clip(log_decay, STRONGEST, 0.0)
+        grains = jax.lax.stop_gradient(jnp.round(decay / GRAIN) * GRAIN)
+        coarse = _summed(grains, chunk)
+        fine = _summed(decay - grains, chunk)
+    if starts is not None:
+        run = _summed(starts.astype(jnp.float32), chunk)
+    return Marks(fine, coarse, run)
+
+
+def _summed(x: jax.Array, chunk: int) -> jax.Array:
+    heads, padded = x.shape
+    return jnp.cumsum(x.reshape(heads, padded // chunk, chunk), axis=2)
+
+
+def pairs(marks: Marks) -> Marks:
+    """Marks ``[..., chunk]`` of a chunk, or of several, as columns and rows."""
+
+    def pair(x: Any) -> Pair | None:
+        return None if x is None else Pair(x[..., :, None], x[..., None, :])
+
+    return Marks(*map(pair, marks))

@@ -1,0 +1,292 @@
+"""The recurrence on TPUs: chunks in order, the state in VMEM from one to the next.
+
+The backward pass first works out the state at the start of every chunk, and then walks
+the chunks from the last to the first with the cotangent of the state in VMEM.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.linear import algebra, gradient
+from pallas_kernels.linear.algebra import Keys, Marks, Pair, State
+from pallas_kernels.linear.call import Call, Chunks, Rows
+from pallas_kernels.tpu.lists import LANES
+from pallas_kernels.tpu.operands import to_column, to_row
+
+# The grid is (head, chunk, member of the group).
+ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"))
+
+
+def forward(chunks: Chunks, call: Call) -> Rows:
+    """Output and normaliser of all queries."""
+    chunks, dtype = _ready(chunks, call)
+    heads, group, padded, _ = chunks.q.shape
+    sizes = heads, padded // call.chunk, group
+    out = jax.ShapeDtypeStruct((*chunks.q.shape[:3], chunks.v.shape[-1]), dtype)
+    total = _total_shape(chunks, call)
+    out, total = pl.pallas_call(
+        partial(_forward_kernel, call=call, group=group),
+        grid=sizes,
+        in_specs=[_chunk_specs(chunks, call)],
+        out_specs=[_row_spec(out, call), _total_spec(call)],
+        out_shape=[out, total],
+        scratch_shapes=[_state_scratch(chunks, call)],
+        compiler_params=ORDER,
+        interpret=call.interpret,
+        name="sadsl_linear_forward",
+    )(chunks)
+    return Rows(out, None if total is None else total.reshape(*out.shape[:3]))
+
+
+def backward(chunks: Chunks, cotangent: Rows, call: Call) -> tuple:
+    """The cotangents of q, k, v and the fine marks (None where there are none)."""
+    dtypes = [x.dtype for x in chunks[:3]]
+    chunks, _ = _ready(chunks, call)
+    states = _states(chunks, call)
+    heads, group, padded, features = chunks.q.shape
+    steps, head_dim_v = padded // call.chunk, chunks.v.shape[-1]
+    last = lambda c: steps - 1 - c
+    dout, dtotal = cotangent
+    dout = dout.astype(chunks.v.dtype)
+    if dtotal is not None:
+        dtotal = dtotal.reshape(heads, group, steps, 1, call.chunk)
+
+    outs = [
+        jax.ShapeDtypeStruct(x.shape, t)
+        for x, t in zip(chunks[:3], dtypes, strict=True)
+    ]
+    fine = chunks.marks.fine
+    dfine = None if fine is None else jax.ShapeDtypeStruct(fine.shape, jnp.float32)
+    accumulators = (
+        pltpu.VMEM((call.chunk, features), jnp.float32),
+        pltpu.VMEM((call.chunk, head_dim_v), jnp.float32),
+        None if fine is None else pltpu.VMEM((1, call.chunk), jnp.float32),
+    )
+    specs = _chunk_specs(chunks, call, last)
+    found = pl.pallas_call(
+        partial(_backward_kernel, call=call, group=group),
+        grid=(heads, steps, group),
+        in_specs=[
+            specs,
+            _state_specs(states, last),
+            _row_spec(dout, call, last),
+            None if dtotal is None else _total_spec(call, last),
+        ],
+        out_specs=[specs.q, specs.k, specs.v, specs.marks.fine],
+        out_shape=[*outs, dfine],
+        scratch_shapes=[_state_scratch(chunks, call), accumulators],
+        compiler_params=ORDER,
+        interpret=call.interpret,
+        name="sadsl_linear_backward",
+    )(chunks, states, dout, dtotal)
+    dq, dk, dv, dfine = found
+    return dq, dk, dv, None if dfine is None else dfine[:, :, 0]
+
+
+def _states(chunks: Chunks, call: Call) -> State:
+    """The state at the start of every chunk, ``[heads, chunks, ...]``."""
+    heads, _, padded, features = chunks.q.shape
+    lead = heads, padded // call.chunk
+    shape = State(
+        jax.ShapeDtypeStruct((*lead, features, chunks.v.shape[-1]), jnp.float32),
+        jax.ShapeDtypeStruct((*lead, 1, features), jnp.float32),
+    )
+    shape = _fitting(shape, call)
+    specs = _chunk_specs(chunks, call)
+    (states,) = pl.pallas_call(
+        partial(_states_kernel, call=call),
+        grid=(*lead, 1),
+        in_specs=[specs.k, specs.v, specs.marks],
+        out_specs=[_state_specs(shape, lambda c: c)],
+        out_shape=[shape],
+        scratch_shapes=[_state_scratch(chunks, call)],
+        compiler_params=ORDER,
+        interpret=call.interpret,
+        name="sadsl_linear_states",
+    )(chunks.k, chunks.v, chunks.marks)
+    return states
+
+
+# --- kernels ---
+
+
+def _forward_kernel(
+    refs: Chunks, out_ref: Any, total_ref: Any, state_ref: State,
+    *, call: Call, group: int,
+) -> None:  # fmt: skip
+    _zero_at_first(state_ref)
+    dot = algebra.plain_dot(refs.v.dtype)
+    keys, state = _keys(refs.k, refs.v, refs.marks), _values(state_ref)
+    q = refs.q[...].astype(jnp.float32)
+    out, total = algebra.read(call.rule, dot, q, keys, state)
+    out_ref[...] = out.astype(out_ref.dtype)
+    if total is not None:
+        total_ref[...] = to_row(total)
+
+    @pl.when(pl.program_id(2) == group - 1)
+    def _() -> None:
+        _store(state_ref, algebra.write(call.rule, dot, keys, state))
+
+
+def _states_kernel(
+    k_ref: Any, v_ref: Any, marks: Marks, out_ref: State, state_ref: State,
+    *, call: Call,
+) -> None:  # fmt: skip
+    _zero_at_first(state_ref)
+    dot = algebra.plain_dot(v_ref.dtype)
+    state = _values(state_ref)
+    _store(out_ref, state)
+    keys = _keys(k_ref, v_ref, marks)
+    _store(state_ref, algebra.write(call.rule, dot, keys, state))
+
+
+def _backward_kernel(
+    refs: Chunks, states: State, dout_ref: Any, dtotal_ref: Any,
+    dq_ref: Any, dk_ref: Any, dv_ref: Any, dfine_ref: Any,
+    dstate_ref: State, sums: tuple, *, call: Call, group: int,
+) -> None:  # fmt: skip
+    _zero_at_first(dstate_ref)
+    dot = algebra.kernel_dot(refs.v.dtype)
+    keys, state = _keys(refs.k, refs.v, refs.marks), _values(states)
+    member = pl.program_id(2)
+
+    def values(x: gradient.KeyGradients) -> tuple:
+        fine = None if x.fine is None else x.fine.row + to_row(x.fine.col)
+        return x.k, x.v, fine
+
+    @pl.when(member == 0)
+    def _() -> None:
+        after = _values(dstate_ref)
+        own, before = gradient.of_write(call.rule, dot, keys, state, after)
+        _store(sums, values(own))
+        _store(dstate_ref, before)
+
+    dtotal = None if dtotal_ref is None else to_column(dtotal_ref[...])
+    cotangents = dout_ref[...].astype(jnp.float32), dtotal
+    q = refs.q[...].astype(jnp.float32)
+    found = gradient.of_read(call.rule, dot, q, keys, state, cotangents)
+    dq_ref[...] = found[0].astype(dq_ref.dtype)
+    _add(sums, values(found[1]))
+    _add(dstate_ref, found[2])
+
+    @pl.when(member == group - 1)
+    def _() -> None:
+        for ref, total in zip((dk_ref, dv_ref, dfine_ref), sums, strict=True):
+            if ref is not None:
+                ref[...] = total[...].astype(ref.dtype)
+
+
+# --- what kernels see ---
+
+
+def _ready(chunks: Chunks, call: Call) -> tuple[Chunks, Any]:
+    """The arrays as the kernels take them, and the dtype of the output.
+
+    Raises:
+      ValueError: the chip has no registers for such a chunk.
+    """
+    if call.chunk % LANES and not call.interpret:
+        raise ValueError(
+            f"a chunk of {call.chunk}: impl='tpu' needs a multiple of {LANES}, such as "
+            f"{-(-call.chunk // LANES) * LANES}"
+        )
+    dtype = chunks.q.dtype
+    q, k, v, marks = chunks
+    if dtype == jnp.float16:
+        # The chip has no f16 arithmetic, and bf16 would lose three bits.
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    marks = jax.tree.map(lambda x: x[:, :, None], marks)
+    return Chunks(q, k, v, marks), dtype
+
+
+def _same(c: Any) -> Any:
+    return c
+
+
+def _chunk_specs(
+    chunks: Chunks, call: Call, at: Callable[[Any], Any] = _same
+) -> Chunks:
+    """A chunk of the queries of a member, and of the keys."""
+
+    def keys(x: Any) -> pl.BlockSpec:
+        shape = None, call.chunk, x.shape[-1]
+        return pl.BlockSpec(shape, lambda h, c, g: (h, at(c), 0))
+
+    row = pl.BlockSpec((None, None, 1, call.chunk), lambda h, c, g: (h, at(c), 0, 0))
+    marks = jax.tree.map(lambda _: row, chunks.marks)
+    return Chunks(_row_spec(chunks.q, call, at), keys(chunks.k), keys(chunks.v), marks)
+
+
+def _row_spec(x: Any, call: Call, at: Callable[[Any], Any] = _same) -> pl.BlockSpec:
+    shape = None, None, call.chunk, x.shape[-1]
+    return pl.BlockSpec(shape, lambda h, c, g: (h, g, at(c), 0))
+
+
+def _total_shape(chunks: Chunks, call: Call) -> Any:
+    heads, group, padded, _ = chunks.q.shape
+    shape = heads, group, padded // call.chunk, 1, call.chunk
+    return None if call.rule.eps is None else jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _total_spec(call: Call, at: Callable[[Any], Any] = _same) -> pl.BlockSpec | None:
+    if call.rule.eps is None:
+        return None
+    shape = None, None, None, 1, call.chunk
+    return pl.BlockSpec(shape, lambda h, c, g: (h, g, at(c), 0, 0))
+
+
+def _fitting(state: State, call: Call) -> State:
+    return state._replace(z=None) if call.rule.eps is None else state
+
+
+def _state_specs(states: State, at: Callable[[Any], Any]) -> State:
+    def spec(x: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (None, None, *x.shape[2:]), lambda h, c, g: (h, at(c), 0, 0)
+        )
+
+    return jax.tree.map(spec, states)
+
+
+def _state_scratch(chunks: Chunks, call: Call) -> State:
+    features, head_dim_v = chunks.k.shape[-1], chunks.v.shape[-1]
+    s, z = (features, head_dim_v), (1, features)
+    return _fitting(State(pltpu.VMEM(s, jnp.float32), pltpu.VMEM(z, jnp.float32)), call)
+
+
+def _keys(k_ref: Any, v_ref: Any, marks: Marks) -> Keys:
+    def pair(ref: Any) -> Pair | None:
+        return None if ref is None else Pair(to_column(ref[...]), ref[...])
+
+    k, v = k_ref[...].astype(jnp.float32), v_ref[...].astype(jnp.float32)
+    return Keys(k, v, Marks(*map(pair, marks)))
+
+
+def _values(refs: State) -> State:
+    return jax.tree.map(lambda ref: ref[...], refs)
+
+
+def _store(refs: Any, values: Any) -> None:
+    for ref, value in zip(refs, values, strict=True):
+        if ref is not None:
+            ref[...] = value
+
+
+def _add(refs: Any, values: Any) -> None:
+    for ref, value in zip(refs, values, strict=True):
+        if ref is not None:
+            ref[...] += value
+
+
+def _zero_at_first(refs: State) -> None:
+    """Empties a state at the first step of a head."""
+
+    @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
+    def _() -> None:
+        _store(refs, jax.tree.map(lambda ref: jnp.zeros_like(ref[...]), refs))

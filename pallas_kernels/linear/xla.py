@@ -1,0 +1,90 @@
+"""The recurrence as a scan over chunks in plain JAX: the CPU path.
+
+It has no rule of differentiation of its own: ``jvp`` and derivatives of any order go
+through. A reverse pass keeps the state at the start of every chunk and works out the
+rest again, so that its memory is linear in the length.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear import algebra
+from pallas_kernels.linear.algebra import Keys, Marks, Rule, State
+from pallas_kernels.linear.call import Call, Chunks, Rows
+from pallas_kernels.linear.marks import pairs
+
+DOT = algebra.plain_dot(jnp.float32)
+
+
+def forward(chunks: Chunks, call: Call) -> Rows:
+    """Output and normaliser of all queries."""
+    rule, dtype = call.rule, chunks.q.dtype
+    heads, group, padded, features = chunks.q.shape
+    head_dim_v = chunks.v.shape[-1]
+
+    def body(state: State, x: Chunks) -> tuple[State, Rows]:
+        q, keys = x.q.astype(jnp.float32), keys_of(x)
+        out, total = _read(rule, q, keys, state)
+        if total is not None:
+            total = total[..., 0]
+        return _write(rule, keys, state), Rows(out.astype(dtype), total)
+
+    # The body of a scan is compiled by itself: nothing there to keep apart.
+    body = jax.checkpoint(body, prevent_cse=False)
+    start = empty(rule, heads, features, head_dim_v)
+    _, (out, total) = jax.lax.scan(body, start, by_chunk(chunks, call.chunk))
+    out = jnp.moveaxis(out, 0, 2).reshape(heads, group, padded, head_dim_v)
+    if total is not None:
+        total = jnp.moveaxis(total, 0, 2).reshape(heads, group, padded)
+    return Rows(out, total)
+
+
+def final_state(chunks: Chunks, call: Call) -> State:
+    """What is kept of all keys, with a leading axis of heads."""
+    heads, _, features = chunks.k.shape
+    state = empty(call.rule, heads, features, chunks.v.shape[-1])
+
+    def body(state: State, x: Chunks) -> tuple[State, None]:
+        return _write(call.rule, keys_of(x), state), None
+
+    body = jax.checkpoint(body, prevent_cse=False)
+    return jax.lax.scan(body, state, by_chunk(chunks, call.chunk))[0]
+
+
+def _read(
+    rule: Rule, q: jax.Array, keys: Keys, state: State
+) -> tuple[jax.Array, jax.Array | None]:
+    """``algebra.read`` for all heads, and the queries of a group of each."""
+    member = jax.vmap(partial(algebra.read, rule, DOT), in_axes=(0, None, None))
+    return jax.vmap(member)(q, keys, state)
+
+
+def _write(rule: Rule, keys: Keys, state: State) -> State:
+    return jax.vmap(partial(algebra.write, rule, DOT))(keys, state)
+
+
+def empty(rule: Rule, heads: int, features: int, head_dim_v: int) -> State:
+    """The state of no key, with a leading axis of heads."""
+    s = jnp.zeros((heads, features, head_dim_v), jnp.float32)
+    z = jnp.zeros((heads, 1, features), jnp.float32)
+    return State(s, None if rule.eps is None else z)
+
+
+def keys_of(x: Chunks) -> Keys:
+    """The keys of a chunk of every head, or of all chunks, in f32."""
+    k, v = x.k.astype(jnp.float32), x.v.astype(jnp.float32)
+    return Keys(k, v, pairs(x.marks))
+
+
+def by_chunk(chunks: Chunks, chunk: int) -> Chunks:
+    """The arrays with an axis of chunks in front."""
+
+    def split(x: jax.Array) -> jax.Array:
+        *lead, padded, size = x.shape
+        x = x.reshape(*lead, padded // chunk, chunk, size)
+        return jnp.moveaxis(x, -3, 0)
+
+    marks = Marks(*(None if x is None else x.swapaxes(0, 1) for x in chunks.marks))
+    return Chunks(split(chunks.q), split(chunks.k), split(chunks.v), marks)

@@ -1,0 +1,149 @@
+"""What is added to the scores of a tile: windows of pairs, and vectors."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import pair_values, softmax
+from pallas_kernels.block_mask import Axis
+from pallas_kernels.call import Call, PairValues, ScoreValues, Vectors
+from pallas_kernels.tpu import operands
+from pallas_kernels.tpu.launch import Step, TileOperand
+from pallas_kernels.tpu.lists import Sizes
+
+# Rows of a vector register: so many copies of a strip travel, each a place further.
+SUBLANES = 8
+
+
+@dataclass(frozen=True)
+class OnTop:
+    """How a kernel ``by`` the queries or the keys adds to its scores.
+
+    Tiles are ``[queries, keys]`` or ``[keys, queries]``.
+    """
+
+    call: Call
+    sizes: Sizes
+    by: Axis
+    num_q: int
+    num_kv: int
+    diagonal: tuple[bool, ...]  # of each of the pairs
+
+    def split(self, refs: Any, side: Axis) -> tuple[tuple, tuple]:
+        """The vectors of the predicate, and those of the scores, which come last."""
+        count = len(refs) - (self.num_q if side == "q" else self.num_kv)
+        return tuple(refs[:count]), tuple(refs[count:])
+
+    def split_tiles(self, refs: tuple) -> tuple[tuple, tuple]:
+        """The words of bits, and the windows of the pairs."""
+        count = len(refs) - len(self.diagonal)
+        return refs[:count], refs[count:]
+
+    def __call__(
+        self, step: Step, block: Any, values: tuple[tuple, tuple], windows: tuple
+    ) -> jax.Array | None:
+        """What is added to capped scores, base 2; None for nothing.
+
+        ``values`` are those of the queries and of the keys, shaped like their ids.
+        """
+        if self.call.scores is None:
+            return None
+        sizes = self.sizes
+        row_size, size = sizes.block_q, sizes.block_kv
+        if self.by == "kv":
+            row_size, size = size, row_size
+        ids = operands.column_ids(step.row, row_size), operands.row_ids(block, size)
+        q_ids, k_ids = ids if self.by == "q" else ids[::-1]
+        pairs = tuple(
+            _tile(ref, row_size, size) if diagonal else ref[...]
+            for ref, diagonal in zip(windows, self.diagonal, strict=True)
+        )
+        return self.call.scores(q_ids, k_ids, *values, pairs) * softmax.LOG2_E
+
+
+def on_top(values: ScoreValues, call: Call, sizes: Sizes, by: Axis) -> OnTop:
+    """What a kernel has to know of the values."""
+    diagonal = tuple(x.diagonal for x in values.pairs)
+    return OnTop(call, sizes, by, len(values.q), len(values.kv), diagonal)
+
+
+def tile_operands(
+    vectors: Vectors,
+    sizes: Sizes,
+    batch_and_heads: tuple[int, int],
+    members: int,
+    *,
+    by: Axis,
+) -> tuple[TileOperand, ...]:
+    """What differs from tile to tile: words of bits, then windows of pairs."""
+    args = sizes, batch_and_heads, members
+    return (
+        *(operands.word_operand(x, *args, by=by) for x in vectors.bits),
+        *(_operand(x, *args, by=by) for x in vectors.scores.pairs),
+    )
+
+
+def _operand(
+    x: PairValues,
+    sizes: Sizes,
+    batch_and_heads: tuple[int, int],
+    members: int,
+    *,
+    by: Axis,
+) -> TileOperand:
+    """The values that each tile reads."""
+    lengths = sizes.q_seq_len, sizes.kv_seq_len
+    blocks = sizes.block_q, sizes.block_kv
+    values = x.values
+    if by == "kv":
+        lengths, blocks = lengths[::-1], blocks[::-1]
+        # The other way along a diagonal: from the last query to the last key.
+        values = jnp.flip(values, 2) if x.diagonal else jnp.swapaxes(values, 2, 3)
+    x = PairValues(values, x.diagonal)
+    head_of = operands.head_of_array(values.shape[:2], batch_and_heads, members)
+    array = _strips(x, lengths, blocks) if x.diagonal else _rows(x, blocks)
+    last = -(-lengths[0] // blocks[0]) - 1
+
+    def window_of(row: Any, block: Any) -> tuple[Any, Any]:
+        if x.diagonal:
+            return 0, (last - row) * blocks[0] + block * blocks[1]
+        return row, block * blocks[1]
+
+    return TileOperand(
+        array.reshape(-1, *array.shape[2:]),
+        head_of,
+        window_of,
+        width=blocks[0] + blocks[1] if x.diagonal else blocks[1],
+        step=math.gcd(*blocks) if x.diagonal else blocks[1],
+    )
+
+
+def _rows(x: PairValues, blocks: tuple[int, int]) -> jax.Array:
+    """All pairs, a plane for each block of rows: ``[b, h, planes, rows, columns]``."""
+    values = operands.padded(operands.padded(x.values, blocks[0], 2), blocks[1], 3)
+    return values.reshape(*values.shape[:2], -1, blocks[0], values.shape[3])
+
+
+def _strips(
+    x: PairValues, lengths: tuple[int, int], blocks: tuple[int, int]
+) -> jax.Array:
+    """Diagonals ``[b, h, 1, copies, length]``, each copy a place behind the one before.
+
+    A tile is then made of windows that all start within one register.
+    """
+    strip = pair_values.strip(x, *lengths, block_q=blocks[0], block_kv=blocks[1])
+    copies = math.gcd(blocks[0], SUBLANES)
+    length = strip.shape[2]
+    strip = jnp.pad(strip, ((0, 0), (0, 0), (0, copies - 1)))
+    shifted = [strip[..., copies - 1 - i :][..., :length] for i in range(copies)]
+    return jnp.stack(shifted, axis=2)[:, :, None]
+
+
+def _tile(ref: Any, rows: int, columns: int) -> jax.Array:
+    """The tile of a window ``[copies, rows + columns]`` of strips."""
+    copies, window = ref.shape[0], ref[...]
+    starts = range(rows - copies, -1, -copies)
+    return jnp.concatenate([window[:, at : at + columns] for at in starts], axis=0)

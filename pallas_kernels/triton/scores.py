@@ -1,0 +1,95 @@
+"""What is added to the scores of a tile, in the kernels: read by index."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dropout, softmax
+from pallas_kernels.call import Call, PairValues, ScoreValues, Vectors
+from pallas_kernels.triton.runs import Sizes, along
+
+
+class Here(NamedTuple):
+    """A tile: its ids and ranges of positions, and the head of its arrays.
+
+    The ids of one side are a column ``[n, 1]``, those of the other a row ``[1, n]``.
+    ``member`` is None where a program sees one head without an axis of heads.
+    """
+
+    q_ids: jax.Array
+    k_ids: jax.Array
+    q_range: Any
+    kv_range: Any
+    member: Any = None
+
+
+def added_scores(
+    values: ScoreValues, here: Here, sizes: Sizes, call: Call
+) -> jax.Array | None:
+    """What the call adds to the capped scores of a tile, base 2; None for nothing."""
+    if call.scores is None:
+        return None
+    q_ids, k_ids, q_range, kv_range, member = here
+    q_axis = 0 if q_ids.shape[1] == 1 else 1
+
+    def lead(ref: Any) -> tuple:
+        return _lead(ref, member)
+
+    def of_pairs(x: PairValues) -> jax.Array:
+        ref = x.values
+        if x.diagonal:
+            return ref[*lead(ref), q_ids - k_ids + (sizes.padded_kv - 1)]
+        shape = jnp.broadcast_shapes(q_ids.shape, k_ids.shape)
+        at = jnp.broadcast_to(q_ids, shape), jnp.broadcast_to(k_ids, shape)
+        return ref[*lead(ref), *at]
+
+    added = call.scores(
+        q_ids,
+        k_ids,
+        tuple(along(ref[*lead(ref), q_range], q_axis) for ref in values.q),
+        tuple(along(ref[*lead(ref), kv_range], 1 - q_axis) for ref in values.kv),
+        tuple(map(of_pairs, values.pairs)),
+    )
+    return added * softmax.LOG2_E
+
+
+def factor(vectors: Vectors, here: Here, call: Call) -> jax.Array | None:
+    """What dropout multiplies the weights of a tile by; None for none."""
+    if not call.dropout_rate:
+        return None
+    q_axis = 0 if here.q_ids.shape[1] == 1 else 1
+
+    def seeds(ref: Any, at: Any, axis: int) -> jax.Array:
+        return along(ref[*_lead(ref, here.member), at], axis)
+
+    return dropout.factor(
+        seeds(vectors.q[-1], here.q_range, q_axis),
+        seeds(vectors.kv[-1], here.kv_range, 1 - q_axis),
+        call.dropout_rate,
+    )
+
+
+def _lead(ref: Any, member: Any) -> tuple:
+    return () if member is None else (0 if ref.shape[0] == 1 else member,)
+
+
+def padded(values: ScoreValues, sizes: Sizes) -> ScoreValues:
+    """Arrays for whole blocks; what is added to the padding is masked or dropped."""
+    more_q = sizes.padded_q - sizes.q_seq_len
+    more_kv = sizes.padded_kv - sizes.kv_seq_len
+
+    def pad(x: jax.Array, *widths: tuple[int, int]) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, 0), *widths))
+
+    def of_pairs(x: PairValues) -> PairValues:
+        if x.diagonal:
+            return replace(x, values=pad(x.values, (more_kv, more_q)))
+        return replace(x, values=pad(x.values, (0, more_q), (0, more_kv)))
+
+    return ScoreValues(
+        tuple(pad(x, (0, more_q)) for x in values.q),
+        tuple(pad(x, (0, more_kv)) for x in values.kv),
+        tuple(map(of_pairs, values.pairs)),
+    )

@@ -1,0 +1,139 @@
+"""The gradient of what is added to the scores: a walk over the blocks of the plan.
+
+One implementation for all backends. It computes the probabilities once more, so that
+who asks for no such gradient does not pay: the compiler drops the whole walk.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32
+
+from pallas_kernels import softmax
+from pallas_kernels.call import (
+    Call,
+    Cotangents,
+    Inputs,
+    ScoreValues,
+    Vectors,
+)
+from pallas_kernels.xla import tile
+from pallas_kernels.xla.backward import Row
+from pallas_kernels.xla.heads import HeadGroup, head_groups, pick
+from pallas_kernels.xla.lists import Lists, Plan
+from pallas_kernels.xla.owners import Owner, for_owners, is_traced
+from pallas_kernels.xla.rows import Pass, fold_rows
+from pallas_kernels.xla.scores import Pieces
+
+
+def score_gradient(
+    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, lists: Lists, call: Call
+) -> ScoreValues:
+    """The gradient of ``vectors.scores``, summed over what shares an entry.
+
+    Blocks are added one after the other, the same way every time.
+    """
+    values = vectors.scores
+    if is_traced(lists):
+        # Who has a walk of their own has a gradient of their own; they are added up.
+        lead = inputs.q.shape[:2]
+        own = vectors._replace(
+            scores=jax.tree.map(
+                lambda x: jnp.broadcast_to(x, (*lead, *x.shape[2:])), values
+            )
+        )
+
+        def of_owner(owner: Owner) -> ScoreValues:
+            args = owner.inputs, owner.of_queries(cotangents), owner.vectors
+            return _gradient(*args, owner.plan(lists.backward), owner.group, call)
+
+        found = for_owners(of_owner, inputs, own, lists)
+        return jax.tree.map(_summed_like, found, values)
+    groups = head_groups(lists.map_of_head, lists.test_of_map, inputs.k.shape[1])
+    total = jax.tree.map(jnp.zeros_like, values)
+    for group in groups:
+        part = _gradient(inputs, cotangents, vectors, lists.backward, group, call)
+        total = jax.tree.map(partial(_placed, group=group), total, part)
+    return total
+
+
+def _summed_like(x: Array, like: Array) -> Array:
+    axes = tuple(i for i in (0, 1) if like.shape[i] == 1)
+    return x.sum(axis=axes, keepdims=True)
+
+
+def _placed(total: Array, part: Array, *, group: HeadGroup) -> Array:
+    """``total`` with the gradient of the heads of a group."""
+    if total.shape[1] == 1:
+        return total + part
+    return total.at[:, np.array(group.q_heads)].set(part)
+
+
+def _gradient(
+    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: Plan,
+    group: HeadGroup, call: Call,
+) -> ScoreValues:  # fmt: skip
+    """The heads of one group: ``[batch or 1, heads of the group or 1, ...]``."""
+    lengths = inputs.q.shape[2], inputs.k.shape[2]
+    blocks = tile.operands(inputs, group, plan)
+    pairs = tile.pairs_of(call, vectors, group, plan, lengths)
+    added = pairs.scores
+    assert added is not None
+    lse = tile.to_blocks(
+        tile.fold_heads(cotangents.lse, group), 3, plan.block_q, softmax.BEYOND
+    )
+    delta = tile.to_blocks(tile.fold_heads(cotangents.delta, group), 3, plan.block_q)
+    do = tile.positions_first(pick(cotangents.do, group.q_heads), plan.block_q)
+    kv_heads, size = lse.shape[1:3]
+
+    def start(total: Pieces, row: Array) -> tuple[Any, Pieces]:
+        fixed = Row(
+            row,
+            tile.queries_of(blocks.q, row, kv_heads),
+            tile.queries_of(do, row, kv_heads),
+            softmax.lse_for_backward(tile.row_of(lse, row)),
+            tile.row_of(delta, row),
+        )
+        return (fixed, row), total
+
+    def fold(fixed: Any, total: Pieces, block: Array, bias: Array) -> Pieces:
+        of_row, row = fixed
+        k, v = (tile.gather(x, block) for x in (blocks.k, blocks.v))
+        on_top = bias, pairs.factor(row, block)
+        gradient = gradient_of_added(of_row, k, v, on_top, (size, call))
+
+        def spread(pieces: Pieces) -> Array:
+            return jnp.broadcast_to(added.tile(pieces, row, block), gradient.shape)
+
+        _, pull = jax.vjp(spread, added.pieces(row, block))
+        return added.add(total, pull(gradient)[0], row, block)
+
+    def close(fixed: Any, total: Pieces, row: Array) -> Pieces:
+        del fixed, row
+        return total
+
+    total = jax.tree.map(jnp.zeros_like, added.arrays)
+    walk = plan.walks[group.map_index]
+    total = fold_rows(walk, pairs, Pass(start, fold, close), total)
+    found = added.restored(total)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), found)
+
+
+def gradient_of_added(
+    row: Row,
+    k: Float32[Array, "b h k d"],
+    v: Float32[Array, "b h k dv"],
+    on_top: tuple[Float32[Array, "..."], Float32[Array, "..."] | None],
+    options: tuple[int, Call],
+) -> Float32[Array, "b h g q k"]:
+    """The gradient of what comes on top of the capped scores, of blocks of a row."""
+    size, call = options
+    bias, factor = on_top
+    s = tile.scores(row.q * (call.sm_scale * softmax.LOG2_E), k, size, call)
+    dp = tile.batched_dot(row.do, v, contract=(1, 1)).reshape(s.shape)
+    lse2, delta = (x.reshape(*s.shape[:-1], 1) for x in (row.lse, row.delta))
+    # Without a cap, the gradient of the scores is that of what is added to them.
+    return softmax.score_gradient(s, None, lse2, dp, delta, None, bias, factor)[1]

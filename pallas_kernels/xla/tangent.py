@@ -1,0 +1,176 @@
+"""Forward mode: one sweep over query blocks that carries the tangents of the outputs.
+
+With ``p`` the probabilities and ``s'`` the tangents of the scores, ``lse' = sum p s'``
+and ``o' = sum p (s' v + v') - lse' o`` in each row: the derivative of the softmax, for
+which Dao et al. (FlashAttention, 2022, appendix B) work out the reverse mode.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
+
+from pallas_kernels import softmax
+from pallas_kernels.call import Call, Inputs, Outputs, ScoreValues, Vectors
+from pallas_kernels.xla import scores, tile
+from pallas_kernels.xla.heads import HeadGroup, head_groups, join
+from pallas_kernels.xla.lists import Lists, Plan
+from pallas_kernels.xla.owners import Owner, for_owners, is_traced
+from pallas_kernels.xla.rows import Pass, fold_rows
+from pallas_kernels.xla.scores import Added, Pieces
+
+
+class Row(NamedTuple):
+    """What the tiles of a row share, ``[batch, kv_heads, group * queries, ...]``."""
+
+    at: Int32[Array, ""]
+    q: Float32[Array, "b h gq d"]
+    # The tangents of q, then q: with keys and then their tangents, one product.
+    turned: Float32[Array, "b h gq two_d"]
+    lse: Float32[Array, "b h gq"]
+
+
+class Sums(NamedTuple):
+    """``sum p (s' v + v')`` and ``sum p s'``, of a row or in blocks of all rows."""
+
+    o: Float32[Array, "..."]
+    lse: Float32[Array, "..."]
+
+
+def tangent(
+    inputs: Inputs,
+    direction: tuple[Inputs, ScoreValues | None],
+    outputs: Outputs,
+    vectors: Vectors,
+    lists: Lists,
+    call: Call,
+) -> Outputs:
+    """The derivative of the ``outputs`` along a ``direction``.
+
+    That is one of the inputs and of ``vectors.scores``, None if these stay. Memory is
+    linear in the lengths. An empty row has tangents 0.
+    """
+    directions, moved = direction
+    # What is added and its tangents: both are for those who share a walk.
+    both_scores: Any = (vectors.scores, moved)
+    vectors = vectors._replace(scores=both_scores)
+    # Side by side along the features, so that a block and its tangents travel together.
+    pairs = zip(inputs, directions, strict=True)
+    both = Inputs(*(jnp.concatenate(pair, axis=-1) for pair in pairs))
+    if is_traced(lists):
+
+        def of_owner(owner: Owner) -> Sums:
+            lse = owner.of_queries(outputs.lse)
+            plan = owner.plan(lists.backward)
+            return _tangent(owner.inputs, lse, owner.vectors, plan, owner.group, call)
+
+        sums = Sums(*for_owners(of_owner, both, vectors, lists))
+    else:
+        groups = head_groups(lists.map_of_head, lists.test_of_map, inputs.k.shape[1])
+        parts = [
+            _tangent(both, outputs.lse, vectors, lists.backward, group, call)
+            for group in groups
+        ]
+        heads = [group.q_heads for group in groups]
+        sums = Sums(*(join(list(x), heads) for x in zip(*parts, strict=True)))
+    o = sums.o - sums.lse[..., None] * outputs.o.astype(jnp.float32)
+    return Outputs(o.astype(outputs.o.dtype), sums.lse)
+
+
+def _tangent(
+    both: Inputs, lse: Array, vectors: Vectors, plan: Plan, group: HeadGroup, call: Call
+) -> Sums:
+    """The heads of one group."""
+    both_scores: Any = vectors.scores
+    values, moved = both_scores
+    vectors = vectors._replace(scores=values)
+    q_seq_len, kv_seq_len = both.q.shape[2], both.k.shape[2]
+    blocks = tile.operands(both, group, plan)
+    pairs = tile.pairs_of(call, vectors, group, plan, (q_seq_len, kv_seq_len))
+    added = pairs.scores
+    if moved is not None:
+        assert added is not None
+        lengths, sizes = added.lengths, (added.block_q, added.block_kv)
+        moved = scores.added(added.scores, moved, group, lengths, sizes)
+    lse = tile.to_blocks(tile.fold_heads(lse, group), 3, plan.block_q, softmax.BEYOND)
+    batch, kv_heads, size = lse.shape[:3]
+    head_dim_v = both.v.shape[-1] // 2
+
+    def start(total: Sums, row: Array) -> tuple[Any, Any]:
+        q, dq = jnp.split(tile.queries_of(blocks.q, row, kv_heads), 2, axis=-1)
+        lse2 = softmax.lse_for_backward(tile.row_of(lse, row))
+        fixed = Row(row, q, jnp.concatenate([dq, q], axis=-1), lse2)
+        lead = batch, kv_heads, size * plan.block_q
+        empty = Sums(
+            jnp.zeros((*lead, head_dim_v), jnp.float32), jnp.zeros(lead, jnp.float32)
+        )
+        return (fixed, total), empty
+
+    def fold(fixed: Any, state: Sums, block: Array, bias: Array) -> Sums:
+        k, v = (tile.gather(x, block) for x in (blocks.k, blocks.v))
+        row, _ = fixed
+        ds = None
+        if added is not None and moved is not None:
+            ds = tile_tangent(added, moved, row.at, block)
+        p, pds = probabilities(row, k, (bias, ds), size, call)
+        v, dv = jnp.split(v, 2, axis=-1)
+        lse, factor = pds.sum(axis=-1), pairs.factor(row.at, block)
+        if factor is not None:
+            factor = tile.for_all(factor, size, p.shape)
+            p, pds = p * factor, pds * factor
+        o = tile.batched_dot(pds, v, contract=(1, 0))
+        o += tile.batched_dot(p, dv, contract=(1, 0))
+        return Sums(state.o + o, state.lse + lse)
+
+    def close(fixed: Any, state: Sums, row: Array) -> Sums:
+        _, total = fixed
+        return Sums(
+            tile.put_queries(total.o, state.o, row),
+            tile.put_row(total.lse, state.lse, row),
+        )
+
+    q_blocks, block_q, q_heads, _ = blocks.q.shape[1:]
+    total = Sums(
+        jnp.zeros((batch, q_blocks, block_q, q_heads, head_dim_v), jnp.float32),
+        jnp.zeros(lse.shape, jnp.float32),
+    )
+    walk = plan.walks[group.map_index]
+    total = fold_rows(walk, pairs, Pass(start, fold, close), total)
+    lse = tile.from_blocks(total.lse, 3, q_seq_len).reshape(batch, q_heads, -1)
+    return Sums(tile.heads_first(total.o, q_seq_len), lse)
+
+
+def probabilities(
+    row: Row,
+    k: Float32[Array, "b h k two_d"],
+    added: tuple[Float32[Array, "..."], Float32[Array, "..."] | None],
+    group: int,
+    call: Call,
+) -> tuple[Float32[Array, "b h gq k"], Float32[Array, "b h gq k"]]:
+    """``p`` and ``p s'`` of some blocks; ``k`` is keys, then their tangents.
+
+    ``added`` is the bias, base 2, and, in natural units, its tangent if it has one.
+    """
+    bias, dbias = added
+    keys = k[..., : row.q.shape[-1]]
+    s = tile.scores(row.q * (call.sm_scale * softmax.LOG2_E), keys, group, call)
+    ds = tile.batched_dot(row.turned, k, contract=(1, 1)).reshape(s.shape)
+    ds *= call.sm_scale * softmax.cap_slope(s, call.logits_soft_cap)
+    if dbias is not None:
+        ds += dbias
+    p = jnp.exp2(s + bias - row.lse.reshape(*s.shape[:-1], 1))
+    flat = *row.q.shape[:-1], s.shape[-1]
+    return p.reshape(flat), (p * ds).reshape(flat)
+
+
+def tile_tangent(
+    added: Added, moved: Added, row: Int32[Array, ""], block: Int32[Array, " slots"]
+) -> Float32[Array, "..."]:
+    """The tangent of what is added to some blocks, in natural units."""
+
+    def of(pieces: Pieces) -> Array:
+        return added.tile(pieces, row, block)
+
+    pieces = added.pieces(row, block), moved.pieces(row, block)
+    return jax.jvp(of, pieces[:1], pieces[1:])[1]

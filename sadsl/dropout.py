@@ -1,0 +1,68 @@
+"""Dropout on attention weights: from a key to the seeds of queries and keys."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
+
+from lowering.orders import Layouts
+from lowering.pipeline import Problem
+from lowering.sort import Orders
+from pallas_kernels import dropout
+from pallas_kernels.call import Vectors
+
+
+def key_words(key: Any) -> Int32[Array, " words"]:
+    """The words of a key of ``jax.random``, new style or old, as int32.
+
+    Raises:
+      ValueError: it is none, or an array of several.
+    """
+    key = jnp.asarray(key)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    data = jax.random.key_data(key) if typed else key
+    if data.dtype != jnp.uint32 or data.ndim != 1:
+        raise ValueError(
+            f"dropout_key has dtype {key.dtype} and shape {key.shape}: pass one key, "
+            "as jax.random.key(0) makes it"
+        )
+    return jax.lax.bitcast_convert_type(data, jnp.int32)
+
+
+def with_seeds(
+    vectors: Vectors,
+    words: Int32[Array, " words"],
+    batch: int,
+    problem: Problem,
+    order: Layouts | Orders | None,
+) -> Vectors:
+    """The vectors with seeds as the last of queries and keys, in slots.
+
+    A seed belongs to the position that is in the slot, so that no order changes what
+    is dropped.
+    """
+    q, kv = (x[None, None] for x in _positions(problem))
+    match order:
+        case Layouts():
+            q, kv = order.q.to_slots(q, 2), order.kv.to_slots(kv, 2)
+        case Orders():
+            q, kv = order.q + problem.q_offset, order.kv
+    seeds = dropout.query_seeds(words, q, batch, problem.num_heads)
+    keys = dropout.key_seeds(kv)
+    return vectors._replace(q=(*vectors.q, seeds), kv=(*vectors.kv, keys))
+
+
+def of_all_pairs(
+    words: Int32[Array, " words"], batch: int, problem: Problem, rate: float
+) -> Float32[Array, "batch heads q kv"]:
+    """What every weight is multiplied by: 0 or ``1 / (1 - rate)``."""
+    q, kv = (x[None, None] for x in _positions(problem))
+    seeds = dropout.query_seeds(words, q, batch, problem.num_heads)
+    keys = dropout.key_seeds(kv)
+    return dropout.factor(seeds[..., :, None], keys[..., None, :], rate)
+
+
+def _positions(problem: Problem) -> tuple[Array, Array]:
+    q = jnp.arange(problem.q_seq_len, dtype=jnp.int32) + problem.q_offset
+    return q, jnp.arange(problem.kv_seq_len, dtype=jnp.int32)

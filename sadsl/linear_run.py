@@ -1,0 +1,290 @@
+"""Linear attention: by recurrence, by two sums, or over all pairs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels import linear as kernels
+from pallas_kernels.linear.algebra import normalised
+from sadsl.linear import Kind, Linear
+from sadsl.linear_given import (
+    check_documents,
+    clipped,
+    features_of,
+    log_decays,
+    segment_ids,
+    wide,
+)
+from sadsl.term import Evaluate, Inputs, Outcome, Setting
+
+
+@dataclass(frozen=True)
+class Static:
+    """The static part of a call; ``eps`` is None without a normaliser.
+
+    ``positive`` says that no weight is negative, so that there is an lse.
+    """
+
+    kind: Kind
+    eps: float | None
+    positive: bool
+    q_offset: int
+    impl: str
+    call: kernels.Call | None
+
+
+class Arrays(NamedTuple):
+    """The arrays of a call: features, values, log-decays, and ids of documents."""
+
+    q: Array  # [batch, q_seq, num_q_heads, features]
+    k: Array  # [batch, kv_seq, num_kv_heads, features]
+    v: Array  # [batch, kv_seq, num_kv_heads, head_dim_v]
+    log_decay: Array | None = None  # [batch or 1, heads or 1, positions]
+    ids: tuple[Array, Array] | None = None  # [batch, seq] of queries and keys
+
+
+def attend(
+    inputs: Inputs,
+    term: Linear,
+    given: Mapping[str, Any],
+    setting: Setting,
+    evaluate: Evaluate,
+) -> Outcome:
+    """Linear attention on any backend, at a cost linear in the length.
+
+    ``impl="reference"`` is the definition, over all pairs. The sums of ``full()`` are
+    two products in XLA on every backend.
+
+    Raises:
+      ValueError: arrays, sizes and the term do not fit together.
+      NotImplementedError: dropout, or what a recurrence cannot do.
+    """
+    del evaluate
+    if setting.dropout_rate:
+        raise NotImplementedError(
+            f"dropout_rate={setting.dropout_rate}: {term!r} has no attention weights "
+            "to drop: use 0"
+        )
+    q, k, v = inputs
+    if q.dtype == jnp.float64 and setting.impl != "reference":
+        raise NotImplementedError(
+            f"impl={setting.impl!r} takes float32, bfloat16 or float16, not float64: "
+            "cast, or use impl='reference'"
+        )
+    phi = features_of(term, given)
+    fq, fk = phi(q, "q"), phi(k, "k")
+    if fq.shape[-1] != fk.shape[-1]:
+        raise ValueError(
+            f"{term!r}: the feature map yields {fq.shape[-1]} features of q and "
+            f"{fk.shape[-1]} of k: they must be as many"
+        )
+    arrays = Arrays(
+        fq, fk, v,
+        log_decay=log_decays(term, given, (q, k), setting.q_offset),
+        ids=(
+            segment_ids("q_segment_ids", given, q.shape[:2]),
+            segment_ids("kv_segment_ids", given, k.shape[:2]),
+        ) if term.kind.segments else None,
+    )  # fmt: skip
+    if term.kind.causal and arrays.ids and setting.impl != "reference":
+        check_documents(term, arrays.ids, setting.q_offset)
+    static = Static(
+        kind=term.kind,
+        eps=term.eps if term.normalise else None,
+        positive=term.positive,
+        q_offset=setting.q_offset,
+        impl=setting.impl,
+        call=None
+        if setting.impl == "reference"
+        else kernels.default_call(
+            kernels.scalar(term.eps if term.normalise else None),
+            setting.impl,
+            (fq.shape[-1], v.shape[-1]),
+            v.dtype,
+            setting.config,
+            setting.interpret,
+        ),
+    )
+    out, lse = run(arrays, static=static)
+    return Outcome(out, lse)
+
+
+@partial(jax.jit, static_argnames="static")
+def run(arrays: Arrays, *, static: Static) -> tuple[Array, Array | None]:
+    """The output ``[batch, q_seq, num_q_heads, head_dim_v]``, and the lse, if any."""
+    if static.impl == "reference":
+        out, total = _dense(arrays, static)
+    elif static.kind.causal:
+        out, total = _aligned(arrays, static)
+    elif static.kind.segments:
+        out, total = _sorted(arrays, static)
+    else:
+        out, total = _sums(arrays, static)
+    out = out.astype(arrays.q.dtype)
+    if total is None or not static.positive:
+        return out, None
+    seen = total != 0
+    lse = jnp.where(seen, jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
+    return out, jnp.swapaxes(lse, 1, 2)
+
+
+# --- over all pairs: the definition ---
+
+
+def _dense(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
+    q, k, v, log_decay, ids = arrays
+    dtype = wide(q.dtype)
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+    rows = static.q_offset + jnp.arange(q.shape[1])[:, None]
+    columns = jnp.arange(k.shape[1])[None, :]
+    seen = jnp.ones((1, 1, q.shape[1], k.shape[1]), bool)
+    if static.kind.causal:
+        seen &= (columns <= rows)[None, None]
+    if ids is not None:
+        seen &= (ids[0][:, :, None] == ids[1][:, None, :])[:, None]
+    weights = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest")
+    if log_decay is not None:
+        # Summed for every pair by itself, so that no difference of sums is taken.
+        decay = clipped(log_decay)
+        after = (jnp.arange(decay.shape[2])[:, None] > columns)[None, None]
+        steps = jnp.cumsum(jnp.where(after, decay[..., None], 0.0), axis=2)
+        steps = steps[:, :, static.q_offset : static.q_offset + q.shape[1]]
+        if steps.shape[1] > 1:
+            steps = jnp.repeat(steps, q.shape[2] // steps.shape[1], axis=1)
+        weights *= jnp.exp(steps)
+    weights = jnp.where(seen, weights, 0.0)
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest")
+    if static.eps is None:
+        return out, None
+    total = jnp.swapaxes(weights.sum(axis=3), 1, 2)[..., None]
+    out, total = normalised(out, total, static.eps)
+    return out, total[..., 0]
+
+
+# --- causal: a recurrence ---
+
+
+def _aligned(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
+    """Queries and keys side by side at their positions, and the recurrence on them."""
+    q, k, v, log_decay, ids = arrays
+    q_seq, kv_seq, offset = q.shape[1], k.shape[1], static.q_offset
+    seq = max(offset + q_seq, kv_seq)
+
+    def placed(x: Array, before: int) -> Array:
+        after = seq - before - x.shape[1]
+        widths = [(0, 0), (before, after), (0, 0), (0, 0)]
+        return jnp.pad(x, widths) if before or after else x
+
+    starts = None
+    if ids is not None:
+        q_ids, kv_ids = ids
+        # A query that is no part of the document at its position sees nothing.
+        q = jnp.where((q_ids == kv_ids)[:, :, None, None], q, 0)
+        starts = changes(kv_ids)
+    arrays = Arrays(placed(q, offset), placed(k, 0), placed(v, 0), log_decay)
+    out, total = _recurrence(arrays, starts, static)
+    rows = slice(offset, offset + q_seq)
+    return out[:, rows], None if total is None else total[:, rows]
+
+
+def _sorted(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
+    """Keys and queries of each document after one another, and the recurrence on them.
+
+    A query then comes after all keys of its document and before those of the next. Ids
+    may be in any order, and the lengths may differ.
+    """
+    q, k, v, _, ids = arrays
+    assert ids is not None
+    both = jnp.concatenate([ids[1], ids[0]], axis=1)
+    order = jnp.argsort(both, axis=1, stable=True)
+    place = jnp.argsort(order, axis=1)[:, k.shape[1] :]
+
+    def take(x: Array, at: Array) -> Array:
+        return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), 1)
+
+    def spread(x: Array, before: int, after: int) -> Array:
+        widths = [(0, 0), (before, after), (0, 0), (0, 0)]
+        return take(jnp.pad(x, widths), order)
+
+    q_seq, kv_seq = q.shape[1], k.shape[1]
+    arrays = Arrays(spread(q, kv_seq, 0), spread(k, 0, q_seq), spread(v, 0, q_seq))
+    starts = changes(take(both, order))
+    out, total = _recurrence(arrays, starts, static)
+    return take(out, place), None if total is None else take(total, place)
+
+
+def changes(ids: Array) -> Array:
+    """Where a document starts, bool ``[batch, seq]``."""
+    first = jnp.ones_like(ids[:, :1], bool)
+    return jnp.concatenate([first, ids[:, 1:] != ids[:, :-1]], axis=1)
+
+
+def _recurrence(
+    arrays: Arrays, starts: Array | None, static: Static
+) -> tuple[Array, Array | None]:
+    assert static.call is not None
+    inputs = kernel_inputs(arrays, starts)
+    found = kernels.attend(inputs, static.call, impl=static.impl)
+    return _seq_first(found.out), (
+        None if found.total is None else _seq_first(found.total)
+    )
+
+
+def kernel_inputs(arrays: Arrays, starts: Array | None) -> kernels.Inputs:
+    """The arrays with heads in front: one for every state.
+
+    There are as many states as decays differ: one for each head of k, or of q.
+    """
+    q, k, v, log_decay, _ = arrays
+    batch, seq, num_q_heads, features = q.shape
+    heads = k.shape[2]
+    if log_decay is not None:
+        log_decay = log_decay.astype(jnp.float32)
+        heads = max(heads, log_decay.shape[1])
+        log_decay = jnp.broadcast_to(
+            log_decay, (log_decay.shape[0], heads, log_decay.shape[2])
+        )
+    k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
+    q = q.reshape(batch, seq, heads, num_q_heads // heads, features)
+    return kernels.Inputs(
+        jnp.moveaxis(q, 1, 3), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2),
+        log_decay, starts,
+    )  # fmt: skip
+
+
+def _seq_first(x: Array) -> Array:
+    """``[batch, heads, group, seq, ...]`` as ``[batch, seq, num_q_heads, ...]``."""
+    x = jnp.moveaxis(x, 3, 1)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+# --- full: two reductions ---
+
+
+def _sums(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
+    q, k, v, _, _ = arrays
+    batch, seq, num_q_heads, features = q.shape
+    # A sum over the keys outgrows f16; bf16 has the range.
+    narrow = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
+    product = partial(
+        jnp.einsum, precision="highest", preferred_element_type=jnp.float32
+    )
+    q, k, v = (x.astype(narrow) for x in (q, k, v))
+    q = q.reshape(batch, seq, k.shape[2], -1, features)
+    s = product("bkhd,bkhe->bhde", k, v).astype(narrow)
+    out = product("bqhgd,bhde->bqhge", q, s)
+    out = out.reshape(batch, seq, num_q_heads, -1)
+    if static.eps is None:
+        return out, None
+    z = k.astype(jnp.float32).sum(axis=1)
+    total = product("bqhgd,bhd->bqhg", q.astype(jnp.float32), z)
+    total = total.reshape(batch, seq, num_q_heads, 1)
+    out, total = normalised(out, total, static.eps)
+    return out, total[..., 0]

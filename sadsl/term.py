@@ -1,0 +1,133 @@
+"""What every term has, and how a call hands its parts on."""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from jaxtyping import Array
+
+from lowering import ir
+from pallas_kernels.config import KernelConfig
+from sadsl.maps import IndexMap
+from sadsl.selections.content import selections_of
+
+# What dropout is drawn from travels as a run-time array; no operand has such a name.
+DROPOUT_KEY = "dropout.key"
+
+
+class Sizes(NamedTuple):
+    """The sizes of a layer, as far as learned arrays depend on them."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    features: int = 0
+
+
+class Learned(NamedTuple):
+    """An array that a layer learns, or makes of its input: one a query, if so said.
+
+    A ``per_query`` array is ``[batch, q_seq, *shape]``, squashed as ``squash`` names.
+    """
+
+    shape: tuple[int, ...]
+    start: Literal["zeros", "ones", "normal"] = "zeros"
+    per_query: bool = False
+    squash: Literal["sigmoid", "log_sigmoid"] | None = None
+
+
+class Term:
+    """A scored and normalised part of a spec, or a combination of such parts.
+
+    Terms are frozen, hashable values; ``repr`` is code that builds them again.
+    """
+
+    @property
+    def parts(self) -> tuple["Spec", ...]:
+        """The specs that it is made of."""
+        return ()
+
+    @property
+    def operands(self) -> Mapping[str, int]:
+        """The axes, but for the batch, of the run-time arrays that it reads itself."""
+        return {}
+
+    @property
+    def support(self) -> IndexMap | None:
+        """The pairs that share one normaliser; None where there are several."""
+        return None
+
+    @property
+    def seen(self) -> IndexMap | None:
+        """All pairs on which the output depends; None where no map says that."""
+        if self.support is not None:
+            return self.support
+        every = [seen(part) for part in self.parts]
+        known = [each for each in every if each is not None]
+        return reduce(or_, known) if known and len(known) == len(every) else None
+
+    def reads(self, name: str) -> bool:
+        """Whether a call with this term takes the run-time array ``name``."""
+        return name in self.operands or any(reads(part, name) for part in self.parts)
+
+    def learned(self, sizes: Sizes) -> dict[str, Learned]:
+        """The arrays that a layer should learn, by the name of the operand."""
+        found: dict[str, Learned] = {}
+        for part in self.parts:
+            if isinstance(part, Term):
+                found |= part.learned(sizes)
+        return found
+
+
+Spec: TypeAlias = IndexMap | Term
+
+
+def seen(spec: Spec) -> IndexMap | None:
+    """All pairs on which the output of a spec depends, if a map says that."""
+    return spec if isinstance(spec, IndexMap) else spec.seen
+
+
+def reads(spec: Spec, name: str) -> bool:
+    """Whether a call with ``spec`` takes the run-time array ``name``."""
+    if isinstance(spec, Term):
+        return spec.reads(name)
+    chosen = selections_of(spec)
+    asked = any(name in s.operands or s.owns(name) for s in chosen)
+    return asked or name in ir.operand_names(spec.node) or name == DROPOUT_KEY
+
+
+def read_by(spec: Spec, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The run-time arrays that ``spec`` reads."""
+    return {name: x for name, x in given.items() if reads(spec, name)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The static options of a call, the same for all its parts."""
+
+    sm_scale: float
+    q_offset: int = 0
+    impl: str = "xla"
+    interpret: Hashable = False
+    config: KernelConfig = field(default_factory=KernelConfig)
+    dropout_rate: float = 0.0
+
+
+class Outcome(NamedTuple):
+    """What a term yields: out ``[batch, q_seq, num_q_heads, head_dim_v]``, and its lse.
+
+    ``lse`` is the natural logarithm of the normaliser, ``[batch, num_q_heads, q_seq]``,
+    or None where no single one belongs to a query. A query that sees nothing has output
+    0 and ``lse == -inf``.
+    """
+
+    out: Array
+    lse: Array | None
+
+
+Inputs: TypeAlias = tuple[Array, Array, Array]
+# evaluate((q, k, v), spec, given, setting), as terms call it for their parts.
+Evaluate: TypeAlias = Callable[[Inputs, Spec, Mapping[str, Any], Setting], Outcome]

@@ -1,0 +1,193 @@
+"""Dropout through the public call: one mask on every backend, and its gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from calls import BACKENDS, IMPLS, arrays
+
+import sadsl as sa
+from lowering import targets
+from sadsl.bias import distance_bias
+
+RATE = 0.4
+KEY = jax.random.key(5)
+CALL = {"dropout_rate": RATE, "dropout_key": KEY}
+
+
+def kept(spec, impl, q_len=26, kv_len=26, batch=2, heads=4, **options):
+    """Which pairs keep their weight, read off values that name their key."""
+    q, k, *_ = arrays(batch, q_len, kv_len, heads, 2, 8, 8)
+    v = jnp.broadcast_to(jnp.eye(kv_len)[None, :, None], (batch, kv_len, 2, kv_len))
+    options = BACKENDS[impl] | CALL | options
+    call = jax.jit(lambda *x: sa.attention(*x, spec, impl=impl, **options))
+    return np.asarray(call(q, k, v)).swapaxes(1, 2) > 0
+
+
+@pytest.mark.parametrize("impl", IMPLS[1:])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        # In the given order, in that of residues, and in one that content decides.
+        sa.causal(),
+        sa.causal() & sa.strided(4),
+        sa.softmax(sa.causal() & (sa.window(3) | sa.topk(2, block=4, scope="head"))),
+    ],
+    ids=["causal", "strided", "topk"],
+)
+def test_the_mask_is_the_same_on_every_backend(impl, spec):
+    same = kept(spec, "reference")
+    np.testing.assert_array_equal(kept(spec, impl), same)
+
+
+def test_the_mask_depends_on_nothing_but_key_entry_head_and_positions():
+    every = kept(sa.full(), "reference")
+    assert abs(every.mean() - (1 - RATE)) < 4 * np.sqrt(RATE * (1 - RATE) / every.size)
+    causal = np.tril(np.ones((26, 26), bool))
+    np.testing.assert_array_equal(kept(sa.causal(), "reference"), every & causal)
+    config = sa.KernelConfig(block_q=8, block_kv=16, relayout=False)
+    strided = sa.causal() & sa.strided(4)
+    at = np.arange(26)
+    pairs = causal & ((at[:, None] - at) % 4 == 0)
+    np.testing.assert_array_equal(kept(strided, "xla", config=config), every & pairs)
+    # The last queries of a cache, other lengths, fewer entries and heads.
+    last = kept(sa.causal(), "xla", q_len=3, q_offset=23)
+    np.testing.assert_array_equal(last, (every & causal)[:, :, 23:])
+    fewer = kept(sa.full(), "xla", q_len=9, kv_len=13, batch=1, heads=2)
+    np.testing.assert_array_equal(fewer, every[:1, :2, :9, :13])
+    # Keys of either style, and another key.
+    old = kept(sa.full(), "reference", dropout_key=jax.random.PRNGKey(5))
+    np.testing.assert_array_equal(old, every)
+    other = kept(sa.full(), "reference", dropout_key=jax.random.key(6))
+    assert 0.4 < (other == every).mean() < 0.65
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_values_and_gradients_against_float64(impl):
+    q, k, v, do = arrays(2, 26, 26, 4, 2, 8, 12)
+    spec = sa.softmax(sa.causal() & ~sa.queries(4, 6), 3.0)
+    factor = kept(spec, "reference") / (1 - RATE)
+    pairs = np.tril(np.ones((26, 26), bool))
+    pairs[4:6] = False
+
+    def dense(q, k, v):
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        k, v = (jnp.repeat(x, 2, axis=1) for x in (k, v))
+        s = 3 * jnp.tanh(jnp.einsum("bhqd,bhkd->bhqk", q, k) * 8**-0.5 / 3)
+        some = pairs.any(axis=1)[None, None, :]
+        s = jnp.where(pairs[None, None], s, jnp.where(some[..., None], -jnp.inf, 0))
+        lse = jax.nn.logsumexp(s, axis=-1)
+        p = jnp.exp(s - lse[..., None]) * factor
+        out = jnp.swapaxes(jnp.einsum("bhqk,bhkd->bhqd", p, v), 1, 2)
+        return out, jnp.where(some, lse, 0)
+
+    def call(q, k, v):
+        out, lse = sa.attention(
+            q, k, v, spec, impl=impl, return_lse=True, **CALL, **BACKENDS[impl]
+        )
+        return out, jnp.where(jnp.isneginf(lse), 0, lse)
+
+    dlse = jnp.cos(jnp.arange(2 * 4 * 26, dtype=jnp.float32)).reshape(2, 4, 26)
+
+    def both(f, do, dlse, *x):
+        out, pull = jax.vjp(f, *x)
+        return *out, *pull((do, dlse))
+
+    found = jax.jit(partial(both, call))(do, dlse, q, k, v)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (do, dlse, q, k, v)]
+        expected = both(dense, *wide)
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        oracle.assert_close(a, np.asarray(b), "float32", f"{impl} {i}")
+
+
+def test_transforms_and_new_keys():
+    q, k, v, do = arrays(2, 26, 26, 2, 2, 8, 8)
+    traces = []
+
+    @jax.jit
+    def slope(q, key):
+        traces.append(1)
+
+        def loss(q):
+            out = sa.attention(
+                q, k, v, "causal()", dropout_rate=RATE, dropout_key=key, impl="xla"
+            )
+            return jnp.vdot(out, do)
+
+        return jax.grad(loss)(q), jax.grad(jax.checkpoint(loss))(q)
+
+    plain, again = slope(q, KEY)
+    np.testing.assert_allclose(again, plain, atol=1e-5)
+    other, _ = slope(q, jax.random.key(6))
+    assert not np.allclose(plain, other)
+    assert len(traces) == 1
+    # Two keys at once are those keys one by one.
+    both, _ = jax.vmap(slope, (None, 0))(q, jnp.stack([KEY, jax.random.key(6)]))
+    np.testing.assert_allclose(both[0], plain, atol=1e-5)
+    np.testing.assert_allclose(both[1], other, atol=1e-5)
+
+
+def test_nothing_is_dropped_at_rate_zero():
+    q, k, v, _ = arrays(1, 13, 13, 2, 2, 8, 8)
+    call = lambda **options: sa.attention(q, k, v, "causal()", impl="xla", **options)
+    np.testing.assert_array_equal(call(dropout_rate=0.0, dropout_key=KEY), call())
+
+
+def test_what_does_not_fit_is_refused():
+    q, k, v, _ = arrays(1, 13, 13, 2, 2, 8, 8)
+
+    def refused(error, text, spec="causal()", operands=None, **options):
+        with pytest.raises(error, match=text):
+            sa.attention(q, k, v, spec, operands=operands, **options)
+
+    for rate in (1.0, -0.1):
+        refused(ValueError, "must be at least 0", dropout_rate=rate, dropout_key=KEY)
+    refused(ValueError, "without dropout_key", dropout_rate=0.1)
+    several = jax.random.split(KEY)
+    refused(ValueError, "pass one key", dropout_rate=0.1, dropout_key=several)
+    refused(ValueError, "pass one key", dropout_rate=0.1, dropout_key=jnp.zeros(2))
+    centroids = {"centroids": jnp.ones((2, 3, 8))}
+    clusters = sa.scatter_mean(sa.selections.kmeans(3))
+    refused(NotImplementedError, "no dropout yet", clusters, centroids, **CALL)
+
+
+@pytest.mark.parametrize("target", ["tpu-v5e", "h100"])
+def test_it_lowers_for_chips(target):
+    """All three kernels; those of a TPU as far as machine code."""
+    shape = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    impl = "tpu" if target.startswith("tpu") else "triton"
+
+    def slope(q, k, v):
+        call = lambda *x: sa.attention(*x, "causal() & window(99)", impl=impl, **CALL)
+        return jax.grad(lambda *x: call(*x).astype(jnp.float32).sum(), (0, 1, 2))(
+            q, k, v
+        )
+
+    if impl == "tpu":
+        targets.compile_for(slope, (shape,) * 3, target)
+    else:
+        targets.lower_for(slope, (shape,) * 3, target)
+
+
+@pytest.mark.parametrize("impl", ["xla", "triton"])
+def test_it_goes_with_a_learned_bias(impl):
+    q, k, v, do = arrays(1, 26, 26, 2, 2, 8, 8)
+    table = jnp.sin(jnp.arange(52, dtype=jnp.float32)).reshape(2, 26)
+    spec = sa.softmax(sa.causal(), bias=distance_bias("table", 25))
+
+    def slopes(impl):
+        options = CALL | BACKENDS[impl]
+
+        def loss(q, table):
+            given = {"table": table}
+            out = sa.attention(q, k, v, spec, operands=given, impl=impl, **options)
+            return jnp.vdot(out, do)
+
+        return jax.jit(jax.grad(loss, (0, 1)))(q, table)
+
+    for a, b in zip(slopes(impl), slopes("reference"), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
