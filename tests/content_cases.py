@@ -26,7 +26,7 @@ from sadsl.selections import (
     vertical_slash,
     vertical_slash_mass,
 )
-from sadsl.terms import Spec
+from sadsl.term import Spec
 
 
 def nothing(q: np.ndarray, k: np.ndarray) -> Mapping[str, Any]:
@@ -99,6 +99,11 @@ def block_gate(q: np.ndarray, k: np.ndarray) -> Mapping[str, Any]:
 
 # Functions of ``sadsl.catalog`` that are decided by content.
 NAMES: set[str] = {
+    "davit_channel",
+    "linear_and_window",
+    "native_sparse_attention",
+    "nsa_importance",
+    "sqa",
     "dynamic_mask",
     "dynamic_mask_attention",
     "value_bias",

@@ -1,7 +1,7 @@
-"""Published static patterns, one mechanism a file, each a spec of a few lines.
+"""Published mechanisms, one a file, each a spec of a few lines.
 
-Every function returns an index map; its docstring names the source, and its defaults
-are those that were published.
+Every function returns an index map, or a term where one map is not enough; its
+docstring names the source, and its defaults are those that were published.
 """
 
 from sadsl.catalog.a_shape import a_shape as a_shape
@@ -11,6 +11,16 @@ from sadsl.catalog.axial import axial as axial
 from sadsl.catalog.biformer import biformer as biformer
 from sadsl.catalog.big_bird import big_bird as big_bird
 from sadsl.catalog.block_sparse import block_sparse as block_sparse
+from sadsl.catalog.combiner import (
+    combiner_axial_horizontal as combiner_axial_horizontal,
+)
+from sadsl.catalog.combiner import combiner_axial_rowmajor as combiner_axial_rowmajor
+from sadsl.catalog.combiner import combiner_axial_vertical as combiner_axial_vertical
+from sadsl.catalog.combiner import combiner_fixed as combiner_fixed
+from sadsl.catalog.combiner import combiner_logsparse as combiner_logsparse
+from sadsl.catalog.combiner import combiner_mixture as combiner_mixture
+from sadsl.catalog.combiner import routing_combiner as routing_combiner
+from sadsl.catalog.davit_channel import davit_channel as davit_channel
 from sadsl.catalog.davit_window import davit_window as davit_window
 from sadsl.catalog.dhsa import dhsa as dhsa
 from sadsl.catalog.dilated import dilated_window as dilated_window
@@ -19,6 +29,7 @@ from sadsl.catalog.dynamic_mask import dynamic_mask_attention as dynamic_mask_at
 from sadsl.catalog.dynamic_mask import value_bias as value_bias
 from sadsl.catalog.flex_prefill import flex_prefill as flex_prefill
 from sadsl.catalog.hip import hip as hip
+from sadsl.catalog.hybrids import linear_and_window as linear_and_window
 from sadsl.catalog.hyper_attention import Hyper as Hyper
 from sadsl.catalog.hyper_attention import draw_hyper as draw_hyper
 from sadsl.catalog.hyper_attention import hyper_attention as hyper_attention
@@ -36,6 +47,8 @@ from sadsl.catalog.moa import moa as moa
 from sadsl.catalog.moba import moba as moba
 from sadsl.catalog.modality_mutual import modality_mutual as modality_mutual
 from sadsl.catalog.neighborhood import neighborhood as neighborhood
+from sadsl.catalog.nsa import native_sparse_attention as native_sparse_attention
+from sadsl.catalog.nsa import nsa_importance as nsa_importance
 from sadsl.catalog.nsa_topk import nsa_topk as nsa_topk
 from sadsl.catalog.pine import pine as pine
 from sadsl.catalog.power_attention import power_attention as power_attention
@@ -57,6 +70,7 @@ from sadsl.catalog.sparse_transformer import (
 from sadsl.catalog.sparsed import sparsed as sparsed
 from sadsl.catalog.sparsifiner import sparsifiner as sparsifiner
 from sadsl.catalog.sparsifiner import sparsifiner_loss as sparsifiner_loss
+from sadsl.catalog.sqa import sqa as sqa
 from sadsl.catalog.streaming import streaming as streaming
 from sadsl.catalog.swapped_window import swapped_window as swapped_window
 from sadsl.catalog.vmoba import vmoba as vmoba

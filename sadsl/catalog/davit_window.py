@@ -10,6 +10,6 @@ def davit_window(height: int = 56, width: int = 56, window: int = 7) -> IndexMap
 
     Ding et al., DaViT: dual attention vision transformers, 2022, section 3. The code
     pads the image with zeros to a multiple of the window and attends to the padding:
-    pad before, and give the padded sizes. Its channel attention is no index map.
+    pad before, and give the padded sizes. Its channel attention is ``davit_channel``.
     """
     return Grid(h=height, w=width).product(h=blocks(window), w=blocks(window))

@@ -4,3 +4,4 @@
 """
 
 from sadsl.layers.drop_in import attention_fn as attention_fn
+from sadsl.layers.stack import per_layer as per_layer

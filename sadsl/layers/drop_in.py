@@ -11,10 +11,12 @@ from jaxtyping import Array, Float
 
 from lowering import ir
 from pallas_kernels.config import KernelConfig
-from sadsl.attention import as_term, attention
+from sadsl.attention import any_term, attention
+from sadsl.linear import Linear
 from sadsl.named import causal
 from sadsl.selections.content import selections_of
-from sadsl.terms import Softmax, Spec
+from sadsl.term import Spec, Term
+from sadsl.terms import ScatterMean, Softmax
 
 # What Flax may hand over besides q, k and v, where any value but None asks for what an
 # attention without a weight matrix cannot do; with the way out.
@@ -37,7 +39,7 @@ class AttentionFn:
     Equal by content, so two models built alike share one compilation.
     """
 
-    term: Softmax
+    term: Term
     sm_scale: float | None = None
     impl: str | None = None
     interpret: Any = False
@@ -67,38 +69,46 @@ class AttentionFn:
     ) -> Float[Array, "*batch q_seq num_q_heads head_dim_v"]:
         """Attention over the pairs of the spec; ``is_causal=True`` adds ``k <= q``.
 
-        The softmax is in float32 whatever ``force_fp32_for_softmax`` says.
+        The softmax is in float32 whatever ``force_fp32_for_softmax`` says. Dropout
+        drops other weights in every entry of the batch and every head, also where
+        ``broadcast_dropout`` would have them share one mask, and those of
+        ``sadsl.attention``, not of Flax, for a key.
 
         Raises:
-          NotImplementedError: a mask, a bias, dropout, a precision, sown weights, or an
-            argument that this function does not know.
+          NotImplementedError: a mask, a bias, a precision, sown weights, an argument
+            that this function does not know, or ``is_causal=True`` with a mixture.
         """
-        del broadcast_dropout, dropout_rng, force_fp32_for_softmax
+        del broadcast_dropout, force_fp32_for_softmax
         asked = {"bias": bias, "mask": mask, "precision": precision, "module": module}
         asked["qk_attn_weights_einsum"] = qk_attn_weights_einsum
         asked["attn_weights_value_einsum"] = attn_weights_value_einsum
         for name, given in {**asked, **others}.items():
             if given is not None:
                 _refuse(name, given, REFUSED.get(name, "leave it out"))
-        if dropout_rate > 0 and not deterministic:
-            way_out = "set dropout_rate=0 or deterministic=True, and drop activations"
-            _refuse("dropout_rate", dropout_rate, way_out)
+        rate = 0.0 if deterministic else dropout_rate
         batch = query.shape[:-3]
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         q, k, v = (
             x.astype(dtype).reshape(math.prod(batch), *x.shape[-3:])
             for x in (query, key, value)
         )
-        term = self.term
-        if is_causal:
-            term = replace(term, map=term.map & causal())
         found = attention(
-            q, k, v, term,
+            q, k, v, _causal(self.term) if is_causal else self.term,
             sm_scale=self.sm_scale, impl=self.impl,
             interpret=self.interpret, config=self.config,
+            dropout_rate=rate, dropout_key=dropout_rng if rate else None,
         )  # fmt: skip
         out = cast(Array, found)
         return out.reshape(*batch, *out.shape[1:])
+
+
+def _causal(term: Term) -> Softmax:
+    if isinstance(term, Softmax):
+        return replace(term, map=term.map & causal())
+    raise NotImplementedError(
+        f"is_causal=True with spec={term!r}, which is not one softmax over a map: "
+        "leave is_causal=False, and say causal() in its parts"
+    )
 
 
 def _refuse(name: str, given: Any, way_out: str) -> NoReturn:
@@ -129,17 +139,29 @@ def attention_fn(
       sm_scale, impl, interpret, config: as in ``sadsl.attention``.
 
     Raises:
-      ValueError: the text is not a spec, or the spec reads run-time arrays.
+      ValueError: the text is not a spec, or the spec reads run-time arrays, learned
+        ones among them.
     """
-    term = as_term(spec)
-    chosen = selections_of(term)
-    read = {
-        n for n in ir.operand_names(term.map.node) if not any(s.owns(n) for s in chosen)
-    }
-    names = sorted(read.union(*(s.operands for s in chosen)))
+    term = any_term(spec)
+    names = sorted(needed(term))
     if names:
         raise ValueError(
             f"spec={term!r} reads the run-time arrays {names}, which Flax's attention "
             "layers cannot pass on: use SparseAttention of sadsl.layers.nnx or .linen"
         )
     return AttentionFn(term, sm_scale, impl, interpret, config)
+
+
+def needed(spec: Spec) -> set[str]:
+    """The run-time arrays that a call with ``spec`` must be given."""
+    if isinstance(spec, ScatterMean):
+        return needed(spec.map)
+    if isinstance(spec, Linear) and spec.named_features is not None:
+        return {spec.named_features, *spec.operands}
+    if isinstance(spec, Term):
+        return set(spec.operands).union(*map(needed, spec.parts))
+    chosen = selections_of(spec)
+    read = {
+        n for n in ir.operand_names(spec.node) if not any(s.owns(n) for s in chosen)
+    }
+    return read.union(*(s.operands for s in chosen))

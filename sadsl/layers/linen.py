@@ -10,11 +10,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.config import KernelConfig
-from sadsl.attention import any_term, attention
+from sadsl.attention import attention
 from sadsl.layers.heads import head_sizes
+from sadsl.layers.learned import learned_of, operands_of, rate_checked, started, width
 from sadsl.layers.routing import Routing
+from sadsl.layers.stack import Specs, of_layer
 from sadsl.layers.state import Clusters, initial
-from sadsl.terms import Spec
+from sadsl.term import Learned, Sizes, Term
 
 
 class SparseAttention(linen.Module):
@@ -22,10 +24,11 @@ class SparseAttention(linen.Module):
 
     The fields are those of ``sadsl.layers.nnx.SparseAttention``, but ``in_features`` is
     read off the input. The parameters are those of Linen's own
-    ``MultiHeadDotProductAttention``, by name and shape.
+    ``MultiHeadDotProductAttention``, by name and shape, and under ``learned`` what the
+    spec learns. Dropout draws from the stream "dropout".
     """
 
-    spec: Spec | str
+    spec: Specs
     num_heads: int
     num_kv_heads: int | None = None
     head_dim: int | None = None
@@ -37,10 +40,17 @@ class SparseAttention(linen.Module):
     transform_qk: Callable[[Array, Array], tuple[Array, Array]] | None = None
     impl: str | None = None
     config: KernelConfig | None = None
+    layer: int | None = None
+    num_q_heads: int | None = None
+    modules: Mapping[str, Any] | None = None
+    dropout_rate: float = 0.0
+    deterministic: bool | None = None
 
     def __post_init__(self) -> None:
         # Text is read once: Linen makes its copies of a module from these fields.
-        object.__setattr__(self, "spec", any_term(self.spec))
+        object.__setattr__(self, "spec", of_layer(self.spec, self.layer))
+        object.__setattr__(self, "layer", None)
+        rate_checked(self.dropout_rate)
         super().__post_init__()
 
     @linen.compact
@@ -52,29 +62,99 @@ class SparseAttention(linen.Module):
         q_segment_ids: Integer[Array, "..."] | None = None,
         kv_segment_ids: Integer[Array, "..."] | None = None,
         operands: Mapping[str, Any] | None = None,
+        deterministic: bool | None = None,
     ) -> Float[Array, "batch q_seq out_features"]:
-        """Attends from ``x`` to ``kv``, or to itself if None."""
+        """Attends from ``x`` to ``kv``, or to itself if None.
+
+        ``operands`` go before what the layer learned under their names.
+        ``deterministic``, here or as a field, must be given where there is dropout.
+        """
         kv = x if kv is None else kv
         features = x.shape[-1]
         queries, keys, dim = head_sizes(
-            features, self.num_heads, self.num_kv_heads, self.head_dim
+            features, self.num_heads, self.num_kv_heads, self.head_dim, self.num_q_heads
         )
-        linear = partial(
-            linen.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype,
-            param_dtype=self.param_dtype, kernel_init=self.kernel_init,
+        common = partial(
+            linen.DenseGeneral, dtype=self.dtype, param_dtype=self.param_dtype,
+            kernel_init=self.kernel_init,
         )  # fmt: skip
+        linear = partial(common, use_bias=self.use_bias)
         q = linear((queries, dim), name="query")(x)
         k = linear((keys, dim), name="key")(kv)
         v = linear((keys, dim), name="value")(kv)
         if self.transform_qk is not None:
             q, k = self.transform_qk(q, k)
+        term, modules = cast(Term, self.spec), dict(self.modules or {})
+        sizes = Sizes(queries, keys, dim, dim, features)
+        wanted = learned_of(term, sizes, modules)
+        made = {}
+        if wanted:
+            learn = _Learned(
+                tuple(wanted.items()), common, self.param_dtype, name="learned"
+            )
+            made = learn(x)
+        rate, key = self._dropout(deterministic)
         out = attention(
-            q, k, v, self.spec,
+            q, k, v, term,
             q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids,
-            operands=operands, impl=self.impl, config=self.config,
+            operands={**modules, **made, **(operands or {})},
+            impl=self.impl, config=self.config, dropout_rate=rate, dropout_key=key,
         )  # fmt: skip
         out_features = features if self.out_features is None else self.out_features
         return linear(out_features, axis=(-2, -1), name="out")(cast(Array, out))
+
+    def _dropout(self, deterministic: bool | None) -> tuple[float, Array | None]:
+        """The rate of this call, and the key."""
+        if not self.dropout_rate:
+            return 0.0, None
+        asked = linen.merge_param("deterministic", self.deterministic, deterministic)
+        return (0.0, None) if asked else (self.dropout_rate, self.make_rng("dropout"))
+
+
+class _Learned(linen.Module):
+    """The operands that a spec learns, by name."""
+
+    wanted: tuple[tuple[str, Learned], ...]
+    linear: Callable[..., Any]
+    param_dtype: DTypeLike
+
+    @linen.compact
+    def __call__(self, x: Array) -> dict[str, Array]:
+        made: dict[str, Any] = {}
+        for name, array in self.wanted:
+            start = started(array)
+            if array.per_query:
+                made[name] = self.linear(width(array), bias_init=start, name=name)
+            else:
+                made[name] = self.param(name, start, array.shape, self.param_dtype)
+        return operands_of(dict(self.wanted), made, x)
+
+
+class BlockCompressor(linen.Module):
+    """One vector for a block of keys, or of values, that knows their places in it.
+
+    As ``sadsl.layers.nnx.BlockCompressor``; sizes are read off the blocks.
+    """
+
+    hidden: int | None = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @linen.compact
+    def __call__(
+        self, blocks: Float[Array, "batch blocks length heads head_dim"]
+    ) -> Float[Array, "batch blocks heads head_dim"]:
+        """A vector a block and head."""
+        length, dim = blocks.shape[2], blocks.shape[4]
+        linear = partial(linen.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
+        start = linen.initializers.normal(0.02)
+        positions = self.param("positions", start, (length, dim), self.param_dtype)
+        placed = jnp.swapaxes(blocks, 2, 3)
+        placed = placed + positions.astype(blocks.dtype)[None, None, None]
+        flat = placed.reshape(*placed.shape[:3], -1)
+        hidden = 2 * dim if self.hidden is None else self.hidden
+        wide = linen.gelu(linear(hidden, name="wide")(flat))
+        return linear(dim, name="narrow")(wide)
 
 
 class RoutingAttention(linen.Module):

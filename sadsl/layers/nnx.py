@@ -11,29 +11,58 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.config import KernelConfig
-from sadsl.attention import any_term, attention
+from sadsl.attention import attention
 from sadsl.layers.heads import head_sizes
+from sadsl.layers.learned import learned_of, operands_of, rate_checked, started, width
 from sadsl.layers.routing import Routing
+from sadsl.layers.stack import Specs, of_layer
 from sadsl.layers.state import Clusters, initial, lloyd
 from sadsl.selections.kmeans import normalized
-from sadsl.terms import Spec
+from sadsl.term import Learned, Sizes
 
 DEFAULT_KERNEL_INIT = nnx.initializers.lecun_normal()
+POSITION_INIT = nnx.initializers.normal(0.02)
 
 
 class SparseAttention(nnx.Module):
     """Projections to heads, attention over the pairs of ``spec``, projection back.
 
     Its parameters are those of ``nnx.MultiHeadAttention``, by name and shape:
-    ``query``, ``key``, ``value`` and ``out``.
+    ``query``, ``key``, ``value`` and ``out``. What the spec learns beside them is in
+    ``learned``, by the name of the operand: sinks and tables as parameters, gates and
+    other arrays of each query as projections of ``x``, with a bias.
+
+    Args:
+      spec, layer: a map, a term, or text; or a list of them and which one, from 0.
+      num_heads: as many as divide the features, if head_dim is None.
+      in_features, out_features: of ``x``; of the result, ``in_features`` if None.
+      num_q_heads, num_kv_heads: query heads, ``num_heads`` if None, or fewer; heads
+        of keys and values, as many as of queries if None, which must divide them.
+      head_dim: ``in_features // num_heads`` if None.
+      use_bias: whether the four projections have one.
+      dtype, param_dtype: of the computation (promoted from both if None) and of
+        the parameters.
+      kernel_init: initializer of the kernels.
+      transform_qk: applied to the projected queries and keys, each
+        ``[batch, seq, heads, head_dim]``: rotary positions, say.
+      modules: functions with parameters that the spec names, such as feature maps.
+      dropout_rate: of the attention weights, while ``deterministic`` is False.
+      impl, config: as in ``sadsl.attention``.
+      rngs: where ``rngs.params`` and, for dropout, ``rngs.dropout`` come from.
+
+    Raises:
+      ValueError: the sizes do not divide, the text is no spec, there is no such
+        layer, or the spec reads nothing of the name of a module.
     """
 
     def __init__(
         self,
-        spec: Spec | str,
+        spec: Specs,
         num_heads: int,
         in_features: int,
         *,
+        layer: int | None = None,
+        num_q_heads: int | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         out_features: int | None = None,
@@ -42,45 +71,39 @@ class SparseAttention(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Callable[..., Any] = DEFAULT_KERNEL_INIT,
         transform_qk: Callable[[Array, Array], tuple[Array, Array]] | None = None,
+        modules: Mapping[str, Any] | None = None,
+        dropout_rate: float = 0.0,
         impl: str | None = None,
         config: KernelConfig | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the parameters; text is read here, once.
-
-        Args:
-          spec: an index map, a term, or the text of one.
-          num_heads, num_kv_heads: heads of the queries, and of keys and values
-            (``num_heads`` if None), which must divide them.
-          in_features, out_features: of ``x``; of the result, ``in_features`` if None.
-          head_dim: ``in_features // num_heads`` if None.
-          use_bias: whether the four projections have one.
-          dtype, param_dtype: of the computation (that of the input and the parameters,
-            promoted, if None) and of the parameters.
-          kernel_init: initializer of the four kernels.
-          transform_qk: applied to the projected queries and keys, each
-            ``[batch, seq, heads, head_dim]``: rotary positions, say.
-          impl, config: as in ``sadsl.attention``.
-          rngs: where ``rngs.params`` comes from.
-
-        Raises:
-          ValueError: the sizes do not divide, or the text is not a spec.
-        """
-        self.term = any_term(spec)
-        self.sizes = head_sizes(in_features, num_heads, num_kv_heads, head_dim)
+        """Makes the parameters; text is read here, once. The class says of what."""
+        self.term = of_layer(spec, layer)
+        queries, keys, dim = head_sizes(
+            in_features, num_heads, num_kv_heads, head_dim, num_q_heads
+        )
+        self.sizes = Sizes(queries, keys, dim, dim, in_features)
         self.in_features = in_features
         self.transform_qk = transform_qk
         self.impl, self.config = impl, config
-        linear = partial(
-            nnx.LinearGeneral, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype,
+        # The name that nnx.Module.train() and .eval() set.
+        self.deterministic = False
+        self.dropout_rate = rate_checked(dropout_rate)
+        common = partial(
+            nnx.LinearGeneral, dtype=dtype, param_dtype=param_dtype,
             kernel_init=kernel_init, rngs=rngs,
         )  # fmt: skip
-        queries, keys, dim = self.sizes
+        linear = partial(common, use_bias=use_bias)
         self.query = linear(in_features, (queries, dim))
         self.key = linear(in_features, (keys, dim))
         self.value = linear(in_features, (keys, dim))
         out_features = in_features if out_features is None else out_features
         self.out = linear((queries, dim), out_features, axis=(-2, -1))
+        wanted = learned_of(self.term, self.sizes, modules)
+        self.learned = _learned(wanted, partial(common, in_features), rngs)
+        self.modules = nnx.Dict(dict(modules)) if modules else None
+        # Last: the parameters are those of a layer without dropout.
+        self.rngs = rngs["dropout"].fork() if self.dropout_rate else None
 
     def __call__(
         self,
@@ -90,18 +113,100 @@ class SparseAttention(nnx.Module):
         q_segment_ids: Integer[Array, "..."] | None = None,
         kv_segment_ids: Integer[Array, "..."] | None = None,
         operands: Mapping[str, Any] | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch q_seq out_features"]:
-        """Attends from ``x`` to ``kv``, or to itself if None."""
+        """Attends from ``x`` to ``kv``, or to itself if None.
+
+        ``operands`` go before what the layer learned under their names.
+        ``deterministic=True`` drops nothing; ``rngs`` take the place of the layer's.
+        """
         kv = x if kv is None else kv
         q, k, v = self.query(x), self.key(kv), self.value(kv)
         if self.transform_qk is not None:
             q, k = self.transform_qk(q, k)
+        asked = self.deterministic if deterministic is None else deterministic
+        rate = 0.0 if asked else self.dropout_rate
         out = attention(
             q, k, v, self.term,
             q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids,
-            operands=operands, impl=self.impl, config=self.config,
+            operands={**self._given(x), **(operands or {})},
+            impl=self.impl, config=self.config,
+            dropout_rate=rate, dropout_key=self._dropout_key(rngs) if rate else None,
         )  # fmt: skip
         return self.out(cast(Array, out))
+
+    def _given(self, x: Array) -> dict[str, Any]:
+        """What the layer has of what the spec reads."""
+        modules = dict(self.modules.items()) if self.modules else {}
+        if self.learned is None:
+            return modules
+        wanted = learned_of(self.term, self.sizes, modules)
+        made = {
+            name: value[...] if isinstance(value, nnx.Param) else value
+            for name, value in self.learned.items()
+        }
+        return {**modules, **operands_of(wanted, made, x)}
+
+    def _dropout_key(self, rngs: nnx.Rngs | None) -> Array:
+        stream = self.rngs if rngs is None else rngs["dropout"]
+        assert stream is not None
+        return stream()
+
+
+def _learned(
+    wanted: Mapping[str, Learned], project: partial[Any], rngs: nnx.Rngs
+) -> nnx.Dict | None:
+    """A projection for each array of a query, a parameter for each other one."""
+    made: dict[str, Any] = {}
+    for name, array in wanted.items():
+        start = started(array)
+        if array.per_query:
+            made[name] = project(width(array), bias_init=start)
+        else:
+            value = start(rngs.params(), array.shape, project.keywords["param_dtype"])
+            made[name] = nnx.Param(value)
+    return nnx.Dict(made) if made else None
+
+
+class BlockCompressor(nnx.Module):
+    """One vector for a block of keys, or of values, that knows their places in it.
+
+    For ``modules={"keys": BlockCompressor(...)}`` of a ``SparseAttention`` whose spec
+    has ``compressed(length, key="keys")``. A learned vector is added for each place of
+    a block, then a network of one hidden layer takes the whole block; all heads share
+    it (Yuan et al., Native sparse attention, 2025, section 3.3.1).
+    """
+
+    def __init__(
+        self,
+        length: int,
+        head_dim: int,
+        *,
+        hidden: int | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Makes the parameters; ``hidden`` is ``2 * head_dim`` if None.
+
+        ``length`` is that of the spec, ``head_dim`` that of the keys or values.
+        """
+        linear = partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        hidden = 2 * head_dim if hidden is None else hidden
+        start = POSITION_INIT(rngs.params(), (length, head_dim), param_dtype)
+        self.positions = nnx.Param(start)
+        self.wide = linear(length * head_dim, hidden)
+        self.narrow = linear(hidden, head_dim)
+
+    def __call__(
+        self, blocks: Float[Array, "batch blocks length heads head_dim"]
+    ) -> Float[Array, "batch blocks heads head_dim"]:
+        """A vector a block and head."""
+        positions = self.positions[...].astype(blocks.dtype)
+        placed = jnp.swapaxes(blocks, 2, 3) + positions[None, None, None]
+        flat = placed.reshape(*placed.shape[:3], -1)
+        return self.narrow(jax.nn.gelu(self.wide(flat)))
 
 
 class Centroids(nnx.Variable):

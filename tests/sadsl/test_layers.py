@@ -228,7 +228,6 @@ def test_dtype_is_that_of_the_result():
         ),
         ({"bias": jnp.zeros((1, 1, 9, 9))}, r"bias=.*leave bias out"),
         ({"precision": "highest"}, r"precision='highest'.*leave precision=None"),
-        ({"dropout_rate": 0.1}, r"dropout_rate=0.1.*deterministic=True"),
         ({"module": object()}, r"module=.*sow_weights=False"),
         ({"qk_attn_weights_einsum": jnp.einsum}, r"qk_attn_weights_einsum_cls=None"),
         ({"input_positions": jnp.arange(9)}, r"input_positions=.*leave it out"),
@@ -246,6 +245,49 @@ def test_dropout_that_is_switched_off_is_fine():
     attention_fn("full()")(q, q, q, dropout_rate=0.0, deterministic=False)
 
 
+def test_dropout_is_that_of_attention():
+    q, k, v = (normal(1, 9, 2, 8, seed=s) for s in range(3))
+    key = jax.random.key(5)
+    found = attention_fn("causal()")(
+        q, k, v, dropout_rate=0.5, dropout_rng=key, broadcast_dropout=False
+    )
+    wanted = sa.attention(q, k, v, sa.causal(), dropout_rate=0.5, dropout_key=key)
+    np.testing.assert_array_equal(found, wanted)
+    assert not np.allclose(found, sa.attention(q, k, v, sa.causal()), atol=0.1)
+    with pytest.raises(ValueError, match=r"dropout_rate=0.5 without dropout_key"):
+        attention_fn("causal()")(q, k, v, dropout_rate=0.5)
+
+
+def test_dropout_of_all_layers():
+    """While training each call drops other weights; then none."""
+    x = normal(BATCH, SEQ, FEATURES)
+    layer = nnx_layer(dropout_rate=0.5)
+    plain, params = nnx_layer()(x), params_of(layer)
+    assert not np.allclose(layer(x), layer(x), atol=1e-3)
+    np.testing.assert_array_equal(
+        layer(x, rngs=nnx.Rngs(dropout=3)), layer(x, rngs=nnx.Rngs(dropout=3))
+    )
+    np.testing.assert_allclose(layer(x, deterministic=True), plain, atol=1e-6)
+    layer.eval()
+    np.testing.assert_allclose(layer(x), plain, atol=1e-6)
+    other = sparse_linen.SparseAttention(SPEC, HEADS, dropout_rate=0.5)
+    call = jax.jit(other.apply, static_argnames="deterministic")
+    dropped = [
+        call(
+            {"params": params}, x, deterministic=False,
+            rngs={"dropout": jax.random.key(i)},
+        )
+        for i in (0, 0, 1)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(dropped[0], dropped[1])
+    assert not np.allclose(dropped[0], dropped[2], atol=1e-3)
+    found = call({"params": params}, x, deterministic=True)
+    np.testing.assert_allclose(found, plain, atol=1e-6)
+    flax_own = flax_nnx(attention_fn(SPEC), dropout_rate=0.5, deterministic=False)
+    first, second = (flax_own(x, rngs=nnx.Rngs(dropout=i)) for i in (1, 2))
+    assert not np.allclose(first, second, atol=1e-3)
+
+
 def test_flax_layers_hand_their_requests_over_to_be_refused():
     x = normal(BATCH, SEQ, FEATURES)
     fn = attention_fn("causal()")
@@ -256,8 +298,6 @@ def test_flax_layers_hand_their_requests_over_to_be_refused():
         layer.init(jax.random.key(0), x, sow_weights=True)
     with pytest.raises(NotImplementedError, match=r"module=.*sow_weights=False"):
         flax_nnx(fn)(x, sow_weights=True)
-    with pytest.raises(NotImplementedError, match=r"dropout_rate=0.5"):
-        flax_nnx(fn, dropout_rate=0.5, deterministic=False)(x, rngs=nnx.Rngs(dropout=1))
     decoding = flax_nnx(fn)
     decoding.init_cache((BATCH, SEQ, FEATURES))
     with pytest.raises(NotImplementedError, match=r"mask=.*decode=True"):

@@ -1,0 +1,98 @@
+"""What a spec learns: the arrays that both layers make and hand over as operands.
+
+A spec names the arrays (``Term.learned``): sinks, tables of a bias, decays; or gates,
+one a query, which are projected from the layer's input. Functions with parameters, such
+as feature maps, are the layer's ``modules``.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, assert_never
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sadsl.term import Learned, Sizes, Term
+
+# The deviation of arrays that start "normal".
+STDDEV = 0.02
+
+
+def learned_of(
+    term: Term, sizes: Sizes, modules: Mapping[str, Any] | None
+) -> dict[str, Learned]:
+    """The arrays that a layer makes for ``term``, by name, but those of ``modules``.
+
+    Raises:
+      ValueError: the spec reads nothing of the name of a module.
+    """
+    modules = modules or {}
+    for name in modules:
+        if not term.reads(name):
+            raise ValueError(
+                f"modules has {name!r}, but {term!r} reads nothing of that name: name "
+                "it in the spec, or leave the module out"
+            )
+    found = term.learned(sizes)
+    return {name: array for name, array in found.items() if name not in modules}
+
+
+def started(array: Learned) -> Callable[..., Array]:
+    """The initializer of an array, or of the bias of its projection."""
+    match array.start:
+        case "zeros":
+            return jax.nn.initializers.zeros
+        case "ones":
+            return jax.nn.initializers.ones
+        case "normal":
+            return jax.nn.initializers.normal(STDDEV)
+    assert_never(array.start)
+
+
+def width(array: Learned) -> int:
+    """The features of the projection that makes a ``per_query`` array."""
+    return math.prod(array.shape)
+
+
+def operands_of(
+    wanted: Mapping[str, Learned],
+    made: Mapping[str, Any],
+    x: Float[Array, "batch q_seq features"],
+) -> dict[str, Array]:
+    """The arrays by name; ``made`` has a parameter or a projection for each.
+
+    Those of a query are ``[batch, q_seq, *shape]``, squashed in float32 (float64 for
+    float64).
+    """
+    found = {}
+    for name, array in wanted.items():
+        if not array.per_query:
+            found[name] = made[name]
+            continue
+        y = made[name](x).reshape(*x.shape[:-1], *array.shape)
+        found[name] = _squashed(y, array)
+    return found
+
+
+def _squashed(y: Array, array: Learned) -> Array:
+    y = y.astype(jnp.float64 if y.dtype == jnp.float64 else jnp.float32)
+    match array.squash:
+        case None:
+            return y
+        case "sigmoid":
+            return jax.nn.sigmoid(y)
+        case "log_sigmoid":
+            return jax.nn.log_sigmoid(y)
+    assert_never(array.squash)
+
+
+def rate_checked(rate: float) -> float:
+    """The dropout rate of a layer.
+
+    Raises:
+      ValueError: it is not in [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate={rate} must be at least 0 and below 1")
+    return float(rate)

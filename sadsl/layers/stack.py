@@ -1,0 +1,83 @@
+"""A spec for every layer of a stack: dense first, alternating, or as a plan says."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from typing_extensions import TypeIs
+
+from sadsl.attention import any_term
+from sadsl.term import Spec, Term
+
+# One spec for all layers, or one a layer; each may be text.
+Specs: TypeAlias = Spec | str | Sequence[Spec | str]
+
+
+def per_layer(
+    period: Specs,
+    num_layers: int,
+    *,
+    first: Sequence[Spec | str] = (),
+    last: Sequence[Spec | str] = (),
+) -> tuple[Term, ...]:
+    """The specs of ``num_layers`` layers: ``first``, then ``period`` over and over.
+
+    ``last`` are those of the last layers. ``SparseAttention(spec=specs, layer=i)``
+    takes its own of them::
+
+        per_layer(moba(), 24, last=["causal()"] * 3)    # MoBA, 2025, section 3.2
+        per_layer(radial(21, 1560), 40, first=["full()"])    # Radial Attention, 2025
+        per_layer([s2_attention(), "causal()"], 32)     # Phi-3-small, 2024: in turns
+
+    Args:
+      period: one spec, or several that take turns, which begin after ``first`` and may
+        break off anywhere.
+      num_layers: the layers of the stack.
+      first, last: specs of the first and of the last layers, in order.
+
+    Raises:
+      ValueError: a text is not a spec, there are too many, or no layer is left to take
+        turns in.
+    """
+    turns = period if _is_list(period) else (period,)
+    if not turns:
+        raise ValueError("period=() must have at least one spec")
+    between = num_layers - len(first) - len(last)
+    if between < 0 or num_layers < 1:
+        raise ValueError(
+            f"num_layers={num_layers} with {len(first)} first and {len(last)} last "
+            "layers: give at least as many layers as specs"
+        )
+    middle = [turns[i % len(turns)] for i in range(between)]
+    return tuple(any_term(spec) for spec in (*first, *middle, *last))
+
+
+def of_layer(spec: Specs, layer: int | None) -> Term:
+    """The spec of one layer.
+
+    Raises:
+      ValueError: there is a list and no layer, one without the other, or the list is
+        too short.
+    """
+    if not _is_list(spec):
+        if layer is not None:
+            raise ValueError(
+                f"layer={layer} chooses from a list of specs, but spec={spec!r} is one "
+                "for all layers: leave layer=None, or give a list"
+            )
+        return any_term(spec)
+    if layer is None:
+        raise ValueError(
+            f"spec is a list of {len(spec)}, one a layer: say which with layer=..."
+        )
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise TypeError(f"layer={layer!r} must be an integer")
+    if not 0 <= layer < len(spec):
+        raise ValueError(
+            f"layer={layer} of a list of {len(spec)} specs, which are counted from 0: "
+            "make the list as long as the stack, by per_layer(specs, num_layers)"
+        )
+    return any_term(spec[layer])
+
+
+def _is_list(spec: Specs) -> TypeIs[Sequence[Spec | str]]:
+    return isinstance(spec, Sequence) and not isinstance(spec, str)

@@ -1,0 +1,214 @@
+"""Published mixtures against their definitions, in float64, given what was selected."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import sadsl as sa
+from sadsl import catalog
+
+# Hardly optimised: what is at stake is what is computed.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+SMALL = sa.KernelConfig(block_q=16, block_kv=16)
+BATCH, SEQ, HEADS, KV_HEADS, DIM = 2, 45, 4, 2, 6
+NSA = {"block": 8, "length": 6, "stride": 4, "window": 5}
+
+
+def arrays():
+    rng = np.random.default_rng(3)
+    heads = HEADS, KV_HEADS, KV_HEADS, HEADS
+    shapes = [(BATCH, SEQ, h, DIM) for h in heads] + [(BATCH, SEQ, HEADS, 3)]
+    return [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+
+
+def pooling(seq, length, stride):
+    """``[blocks, seq]``: the mean of each whole block."""
+    starts = range(0, seq - length + 1, stride)
+    rows = [
+        [1 / length if s <= i < s + length else 0 for i in range(seq)] for s in starts
+    ]
+    return np.array(rows)
+
+
+def nsa_by_definition(q, k, v, gates, chosen):
+    """Three softmaxes and a gated sum, all ``[batch, seq, heads, dim]``."""
+    pool = pooling(SEQ, NSA["length"], NSA["stride"])
+    last = np.arange(len(pool)) * NSA["stride"] + NSA["length"] - 1
+    at = np.arange(SEQ)
+    past = (last[None, :] <= at[:, None])[None, None]
+    distance = at[:, None] - at[None, :]
+    near = ((distance >= 0) & (distance <= NSA["window"]))[None, None]
+    short_k, short_v = (jnp.einsum("ji,bihd->bjhd", pool, x) for x in (k, v))
+    outs = []
+    for keys, values, pairs in ((short_k, short_v, past), (k, v, chosen), (k, v, near)):
+        by_head = (jnp.swapaxes(x, 1, 2) for x in (q, keys, values))
+        out, _ = oracle.attention(*by_head, jnp.asarray(pairs), DIM**-0.5)
+        outs.append(jnp.swapaxes(out, 1, 2))
+    return sum(gates[..., m, None] * out for m, out in enumerate(outs))
+
+
+def test_native_sparse_attention():
+    spec = catalog.native_sparse_attention(3, **NSA)
+    selected = catalog.nsa_topk(3, block=8)
+    assert spec.terms[1] == selected
+    assert sa.parse(repr(spec)) == spec
+    q, k, v, do, gates = arrays()
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def call(q, k, v, gates, do):
+        def attend(q, k, v, gates):
+            given = {"gates": gates}
+            return sa.attention(q, k, v, spec, operands=given, impl="xla", config=SMALL)
+
+        out, pull = jax.vjp(attend, q, k, v, gates)
+        return sa.select(spec, q, k), (out, *pull(do))
+
+    chosen, found = call(q, k, v, gates, do)
+    pairs = np.stack(
+        [
+            selected.dense(
+                SEQ, num_heads=HEADS,
+                operands={name: np.asarray(x)[b] for name, x in chosen.items()},
+            )
+            for b in range(BATCH)
+        ]
+    )  # fmt: skip
+    # Of the blocks but for the short last one: the first, and the one before the own.
+    by_block = pairs[:, :, -1, :40].reshape(BATCH, HEADS, 5, 8).any(axis=-1)
+    assert by_block[:, :, [0, 4]].all()
+    assert by_block.sum() == BATCH * HEADS * 2
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def by_definition(do, *args):
+        out, pull = jax.vjp(partial(nsa_by_definition, chosen=pairs), *args)
+        return out, *pull(do)
+
+    with jax.enable_x64(True):
+        args = (np.asarray(x, np.float64) for x in (do, q, k, v, gates))
+        wanted = by_definition(*map(jnp.asarray, args))
+    for name, a, b in zip(["o", "q", "k", "v", "gates"], found, wanted, strict=True):
+        oracle.assert_close(a, np.asarray(b), "float32", name)
+
+
+def test_blocks_are_selected_by_what_the_compressed_branch_attends_to():
+    """By loops: each compressed block gives to where it lies, stride by stride."""
+    q, k, *_ = arrays()
+    spec = catalog.native_sparse_attention(4, score="importance", **NSA)
+    found = catalog.nsa_importance(q, k, spec.terms[0], block=8)
+    wide_q, wide_k = (np.asarray(x, np.float64) for x in (q, k))
+    short = np.einsum("ji,bihd->bjhd", pooling(SEQ, 6, 4), wide_k)
+    wanted = np.zeros((BATCH, KV_HEADS, SEQ, 6))
+    for b, h, i in np.ndindex(BATCH, HEADS, SEQ):
+        seen = [j for j in range(short.shape[1]) if 4 * j + 5 <= i]
+        e = np.exp([wide_q[b, i, h] @ short[b, j, h // 2] * DIM**-0.5 for j in seen])
+        for j, p in zip(seen, e / e.sum(), strict=True):
+            for position in range(4 * j, 4 * j + 6):
+                wanted[b, h // 2, i, position // 8] += p / 4
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    # Beside the first block and the last two, the best other one of the last query.
+    chosen = sa.select(spec, q, k, operands={"importance": found})
+    pairs = spec.terms[1].dense(
+        SEQ, num_heads=HEADS, operands={n: np.asarray(x)[0] for n, x in chosen.items()}
+    )
+    by_block = pairs[:, -1, :40].reshape(HEADS, 5, 8).all(axis=-1)
+    best = wanted[0, :, -1, 1:4].argmax(axis=-1) + 1
+    for h in range(HEADS):
+        assert set(np.flatnonzero(by_block[h])) == {0, best[h // 2], 4}
+
+
+def test_linear_attention_and_a_window():
+    q, k, v, _, gates = arrays()
+    gates = gates[..., :2]
+    spec = catalog.linear_and_window(5)
+    assert sa.parse(repr(spec)) == spec
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def call(q, k, v, gates):
+        return sa.attention(q, k, v, spec, operands={"gates": gates}, config=SMALL)
+
+    q_, k_, v_ = (np.asarray(x, np.float64) for x in (q, k, v))
+    k_, v_ = (np.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k_, v_))
+    at = np.arange(SEQ)
+    distance = (at[:, None] - at[None, :])[None, None]
+    exact = np.exp(np.einsum("bihd,bjhd->bhij", q_, k_) * DIM**-0.5)
+    exact *= (distance >= 0) & (distance <= 5)
+    fq, fk = (np.where(x > 0, x + 1, np.exp(x)) for x in (q_, k_))
+    features = np.einsum("bihd,bjhd->bhij", fq, fk) * (distance >= 0)
+    wanted = 0
+    for m, weights in enumerate((exact, features)):
+        shares = weights / weights.sum(axis=-1, keepdims=True)
+        out = np.einsum("bhij,bjhd->bihd", shares, v_)
+        wanted = wanted + np.asarray(gates)[..., m, None] * out
+    oracle.assert_close(call(q, k, v, gates), wanted, "float32")
+
+
+@pytest.mark.parametrize("length", [1, 5, 6, 13])
+def test_compressed_blocks_of_short_sequences(length):
+    """Queries before the end of the first block see nothing."""
+    rng = np.random.default_rng(length)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(1, length, 2, 4)), jnp.float32) for _ in range(3)
+    )
+    term = sa.compressed(6, 4)
+    assert term.num_blocks(length) == {1: 0, 5: 0, 6: 1, 13: 2}[length]
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def call(q, k, v):
+        attend = partial(sa.attention, spec=term, return_lse=True)
+        (out, lse), pull = jax.vjp(attend, q, k, v)
+        zero = jnp.zeros_like(lse)
+        return out, lse, pull((jnp.ones_like(out), zero))
+
+    out, lse, gradients = call(q, k, v)
+    np.testing.assert_array_equal(out[:, :5], 0)
+    assert np.isneginf(lse[:, :, :5]).all()
+    assert np.isfinite(lse[:, :, 5:]).all()
+    assert all(np.isfinite(g).all() for g in gradients)
+    if length >= 6:
+        # One block: its mean value, whatever the scores.
+        np.testing.assert_allclose(out[0, 5], v[0, :6].mean(axis=0), atol=1e-6)
+
+
+def test_compressed_by_functions_and_both_ways():
+    q, k, v, *_ = arrays()
+    blocks = pooling(SEQ, 6, 4) > 0
+    starts = blocks.argmax(axis=1)
+
+    def first(x):
+        return x[:, :, 0]
+
+    given = {"a": first, "b": first}
+    spec = sa.compressed(6, 4, key="a", value="b", causal=False)
+    assert sa.parse(repr(spec)) == spec
+    found = sa.attention(q, k, v, spec, operands=given, impl="reference")
+    wanted = sa.attention(q, k[:, starts], v[:, starts], sa.full(), impl="reference")
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_what_cannot_be_compressed_is_refused():
+    q, k, v, *_ = arrays()
+    for options, message in (
+        ({"length": 0}, r"length.*0.*at least 1"),
+        ({"stride": 0}, r"stride.*0.*at least 1"),
+        ({"key": "not a name"}, r"key='not a name' must be the name of an operand"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sa.compressed(**options)
+    spec = sa.compressed(6, 4, value="b")
+    with pytest.raises(ValueError, match=r"compresses by 'b', which was not given"):
+        sa.attention(q, k, v, spec)
+    with pytest.raises(TypeError, match=r"operand 'b' .* must be a function"):
+        sa.attention(q, k, v, spec, operands={"b": k})
+    with pytest.raises(ValueError, match=r"'b' made \(2, 10, 6, 2, 6\) of"):
+        sa.attention(q, k, v, spec, operands={"b": lambda x: x})
+    with pytest.raises(ValueError, match=r"'a' was given, but no part"):
+        sa.attention(q, k, v, spec, operands={"a": lambda x: x})
+    with pytest.raises(ValueError, match=r"joint: compressed\(\) has no single"):
+        sa.joint(sa.causal(), sa.compressed())
