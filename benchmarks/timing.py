@@ -47,8 +47,10 @@ def stopwatch(f: Callable, *args: Any) -> Callable[[], float]:
     return run
 
 
-def medians(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Median milliseconds a side; each round runs every side, so that noise is shared.
+def alternating(
+    sides: Mapping[str, Callable[[], float]], rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds a side and round; a round runs every side, so that noise is shared.
 
     Before each timed call there is a rest and a call that is not counted: the threads
     of the other side spin for a while after their work, and its arrays fill the caches.
@@ -60,14 +62,16 @@ def medians(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, 
     def rested(run: Callable[[], float]) -> float:
         time.sleep(REST_SECONDS)
         run()
-        return run()
+        return 1e3 * run()
 
-    seconds = [[rested(run) for run in sides.values()] for _ in range(rounds)]
-    columns = zip(*seconds, strict=True)
-    return {
-        name: 1e3 * statistics.median(column)
-        for name, column in zip(sides, columns, strict=True)
-    }
+    ms = [[rested(run) for run in sides.values()] for _ in range(rounds)]
+    return dict(zip(sides, map(list, zip(*ms, strict=True)), strict=True))
+
+
+def medians(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median milliseconds a side, of rounds that alternate."""
+    found = alternating(sides, rounds)
+    return {name: statistics.median(ms) for name, ms in found.items()}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

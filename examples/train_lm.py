@@ -23,7 +23,7 @@ import jax
 from absl import app, flags, logging
 from lm import data, report
 from lm.checkpoints import Checkpoints, History, forget
-from lm.model import ROUTING, ModelConfig, Spec, text_of
+from lm.model import ROUTING, ModelConfig, Spec, routing_for, text_of
 from lm.training import Result, TrainConfig, compile_run, identity, train
 from rich.console import Console
 from rich.markup import escape
@@ -36,7 +36,6 @@ from rich.progress import (
 )
 
 import sadsl as sa
-from sadsl.layers.routing import Routing
 from sadsl.selections.content import selections_of
 
 DENSE = "causal()"
@@ -100,9 +99,7 @@ def read_spec(text: str, seq_len: int, num_heads: int) -> Spec:
       ValueError: it is not a spec, it reads run-time arrays, or it sees the future.
     """
     if text == ROUTING:
-        clusters = max(2, seq_len // 128)
-        window = -(-seq_len // clusters)
-        return Routing(num_clusters=clusters, window=window, local_window=window)
+        return routing_for(seq_len)
     spec = sa.parse(text)
     if not isinstance(spec, sa.IndexMap | sa.Softmax):
         raise ValueError(  # noqa: TRY004 - a flag, said without a trace

@@ -1,6 +1,7 @@
 """A decoder: embedding, blocks of attention and MLP behind RMSNorm, head."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-import sadsl as sa
 from sadsl.layers.nnx import RoutingAttention, SparseAttention
 from sadsl.layers.routing import Routing
+from sadsl.term import Spec as MapOrTerm
 
-# What a model is trained with: pairs as a map says, or clusters that it learns.
-Spec: TypeAlias = sa.IndexMap | sa.Softmax | Routing
+# What a model is trained with: a map, a term, or clusters that it learns.
+Spec: TypeAlias = MapOrTerm | Routing
 # The name of a spec that is a layer of its own.
 ROUTING = "routing"
 
@@ -25,7 +26,7 @@ ZEROS = nnx.initializers.zeros_init()
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model; the spec is apart, because it changes no parameter."""
+    """Sizes of the model; what a spec learns of its own comes on top."""
 
     num_layers: int
     num_heads: int
@@ -62,6 +63,13 @@ def _rotate(x: jax.Array) -> jax.Array:
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def routing_for(seq_len: int) -> Routing:
+    """Clusters of 128 positions beside local windows as long, for half of the heads."""
+    clusters = max(2, seq_len // 128)
+    window = -(-seq_len // clusters)
+    return Routing(num_clusters=clusters, window=window, local_window=window)
 
 
 def text_of(spec: Spec) -> str:
@@ -136,8 +144,15 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """``[batch, seq]`` integers to ``[batch, seq, 256]`` float32."""
+        return self.logits(self.embedded(tokens))
+
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """``[batch, seq]`` integers to what the blocks read of each position."""
         before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
-        x = self.embed(tokens) + self.embed_before(before)
+        return self.embed(tokens) + self.embed_before(before)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """``[batch, seq, d_model]`` to ``[batch, seq, 256]`` float32."""
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)).astype(jnp.float32)
@@ -150,3 +165,20 @@ def bits_per_byte(model: LanguageModel, batch: jax.Array) -> jax.Array:
         model(tokens[:, :-1]), tokens[:, 1:]
     )
     return losses.mean() * BITS_PER_NAT
+
+
+def count_params(config: ModelConfig, spec: Spec) -> int:
+    """The number of parameters, without making them."""
+    model = nnx.eval_shape(lambda: LanguageModel(config, spec, nnx.Rngs(0)))
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return sum(math.prod(x.shape) for x in leaves)
+
+
+def matched(config: ModelConfig, spec: Spec, num_params: int) -> ModelConfig:
+    """The sizes with the width of the MLP at which a model has ``num_params``.
+
+    As near as whole features allow; each has ``2 * d_model`` parameters in a layer.
+    """
+    feature = 2 * config.d_model * config.num_layers
+    lacking = round((num_params - count_params(config, spec)) / feature)
+    return replace(config, d_hidden=config.d_hidden + lacking)

@@ -80,6 +80,8 @@ class Compiled(NamedTuple):
     state: State
     num_params: int
     memory_bytes: int
+    # Of those, what a step needs beside the state and the batch.
+    temp_bytes: int
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,22 @@ def identity(
     return {"spec": repr(spec), **asdict(model), **settings, **read}
 
 
-def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled:
-    """Makes the model and compiles its steps; the seed alone decides on the weights."""
+def first_state(
+    spec: Spec, sizes: ModelConfig, config: TrainConfig
+) -> tuple[nnx.GraphDef, State]:
+    """The structure of the model, and its state before the first step.
+
+    The seed alone decides on the weights; the structure is the same for every seed.
+    """
     model = LanguageModel(sizes, spec, nnx.Rngs(config.seed))
     graph, params, others = nnx.split(model, nnx.Param, ...)
+    return graph, State(params, config.optimizer().init(params), others)
+
+
+def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled:
+    """Makes the model and compiles its steps, which serve every seed."""
+    graph, state = first_state(spec, sizes, config)
     optimizer = config.optimizer()
-    state = State(params, optimizer.init(params), others)
 
     def cost(params: Any, others: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
         # A copy: routing layers write to their variables, at this level of the trace.
@@ -134,14 +146,15 @@ def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled
 
     batch = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), np.uint8)
     compiled_step = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    compiled_valid = jax.jit(valid).lower(params, others, batch).compile()
+    lowered_valid = jax.jit(valid).lower(state.params, state.others, batch)
     memory = compiled_step.memory_analysis()
     return Compiled(
         compiled_step,
-        compiled_valid,
+        lowered_valid.compile(),
         state,
-        num_params=sum(x.size for x in jax.tree.leaves(params)),
+        num_params=sum(x.size for x in jax.tree.leaves(state.params)),
         memory_bytes=memory.temp_size_in_bytes + memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
     )
 
 
