@@ -6,7 +6,8 @@ Combiner-Fixed with spans of about ``sqrt(2 n)`` tokens, and Combiner-Logsparse,
 dense causal attention by the same kernels: median milliseconds, f32, batch 1, and the
 exponent of a least-squares line through the logarithms of time over length. Beside
 them, what does not depend on the machine: pairs and blocks that the three maps of each
-visit, and the memory that the compiler plans for, forward and backward.
+visit (Logsparse: ``n * (log2(n) + 1)`` pairs, where the length is a power of two), and
+the memory that the compiler plans for.
 """
 
 import argparse
@@ -115,8 +116,12 @@ def exponent(lengths: list[int], values: list[float]) -> float:
 
 def rows(found: dict[str, dict[int, float]], lengths: list[int]) -> list[list[str]]:
     """A row a name: the value at each length, and the exponent."""
+
+    def text(value: float) -> str:
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
     return [
-        [name, *(f"{row[n]:,.1f}" for n in lengths),
+        [name, *(text(row[n]) for n in lengths),
          f"{exponent(lengths, [row[n] for n in lengths]):.2f}"]
         for name, row in found.items()
     ]  # fmt: skip

@@ -3,12 +3,13 @@
 import combiner_oracle as by_sets
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import oracle
 import pytest
 
 import sadsl as sa
-from sadsl import catalog
+from sadsl import catalog, plot
 from sadsl.summaries import pools
 from sadsl.summaries.clustered import tokens_read
 
@@ -297,6 +298,17 @@ def test_labels_may_be_given():
     )
     once = sa.attention(q, q, q, spec, operands={"centroids": means}, impl="reference")
     np.testing.assert_array_equal(again, once)
+
+
+def test_a_matrix_of_weights_is_drawn_with_its_sums():
+    matrix = np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None]
+    ax = plot.weights(matrix, title="causal")
+    assert ax.get_title() == "causal\n62.5% of the pairs; rows sum to 1"
+    drawn = ax.images[0].get_array()
+    np.testing.assert_array_equal(drawn.mask, matrix == 0)
+    note = plot.weights(np.zeros((2, 2)), ax=ax).get_title()
+    assert note == "weights\n0.0% of the pairs; rows sum to 0"
+    plt.close(ax.figure)
 
 
 def test_a_matrix_of_weights_needs_keys_that_values_do_not_make():
