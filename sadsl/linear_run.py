@@ -93,23 +93,15 @@ def attend(
     )  # fmt: skip
     if term.kind.causal and arrays.ids and setting.impl != "reference":
         check_documents(term, arrays.ids, setting.q_offset)
-    static = Static(
-        kind=term.kind,
-        eps=term.eps if term.normalise else None,
-        positive=term.positive,
-        q_offset=setting.q_offset,
-        impl=setting.impl,
-        call=None
-        if setting.impl == "reference"
-        else kernels.default_call(
-            kernels.scalar(term.eps if term.normalise else None),
-            setting.impl,
-            (fq.shape[-1], v.shape[-1]),
-            v.dtype,
-            setting.config,
-            setting.interpret,
-        ),
-    )
+    eps = term.eps if term.normalise else None
+    call = None
+    if setting.impl != "reference":
+        sizes = fq.shape[-1], v.shape[-1]
+        call = kernels.default_call(
+            kernels.scalar(eps), setting.impl, sizes, v.dtype,
+            setting.config, setting.interpret,
+        )  # fmt: skip
+    static = Static(term.kind, eps, term.positive, setting.q_offset, setting.impl, call)
     out, lse = run(arrays, static=static)
     return Outcome(out, lse)
 

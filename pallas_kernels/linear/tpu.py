@@ -57,10 +57,8 @@ def backward(chunks: Chunks, cotangent: Rows, call: Call) -> tuple:
     if dtotal is not None:
         dtotal = dtotal.reshape(heads, group, steps, 1, call.chunk)
 
-    outs = [
-        jax.ShapeDtypeStruct(x.shape, t)
-        for x, t in zip(chunks[:3], dtypes, strict=True)
-    ]
+    arrays = zip(chunks[:3], dtypes, strict=True)
+    shapes = [jax.ShapeDtypeStruct(x.shape, t) for x, t in arrays]
     fine = chunks.marks.fine
     dfine = None if fine is None else jax.ShapeDtypeStruct(fine.shape, jnp.float32)
     accumulators = (
@@ -69,22 +67,22 @@ def backward(chunks: Chunks, cotangent: Rows, call: Call) -> tuple:
         None if fine is None else pltpu.VMEM((1, call.chunk), jnp.float32),
     )
     specs = _chunk_specs(chunks, call, last)
-    found = pl.pallas_call(
+    of_totals = None if dtotal is None else _total_spec(call, last)
+    (found,) = pl.pallas_call(
         partial(_backward_kernel, call=call, group=group),
         grid=(heads, steps, group),
         in_specs=[
             specs,
             _state_specs(states, last),
-            _row_spec(dout, call, last),
-            None if dtotal is None else _total_spec(call, last),
+            Rows(_row_spec(dout, call, last), of_totals),
         ],
-        out_specs=[specs.q, specs.k, specs.v, specs.marks.fine],
-        out_shape=[*outs, dfine],
+        out_specs=[(specs.q, specs.k, specs.v, specs.marks.fine)],
+        out_shape=[(*shapes, dfine)],
         scratch_shapes=[_state_scratch(chunks, call), accumulators],
         compiler_params=ORDER,
         interpret=call.interpret,
         name="sadsl_linear_backward",
-    )(chunks, states, dout, dtotal)
+    )(chunks, states, Rows(dout, dtotal))
     dq, dk, dv, dfine = found
     return dq, dk, dv, None if dfine is None else dfine[:, :, 0]
 
@@ -147,8 +145,7 @@ def _states_kernel(
 
 
 def _backward_kernel(
-    refs: Chunks, states: State, dout_ref: Any, dtotal_ref: Any,
-    dq_ref: Any, dk_ref: Any, dv_ref: Any, dfine_ref: Any,
+    refs: Chunks, states: State, cotangent: Rows, outs: tuple,
     dstate_ref: State, sums: tuple, *, call: Call, group: int,
 ) -> None:  # fmt: skip
     _zero_at_first(dstate_ref)
@@ -167,17 +164,19 @@ def _backward_kernel(
         _store(sums, values(own))
         _store(dstate_ref, before)
 
+    dout_ref, dtotal_ref = cotangent
     dtotal = None if dtotal_ref is None else to_column(dtotal_ref[...])
     cotangents = dout_ref[...].astype(jnp.float32), dtotal
     q = refs.q[...].astype(jnp.float32)
     found = gradient.of_read(call.rule, dot, q, keys, state, cotangents)
+    dq_ref, *of_keys = outs
     dq_ref[...] = found[0].astype(dq_ref.dtype)
     _add(sums, values(found[1]))
     _add(dstate_ref, found[2])
 
     @pl.when(member == group - 1)
     def _() -> None:
-        for ref, total in zip((dk_ref, dv_ref, dfine_ref), sums, strict=True):
+        for ref, total in zip(of_keys, sums, strict=True):
             if ref is not None:
                 ref[...] = total[...].astype(ref.dtype)
 
