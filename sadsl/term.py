@@ -30,7 +30,8 @@ class Sizes(NamedTuple):
 class Learned(NamedTuple):
     """An array that a layer learns, or makes of its input: one a query, if so said.
 
-    A ``per_query`` array is ``[batch, q_seq, *shape]``, squashed as ``squash`` names.
+    A ``per_query`` array is ``[batch, q_seq, *shape]``, squashed as ``squash`` names:
+    "log_sigmoid", for log-decays, also divides by a temperature of 16.
     """
 
     shape: tuple[int, ...]

@@ -30,3 +30,9 @@ def quick_compilation(request):
     jax.config.update("jax_disable_most_optimizations", interpreted)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def quick(quick_compilation):
+    """Compiled in a hurry, the XLA path as well: for what is not about speed."""
+    jax.config.update("jax_disable_most_optimizations", True)

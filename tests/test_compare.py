@@ -44,6 +44,7 @@ def files(out):
     return {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_comparison_is_written_and_goes_on(texts, tmp_path, capsys):
     assert run(texts, tmp_path) == 0
     first = files(tmp_path)

@@ -13,6 +13,9 @@ from pallas_kernels import dispatch, dropout
 from pallas_kernels.call import Outputs
 from pallas_kernels.config import Tile
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 RATE = 0.3
 CASES = [
     # Every tile partial, an integer vector beside the seeds, queries of one key head.
@@ -148,6 +151,7 @@ def test_values_and_gradients(impl, case):
         oracle.assert_close(a, np.asarray(b), "float32", f"{impl} {name}")
 
 
+@pytest.mark.slow
 def test_second_order():
     """With the same weights dropped, in both modes mixed."""
     case = CASES[0]

@@ -16,6 +16,9 @@ from pallas_kernels.call import Outputs, PairValues, ScoreValues
 from pallas_kernels.config import Tile
 from pallas_kernels.xla import plan
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 BLOCK = Tile(block_q=16, block_kv=16)
 SMALL = Case(
     pattern=Pattern("sinks"),
@@ -165,6 +168,7 @@ def test_every_mode_up_to_the_second_order():
     check(SMALL, scores=Product())
 
 
+@pytest.mark.slow
 def test_long_rows_and_rows_without_a_key(monkeypatch):
     monkeypatch.setattr(plan, "SHORT", 0)
     monkeypatch.setattr(plan, "CHUNK", 32)
@@ -184,6 +188,7 @@ def test_heads_of_different_maps():
     check(replace(case, kv_heads=2), two)
 
 
+@pytest.mark.slow
 def test_third_order():
     """Dense from there on; <c, f> has a symmetric third derivative in both modes."""
 
@@ -198,6 +203,7 @@ def test_third_order():
     check(replace(HOLES, q_len=50, kv_len=20), third)
 
 
+@pytest.mark.slow
 def test_vmap_of_some_operands_and_derivatives_of_vmap():
     f = attend(TINY)
     x, u, _, c = operands(TINY)

@@ -16,6 +16,9 @@ from pallas_kernels import linear
 from pallas_kernels.config import KernelConfig
 from pallas_kernels.linear import algebra, marks
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 EPS = 1e-10
 BACKENDS = ("xla", "tpu", "triton")
 

@@ -13,6 +13,9 @@ from pallas_kernels import dispatch, pair_values
 from pallas_kernels.call import PairValues, ScoreValues
 from pallas_kernels.config import Tile
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 IMPLS = {"xla": {}, "tpu": {"interpret": True}, "triton": {"interpret": True}}
 SMALL = Case(
     pattern=Pattern("full"),

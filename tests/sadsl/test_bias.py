@@ -24,6 +24,9 @@ from sadsl.bias import (
 from sadsl.reals import weights
 from sadsl.symbols import operand, table
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 HEADS, KV_HEADS, Q_LEN, KV_LEN, OFFSET = 4, 2, 50, 61, 3
 # A hole of two queries that see nothing, and keys that all see.
 MAP = (sa.causal() | sa.sinks(3)) - sa.queries(20, 22)
@@ -197,6 +200,7 @@ def test_sixteen_bits():
     oracle.assert_close(found, np.asarray(wanted), "bfloat16")
 
 
+@pytest.mark.slow
 def test_a_plan_made_at_run_time():
     """Every batch entry and head walks blocks of its own; shared arrays add up."""
     q, k, v, do = calls.arrays(2, 65, 65, 4, 2, 8, 8)
@@ -241,6 +245,7 @@ def test_forward_mode():
     oracle.assert_close(found, np.asarray(wanted), "float32")
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_kernels():
     """Reverse over reverse goes through plain JAX."""
     q, k, v, do = calls.arrays(1, 20, 20, 2, 1, 4, 4)

@@ -21,6 +21,9 @@ from pallas_kernels.block_mask import EMPTY, FULL, expand
 from sadsl import catalog
 from sadsl.catalog.big_bird import random_blocks
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 PUBLISHED = runpy.run_path(
     str(Path(__file__).parents[2] / "benchmarks" / "catalog_cases.py")
 )["CASES"]

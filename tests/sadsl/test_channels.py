@@ -11,6 +11,9 @@ import pytest
 import sadsl as sa
 from sadsl import catalog
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(autouse=True)
 def quick():

@@ -14,6 +14,9 @@ import sadsl as sa
 from sadsl import catalog
 from sadsl.selections.kmeans import normalized
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 W = 5
 # Name: the spec, its sets, and what the oracle has to know.
 CASES = {

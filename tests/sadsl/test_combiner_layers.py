@@ -9,6 +9,9 @@ from flax import linen, nnx, traverse_util
 from sadsl import catalog
 from sadsl.layers.combiner import Combiner, CombinerAttention, LinenCombinerAttention
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(autouse=True)
 def quick_compilation():

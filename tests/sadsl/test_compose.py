@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 import sadsl as sa
 from lowering import ir
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 SUPPRESS = list(HealthCheck)
 SIZES = [1, 7, 13, 40, 65]
 GRID = sa.Grid(h=4, w=6)

@@ -14,6 +14,9 @@ from sadsl import execution
 from sadsl.layers import attention_fn
 from sadsl.selections import Selection, modalities
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @dataclass(frozen=True)
 class Cells(Selection):

@@ -10,6 +10,9 @@ import sadsl as sa
 from lowering import ir
 from sadsl.symbols import Symbol
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 SUPPRESS = list(HealthCheck)
 
 

@@ -13,6 +13,9 @@ import sadsl as sa
 from lowering import targets
 from sadsl.bias import distance_bias
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 RATE = 0.4
 KEY = jax.random.key(5)
 CALL = {"dropout_rate": RATE, "dropout_key": KEY}

@@ -15,6 +15,9 @@ import sadsl as sa
 from lowering import pipeline
 from pallas_kernels.block_mask import EMPTY, FULL, expand
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def window_of(i, length, window, stride, causal):
     """The keys of coordinate ``i``, as the published reference computes them."""

@@ -11,6 +11,9 @@ import sadsl as sa
 from sadsl.selections import kmeans, lsh
 from sadsl.term import reads
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def call(spec, **options):
     """Output and lse, finite: a constant for a query that sees nothing."""
@@ -22,6 +25,7 @@ def call(spec, **options):
     return jax.jit(f)
 
 
+@pytest.mark.slow
 def test_both_modes_and_both_mixed_against_differences():
     q, k, v, _ = arrays(1, 13, 13, 2, 1, 4, 3)
     spec = sa.softmax(sa.causal() & sa.window(5) & ~sa.queries(3, 5), 4.0)
@@ -53,6 +57,7 @@ def test_jacobians_and_hessians_are_those_of_the_reference():
     ],
     ids=["topk", "sorted", "slots"],
 )
+@pytest.mark.slow
 def test_plans_made_at_run_time(spec):
     """Every head and batch entry has its own choice, which has no derivative."""
     q, k, v, do = arrays(2, 26, 26, 2, 2, 4, 4)

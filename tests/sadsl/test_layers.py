@@ -14,6 +14,9 @@ from sadsl.layers import attention_fn
 from sadsl.layers import linen as sparse_linen
 from sadsl.layers import nnx as sparse_nnx
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 SPEC = "causal() & (window(5) | sinks(2))"
 BATCH, SEQ, FEATURES, HEADS = 2, 29, 24, 4
 

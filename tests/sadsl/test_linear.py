@@ -11,6 +11,9 @@ import sadsl as sa
 from sadsl.linear import elu1
 from sadsl.term import Sizes
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 CHUNK = sa.KernelConfig(block_kv=16)
 DOCUMENTS = sa.causal() & sa.segments()
 

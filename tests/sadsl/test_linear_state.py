@@ -7,6 +7,9 @@ import pytest
 
 import sadsl as sa
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 DOCUMENTS = sa.causal() & sa.segments()
 SEQ = 21
 

@@ -241,7 +241,10 @@ def test_bad_values(make, message):
             lambda: sa.where(lambda q, k: range(10)[q] == k),
             "cannot trace this operation",
         ),
-        (lambda: sa.where(lambda q, k: q * 1.5 == k), "takes integers, not `q \\* 1.5`"),
+        (
+            lambda: sa.where(lambda q, k: q * 1.5 == k),
+            "takes integers, not `q \\* 1.5`",
+        ),
         (lambda: sa.where(lambda q, k: q), "expected a comparison"),
         (lambda: sa.where(lambda q: q < 1), "not of 1 arguments"),
         (

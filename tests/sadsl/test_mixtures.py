@@ -16,15 +16,12 @@ import sadsl as sa
 from lowering.pipeline import Problem
 from sadsl import overlaps
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 NEAR = sa.causal() & sa.window(9)
 FAR = sa.causal() & sa.strided(7)
 FIRST = sa.causal() & sa.sinks(3)
-
-
-@pytest.fixture(autouse=True)
-def quick(quick_compilation):
-    """Compiled in a hurry: no test here is about speed."""
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def in_float64(function, *values):

@@ -16,13 +16,10 @@ from sadsl.layers import state as clusters
 from sadsl.layers.routing import Routing
 from sadsl.selections.kmeans import normalized
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 ROUTING = Routing(num_clusters=3, window=9, local_window=6, decay=0.9)
-
-
-@pytest.fixture(autouse=True)
-def quick(quick_compilation):
-    """Compiled in a hurry: no test here is about speed."""
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def normal(*shape, seed=0):

@@ -11,11 +11,8 @@ from lowering.slots import add_up, slots_of, take
 from sadsl.catalog import routing_transformer
 from sadsl.selections import kmeans
 
-
-@pytest.fixture(autouse=True)
-def quick(quick_compilation):
-    """Compiled in a hurry: no test here is about speed."""
-    jax.config.update("jax_disable_most_optimizations", True)
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def normal(*shape, seed=0):

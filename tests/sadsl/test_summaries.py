@@ -13,6 +13,9 @@ from sadsl import catalog, plot
 from sadsl.summaries import pools
 from sadsl.summaries.clustered import tokens_read
 
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(autouse=True)
 def quick_compilation():
