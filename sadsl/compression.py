@@ -35,11 +35,23 @@ class Compressed(Term):
                 )
 
     @property
-    def seen(self) -> IndexMap:
+    def blocks(self) -> IndexMap:
         """The blocks that a query sees, as a map whose keys are block numbers."""
         if not self.causal:
             return full()
         return where(lambda q, k: k * self.stride + self.length <= q + 1)
+
+    @property
+    def seen(self) -> IndexMap:
+        """The tokens of the blocks that a query sees."""
+        length, stride = self.length, self.stride
+        inside = where(lambda q, k: k % stride < length)
+        if self.causal:
+            # The end of the last block that is over.
+            over = where(lambda q, k: k < (q + 1 - length) // stride * stride + length)
+            return inside & over & where(lambda q, k: q + 1 >= length)
+        whole = where(lambda q, k, h, n: k < (n - length) // stride * stride + length)
+        return inside & whole & where(lambda q, k, h, n: n >= length)
 
     def num_blocks(self, kv_seq_len: int) -> int:
         """The whole blocks of a sequence."""
@@ -112,8 +124,8 @@ def attend(
     short_k, short_v = (
         shortened(x, term, name, given) for x, name in ((k, term.key), (v, term.value))
     )
-    mine = read_by(term.seen, given)
-    return evaluate((q, short_k, short_v), term.seen, mine, setting)
+    mine = read_by(term.blocks, given)
+    return evaluate((q, short_k, short_v), term.blocks, mine, setting)
 
 
 def shortened(

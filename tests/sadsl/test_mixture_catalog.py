@@ -215,3 +215,17 @@ def test_what_cannot_be_compressed_is_refused():
         sa.attention(q, k, v, spec, operands={"a": lambda x: x})
     with pytest.raises(ValueError, match=r"joint: compressed\(\) has no single"):
         sa.joint(sa.causal(), sa.compressed())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("length", "stride"), [(4, 2), (4, 4), (3, 5), (1, 1)])
+def test_the_tokens_that_compressed_blocks_hold(length, stride, causal):
+    term = sa.compressed(length, stride, causal=causal)
+    for n in (2, 13, 24):
+        wanted = np.zeros((n, n), bool)
+        for block in range(term.num_blocks(n)):
+            start = block * stride
+            for query in range(n):
+                if not causal or start + length <= query + 1:
+                    wanted[query, start : start + length] = True
+        np.testing.assert_array_equal(term.seen.dense(n)[0], wanted)
