@@ -99,6 +99,13 @@ def block_gate(q: np.ndarray, k: np.ndarray) -> Mapping[str, Any]:
 
 # Functions of ``sadsl.catalog`` that are decided by content.
 NAMES: set[str] = {
+    "combiner_axial_horizontal",
+    "combiner_axial_rowmajor",
+    "combiner_axial_vertical",
+    "combiner_fixed",
+    "combiner_logsparse",
+    "combiner_mixture",
+    "routing_combiner",
     "davit_channel",
     "linear_and_window",
     "native_sparse_attention",

@@ -173,6 +173,7 @@ def test_a_foreign_checkpoint_says_what_differs(tmp_path):
         restored(tmp_path, {"spec": "causal()", "d_model": 9})
 
 
+@pytest.mark.slow
 def test_what_content_decides_is_trained_by_name(texts, tmp_path):
     """Routing, with its centroids in the checkpoint, and blocks chosen by a query."""
     best = "causal() & topk(2, block=8, eligible=causal())"

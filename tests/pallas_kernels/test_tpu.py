@@ -70,7 +70,7 @@ def assert_same(actual, expected, tolerance=1e-5):
 
 @pytest.mark.usefixtures("quick")
 class TestValues:
-    @pytest.mark.parametrize("case", kernel_cases.table(), ids=str)
+    @pytest.mark.parametrize("case", kernel_cases.params(), ids=str)
     def test_table(self, case):
         case.check("tpu", interpret=True)
 

@@ -95,7 +95,7 @@ def test_soft_cap(impl):
     assert_matches(impl, spec, pairs, q, k, v, do, soft_cap=1.5)
 
 
-@settings(max_examples=10, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, suppress_health_check=list(HealthCheck))
 @given(
     strategies.with_heads(),
     st.sampled_from([(1, 1), (13, 33), (60, 60), (45, 20)]),
@@ -110,7 +110,7 @@ def test_random_maps_on_the_cpu_path(spec, lengths, block):
 
 
 @pytest.mark.parametrize("impl", ["tpu", "triton"])
-@settings(max_examples=4, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, suppress_health_check=list(HealthCheck))
 @given(strategies.with_heads())
 def test_random_maps_on_kernels(impl, spec):
     q, k, v, do = arrays(1, 45, 50, 6, 3, 16, 16)
@@ -183,7 +183,9 @@ def test_shard_map_over_batch_or_heads(impl, axis):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["xla", "tpu", "triton"])
+@pytest.mark.parametrize(
+    "impl", ["xla", "tpu", pytest.param("triton", marks=pytest.mark.slow)]
+)
 def test_second_derivatives(impl):
     q, k, v, do = arrays(1, 20, 20, 2, 1, 8, 8)
 

@@ -95,10 +95,10 @@ SLOW = {"marks": pytest.mark.slow}
     [
         # The last row is short.
         ("logsparse", 13, "reference"),
-        ("vertical both ways", 13, "reference"),
+        pytest.param("vertical both ways", 13, "reference", **SLOW),
         ("horizontal", 13, "reference"),
         ("rowmajor", 13, "reference"),
-        ("mixture", 13, "reference"),
+        pytest.param("mixture", 13, "reference", **SLOW),
         ("fixed both ways", 43, "xla"),
         # Two groups of levels.
         ("logsparse", 130, "xla"),

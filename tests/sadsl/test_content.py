@@ -86,6 +86,7 @@ class Labels(Selection):
 
 
 WINDOWS = sa.per_head(sa.window(3), sa.window(9))
+KERNELS = "tpu", "triton"
 SPECS = [
     sa.causal() & (sa.window(9) | Cells(7, 5)),
     (Cells(32, 16) | WINDOWS) - Cells(1, 64),
@@ -110,8 +111,17 @@ def dense(spec, q, k):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("spec", SPECS, ids=repr)
+@pytest.mark.parametrize(
+    ("impl", "spec"),
+    [
+        pytest.param(
+            impl, spec, marks=pytest.mark.slow if i % 2 and impl in KERNELS else ()
+        )
+        for i, spec in enumerate(SPECS)
+        for impl in IMPLS
+    ],
+    ids=repr,
+)
 def test_composed(impl, spec):
     q, k, v, do = arrays()
     pairs = dense(spec, q, k)
@@ -219,6 +229,7 @@ def test_the_order_follows_the_label():
     assert not sorts(sa.per_head(Labels(4), sa.causal()))
 
 
+@pytest.mark.slow
 def test_second_derivatives_and_vmap():
     q, k, v, do = (x[0, :, :2] for x in arrays(kv_heads=4))
     spec = SPECS[0]

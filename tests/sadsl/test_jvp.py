@@ -33,6 +33,7 @@ def test_both_modes_and_both_mixed_against_differences():
     check_grads(f, (q, k, v), order=2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_jacobians_and_hessians_are_those_of_the_reference():
     q, k, v, do = arrays(1, 7, 7, 1, 1, 3, 3)
 

@@ -78,7 +78,10 @@ def check(spec, wanted, impl="xla", given=None, *, sizes=None):
 # ---- joint
 
 
-@pytest.mark.parametrize("impl", list(BACKENDS))
+KERNELS = [pytest.param(x, marks=pytest.mark.slow) for x in ("tpu", "triton")]
+
+
+@pytest.mark.parametrize("impl", ["reference", "xla", *KERNELS])
 def test_a_joint_of_different_options_is_one_normaliser(impl):
     spec = sa.joint(sa.softmax(NEAR, 5.0), FAR, sa.softmax(FIRST, 5.0))
     assert len(spec.resolved(70)) >= 2

@@ -157,7 +157,7 @@ def test_calls_that_do_not_fit_are_refused():
     whole = {"centroids": np.zeros((2, 3, 8), np.int32)}
     refused(ValueError, "is int32 of shape", kmeans(3), whole)
     refused(ValueError, "float centroids .* not given", kmeans(3), {})
-    refused(NotImplementedError, "softmax a cluster", kmeans(3), return_lse=True)
+    refused(NotImplementedError, "more than one normaliser", kmeans(3), return_lse=True)
     term = sa.scatter_mean(kmeans(3))
     with pytest.raises(ValueError, match="for 12 keys: pass share_qk=False"):
         sa.attention(q[:, :5], q, q, term, operands=good)
