@@ -5,13 +5,14 @@ all pairs is ``sum_p exp(L_p - L) o_p`` with ``L = log sum_p exp(L_p)``, as long
 pair is in two parts.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowering import adjoint
 from sadsl.term import Outcome
 
 
@@ -35,12 +36,25 @@ def _merge(outs: tuple[Array, ...], lses: tuple[Array, ...]) -> tuple[Array, Arr
 
 
 def _times(weight: Array, out: Array) -> Array:
-    """``weight[..., None] * out``, whose transpose sums the products by a dot.
+    """``weight[..., None] * out``."""
+    spread, added = _along(out.shape[-1])
+    return adjoint.linear(spread, added, weight) * out
+
+
+@lru_cache
+def _along(size: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """One more axis of ``size`` with the same everywhere, and its transpose, a sum.
 
     CPUs add up the last axis of an array one number at a time, but for dots.
     """
-    ones = jnp.ones((1, out.shape[-1]), out.dtype)
-    return jnp.matmul(weight[..., None], ones, precision="highest") * out
+
+    def spread(x: Array) -> Array:
+        return jnp.broadcast_to(x[..., None], (*x.shape, size))
+
+    def added(y: Array) -> Array:
+        return jnp.matmul(y, jnp.ones(size, y.dtype), precision="highest")
+
+    return spread, added
 
 
 def _shares(lses: tuple[Array, ...]) -> tuple[list[Array], Array]:

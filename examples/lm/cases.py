@@ -64,9 +64,9 @@ class Preset:
 DEFAULT = Preset(
     ModelConfig(num_layers=2, num_heads=4, num_kv_heads=4, d_model=128, d_hidden=512),
     TrainConfig(
-        steps=200, batch_size=2, seq_len=1024, learning_rate=4e-3, warmup_steps=20,
+        steps=150, batch_size=2, seq_len=1024, learning_rate=4e-3, warmup_steps=15,
         weight_decay=0.1, clip_norm=1.0, seed=0, valid_batches=16, valid_every=50,
-        checkpoint_every=200,
+        checkpoint_every=150,
     ),
     seeds=3,
 )  # fmt: skip
