@@ -1,6 +1,6 @@
 """Compares kinds of attention in language models of one size, on the same batches.
 
-    python examples/compare.py                          # some fifteen minutes
+    python examples/compare.py                          # some ten minutes
     python examples/compare.py --only=dense --only=window --seeds=5
     python examples/compare.py --readme                 # and writes the README's table
 
