@@ -1,5 +1,6 @@
 """Terms made of terms: one normaliser over all (``joint``), or a mean of outputs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import reduce
@@ -110,6 +111,14 @@ class Gated(Mixture):
 
     gates: str = "gates"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.gates, str) or not self.gates.isidentifier():
+            raise ValueError(
+                f"gated: gates={self.gates!r} must be the name of an operand, a Python "
+                "identifier; the array itself is passed as operands={name: array}"
+            )
+
     @property
     def operands(self) -> Mapping[str, int]:
         """The gates: query, head and part."""
@@ -128,6 +137,15 @@ class Weighted(Term):
 
     term: Spec
     log_weight: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.term, IndexMap | Term):
+            raise TypeError(f"weighted takes a map or a term, not {self.term!r}")
+        if not math.isfinite(self.log_weight):
+            raise ValueError(
+                f"weighted: log_weight={self.log_weight} must be finite; leave out a "
+                "term that shall not count"
+            )
 
     @property
     def parts(self) -> tuple[Spec, ...]:

@@ -33,6 +33,14 @@ class Softmax(Term):
     def __post_init__(self) -> None:
         if not isinstance(self.map, IndexMap):
             raise TypeError(f"softmax takes an index map, not {self.map!r}")
+        if self.sink is not None and not (
+            isinstance(self.sink, str) and self.sink.isidentifier()
+        ):
+            raise ValueError(
+                f"softmax: sink={self.sink!r} must be True, False or the name of an "
+                "operand, a Python identifier; the array is passed as operands="
+                "{name: array}"
+            )
         if not isinstance(self.bias, Bias | None):
             raise TypeError(
                 f"softmax: bias={self.bias!r} must be one such as alibi(), or None; an "

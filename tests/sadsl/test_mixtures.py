@@ -279,6 +279,11 @@ BAD = [
     (lambda: sa.joint(NEAR, 3), TypeError, "takes maps and terms, not 3"),
     (lambda: sa.joint(NEAR, overlap="add"), ValueError, "must be one of remove"),
     (lambda: sa.joint(sa.gated(NEAR)), ValueError, "no single normaliser"),
+    (lambda: sa.gated(NEAR, FAR, gates=3), ValueError, "gates=3 must be the name"),
+    (lambda: sa.weighted(3, 1.0), TypeError, "a map or a term, not 3"),
+    (lambda: sa.weighted(NEAR, float("nan")), ValueError, "log_weight=nan must be"),
+    (lambda: sa.softmax(NEAR, sink=3), ValueError, "sink=3 must be True"),
+    (lambda: sa.softmax(NEAR, bias=3), TypeError, r"bias=3 must be one such as alibi"),
     (lambda: sa.plan(sa.average(NEAR, FAR), 70), NotImplementedError, "of a part"),
 ]  # fmt: skip
 
