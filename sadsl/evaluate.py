@@ -48,16 +48,10 @@ def evaluate(
             return _scatter_mean(inputs, spec, given, setting)
         case Heads():
             return by_heads.attend(inputs, spec, given, setting, evaluate)
-        case Joint():
-            return mixtures.joint_outcome(inputs, spec, given, setting, evaluate)
-        case Average():
-            return mixtures.average_outcome(inputs, spec, given, setting, evaluate)
-        case Gated():
-            return mixtures.gated_outcome(inputs, spec, given, setting, evaluate)
+        case Joint() | Average() | Gated() | Weighted():
+            return mixtures.attend(inputs, spec, given, setting, evaluate)
         case Summaries():
             return summarised.attend(inputs, spec, given, setting, evaluate)
-        case Weighted():
-            return mixtures.weighted_outcome(inputs, spec, given, setting, evaluate)
         case Channel():
             return channels.attend(inputs, spec, given, setting, evaluate)
         case Compressed():

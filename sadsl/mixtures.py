@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import reduce
 from operator import or_
-from typing import Any, Literal, get_args
+from typing import Any, Literal, assert_never, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -215,57 +215,37 @@ def _known(support: IndexMap | None) -> IndexMap:
     return support
 
 
-def joint_outcome(
-    inputs: Inputs, term: Joint, given: Mapping[str, Any], setting: Setting,
-    evaluate: Evaluate,
+def attend(
+    inputs: Inputs, term: Joint | Average | Gated | Weighted,
+    given: Mapping[str, Any], setting: Setting, evaluate: Evaluate,
 ) -> Outcome:  # fmt: skip
-    """All parts under one normaliser."""
-    q, k, _ = inputs
-    parts = term.resolved(
-        q.shape[1], k.shape[1], num_heads=q.shape[2], q_offset=setting.q_offset
-    )
-    found = [evaluate(inputs, p, read_by(p, given), setting) for p in parts]
-    return found[0] if len(found) == 1 else merging.merge(found)
-
-
-def average_outcome(
-    inputs: Inputs, term: Average, given: Mapping[str, Any], setting: Setting,
-    evaluate: Evaluate,
-) -> Outcome:  # fmt: skip
-    """The mean of what the parts yield."""
-    outs = _outs(inputs, term, given, setting, evaluate)
-    return Outcome(merging.mean(outs), None)
-
-
-def gated_outcome(
-    inputs: Inputs, term: Gated, given: Mapping[str, Any], setting: Setting,
-    evaluate: Evaluate,
-) -> Outcome:  # fmt: skip
-    """The gated sum of what the parts yield.
+    """The parts of a mixture, each by its own rule, and what it makes of them.
 
     Raises:
-      ValueError: the gates are missing, or of another shape.
+      ValueError: terms of a joint share pairs that none can give up, or gates are
+        missing or of another shape.
     """
-    gates = _gates(term, given, inputs[0])
-    outs = _outs(inputs, term, given, setting, evaluate)
-    return Outcome(merging.gated_sum(outs, gates), None)
 
+    def each(parts: tuple[Spec, ...]) -> list[Outcome]:
+        return [evaluate(inputs, p, read_by(p, given), setting) for p in parts]
 
-def _outs(
-    inputs: Inputs, term: Mixture, given: Mapping[str, Any], setting: Setting,
-    evaluate: Evaluate,
-) -> tuple[Array, ...]:  # fmt: skip
-    found = (evaluate(inputs, p, read_by(p, given), setting) for p in term.terms)
-    return tuple(outcome.out for outcome in found)
-
-
-def weighted_outcome(
-    inputs: Inputs, term: Weighted, given: Mapping[str, Any], setting: Setting,
-    evaluate: Evaluate,
-) -> Outcome:  # fmt: skip
-    """The outcome of the part, with a shifted lse."""
-    out, lse = evaluate(inputs, term.term, given, setting)
-    return Outcome(out, None if lse is None else lse + term.log_weight)
+    match term:
+        case Joint():
+            q, k, _ = inputs
+            sizes = q.shape[1], k.shape[1]
+            options = {"num_heads": q.shape[2], "q_offset": setting.q_offset}
+            found = each(term.resolved(*sizes, **options))
+            return found[0] if len(found) == 1 else merging.merge(found)
+        case Average():
+            return Outcome(merging.mean(tuple(x.out for x in each(term.terms))), None)
+        case Gated():
+            gates = _gates(term, given, inputs[0])
+            outs = tuple(x.out for x in each(term.terms))
+            return Outcome(merging.gated_sum(outs, gates), None)
+        case Weighted():
+            ((out, lse),) = each(term.parts)
+            return Outcome(out, None if lse is None else lse + term.log_weight)
+    assert_never(term)
 
 
 def _gates(term: Gated, given: Mapping[str, Any], q: Array) -> Array:
