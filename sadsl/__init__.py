@@ -3,7 +3,8 @@
 ``causal() & (window(512) | sinks(4))`` is an index map; ``attention(q, k, v, map)``
 runs it on CPU, TPU or GPU with gradients; ``plan`` counts what it visits and ``lower``
 shows every stage down to the kernel. Layers are in ``sadsl.layers``, pictures in
-``sadsl.plot``.
+``sadsl.plot``, published mechanisms in ``sadsl.catalog``: import them by name, they are
+not loaded with this module.
 """
 
 from lowering.counts import Plan as Plan
@@ -88,3 +89,91 @@ from sadsl.terms import softmax as softmax
 from sadsl.text import parse as parse
 
 __version__ = "0.1.0"
+
+# Each name is the object that its module defines; `dir` shows no modules.
+__all__ = [
+    "Cache",
+    "Compiled",
+    "Grid",
+    "IndexMap",
+    "KernelConfig",
+    "LinearState",
+    "Lowered",
+    "Plan",
+    "Properties",
+    "Softmax",
+    "Tile",
+    "alibi",
+    "attention",
+    "average",
+    "bias",
+    "blocks",
+    "cache",
+    "causal",
+    "channel",
+    "clusters",
+    "columns",
+    "compressed",
+    "dilated",
+    "distance_bias",
+    "floor_log2",
+    "full",
+    "gated",
+    "heads",
+    "induced",
+    "isin",
+    "joint",
+    "key_bias",
+    "keys",
+    "kmeans",
+    "linear",
+    "linear_prefill",
+    "linear_state",
+    "linear_step",
+    "load",
+    "load_plan",
+    "lower",
+    "lsh",
+    "mass",
+    "maximum",
+    "minimum",
+    "offsets",
+    "operand",
+    "pair_bias",
+    "parse",
+    "per_head",
+    "plan",
+    "plan_for",
+    "power_of_two",
+    "prefix",
+    "properties",
+    "queries",
+    "read_head_plan",
+    "regions",
+    "rowmajor",
+    "rows",
+    "save",
+    "save_plan",
+    "scatter_mean",
+    "segments",
+    "select",
+    "sinks",
+    "softmax",
+    "spans",
+    "strided",
+    "summaries",
+    "t5_bias",
+    "table",
+    "threshold",
+    "topk",
+    "tower",
+    "weighted",
+    "weights",
+    "where",
+    "window",
+    "write_head_plan",
+]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

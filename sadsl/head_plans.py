@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sadsl.catalog.moa import moa
+from sadsl.growing_spans import moa
 from sadsl.maps import IndexMap, PerHead, per_head
 from sadsl.named import causal, dilated, sinks, strided, window
 from sadsl.term import Spec

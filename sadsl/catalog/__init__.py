@@ -43,7 +43,6 @@ from sadsl.catalog.mminference import mminference_candidates as mminference_cand
 from sadsl.catalog.mminference import mminference_q_boundary as mminference_q_boundary
 from sadsl.catalog.mminference_grid import mminference_grid as mminference_grid
 from sadsl.catalog.mminference_grid import residue_major as residue_major
-from sadsl.catalog.moa import moa as moa
 from sadsl.catalog.moba import moba as moba
 from sadsl.catalog.modality_mutual import modality_mutual as modality_mutual
 from sadsl.catalog.neighborhood import neighborhood as neighborhood
@@ -74,3 +73,4 @@ from sadsl.catalog.sqa import sqa as sqa
 from sadsl.catalog.streaming import streaming as streaming
 from sadsl.catalog.swapped_window import swapped_window as swapped_window
 from sadsl.catalog.vmoba import vmoba as vmoba
+from sadsl.growing_spans import moa as moa

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sadsl.key_bias import attention_with_key_bias
+from sadsl.attention import attention
+from sadsl.bias import key_bias
 from sadsl.maps import IndexMap
 from sadsl.named import causal
 from sadsl.selections.key_ranks import key_topw
+from sadsl.terms import softmax
 
 FORMS = ("linear", "exp")
 
@@ -74,7 +76,10 @@ def dynamic_mask_attention(
     ``dynamic_mask()`` if None, or any map that reads the operand ``bias``; ``options``
     are those of ``attention``.
     """
+    # The choice takes a score a key head, the bias a number a query head.
     bias = value_bias(v, *weights, form)
+    bias = jnp.repeat(bias, q.shape[2] // k.shape[2], axis=1)
     chosen = dynamic_mask() if spec is None else spec
-    operands = {**options.pop("operands", {}), "bias": bias}
-    return attention_with_key_bias(q, k, v, chosen, bias, operands=operands, **options)
+    operands = {**(options.pop("operands", None) or {}), "bias": bias}
+    term = softmax(chosen, bias=key_bias("bias"))
+    return attention(q, k, v, term, operands=operands, **options)

@@ -12,6 +12,6 @@ def snapkv(
     Li et al., SnapKV: LLM knows what you are looking for before generation, 2024,
     section 4, as in Nawrot et al., The sparse frontier, 2025, whose defaults these are;
     the first 4 and the last 128 keys stay and count. To decode, choose at the end of
-    the prompt by ``sadsl.attention.select``, pass what it returns as ``operands=``.
+    the prompt by ``sadsl.select``, pass what it returns as ``operands=``.
     """
     return kept_keys(prompt, capacity, last=last, pool=pool)

@@ -1,8 +1,8 @@
 """Centroids as they are learned: beside the gradient, from the tokens they attract.
 
 Pure functions, which the layers of both Flax APIs call. Vectors are normalised as
-``sadsl.selections.kmeans.normalized`` does, ``[batch, heads, n, dim]``; a vector of
-zeros is padding and counts nowhere.
+``normalized`` of ``kmeans`` does, ``[batch, heads, n, dim]``; a vector of zeros is
+padding and counts nowhere.
 """
 
 from typing import NamedTuple

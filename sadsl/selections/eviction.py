@@ -52,7 +52,7 @@ class KeptKeys(NamedSelection):
                 f"kept_keys: the queries {start} to {self.prompt - 1} choose among the "
                 f"{self.prompt} keys of the prompt, but queries {offset} to "
                 f"{offset + num_queries - 1} and {content.k.shape[2]} keys were given: "
-                "choose when the prompt is there, by `sadsl.attention.select`, and "
+                "choose when the prompt is there, by `sadsl.select(...)`, and "
                 "pass what it returns as operands= later"
             )
         q = content.queries()[:, :, start - offset : end - offset] * content.sm_scale

@@ -12,8 +12,7 @@ from content_cases import drawn
 import sadsl as sa
 from sadsl import catalog
 from sadsl.attention import select
-from sadsl.key_bias import attention_with_key_bias, with_key_bias
-from sadsl.selections import key_positive, key_topw, lsh
+from sadsl.selections import key_positive, key_topw
 from sadsl.selections.key_ranks import descending_ranks, least_of_prefixes
 
 
@@ -163,16 +162,16 @@ def with_gradients(attend, arrays, do):
 
 
 def check_bias(spec, arrays, bias, pairs, impl):
-    """Values and all gradients of ``attention_with_key_bias``, against float64."""
+    """Values and all gradients of a map with ``key_bias``, against float64."""
     q, k, v, do = arrays
     dtype = q.dtype
     group = q.shape[2] // k.shape[2]
+    term = sa.softmax(spec, bias=sa.key_bias("bias"))
 
     @jax.jit
     def call(q, k, v, bias, do):
-        asked = lambda bias: None if spec == sa.causal() else {"bias": bias}
-        attend = lambda q, k, v, bias: attention_with_key_bias(
-            q, k, v, spec, bias, operands=asked(bias), impl=impl,
+        attend = lambda q, k, v, bias: sa.attention(
+            q, k, v, term, operands={"bias": bias}, impl=impl,
             interpret=impl in ("tpu", "triton"),
             config=sa.KernelConfig(block_q=16, block_kv=16),
         )  # fmt: skip
@@ -208,46 +207,11 @@ def test_bias_is_added(impl):
     check_bias(spec, some(n, 5), bias, pairs[None], impl)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_bias_keeps_its_digits(dtype):
-    """Features of 16 bits, together, are the float32 that was given."""
-    bias = jnp.asarray(100 * drawn(1, 1, 257, seed=3))
-    q, k = (jnp.zeros((1, 257, 1, 3), dtype) for _ in range(2))
-    wide = jax.jit(with_key_bias, static_argnums=3)(q, k, bias, 0.5)
-    features = [np.asarray(x, np.float64) for x in wide]
-    added = features[0][0, 0, 0] @ features[1][0, :, 0].T * 0.5
-    # float16 holds nothing smaller than 2 ** -14.
-    least = {"bfloat16": 0.0, "float16": 2**-15}[dtype]
-    np.testing.assert_allclose(added, np.asarray(bias)[0, 0], rtol=1e-6, atol=least)
-    one = jax.jit(jax.grad(lambda b: with_key_bias(q, k, b, 0.5)[1][..., -3:].sum()))
-    # Of the three pieces, the first moves with the bias and the others stay.
-    np.testing.assert_allclose(one(bias), 2.0)
-
-
 def test_bias_in_bfloat16():
     n = 13
     pairs = np.tril(np.ones((1, 1, n, n), bool))
     bias = jnp.asarray(drawn(1, 1, n, seed=4))
     check_bias(sa.causal(), some(n, 4, "bfloat16"), bias, pairs, "reference")
-
-
-def test_hashes_are_those_of_the_queries_as_given():
-    """A selection that reads q and k does not see the feature of the bias."""
-    spec, n = lsh(4), 13
-    q, k, v, _ = some(n, 4)
-    operands = {"projections": drawn(1, 1, 4, 2, seed=8)}
-    zero = jnp.zeros((1, 1, n))
-
-    @jax.jit
-    def both(q, k, v):
-        options = {"operands": operands, "impl": "reference"}
-        return (
-            attention_with_key_bias(q, k, v, spec, zero, **options),
-            sa.attention(q, k, v, spec, **options),
-        )
-
-    found, wanted = both(q, k, v)
-    oracle.assert_close(found, np.asarray(wanted, np.float64), "float32")
 
 
 # --- dynamic mask attention ---
@@ -301,13 +265,14 @@ def test_as_many_keys_as_there_are_is_dense_with_a_bias():
     n = 13
     q, k, v, _ = some(n, 4)
     weights = jnp.asarray(drawn(4, 1, seed=5)), jnp.ones(1)
+    biased = sa.softmax(sa.causal(), bias=sa.key_bias("bias"))
 
     @jax.jit
     def call(q, k, v, weights):
         attend = partial(catalog.dynamic_mask_attention, q, k, v, weights)
         bias = catalog.value_bias(v, *weights)
         return (
-            attention_with_key_bias(q, k, v, "causal()", bias, impl="reference"),
+            sa.attention(q, k, v, biased, operands={"bias": bias}, impl="reference"),
             attend(impl="reference"),
             attend(catalog.dynamic_mask(n, shared=True), impl="reference"),
         )
@@ -339,10 +304,6 @@ Q, K, V, _ = some(8, 4)
          r"'bias' has shape \(3, 8\) .* 8 keys in each of 2 query heads"),
         (lambda: select(key_positive(), Q, K, operands={"bias": jnp.ones((2, 7))}),
          r"'bias' has shape \(2, 7\)"),
-        (lambda: attention_with_key_bias(Q, K, V, "causal()", jnp.ones((1, 2, 8))),
-         r"bias has shape \(1, 2, 8\): .* of \(1, 1, 8\)"),
-        (lambda: attention_with_key_bias(Q, K, V, "full()", jnp.ones((1, 1, 8)),
-                                         sm_scale=0.0), "sm_scale=0.0 with a key bias"),
         (lambda: catalog.value_bias(V, jnp.ones((4, 2)), jnp.ones(1)),
          r"weight has shape \(4, 2\): for values of 1 heads .* \(4, 1\)"),
         (lambda: catalog.value_bias(V, jnp.ones((4, 1)), jnp.ones(2)),
@@ -354,9 +315,3 @@ Q, K, V, _ = some(8, 4)
 def test_bad_values(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_a_cap_comes_before_the_bias():
-    spec, bias = sa.softmax(sa.causal(), 5.0), jnp.ones((1, 1, 8))
-    with pytest.raises(NotImplementedError, match=r"logits_soft_cap=5\.0 with a key"):
-        attention_with_key_bias(Q, K, V, spec, bias)

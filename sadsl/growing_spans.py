@@ -1,4 +1,4 @@
-"""MoA: mixture of sparse attention, with spans that grow with the input by head."""
+"""Maps whose spans grow with the length, by head: MoA."""
 
 from collections.abc import Sequence
 from fractions import Fraction
