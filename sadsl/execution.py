@@ -18,7 +18,13 @@ from pallas_kernels import dispatch
 from pallas_kernels.call import Call, Inputs, Masks, Vectors
 from pallas_kernels.config import KernelConfig, Tiles
 from sadsl import checks, dropout, reference
-from sadsl.selections.content import Content, Selection, choose, selections_of
+from sadsl.selections.content import (
+    Content,
+    Selection,
+    choose,
+    operands_of,
+    selections_of,
+)
 from sadsl.term import DROPOUT_KEY
 from sadsl.terms import Softmax
 
@@ -39,6 +45,12 @@ class Options:
     def selections(self) -> tuple[Selection, ...]:
         """The parts of the map that are decided by content."""
         return selections_of(self.term)
+
+    @cached_property
+    def read(self) -> frozenset[str]:
+        """The arrays that the simplified map still reads."""
+        maps = self.stages["simplify"].maps
+        return frozenset(name for node in maps for name in ir.operand_names(node))
 
     @cached_property
     def asked(self) -> dict[str, int]:
@@ -115,13 +127,19 @@ def traced(
 def with_parts(
     q: Array, k: Array, arrays: Mapping[str, Array], options: Options
 ) -> Mapping[str, Array]:
-    """The arrays that the map reads, what content decides among them."""
+    """The arrays that the map reads, what content decides among them.
+
+    A choice that simplification has removed from the map is not made.
+    """
     if not options.selections:
         return arrays
-    arrays = {**arrays, **chosen_parts(q, k, arrays, options)}
-    read = {x for m in options.stages["simplify"].maps for x in ir.operand_names(m)}
-    arrays = {name: x for name, x in arrays.items() if name in read}
-    check_operands(arrays, options.stages)
+    read = options.read
+    needed = tuple(s for s in options.selections if any(map(s.owns, read)))
+    arrays = {**arrays, **choose(needed, content_of(q, k, arrays, options))}
+    known = operands_of(options.term.map)
+    arrays = {name: x for name, x in arrays.items() if name in known}
+    mine = {name: x for name, x in arrays.items() if name in read}
+    check_operands(mine, options.stages)
     return arrays
 
 
@@ -150,10 +168,11 @@ def _dense(
 ) -> tuple[Array, Array]:
     problem = options.problem
     program = options.stages["resolve_heads"]
-    nodes = tuple(program.maps[m] for m in program.map_of_head)
+    maps = tuple(without_missing(node, arrays) for node in program.maps)
     # An operand indexed by the head reads the head at hand.
     nodes = tuple(
-        ir.substitute(node, {"h": ir.Const(head)}) for head, node in enumerate(nodes)
+        ir.substitute(maps[m], {"h": ir.Const(head)})
+        for head, m in enumerate(program.map_of_head)
     )
     allowed = reference.pairs(nodes, problem.q_seq_len, problem.kv_seq_len, arrays)
     factor, rate = None, options.dropout_rate
@@ -166,6 +185,20 @@ def _dense(
         bias=_dense_bias(arrays, options, q.dtype), factor=factor,
     )  # fmt: skip
     return out, lse.astype(jnp.float32)
+
+
+def without_missing(node: ir.Pred, arrays: Mapping[str, Array]) -> ir.Pred:
+    """The map as it is written, with 0 for the arrays that are not there.
+
+    ``check_operands`` has made sure that the map does not depend on those.
+    """
+
+    def change(part: Any) -> Any:
+        if isinstance(part, ir.Operand) and part.name not in arrays:
+            return ir.Const(0)
+        return ir.rebuild(part, change)
+
+    return change(node)
 
 
 def _dense_bias(
@@ -295,7 +328,7 @@ def call_arrays(
 ) -> dict[str, Array]:
     """The run-time arrays of a call with a batch axis, checked against its map."""
     arrays = checks.operand_arrays(operands, *ids, floats=frozenset(options.asked))
-    ranks = operand_ranks(options.stages, arrays) | options.asked | options.of_bias
+    ranks = operand_ranks(options, arrays)
     fitted = checks.with_batch_axis(arrays, ranks, batch)
     check_given(fitted, options)
     return fitted
@@ -304,29 +337,28 @@ def call_arrays(
 def check_given(arrays: Mapping[str, Any], options: Options) -> None:
     """Checks the arrays of a caller, but for what selections check or make."""
     chosen = options.selections
-    asked = {*options.asked, *options.of_bias}
+    known = {*options.asked, *options.of_bias, *operands_of(options.term.map)}
     if options.score is not None:
         shapes = {n: x.shape[1:] for n, x in arrays.items() if n in options.of_bias}
         verify_scores(options.score, options.problem, shapes)
-    read = {x for m in options.stages["simplify"].maps for x in ir.operand_names(m)}
     mine = {
         name: x
         for name, x in arrays.items()
-        if name in read or name not in asked
+        if name in options.read or name not in known
         if not any(s.owns(name) for s in chosen)
     }
     check_operands(mine, options.stages, made=chosen)
 
 
-def operand_ranks(stages: Stages, arrays: Mapping[str, Any]) -> dict[str, int]:
-    """The axes of each array beside the batch: as many as it is indexed by."""
-    ranks = {
-        n.name: len(n.index)
-        for node in stages["simplify"].maps
-        for n in ir.walk(node)
-        if isinstance(n, ir.Operand)
-    }
-    return {name: ranks.get(name, 1) for name in arrays}
+def operand_ranks(options: Options, arrays: Mapping[str, Any]) -> dict[str, int]:
+    """The axes of each array beside the batch: as many as it is indexed by.
+
+    The map is taken as it was written: simplification may remove what reads an array,
+    which a caller passes all the same. An array that nothing reads is refused later.
+    """
+    unread = {name: x.ndim for name, x in arrays.items()}
+    written = operands_of(options.term.map)
+    return {**unread, **written, **options.asked, **options.of_bias}
 
 
 def check_operands(

@@ -14,6 +14,7 @@ from lowering import ir
 from lowering.simplify import simplify
 from sadsl.maps import IndexMap
 from sadsl.named import causal, full, segments
+from sadsl.selections.content import operands_of
 from sadsl.term import DROPOUT_KEY, Learned, Sizes, Term
 
 FeatureMap = Callable[[Array], Array]
@@ -121,7 +122,8 @@ class Linear(Term):
 
     def reads(self, name: str) -> bool:
         """Its arrays and its feature map; dropout gets as far as an error."""
-        return name in (*self.operands, self.named_features, DROPOUT_KEY)
+        known = (*self.operands, *operands_of(self.map))
+        return name in known or name in (self.named_features, DROPOUT_KEY)
 
     def learned(self, sizes: Sizes) -> dict[str, Learned]:
         """Log-decays of every token, one a key head."""

@@ -213,7 +213,7 @@ def lower(
         name: jax.ShapeDtypeStruct(x.shape, x.dtype if name in asked else jnp.int32)
         for name, x in (operands or {}).items()
     }
-    ranks = operand_ranks(options.stages, shapes) | asked | options.of_bias
+    ranks = operand_ranks(options, shapes)
     fitted = {
         name: x
         if len(x.shape) > ranks[name]

@@ -27,6 +27,7 @@ from sadsl import checks, execution, reference
 from sadsl.execution import Options
 from sadsl.maps import IndexMap
 from sadsl.named import Where, causal, where
+from sadsl.selections.content import operands_of
 from sadsl.terms import ScatterMean, Softmax
 
 # Names that no operand of a caller can have.
@@ -73,12 +74,6 @@ def select(
     of_clusters, _ = _arrays(term, given, options, q.shape[0])
     found = _chosen(q, k, of_clusters, term=term, options=options)
     return dict(zip(_names(term), found, strict=True))
-
-
-def reads(term: ScatterMean, name: str) -> bool:
-    """Whether a call takes the run-time array ``name``."""
-    known = (*term.clusters.operands, *ir.operand_names(term.rest.node))
-    return name in known or name in _names(term)
 
 
 def _names(term: ScatterMean) -> list[str]:
@@ -170,7 +165,8 @@ def _in_clusters(
         problem=Problem(window, copies[1].shape[1], lead[1]),
         config=_config(options, window),
     )
-    read = {name: arrays[name] for name in ir.operand_names(spec.node)}
+    known = operands_of(spec)
+    read = {name: x for name, x in arrays.items() if name in known}
     out, lse = execution.traced(*copies, read, options=of_slots)
     if term.own_key == "alone":
         own = _own_pairs(term, options.problem, num_clusters, arrays)
@@ -259,6 +255,7 @@ def _own_pairs(
 ) -> Array:
     """Whether the rest lets a slot see itself, bool ``[batch or 1, heads, slots]``."""
     node = _at_slots(term.rest.node, problem, num_clusters)
+    node = execution.without_missing(node, arrays)
     heads, window = arrays[Q_AT].shape[1:]
     maps = pipeline.run(node, Problem(window, window, heads))["resolve_heads"]
     slot = jnp.arange(window, dtype=jnp.int32)[None, None, :]
@@ -281,8 +278,11 @@ def _dense(
     q, k, v = inputs
     lengths = options.problem.q_seq_len, options.problem.kv_seq_len
     program = options.stages["resolve_heads"]
-    every = (program.maps[m] for m in program.map_of_head)
-    nodes = tuple(ir.substitute(n, {"h": ir.Const(h)}) for h, n in enumerate(every))
+    maps = [execution.without_missing(node, of_rest) for node in program.maps]
+    nodes = tuple(
+        ir.substitute(maps[m], {"h": ir.Const(h)})
+        for h, m in enumerate(program.map_of_head)
+    )
     allowed = reference.pairs(nodes, *lengths, of_rest)
     if term.skip_zeros:
         seen = jnp.swapaxes(jnp.any(v != 0, axis=-1), 1, 2)

@@ -8,10 +8,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jaxtyping import Array
 
-from lowering import ir
 from pallas_kernels.config import KernelConfig
 from sadsl.maps import IndexMap
-from sadsl.selections.content import selections_of
+from sadsl.selections.content import operands_of, selections_of
 
 # What dropout is drawn from travels as a run-time array; no operand has such a name.
 DROPOUT_KEY = "dropout.key"
@@ -97,7 +96,7 @@ def reads(spec: Spec, name: str) -> bool:
         return spec.reads(name)
     chosen = selections_of(spec)
     asked = any(name in s.operands or s.owns(name) for s in chosen)
-    return asked or name in ir.operand_names(spec.node) or name == DROPOUT_KEY
+    return asked or name in operands_of(spec) or name == DROPOUT_KEY
 
 
 def read_by(spec: Spec, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from lowering import ir
 from sadsl.bias import Bias
 from sadsl.maps import Both, IndexMap, Minus, at_least, per_head
 from sadsl.named import full
-from sadsl.selections.content import selections_of
+from sadsl.selections.content import operands_of, selections_of
 from sadsl.selections.kmeans import Kmeans
 from sadsl.term import Learned, Sizes, Spec, Term, seen
 
@@ -136,7 +136,7 @@ class ScatterMean(Term):
 
     def reads(self, name: str) -> bool:
         """Whether the clusters or the rest of the map take the array."""
-        return name in self.operands or name in ir.operand_names(self.rest.node)
+        return name in self.operands or name in operands_of(self.rest)
 
     @property
     def clusters(self) -> Kmeans:

@@ -9,6 +9,7 @@ compose with every other map, and one trace serves any content.
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -145,6 +146,30 @@ def selections_of(value: Any) -> tuple[Selection, ...]:
 
     visit(value)
     return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def operands_of(map: IndexMap) -> Mapping[str, int]:
+    """The run-time arrays that a map reads as it is written, with their axes.
+
+    Those that simplification or ``@`` leave without a reader are among them.
+    """
+    found: dict[str, int] = {}
+
+    def visit(item: Any) -> None:
+        if isinstance(item, IndexMap):
+            for node in ir.walk(item.node):
+                if isinstance(node, ir.Operand):
+                    found[node.name] = len(node.index)
+        if isinstance(item, tuple):
+            for part in item:
+                visit(part)
+        elif is_dataclass(item) and not isinstance(item, Selection):
+            for each in fields(item):
+                visit(getattr(item, each.name))
+
+    visit(map)
+    return found
 
 
 def widest(map: IndexMap) -> ir.Pred:
