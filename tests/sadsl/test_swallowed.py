@@ -145,8 +145,8 @@ def test_what_nothing_reads_need_not_be_given(impl):
         call(sa.causal() | sa.full(), operands={"stop": GIVEN["stop"]})
     with pytest.raises(ValueError, match="'x' was given, but no part of the map"):
         call(sa.causal(), operands={"x": jnp.zeros((1, 2, 3), jnp.int32)})
+    spec = sa.where(lambda q, k: k <= AT("stop")[q]) | sa.full()
     with pytest.raises(ValueError, match="must have 1 axes"):
-        spec = sa.where(lambda q, k: k <= AT("stop")[q]) | sa.full()
         call(spec, operands={"stop": jnp.zeros((1, 2, 3), jnp.int32)})
 
 
