@@ -8,7 +8,6 @@ diagonals if it depends on ``q - k`` alone, else an array of all pairs. Learned 
 get their gradients in any of them.
 """
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -18,10 +17,11 @@ from typing import Any
 from lowering import ir, scores
 from lowering.verify import index_range
 from sadsl.reals import Real, numbers, score_node, weights
-from sadsl.symbols import Symbol, maximum, minimum, table
+from sadsl.symbols import POSITIONS, maximum, minimum, table
 from sadsl.term import Learned, Sizes
+from sadsl.traced import bound, tracing
 
-Q, K, H = Symbol(ir.Q), Symbol(ir.K), Symbol(ir.H)
+Q, K, H = (POSITIONS[name] for name in "qkh")
 # Two lengths: an axis as long in both does not depend on the length.
 LENGTHS = 1 << 20, 1 << 21
 
@@ -44,6 +44,12 @@ class Bias:
         if not isinstance(other, Bias):
             raise TypeError(f"`+` adds a bias to a bias, not {other!r}")
         return Both(self, other)
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a bias has no truth value: write `a + b` instead of `a and b`, and "
+            "compare with `is None` instead of `if bias`"
+        )
 
     @property
     def operands(self) -> dict[str, int]:
@@ -224,6 +230,7 @@ class KeyBias(Bias):
 def bias(of_pair: Callable[..., Any]) -> Traced:
     """A number for each pair: ``bias(lambda q, k: ...)``, or with the head ``h``.
 
+    A parameter with a default keeps it, as in ``lambda q, k, d=d: ...``.
     Traced once on symbols: integers of positions as in ``where``; floats; their sums
     and products; ``table((0.5, 0.25))[h]``; and ``weights(name)[h, q - k]``, a run-time
     array that may be learned. ``q_offset`` counts: positions are the true ones. To
@@ -232,12 +239,14 @@ def bias(of_pair: Callable[..., Any]) -> Traced:
     Raises:
       TypeError: what the function returns is no number of positions.
     """
-    count = len(inspect.signature(of_pair).parameters)
-    if count not in (2, 3):
-        raise TypeError(
-            f"bias takes `lambda q, k:`, perhaps with `h`, not {count} names"
-        )
-    return Traced(score_node(of_pair(*(Q, K, H)[:count])))
+    names = bound(of_pair, "bias", ("q", "k", "h"))
+    with tracing("the function of bias"):
+        return traced_bias(of_pair(*(POSITIONS[name] for name in names)))
+
+
+def traced_bias(value: Any) -> Traced:
+    """The bias of a traced number, or of a constant."""
+    return Traced(score_node(value))
 
 
 def alibi(slopes: Iterable[float] | None = None) -> Alibi:

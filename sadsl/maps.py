@@ -10,7 +10,8 @@ from jaxtyping import Integer as IntArray
 from typing_extensions import override
 
 from lowering import eliminate, heads, ir, predicate, verify
-from sadsl.symbols import Symbol, Truth, truth_node
+from sadsl.symbols import POSITIONS, Symbol, Truth, truth_node
+from sadsl.traced import tracing
 
 
 class IndexMap:
@@ -32,7 +33,8 @@ class IndexMap:
     @cached_property
     def node(self) -> ir.Pred:
         """The predicate that the compiler works on."""
-        return truth_node(self.pairs(Symbol(ir.Q), Symbol(ir.K), Symbol(ir.H)))
+        with tracing(f"pairs of {type(self).__name__}"):
+            return truth_node(self.pairs(*(POSITIONS[name] for name in "qkh")))
 
     def __and__(self, other: "IndexMap") -> "IndexMap":
         return Both(self, _map(other, "&")) if _is_map(other) else NotImplemented

@@ -3,7 +3,6 @@
 Pictures in the docstrings show queries downwards and keys to the right, ``#`` = seen.
 """
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,7 +13,8 @@ from typing_extensions import override
 from lowering import ir
 from lowering.printing import show, show_set
 from sadsl.maps import IndexMap, at_least
-from sadsl.symbols import Symbol, Truth, operand, truth_node
+from sadsl.symbols import POSITIONS, Symbol, Truth, operand, truth_node
+from sadsl.traced import bound, tracing
 
 
 @dataclass(frozen=True, repr=False)
@@ -356,7 +356,8 @@ def where(function: Callable[..., Any]) -> Where:
     """The pairs for which ``function`` holds.
 
     It takes the positions ``(q, k)``, perhaps the head as well, ``(q, k, h)``, and
-    perhaps the number of keys, ``(q, k, h, n)``. It is called once, on symbols: see
+    perhaps the number of keys, ``(q, k, h, n)``. A parameter with a default keeps it,
+    as in ``lambda q, k, d=d: ...``. It is called once, on symbols: see
     ``sadsl.symbols.Symbol`` for what can be traced.
 
     ``where(lambda q, k: (q + k) % 2 == 0)``::
@@ -369,13 +370,11 @@ def where(function: Callable[..., Any]) -> Where:
     Raises:
       TypeError: it branches on a symbol, or uses what cannot be traced.
     """
-    given = inspect.signature(function).parameters.values()
-    # What has a default was bound to it by the caller, as in `lambda q, k, d=d: ...`.
-    count = sum(parameter.default is parameter.empty for parameter in given)
-    if count not in (2, 3, 4):
-        raise TypeError(
-            "where takes a function of (q, k), (q, k, h) or (q, k, h, n), not of "
-            f"{count} arguments"
-        )
-    symbols = tuple(Symbol(x) for x in (ir.Q, ir.K, ir.H, ir.N))[:count]
-    return Where(truth_node(function(*symbols)))
+    names = bound(function, "where", tuple(POSITIONS))
+    with tracing("the function of where"):
+        return traced_map(function(*(POSITIONS[name] for name in names)))
+
+
+def traced_map(value: Truth | bool) -> Where:
+    """The map of a traced expression."""
+    return Where(truth_node(value))

@@ -1,22 +1,26 @@
 """Numbers as symbols: what the function given to ``bias`` returns."""
 
 import math
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar
+
+import numpy as np
 
 from lowering import ir, scores
+from sadsl.traced import NotTraced, Traced, integer
 
 
-@dataclass(frozen=True, eq=False)
-class Real:
+@dataclass(frozen=True, eq=False, repr=False)
+class Real(Traced):
     """A number added to a score; ``+ - *`` of numbers and integers are traced."""
 
     node: scores.Score
 
-    # NumPy must not take the symbol apart: it defers to the operators below.
-    __array_ufunc__ = None
+    way_out: ClassVar[str] = (
+        "a traced map takes integers; of numbers, + - and * are traced, and they can "
+        "only be added to scores: use them in a bias"
+    )
 
     def __add__(self, other: Any) -> "Real":
         return Real(scores.Sum(self.node, score_node(other)))
@@ -39,36 +43,32 @@ class Real:
     def __rmul__(self, other: Any) -> "Real":
         return Real(scores.Product(score_node(other), self.node))
 
-    def _refuse(self, *_: object) -> NoReturn:
-        raise TypeError(
-            f"a traced map takes integers, not `{self!r}`: of numbers, + - and * are "
-            "traced, and they can only be added to scores, in a bias"
-        )
-
-    __eq__ = __ne__ = __le__ = __lt__ = __ge__ = __gt__ = _refuse  # type: ignore[assignment]
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __abs__ = _refuse
-    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __iter__ = _refuse
-    __int__ = __float__ = __index__ = __bool__ = __hash__ = _refuse  # type: ignore[assignment]
+    def __pos__(self) -> "Real":
+        return self
 
     def __repr__(self) -> str:
         return scores.show_score(self.node)
 
 
-@dataclass(frozen=True)
-class TableNumbers:
+@dataclass(frozen=True, eq=False)
+class TableNumbers(Traced):
     """A constant table of floats; ``table((0.5, 0.25))[h]`` looks one up."""
 
     values: tuple[float, ...]
+
+    way_out: ClassVar[str] = "look up a number of the table, as in table(values)[h]"
 
     def __getitem__(self, index: Any) -> Real:
         return Real(scores.Numbers(self.values, _expr(index)))
 
 
-@dataclass(frozen=True)
-class WeightsArray:
+@dataclass(frozen=True, eq=False)
+class WeightsArray(Traced):
     """A run-time array of floats by name; ``weights("b")[h, q - k]`` looks one up."""
 
     name: str
+
+    way_out: ClassVar[str] = "look up a number of the array, as in weights(name)[h, q]"
 
     def __getitem__(self, index: Any) -> Real:
         parts = index if isinstance(index, tuple) else (index,)
@@ -102,9 +102,14 @@ def constant(value: Any) -> scores.Number:
 
 
 def number(value: Any) -> float:
-    """A finite Python number as a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"a bias is made of numbers of positions, not of {value!r}")
+    """A finite constant as a float."""
+    known = int | float | np.integer | np.floating
+    if isinstance(value, bool) or not isinstance(value, known):
+        raise NotTraced(
+            f"a bias is made of numbers of positions, not of {value!r}: write float(x) "
+            "for a constant, use table(values)[h] for constants by position, or "
+            "weights(name)[h, q] for an array that is passed as operands={name: array}"
+        )
     if not math.isfinite(value):
         raise ValueError(
             f"a bias takes finite constants, not {value}: to leave pairs out, use a map"
@@ -113,7 +118,7 @@ def number(value: Any) -> float:
 
 
 def numbers(values: Iterable[float]) -> tuple[float, ...]:
-    """Several of them."""
+    """Finite constants as a tuple of floats."""
     return tuple(number(value) for value in values)
 
 
@@ -121,8 +126,4 @@ def _expr(index: Any) -> ir.Expr:
     node = getattr(index, "node", None)
     if isinstance(node, ir.Expr):
         return node
-    if isinstance(index, bool) or not hasattr(index, "__index__"):
-        raise TypeError(
-            f"an array is indexed by integers of positions, not by {index!r}"
-        )
-    return ir.Const(operator.index(index))
+    return ir.Const(integer(index, "[...]"))

@@ -1,16 +1,18 @@
 """What ``where`` and ``bias`` are traced on: integers and truths as symbols."""
 
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
 
 from lowering import ir, scores
 from lowering.printing import show
 from sadsl.reals import Real, TableNumbers, number
+from sadsl.traced import NotTraced, Traced, integer
 
-Integer: TypeAlias = "Symbol | OperandArray | int"
+Integer: TypeAlias = "Symbol | int"
 
 
 def _or_real(method: Callable) -> Callable:
@@ -18,15 +20,15 @@ def _or_real(method: Callable) -> Callable:
 
     @wraps(method)
     def either(self: "Symbol", other: Any) -> Any:
-        if isinstance(other, float | Real):
+        if isinstance(other, float | np.floating | Real):
             return getattr(Real(scores.Integer(self.node)), method.__name__)(other)
         return method(self, other)
 
     return either
 
 
-@dataclass(frozen=True, eq=False)
-class Symbol:
+@dataclass(frozen=True, eq=False, repr=False)
+class Symbol(Traced):
     """An integer that stands for a position, a head, or what is computed from them.
 
     ``+ - *`` (by constants), ``//`` and ``%`` (by positive constants), comparisons,
@@ -35,9 +37,6 @@ class Symbol:
     """
 
     node: ir.Expr
-
-    # NumPy must not take the symbol apart: it defers to the operators below.
-    __array_ufunc__ = None
 
     @_or_real
     def __add__(self, other: Integer) -> "Symbol":
@@ -60,6 +59,9 @@ class Symbol:
 
     def __neg__(self) -> "Symbol":
         return Symbol(ir.Mul(self.node, -1))
+
+    def __pos__(self) -> "Symbol":
+        return self
 
     def __abs__(self) -> "Symbol":
         return maximum(self, -self)
@@ -104,43 +106,27 @@ class Symbol:
         """Whether this is one of ``values``."""
         return isin(self, values)
 
-    def __hash__(self) -> int:
-        raise TypeError(
-            "a position cannot be looked up in a set or a dict while it is traced: "
-            "write isin(q - k, {1, 2, 4}) or table(values)[q]"
-        )
-
-    def __bool__(self) -> bool:
-        raise TypeError(
-            f"cannot branch on `{self!r}`: a map is traced once for all pairs; write "
-            "`a & b`, `a | b`, `~a`, minimum(a, b) or maximum(a, b) instead of "
-            "`and`, `or`, `not`, `if`, min, max or chained comparisons"
-        )
-
-    def _refuse(self, *_: object) -> NoReturn:
-        raise TypeError(
-            f"cannot trace this operation on `{self!r}`: traced are + - and * by "
-            "constants, // and % by positive constants, comparisons, abs, minimum, "
-            "maximum, floor_log2, power_of_two, isin, table and operand"
-        )
-
-    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _refuse
-    __rfloordiv__ = __rmod__ = __matmul__ = __rmatmul__ = _refuse
-    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse
-    __lshift__ = __rshift__ = __invert__ = __iter__ = _refuse
-    __int__ = __float__ = __index__ = __round__ = _refuse
+    __hash__ = Traced.__hash__
 
     def __repr__(self) -> str:
         return show(self.node)
 
 
-@dataclass(frozen=True, eq=False)
-class Truth:
-    """A predicate of positions; ``& | ~`` combine it."""
+# What a function is traced on, in the order of its parameters.
+POSITIONS = {"q": Symbol(ir.Q), "k": Symbol(ir.K), "h": Symbol(ir.H), "n": Symbol(ir.N)}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Truth(Traced):
+    """A predicate of positions; ``& | ^ ~ == !=`` combine it."""
 
     node: ir.Pred
 
-    __array_ufunc__ = None
+    way_out: ClassVar[str] = (
+        "comparisons are combined by `&`, `|`, `^`, `~`, `==` and `!=`, each in "
+        "parentheses; write `table((0, 1))[x]` or a comparison where an integer is "
+        "wanted"
+    )
 
     def __and__(self, other: "Truth | bool") -> "Truth":
         return Truth(ir.And((self.node, truth_node(other))))
@@ -154,17 +140,31 @@ class Truth:
     def __ror__(self, other: bool) -> "Truth":
         return Truth(ir.Or((truth_node(other), self.node)))
 
-    def __invert__(self) -> "Truth":
-        return Truth(ir.Not(self.node))
+    def __xor__(self, other: "Truth | bool") -> "Truth":
+        right = Truth(truth_node(other))
+        return (self & ~right) | (~self & right)
 
-    __bool__ = Symbol.__bool__
+    __rxor__ = __xor__
+
+    def __eq__(self, other: object) -> "Truth":  # type: ignore[override]
+        return ~(self ^ other)  # type: ignore[operator]
+
+    def __ne__(self, other: object) -> "Truth":  # type: ignore[override]
+        return self ^ other  # type: ignore[operator]
+
+    __hash__ = Traced.__hash__
+
+    def __invert__(self) -> "Truth":
+        if isinstance(self.node, ir.Bool):
+            # As text, `~True` would be Python's, which is -2.
+            return Truth(ir.Bool(not self.node.value))
+        return Truth(ir.Not(self.node))
 
     def __repr__(self) -> str:
         return show(self.node)
 
 
-@dataclass(frozen=True)
-class OperandArray:
+class OperandArray(Symbol):
     """A run-time array by name, indexed by traced integers; bare, a scalar.
 
     ``operand(name)[q]`` has an entry a query, ``[h, q // 64, k // 64]`` one for every
@@ -173,69 +173,34 @@ class OperandArray:
     first that is passed, whatever ``q_offset`` is, where an index reads nothing else.
     """
 
-    name: str
+    def __init__(self, name: str) -> None:
+        super().__init__(ir.Operand(name, ()))
+
+    @property
+    def name(self) -> str:
+        """The name by which the array is passed."""
+        assert isinstance(self.node, ir.Operand)
+        return self.node.name
 
     def __getitem__(self, index: "Symbol | tuple[Integer, ...]") -> Symbol:
         parts = index if isinstance(index, tuple) else (index,)
-        if not parts or not any(isinstance(part, Symbol) for part in parts):
-            raise TypeError(
-                f"operand({self.name!r})[{index!r}]: the index must be made of q, k "
-                "and h, one traced integer for each axis of the array"
-            )
         nodes = tuple(as_node(part, "operand(...)[...]") for part in parts)
+        if not any(ir.axes(node) for node in nodes):
+            raise NotTraced(
+                f"operand({self.name!r})[{index!r}]: the index must be made of q, k "
+                "and h, one traced integer for each axis of the array; for a scalar, "
+                f"write operand({self.name!r}) without an index"
+            )
         return Symbol(ir.Operand(self.name, nodes))
 
-    @property
-    def node(self) -> ir.Expr:
-        """The bare operand."""
-        return ir.Operand(self.name, ())
 
-    def _symbol(self) -> Symbol:
-        return Symbol(self.node)
-
-    def __add__(self, other: Integer) -> Symbol:
-        return self._symbol() + other
-
-    def __radd__(self, other: Integer) -> Symbol:
-        return other + self._symbol()
-
-    def __sub__(self, other: Integer) -> Symbol:
-        return self._symbol() - other
-
-    def __rsub__(self, other: Integer) -> Symbol:
-        return other - self._symbol()
-
-    def __mul__(self, other: int) -> Symbol:
-        return self._symbol() * other
-
-    __rmul__ = __mul__
-
-    def __floordiv__(self, other: int) -> Symbol:
-        return self._symbol() // other
-
-    def __mod__(self, other: int) -> Symbol:
-        return self._symbol() % other
-
-    def __le__(self, other: Integer) -> Truth:
-        return self._symbol() <= other
-
-    def __ge__(self, other: Integer) -> Truth:
-        return self._symbol() >= other
-
-    def __lt__(self, other: Integer) -> Truth:
-        return self._symbol() < other
-
-    def __gt__(self, other: Integer) -> Truth:
-        return self._symbol() > other
-
-    __bool__ = Symbol.__bool__
-
-
-@dataclass(frozen=True)
-class TableValues:
+@dataclass(frozen=True, eq=False)
+class TableValues(Traced):
     """A constant table of integers; ``table(values)[q % 3]`` looks one up."""
 
     values: tuple[int, ...]
+
+    way_out: ClassVar[str] = "look up a value of the table, as in table(values)[q % 3]"
 
     def __getitem__(self, index: Integer) -> Symbol:
         return Symbol(ir.Table(self.values, as_node(index, "table index")))
@@ -251,7 +216,7 @@ def table(values: Iterable[Any]) -> Any:
         raise ValueError("table(()): a table needs at least one value")
     if any(isinstance(v, float) for v in found):
         return TableNumbers(tuple(map(number, found)))
-    return TableValues(tuple(operator.index(v) for v in found))
+    return TableValues(tuple(integer(v, "table") for v in found))
 
 
 def operand(name: str) -> OperandArray:
@@ -283,45 +248,43 @@ def power_of_two(x: Integer) -> Truth:
 
 def isin(x: Integer, values: Iterable[int]) -> Truth:
     """Whether a traced integer is one of ``values``."""
-    found = tuple(sorted({operator.index(v) for v in values}))
+    found = tuple(sorted({integer(v, "isin") for v in values}))
     return Truth(ir.In(as_node(x, "isin"), found))
 
 
 def as_node(value: Any, op: str) -> ir.Expr:
-    """The expression of a symbol, an operand or a Python integer."""
-    if isinstance(value, Symbol | OperandArray):
-        return value.node
-    return ir.Const(constant(value, op))
+    """The expression of a symbol or a Python integer."""
+    return value.node if isinstance(value, Symbol) else ir.Const(integer(value, op))
 
 
 def constant(value: Any, op: str) -> int:
     """A Python integer, or an error that says what ``op`` takes."""
-    if isinstance(value, Symbol | OperandArray):
-        raise TypeError(
+    if isinstance(value, Symbol):
+        raise NotTraced(
             f"`{op}` takes a constant on one side, not two positions: multiplied, "
-            "divided or reduced by a position, an index map cannot be analysed"
+            "divided or reduced by a position, an index map cannot be analysed; use "
+            "table(values)[x] for a function of one integer"
         )
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"`{op}` in a traced map takes integers, not {value!r}")
-    return operator.index(value)
+    return integer(value, op)
 
 
 def positive(value: int, op: str) -> int:
     """``value`` if it can be a divisor."""
     if value < 1:
         raise ValueError(
-            f"`{op} {value}` in a traced map: the divisor must be positive"
+            f"`{op} {value}` in a traced map: the divisor must be positive; use one of "
+            "at least 1"
         )
     return value
 
 
 def truth_node(value: Any) -> ir.Pred:
-    """The predicate of a truth or a Python bool."""
+    """The predicate of a truth or a bool."""
     if isinstance(value, Truth):
         return value.node
-    if isinstance(value, bool):
-        return ir.Bool(value)
-    raise TypeError(
+    if isinstance(value, bool | np.bool_):
+        return ir.Bool(bool(value))
+    raise NotTraced(
         f"expected a comparison of positions, not {value!r}: combine comparisons with "
-        "`&`, `|` and `~`, each in parentheses"
+        "`&`, `|` and `~`, each in parentheses, and write bool(x) for a constant"
     )

@@ -81,6 +81,12 @@ class Term:
                 found |= part.learned(sizes)
         return found
 
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a term has no truth value: write joint(a, b) or average(a, b) instead of "
+            "`a or b`, and compare with `is None` instead of `if term`"
+        )
+
 
 Spec: TypeAlias = IndexMap | Term
 

@@ -19,7 +19,14 @@ from sadsl import (
     symbols,
     terms,
 )
-from sadsl.bias import alibi, bias, distance_bias, key_bias, pair_bias, t5_bias
+from sadsl.bias import (
+    alibi,
+    distance_bias,
+    key_bias,
+    pair_bias,
+    t5_bias,
+    traced_bias,
+)
 from sadsl.linear import linear
 from sadsl.maps import IndexMap
 from sadsl.reals import weights
@@ -49,7 +56,7 @@ from sadsl.summaries import (
     summaries,
     tower,
 )
-from sadsl.symbols import Symbol
+from sadsl.symbols import POSITIONS, Symbol
 from sadsl.term import Spec, Term
 
 CALLS: Mapping[str, Callable[..., Any]] = {
@@ -74,7 +81,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     )
 }  # fmt: skip
 METHODS = {"lift", "permute", "isin", "product", "axial", "neighborhood"}
-ARGUMENTS = ["q", "k", "h", "n"]
+ARGUMENTS = list(POSITIONS)
 OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.BitAnd: operator.and_,
     ast.BitOr: operator.or_,
@@ -169,11 +176,11 @@ class _Reader:
             case ast.Call(
                 func=ast.Name(id="where"), args=[ast.Lambda() as f], keywords=[]
             ):
-                return self._traced(f, named.where, most=4)
+                return named.traced_map(self._traced(f, "where", ARGUMENTS))
             case ast.Call(
                 func=ast.Name(id="bias"), args=[ast.Lambda() as f], keywords=[]
             ):
-                return self._traced(f, bias, most=3)
+                return traced_bias(self._traced(f, "bias", ARGUMENTS[:3]))
             case ast.Call(func=ast.Name(id=name)) if name in CALLS:
                 return self._call(CALLS[name], node, names)
             case ast.Call(func=ast.Attribute(value=inner, attr=name)) if (
@@ -205,25 +212,15 @@ class _Reader:
             *args, **{w.arg: self.read(w.value, names) for w in node.keywords}
         )
 
-    def _traced(
-        self, function: ast.Lambda, trace: Callable[..., Any], most: int
-    ) -> Any:
-        arguments = [a.arg for a in function.args.args]
-        count = len(arguments)
-        if not 2 <= count <= most or arguments != ARGUMENTS[:count]:
-            perhaps = "perhaps with `h`" + (", or `h, n`" if most > 3 else "")
-            self.fail(function, f"needs `lambda q, k:`, {perhaps}")
-
-        def build(*values: Symbol) -> Any:
-            return self.read(function.body, dict(zip(arguments, values, strict=True)))
-
-        # A map is traced with as many symbols as its function takes.
-        traced: dict[int, Callable[..., Any]] = {
-            2: lambda q, k: build(q, k),
-            3: lambda q, k, h: build(q, k, h),
-            4: lambda q, k, h, n: build(q, k, h, n),
-        }
-        return trace(traced[count])
+    def _traced(self, function: ast.Lambda, what: str, names: list[str]) -> Any:
+        """What a lambda yields on symbols; it names them as ``names`` has them."""
+        count = len(function.args.args)
+        known = [", ".join(names[:n]) for n in range(2, len(names) + 1)]
+        # The text of the parameters holds defaults and stars, which a spec has not.
+        if ast.unparse(function.args) not in known:
+            lambdas = " or ".join(f"`lambda {each}:`" for each in known)
+            self.fail(function, f"needs {lambdas} in {what}, and nothing else")
+        return self.read(function.body, {n: POSITIONS[n] for n in names[:count]})
 
     def _refuse(self, node: ast.expr) -> NoReturn:
         match node:

@@ -138,10 +138,10 @@ def test_bad_values(make, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: bias(lambda q: q), "not 1 names"),
+        (lambda: bias(lambda q: q), "not of 1 arguments"),
         (lambda: bias(lambda q, k: "x"), "numbers of positions, not of 'x'"),
         (lambda: bias(lambda q, k: weights("a")[0.5]), "integers of positions, not"),
-        (lambda: bias(lambda q, k: weights("a")[q] / 2), "takes integers, not"),
+        (lambda: bias(lambda q, k: weights("a")[q] / 2), "a traced map takes integers"),
         (lambda: alibi() + 1, "`\\+` adds a bias to a bias, not 1"),
         (lambda: sa.where(lambda q, k: 0.5 * q), "expected a comparison"),
     ],

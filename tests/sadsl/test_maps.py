@@ -243,7 +243,7 @@ def test_bad_values(make, message):
         ),
         (
             lambda: sa.where(lambda q, k: q * 1.5 == k),
-            "takes integers, not `q \\* 1.5`",
+            "on `q \\* 1.5`: a traced map takes integers",
         ),
         (lambda: sa.where(lambda q, k: q), "expected a comparison"),
         (lambda: sa.where(lambda q: q < 1), "not of 1 arguments"),
