@@ -9,13 +9,13 @@ get their gradients in any of them.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from lowering import ir, scores
 from lowering.verify import index_range
+from sadsl.call_text import call_text
 from sadsl.reals import Real, numbers, score_node, weights
 from sadsl.symbols import POSITIONS, maximum, minimum, table
 from sadsl.term import Learned, Sizes
@@ -76,15 +76,7 @@ class Bias:
         return found
 
     def __repr__(self) -> str:
-        shown = []
-        for each in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, each.name)
-            if each.default is MISSING:
-                shown.append(repr(value))
-            elif value != each.default:
-                shown.append(f"{each.name}={value!r}")
-        name = re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
-        return f"{name}({', '.join(shown)})"
+        return call_text(self)
 
 
 def _axis(index: ir.Expr, num_heads: int) -> int | None:

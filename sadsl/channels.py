@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sadsl.call_text import call_text
 from sadsl.term import DROPOUT_KEY, Evaluate, Inputs, Outcome, Setting, Term
 
 Scale = Literal["head_dim", "tokens"]
@@ -31,7 +32,7 @@ class Channel(Term):
         return name == DROPOUT_KEY
 
     def __repr__(self) -> str:
-        return "channel()" if self.scale == "head_dim" else "channel('tokens')"
+        return call_text(self, by_position=1)
 
 
 def channel(scale: Scale = "head_dim") -> Channel:

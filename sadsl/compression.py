@@ -1,7 +1,7 @@
 """Attention to compressed keys and values: one of each for a block of positions."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sadsl.call_text import call_text
 from sadsl.maps import IndexMap, at_least
 from sadsl.named import full, where
 from sadsl.term import DROPOUT_KEY, Evaluate, Inputs, Outcome, Setting, Term, read_by
@@ -67,12 +68,7 @@ class Compressed(Term):
         return name in self.operands or name == DROPOUT_KEY
 
     def __repr__(self) -> str:
-        options = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
-        ]
-        return f"compressed({', '.join(options)})"
+        return call_text(self)
 
 
 def compressed(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from lowering import ir
 from lowering.simplify import simplify
+from sadsl.call_text import call_text
 from sadsl.maps import IndexMap
 from sadsl.named import causal, full, segments
 from sadsl.selections.content import operands_of
@@ -133,14 +134,7 @@ class Linear(Term):
         return {self.decay: Learned(shape, per_query=True, squash="log_sigmoid")}
 
     def __repr__(self) -> str:
-        given = [f for f in fields(self) if getattr(self, f.name) != f.default]
-        options = [
-            repr(self.feature_map)
-            if f.name == "feature_map"
-            else f"{f.name}={getattr(self, f.name)!r}"
-            for f in given
-        ]
-        return f"linear({', '.join(options)})"
+        return call_text(self, by_position=1)
 
 
 def linear(

@@ -10,6 +10,7 @@ from jaxtyping import Integer as IntArray
 from typing_extensions import override
 
 from lowering import eliminate, heads, ir, predicate, verify
+from sadsl.call_text import call_text
 from sadsl.symbols import POSITIONS, Symbol, Truth, truth_node
 from sadsl.traced import tracing
 
@@ -72,8 +73,9 @@ class IndexMap:
         )
 
     def __repr__(self) -> str:
-        values = [repr(getattr(self, f.name)) for f in fields(self)]  # type: ignore[arg-type]
-        return f"{type(self).__name__}({', '.join(values)})"
+        # Of a class of the caller: its constructor, which `parse` does not know.
+        count = len(fields(self))  # type: ignore[arg-type]
+        return call_text(self, type(self).__name__, by_position=count)
 
     def dense(
         self,
@@ -282,7 +284,7 @@ class PerHead(IndexMap):
 
     @override
     def __repr__(self) -> str:
-        return f"per_head({', '.join(map(repr, self.maps))})"
+        return call_text(self, spread=True)
 
 
 def per_head(*maps: IndexMap) -> PerHead:

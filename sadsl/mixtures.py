@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import Any, Literal, assert_never, get_args
@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from lowering.pipeline import Problem
 from sadsl import merging, overlaps
+from sadsl.call_text import call_text
 from sadsl.maps import IndexMap
 from sadsl.term import (
     Evaluate,
@@ -48,13 +49,7 @@ class Mixture(Term):
         return self.terms
 
     def __repr__(self) -> str:
-        options = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)[1:]
-            if getattr(self, f.name) != f.default
-        ]
-        name = type(self).__name__.lower()
-        return f"{name}({', '.join([*map(repr, self.terms), *options])})"
+        return call_text(self, spread=True)
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,7 +153,7 @@ class Weighted(Term):
         return support_of(self.term)
 
     def __repr__(self) -> str:
-        return f"weighted({self.term!r}, {self.log_weight!r})"
+        return call_text(self)
 
 
 def joint(*terms: Spec, overlap: Overlap = "remove") -> Joint:

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lowering import ir
 from lowering.printing import show, show_set
+from sadsl.call_text import call_text
 from sadsl.maps import IndexMap, at_least
 from sadsl.symbols import POSITIONS, Symbol, Truth, operand, truth_node
 from sadsl.traced import bound, tracing
@@ -23,9 +24,7 @@ class _Named(IndexMap):
 
     @override
     def __repr__(self) -> str:
-        values = [getattr(self, f.name) for f in fields(self)]
-        given = [v for f, v in zip(fields(self), values, strict=True) if v != f.default]
-        return f"{type(self).__name__.lower()}({', '.join(map(repr, given))})"
+        return call_text(self, by_position=len(fields(self)))
 
 
 @dataclass(frozen=True, repr=False)

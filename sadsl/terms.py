@@ -1,14 +1,15 @@
 """Terms: how the pairs of a map are scored and normalised, and by which heads."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import reduce
 from math import gcd
 from operator import and_
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from lowering import ir
 from sadsl.bias import Bias
+from sadsl.call_text import call_text
 from sadsl.maps import Both, IndexMap, Minus, at_least, per_head
 from sadsl.named import full
 from sadsl.selections.content import operands_of, selections_of
@@ -77,7 +78,7 @@ class Softmax(Term):
         return found
 
     def __repr__(self) -> str:
-        return f"softmax({_arguments(self)})"
+        return call_text(self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -160,7 +161,7 @@ class ScatterMean(Term):
         return reduce(and_, rest) if rest else full()
 
     def __repr__(self) -> str:
-        return f"scatter_mean({_arguments(self)})"
+        return call_text(self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -224,7 +225,7 @@ class Heads(Term):
         return found
 
     def __repr__(self) -> str:
-        return f"heads({', '.join(map(repr, self.shares))})"
+        return call_text(self, spread=True)
 
 
 def softmax(
@@ -295,13 +296,3 @@ def _conjuncts(map: IndexMap) -> tuple[IndexMap, ...]:
         case Minus(a, b):
             return *_conjuncts(a), ~b
     return (map,)
-
-
-def _arguments(term: Any) -> str:
-    """The map, and by name what differs from the defaults."""
-    options = [
-        f"{f.name}={getattr(term, f.name)!r}"
-        for f in fields(term)[1:]
-        if getattr(term, f.name) != f.default
-    ]
-    return ", ".join([repr(term.map), *options])

@@ -1,13 +1,14 @@
 """Budgets over cells: the best few, those above a threshold, the mass."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from typing_extensions import override
 
+from sadsl.call_text import call_text
 from sadsl.maps import IndexMap, at_least
 from sadsl.selections import winners
 from sadsl.selections.cells import NO_RULES, Cells, Rest, Rules, Scope
@@ -36,9 +37,7 @@ class Share:
             )
 
     def __repr__(self) -> str:
-        plus = f", plus={self.plus}" if self.plus else ""
-        of = f", of={self.of!r}" if self.of != "columns" else ""
-        return f"share({self.fraction!r}{plus}{of})"
+        return call_text(self)
 
     @property
     def factor(self) -> float:
@@ -58,7 +57,7 @@ class Tokens:
         at_least("tokens", "count", self.count, 1)
 
     def __repr__(self) -> str:
-        return f"tokens({self.count})"
+        return call_text(self)
 
 
 def share(fraction: float, *, plus: int = 0, of: str = "columns") -> Share:
@@ -150,6 +149,7 @@ class Mass(Cells):
     """The fewest cells that hold the share ``p`` of the scores; see ``mass``."""
 
     p: float
+    score: Score = field(default=SOFTMAX, kw_only=True)
 
     sums_scores: ClassVar[bool] = True
 

@@ -5,7 +5,7 @@ which cells are eligible, and which are chosen in any case.
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from typing_extensions import override
 
 from lowering.pipeline import Problem
+from sadsl.call_text import call_text
 from sadsl.maps import IndexMap, at_least
 from sadsl.selections import winners
 from sadsl.selections.content import Content, Leak, Selection
@@ -54,7 +55,7 @@ class Rules:
             )
 
     def __repr__(self) -> str:
-        return _call("rules", self)
+        return call_text(self)
 
 
 def rules(
@@ -101,7 +102,7 @@ class Cells(Selection):
 
     @override
     def __repr__(self) -> str:
-        return _call(type(self).__name__.lower(), self)
+        return call_text(self, type(self).__name__.lower())
 
     @property
     def rows(self) -> Partition:
@@ -230,16 +231,6 @@ class Rest:
     valid: Bool[Array, "*sets entries"]  # eligible, with a finite score
     rows: int  # of cells in a set
     columns: int
-
-
-def _call(name: str, value: Any) -> str:
-    """The call of a function: what has no default by place, the rest by name."""
-    given = [f for f in fields(value) if getattr(value, f.name) != f.default]
-    by_place = [f.name for f in given if f.default is MISSING]
-    by_name = [f.name for f in given if f.default is not MISSING]
-    texts = [repr(getattr(value, x)) for x in by_place]
-    texts += [f"{x}={getattr(value, x)!r}" for x in by_name]
-    return f"{name}({', '.join(texts)})"
 
 
 def to_sets(x: Array, scope: Scope) -> Array:

@@ -6,9 +6,8 @@ parts from the content of a call. The compiler sees the expression alone, so sel
 compose with every other map, and one trace serves any content.
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float
 
 from lowering import ir
 from lowering.envelope import envelope
+from sadsl.call_text import call_text
 from sadsl.maps import IndexMap
 from sadsl.symbols import OperandArray
 
@@ -119,15 +119,7 @@ class NamedSelection(Selection):
     """
 
     def __repr__(self) -> str:
-        shown = []
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.default is MISSING:
-                shown.append(repr(value))
-            elif value != each.default:
-                shown.append(f"{each.name}={value!r}")
-        name = re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
-        return f"{name}({', '.join(shown)})"
+        return call_text(self)
 
 
 def selections_of(value: Any) -> tuple[Selection, ...]:

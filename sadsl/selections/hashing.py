@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 from typing_extensions import override
 
+from sadsl.call_text import call_text
 from sadsl.maps import at_least
 from sadsl.selections.content import Content, Leak, NamedSelection
 from sadsl.symbols import Symbol, Truth
@@ -41,7 +42,7 @@ class SortedChunks:
         at_least("sorted_chunks", "before", self.before, 0)
 
     def __repr__(self) -> str:
-        return f"sorted_chunks({self.size}, {self.before}, {self.across})"
+        return call_text(self, by_position=3)
 
 
 @dataclass(frozen=True, repr=False)

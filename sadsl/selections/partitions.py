@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from typing_extensions import override
 
+from sadsl.call_text import call_text
 from sadsl.maps import IndexMap, at_least
 from sadsl.symbols import Symbol, Truth
 
@@ -35,7 +36,7 @@ class Tiles:
 
     @override
     def __repr__(self) -> str:
-        return f"tiles({self.sizes!r}, {self.tile!r})"
+        return call_text(self)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -76,7 +77,7 @@ class Within(IndexMap):
 
     @override
     def __repr__(self) -> str:
-        return f"within({self.partition!r})"
+        return call_text(self)
 
 
 def within(partition: Partition) -> Within:

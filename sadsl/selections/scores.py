@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lowering.pipeline import Problem
+from sadsl.call_text import call_text
 from sadsl.maps import IndexMap
 from sadsl.selections.content import Content
 from sadsl.selections.partitions import Partition, grouped, pooled, positions
@@ -25,7 +26,7 @@ LIMIT = 1 << 20
 class Score:
     """What is compared; see ``scored``."""
 
-    by: str = "mean"
+    by: str
     normalise: str = "none"
     scale: float | None = None
 
@@ -40,11 +41,8 @@ class Score:
             raise ValueError(f"normalise={self.normalise!r} must be one of {NORMALISE}")
 
     def __repr__(self) -> str:
-        if self == Score(self.by):
-            return repr(self.by)
-        shown = {"normalise": self.normalise, "scale": self.scale}
-        others = (f", {n}={x!r}" for n, x in shown.items() if x not in ("none", None))
-        return f"scored({self.by!r}{''.join(others)})"
+        plain = self == Score(self.by)
+        return repr(self.by) if plain else call_text(self, "scored")
 
     @property
     def is_operand(self) -> bool:
@@ -52,7 +50,7 @@ class Score:
         return self.by not in (*POOLED, *EVERY_PAIR)
 
 
-MEAN = Score()
+MEAN = Score("mean")
 
 
 def scored(by: str, *, normalise: str = "none", scale: float | None = None) -> Score:

@@ -6,6 +6,7 @@ from functools import lru_cache
 import numpy as np
 from typing_extensions import override
 
+from sadsl.call_text import call_text
 from sadsl.maps import IndexMap, at_least
 from sadsl.named import where
 from sadsl.summaries.partitions import Partition
@@ -61,8 +62,8 @@ class Regions(Partition):
         return _held(self.member_map, self.num, n)
 
     def __repr__(self) -> str:
-        covers = "" if self.covers is None else f", {self.covers!r}"
-        return f"regions({self.member_map!r}, {self.seen_map!r}, {self.num}{covers})"
+        # The fields have other names than the parameters: all stand by position.
+        return call_text(self, by_position=4)
 
 
 @lru_cache(maxsize=32)

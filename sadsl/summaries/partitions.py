@@ -8,13 +8,14 @@ computation cost, 2021.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import Literal, TypeAlias, get_args
 
 from typing_extensions import override
 
+from sadsl.call_text import call_text
 from sadsl.maps import IndexMap, at_least
 from sadsl.named import blocks, full, where
 from sadsl.symbols import Symbol, Truth, table
@@ -55,12 +56,7 @@ class Partition:
         raise NotImplementedError(f"{type(self).__name__} must define seen(n)")
 
     def __repr__(self) -> str:
-        shown = [
-            repr(value) if i == 0 and f.name != "causal" else f"{f.name}={value!r}"
-            for i, f in enumerate(fields(self))
-            if (value := getattr(self, f.name)) != f.default
-        ]
-        return f"{type(self).__name__.lower()}({', '.join(shown)})"
+        return call_text(self)
 
 
 @dataclass(frozen=True, repr=False)

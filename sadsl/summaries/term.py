@@ -1,11 +1,12 @@
 """The term of summaries: a query reads one key and one value a region."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TypeAlias, get_args
 
 from typing_extensions import override
 
+from sadsl.call_text import call_text
 from sadsl.maps import IndexMap
 from sadsl.named import where
 from sadsl.summaries.clustered import Clusters
@@ -98,12 +99,7 @@ class Summaries(Term):
         return self.partition.support & where(lambda q, k: operand(valid)[k] != 0)
 
     def __repr__(self) -> str:
-        options = [
-            f"{f.name}={value!r}"
-            for f in fields(self)[1:]
-            if (value := getattr(self, f.name)) != f.default
-        ]
-        return f"summaries({', '.join([repr(self.partition), *options])})"
+        return call_text(self)
 
 
 def summaries(
