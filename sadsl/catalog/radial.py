@@ -39,5 +39,5 @@ def radial(
         side = tokens_per_frame // p - 1
         return grid.product(t=time, s=window(side, side), extra=text_tokens)
 
-    rings = [ring(2**g) for g in range(max(1, (num_frames - 1).bit_length()))]
+    rings = [ring(2**g) for g in range(max(1, (int(num_frames) - 1).bit_length()))]
     return reduce(or_, rings) | keys(0, sink_frames * tokens_per_frame)
