@@ -29,13 +29,13 @@ class Real(Traced):
         return Real(scores.Sum(score_node(other), self.node))
 
     def __sub__(self, other: Any) -> "Real":
-        return self + -1.0 * Real(score_node(other))
+        return Real(scores.Sum(self.node, _negative(score_node(other))))
 
     def __rsub__(self, other: Any) -> "Real":
-        return other + -1.0 * self
+        return other + -self
 
     def __neg__(self) -> "Real":
-        return -1.0 * self
+        return Real(_negative(self.node))
 
     def __mul__(self, other: Any) -> "Real":
         return Real(scores.Product(self.node, score_node(other)))
@@ -94,6 +94,13 @@ def score_node(value: Any) -> scores.Score:
         return value.node
     node = getattr(value, "node", None)
     return scores.Integer(node) if isinstance(node, ir.Expr) else constant(value)
+
+
+def _negative(score: scores.Score) -> scores.Score:
+    # As text, `-1.0 * 0.5` would be one number of Python's.
+    if isinstance(score, scores.Number):
+        return scores.Number(-score.value)
+    return scores.Product(scores.Number(-1.0), score)
 
 
 def constant(value: Any) -> scores.Number:

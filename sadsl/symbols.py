@@ -70,7 +70,9 @@ class Symbol(Traced):
     def __mul__(self, other: int) -> "Symbol":
         return Symbol(ir.Mul(self.node, constant(other, "*")))
 
-    __rmul__ = __mul__
+    @_or_real
+    def __rmul__(self, other: int) -> "Symbol":
+        return self * other
 
     def __floordiv__(self, other: int) -> "Symbol":
         return Symbol(ir.FloorDiv(self.node, positive(constant(other, "//"), "//")))

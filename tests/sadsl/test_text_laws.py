@@ -5,11 +5,14 @@ needs a value here, or fails.
 """
 
 import inspect
+import operator
 import types
 import typing
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import sadsl as sa
 from sadsl import catalog, text
@@ -180,8 +183,9 @@ OTHER_OF = {
     ("catalog.routing_transformer", "variant"): "lucidrains",
     ("catalog.swapped_window", "shape"): (8, 8, 8),
     ("catalog.swapped_window", "window"): (4, 4, 4),
-    ("catalog.vmoba", "grid"): (8, 8, 8), ("catalog.vmoba", "tile"): {"tile": (2, 4), "layer": 1},
-    ("catalog.vmoba", "cube"): {"cube": (4, 4, 4), "layer": 2}, ("catalog.vmoba", "layer"): 1,
+    ("catalog.vmoba", "grid"): (8, 8, 8), ("catalog.vmoba", "layer"): 1,
+    ("catalog.vmoba", "tile"): {"tile": (2, 4), "layer": 1},
+    ("catalog.vmoba", "cube"): {"cube": (4, 4, 4), "layer": 2},
     ("catalog.vmoba", "k"): {"k": 3}, ("catalog.residue_major", "a"): sa.window(2),
     ("catalog.mminference_grid", "block"): 100,
     ("catalog.mminference_grid", "vision"): (64, 4096),
@@ -345,3 +349,88 @@ def test_every_default_is_that_of_the_function():
 @pytest.mark.parametrize("value", [float("inf"), float("-inf")])
 def test_infinities_have_text(value):
     assert sa.parse(repr(sa.threshold(value))) == sa.threshold(value)
+
+
+# --- traced expressions ---
+
+SMALL = st.integers(-3, 9)
+LEAVES = st.sampled_from([Q, K, H, sa.operand("n"), sa.operand("at")[Q, K]]) | SMALL
+
+
+def integers(inner):
+    """Integers of integers, as a lambda may write them; constants among themselves."""
+    two = st.tuples(inner, inner)
+    return (
+        two.map(lambda x: x[0] + x[1])
+        | two.map(lambda x: x[0] - x[1])
+        | st.tuples(inner, SMALL).map(lambda x: x[0] * x[1])
+        | st.tuples(inner, st.integers(1, 5)).map(lambda x: x[0] // x[1])
+        | st.tuples(inner, st.integers(1, 5)).map(lambda x: x[0] % x[1])
+        | inner.map(lambda x: -x)
+        | inner.map(lambda x: abs(x))
+        | two.map(lambda x: sa.minimum(*x))
+        | two.map(lambda x: sa.maximum(*x))
+        | inner.map(sa.floor_log2)
+        | inner.map(lambda x: sa.table((3, -1, 2))[x % 3])
+    )
+
+
+INTEGERS = st.recursive(LEAVES, integers, max_leaves=6)
+COMPARED = [
+    operator.lt,
+    operator.le,
+    operator.eq,
+    operator.ne,
+    operator.ge,
+    operator.gt,
+]
+COMPARISONS = (
+    st.tuples(st.sampled_from(COMPARED), INTEGERS, INTEGERS).map(lambda x: x[0](*x[1:]))
+    | INTEGERS.map(sa.power_of_two)
+    | INTEGERS.map(lambda x: sa.isin(x, {1, -2}))
+    | st.booleans()
+)
+JOINED = [operator.and_, operator.or_, operator.xor, operator.eq, operator.ne]
+TRUTHS = st.recursive(
+    COMPARISONS,
+    lambda inner: (
+        st.tuples(st.sampled_from(JOINED), inner, inner).map(lambda x: x[0](*x[1:]))
+        # Of a bool `~` is Python's, which is an integer.
+        | inner.map(lambda x: not x if isinstance(x, bool) else ~x)
+    ),
+    max_leaves=4,
+)
+FLOATS = st.sampled_from([0.5, -2.0, 1e-7, 3e20, 0.0])
+REALS = st.recursive(
+    INTEGERS
+    | FLOATS
+    | st.sampled_from(
+        [
+            sa.weights("b")[H, Q - K],
+        ]
+    ),
+    lambda inner: (
+        st.tuples(
+            st.sampled_from([operator.add, operator.sub, operator.mul]), inner, FLOATS
+        ).map(lambda x: x[0](x[1], x[2]))
+        | st.tuples(FLOATS, inner).map(lambda x: x[0] - x[1])
+        | st.tuples(inner, st.just(sa.table((0.5, 2.0))[H % 2])).map(
+            lambda x: x[0] * x[1]
+        )
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(TRUTHS)
+def test_text_of_what_was_traced(truth):
+    found = sa.where(lambda q, k, h: truth)
+    assert sa.parse(repr(found)) == found
+
+
+@settings(max_examples=100, deadline=None)
+@given(REALS)
+def test_text_of_a_bias_that_was_traced(real):
+    found = sa.softmax(CAUSAL, bias=sa.bias(lambda q, k, h: real))
+    assert sa.parse(repr(found)) == found
