@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.config import Tiles
+from pallas_kernels.softmax import LOG2_E
 
 # predicate(test, q_ids, k_ids, q_vectors, kv_vectors, bits) -> bool tile. ``test`` is
 # an int32 scalar (``BlockMask.test_of_map`` of the map), the ids are int32 and
@@ -113,6 +114,16 @@ class Call:
     # How many of the weights are dropped: in [0, 1).
     dropout_rate: float = 0.0
 
+    @property
+    def unit(self) -> float:
+        """The factor between natural scores and those in kernels (``softmax``)."""
+        return LOG2_E if self.scores is None else 1.0
+
+    @property
+    def scale(self) -> float:
+        """What ``q k^T`` is multiplied by."""
+        return self.sm_scale * self.unit
+
 
 class Inputs(NamedTuple):
     """The arrays of a call: ``num_q_heads`` is a multiple of ``num_kv_heads``."""
@@ -130,7 +141,10 @@ class Outputs(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """What a backward pass starts from; ``delta = rowsum(do * o) - dlse``."""
+    """What a backward pass starts from; ``delta = rowsum(do * o) - dlse``.
+
+    Where ``lse == -inf``, ``delta`` is 0, and ``do`` may be anything.
+    """
 
     lse: Float32[Array, "batch q_heads q"]  # the natural lse of the forward pass
     do: Float[Array, "batch q_heads q head_dim_v"]
@@ -141,13 +155,12 @@ def cotangents_of(outputs: Outputs, cotangent: Outputs) -> Cotangents:
     """What a backward pass starts from, given the outputs and their cotangents."""
     o, lse = outputs
     do, dlse = cotangent
-    # An empty row has a constant lse of -inf: nothing flows back through it.
-    dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
     products = o.astype(jnp.float32) * do.astype(jnp.float32)
     # CPUs add up the last axis of an array one number at a time, but for dots.
     ones = jnp.ones(o.shape[-1], jnp.float32)
     delta = jnp.matmul(products, ones, precision="highest") - dlse
-    return Cotangents(lse, do, delta)
+    # An empty row is constant: nothing flows back through it.
+    return Cotangents(lse, do, jnp.where(jnp.isneginf(lse), 0.0, delta))
 
 
 class Backend(Protocol):

@@ -69,23 +69,21 @@ def unpacked(x: PairBits, q_seq_len: int) -> jax.Array:
 
 def forward(inputs: Inputs, vectors: Vectors, tests: Any, call: Call) -> Outputs:
     """What the backends compute, differentiable to any order."""
-    q, k, v = (x.astype(jnp.float32) for x in inputs)
-    group = q.shape[1] // k.shape[1]
-    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
-    pairs = allowed(vectors, tests, q.shape, k.shape[2], call)
+    pairs = allowed(vectors, tests, inputs.q.shape, inputs.k.shape[2], call)
     pairs, on_top = _with_scores(pairs, vectors, call)
+    q, k, v = _present(inputs, pairs)
     s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
-    s = softmax.cap(s * (call.sm_scale * softmax.LOG2_E), call.logits_soft_cap)
-    s = s if on_top is None else s + on_top
-    some = pairs.any(axis=-1, keepdims=True)
-    s = softmax.mask(s, pairs)
-    top = jax.lax.stop_gradient(jnp.where(some, s.max(axis=-1, keepdims=True), 0.0))
-    p = jnp.exp2(s - top)
-    l = jnp.where(some, p.sum(axis=-1, keepdims=True), 1.0)
+    s = softmax.cap(s * call.scale, call.logits_soft_cap, call.unit)
+    s = softmax.mask(s if on_top is None else s + on_top, pairs)
+    top = jnp.maximum(s.max(axis=-1, keepdims=True), softmax.FLOOR)
+    p = softmax.power(s - jax.lax.stop_gradient(top), call.unit)
+    l = p.sum(axis=-1, keepdims=True)
+    some = l != 0
+    l = jnp.where(some, l, 1.0)
     factor = _factor(vectors, call)
     p = p / l if factor is None else p / l * factor
     o = jnp.einsum("bhqk,bhkd->bhqd", p, v, precision="highest")
-    lse = jnp.where(some, (top + jnp.log2(l)) * softmax.LN_2, -jnp.inf)
+    lse = jnp.where(some, top * (1 / call.unit) + jnp.log(l), -jnp.inf)
     return Outputs(o.astype(inputs.q.dtype), lse[..., 0])
 
 
@@ -103,19 +101,20 @@ class _Rows(NamedTuple):
 def _rows(
     inputs: Inputs, cotangents: Cotangents, vectors: Vectors, tests: Any, call: Call
 ) -> _Rows:
-    q, k, v = (x.astype(jnp.float32) for x in inputs)
-    lse, do, delta = (x.astype(jnp.float32) for x in cotangents)
-    group = q.shape[1] // k.shape[1]
-    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
-    pairs = allowed(vectors, tests, q.shape, k.shape[2], call)
+    lse, do, delta = (x.astype(jnp.float32)[..., None] for x in cotangents)
+    do = jnp.where(jnp.isneginf(lse), 0.0, do[..., 0])
+    pairs = allowed(vectors, tests, inputs.q.shape, inputs.k.shape[2], call)
     pairs, on_top = _with_scores(pairs, vectors, call)
+    q, k, v = _present(inputs, pairs)
     s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
-    s = softmax.cap(s * (call.sm_scale * softmax.LOG2_E), call.logits_soft_cap)
+    s = softmax.cap(s * call.scale, call.logits_soft_cap, call.unit)
     dp = jnp.einsum("bhqd,bhkd->bhqk", do, v, precision="highest")
-    lse2, delta = softmax.lse_for_backward(lse)[..., None], delta[..., None]
-    factor = _factor(vectors, call)
-    p, dadded = softmax.score_gradient(s, pairs, lse2, dp, delta, None, on_top, factor)
-    ds = dadded * softmax.cap_slope(s, call.logits_soft_cap)
+    total = softmax.mask(s if on_top is None else s + on_top, pairs)
+    p, dadded = softmax.score_gradient(
+        total, softmax.lse_for_backward(lse, call.unit), dp, delta,
+        factor=_factor(vectors, call), unit=call.unit,
+    )  # fmt: skip
+    ds = dadded * softmax.cap_slope(s, call.logits_soft_cap, call.unit)
     return _Rows(Inputs(q, k, v), do, p, dadded, ds)
 
 
@@ -166,15 +165,24 @@ def on_all_pairs(
     )
 
 
+def _present(inputs: Inputs, pairs: jax.Array) -> Inputs:
+    """The inputs in f32 with the keys of every query head, 0 for who is in no pair."""
+    q, k, v = (x.astype(jnp.float32) for x in inputs)
+    group = q.shape[1] // k.shape[1]
+    sees, seen = pairs.any(axis=-1)[..., None], pairs.any(axis=-2)[..., None]
+    k, v = (jnp.where(seen, jnp.repeat(x, group, axis=1), 0.0) for x in (k, v))
+    return Inputs(jnp.where(sees, q, 0.0), k, v)
+
+
 def _with_scores(
     pairs: jax.Array, vectors: Vectors, call: Call
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The pairs that are not left out by ``-inf``, and what is added, base 2."""
+    """The pairs that are not left out by ``-inf``, and what is added to their scores."""
     if call.scores is None:
         return pairs, None
     found = on_all_pairs(vectors.scores, pairs.shape[2:], call)
     out = jnp.isneginf(found)
-    return pairs & ~out, jnp.where(out, 0.0, found) * softmax.LOG2_E
+    return pairs & ~out, jnp.where(out, 0.0, found)
 
 
 def _factor(vectors: Vectors, call: Call) -> jax.Array | None:

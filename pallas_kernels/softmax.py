@@ -1,30 +1,36 @@
 """Tile mathematics on values, shared by every backend: fold, merge, finish, backward.
 
-Exponentials are base 2, as the chips have it: ``q`` comes scaled by
-``sm_scale * log2(e)``, so a score ``s`` here stands for the natural score times
-``log2(e)``. The online softmax is that of Milakov and Gimelshein (2018) and Dao et al.
-(FlashAttention, 2022, algorithm 1); the backward pass is algorithm 4 of the latter.
+Exponentials are base 2, as the chips have it, and scores are natural scores times a
+``unit``: log2(e), so that no exponent needs a factor, or 1 where a bias is added to
+them, since a finite bias times log2(e) can be infinite (``Call.unit``). The online
+softmax is that of Milakov and Gimelshein (2018) and Dao et al. (FlashAttention, 2022,
+algorithm 1); the backward pass is algorithm 4 of the latter.
 
-A masked score is the finite ``MASKED``, and a running maximum starts at the finite
-``FLOOR`` above it: a row that selects no key then keeps ``l == 0`` with no NaN on the
-way (``-inf - -inf`` would be one).
+Who is absent is never told by the size of a number that a user can pass. The score of
+a masked pair is replaced by ``-inf``, whose weight is exactly 0, whatever the score
+was; a running maximum starts at the least finite number, so that ``-inf - -inf``, a
+NaN, does not occur. The keys and values that no query of a tile sees are replaced by
+zeros before products, since ``0 * nan`` is NaN.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-MASKED = -1e30
-FLOOR = -0.5e30
-# The lse of queries that are not there: whatever is added to their scores, p is 0.
-BEYOND = 1e30
+MASKED = -math.inf
+# What a running maximum starts at.
+FLOOR = float(np.finfo(np.float32).min)
+# The lse, in a backward pass, of queries that see no key: their weights are 0.
+ABSENT = math.inf
 
 
 class Carry(NamedTuple):
-    """The running softmax of some rows: numerator, maximum (base 2), denominator.
+    """The running softmax of some rows: numerator, maximum of scores, denominator.
 
     On a chip whose registers have lanes, ``m`` is the same in every lane and ``l`` the
     sum of them, so that no tile reduces or broadcasts across lanes more than it must.
@@ -59,24 +65,36 @@ def dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
     )
 
 
-def cap(s: jax.Array, soft_cap: float | None) -> jax.Array:
-    """``soft_cap * tanh(s / soft_cap)`` of base-2 scores; ``soft_cap`` is natural."""
+def cap(s: jax.Array, soft_cap: float | None, unit: float = LOG2_E) -> jax.Array:
+    """``soft_cap * tanh(s / soft_cap)`` of scores in ``unit``; ``soft_cap`` is natural."""
     if soft_cap is None:
         return s
-    limit = soft_cap * LOG2_E
+    limit = soft_cap * unit
     return limit * jnp.tanh(s * (1 / limit))
 
 
-def cap_slope(capped: jax.Array, soft_cap: float | None) -> jax.Array | float:
+def cap_slope(
+    capped: jax.Array, soft_cap: float | None, unit: float = LOG2_E
+) -> jax.Array | float:
     """The derivative of ``cap`` in terms of its value (before masking)."""
     if soft_cap is None:
         return 1.0
-    return 1 - jnp.square(capped * (1 / (soft_cap * LOG2_E)))
+    return 1 - jnp.square(capped * (1 / (soft_cap * unit)))
 
 
 def mask(s: jax.Array, allowed: jax.Array | None) -> jax.Array:
     """Masks what is not allowed; ``None`` allows all."""
     return s if allowed is None else jnp.where(allowed, s, MASKED)
+
+
+def seen(s: jax.Array, axis: int) -> jax.Array:
+    """Which keys (or queries) are in a pair of a tile of masked scores."""
+    return s.max(axis=axis, keepdims=True) > MASKED
+
+
+def power(x: jax.Array, unit: float) -> jax.Array:
+    """``e`` to the power of a difference of scores in ``unit``."""
+    return jnp.exp2(x if unit == LOG2_E else x * (LOG2_E / unit))
 
 
 def _across(x: jax.Array, width: int) -> jax.Array:
@@ -97,56 +115,59 @@ def _lane_sums(p: jax.Array, lanes: int) -> jax.Array:
 
 
 def fold(
-    carry: Carry, s: jax.Array, v: jax.Array, factor: jax.Array | None = None
+    carry: Carry,
+    s: jax.Array,
+    v: jax.Array,
+    factor: jax.Array | None = None,
+    unit: float = LOG2_E,
 ) -> Carry:
-    """Folds one tile of masked base-2 scores ``[rows, keys]`` into the softmax.
+    """Folds one tile of masked scores ``[rows, keys]`` into the softmax.
 
     With dropout, ``factor`` multiplies the weights of the values, not the denominator.
     """
     acc, m, l = carry
     m_new = jnp.maximum(m, s.max(axis=1, keepdims=True))
-    p, fade = jnp.exp2(s - _across(m_new, s.shape[1])), jnp.exp2(m - m_new)
+    p, fade = power(s - _across(m_new, s.shape[1]), unit), power(m - m_new, unit)
     kept = p if factor is None else p * factor
     pv = dot(kept.astype(v.dtype), v, contract=(1, 0))
     acc = acc * _across(fade, acc.shape[1]) + pv
     return Carry(acc, m_new, l * fade + _lane_sums(p, l.shape[1]))
 
 
-def finish(carry: Carry) -> tuple[jax.Array, jax.Array]:
-    """Output f32 ``[rows, head_dim_v]``, lse ``[rows, 1]``; 0 and -inf if empty."""
+def finish(carry: Carry, unit: float = LOG2_E) -> tuple[jax.Array, jax.Array]:
+    """Output f32 ``[rows, head_dim_v]``, natural lse ``[rows, 1]``; 0, -inf if empty."""
     acc, m, l = carry
     if l.shape[-1] > 1:
         m, l = m[..., :1], l.sum(axis=-1, keepdims=True)
     empty = l == 0
     safe = jnp.where(empty, 1.0, l)
-    lse = jnp.where(empty, -jnp.inf, (m + jnp.log2(safe)) * LN_2)
+    lse = jnp.where(empty, -jnp.inf, m * (1 / unit) + jnp.log2(safe) * LN_2)
     return acc / safe, lse
 
 
-def lse_for_backward(lse: jax.Array) -> jax.Array:
-    """Base-2 lse with 0 for empty rows, so that masked scores still give ``p == 0``."""
-    return jnp.where(jnp.isneginf(lse), 0.0, lse * LOG2_E)
+def lse_for_backward(lse: jax.Array, unit: float = LOG2_E) -> jax.Array:
+    """The lse in ``unit``, and ``ABSENT`` for the queries that see no key."""
+    return jnp.where(jnp.isneginf(lse), ABSENT, lse * unit)
 
 
 def score_gradient(
     s: jax.Array,
-    allowed: jax.Array | None,
-    lse2: jax.Array,
+    lse: jax.Array,
     dp: jax.Array,
     delta: jax.Array,
-    soft_cap: float | None,
-    added: jax.Array | None = None,
+    *,
     factor: jax.Array | None = None,
+    unit: float = LOG2_E,
 ) -> tuple[jax.Array, jax.Array]:
-    """``p`` and the gradient of the uncapped natural scores, of one tile.
+    """The weights and the gradient of the natural scores, of one tile.
 
-    ``s`` is capped and unmasked (base 2), ``added`` is what comes on top of it, ``dp =
-    do v^T``, ``delta = rowsum(do * o) - dlse``; ``lse2`` and ``delta`` broadcast
+    ``s`` are masked scores and ``lse`` that of ``lse_for_backward``, both in ``unit``,
+    ``dp = do v^T``, ``delta = rowsum(do * o) - dlse``; ``lse`` and ``delta`` broadcast
     against ``s`` in either orientation. With dropout, ``factor`` multiplies the
-    weights; so it does the first result.
+    weights; so it does the first result. The gradient does not count a soft cap: it is
+    that of what is added to capped scores.
     """
-    total = s if added is None else s + added
-    p = jnp.exp2(mask(total, allowed) - lse2)
+    p = power(s - lse, unit)
     if factor is None:
-        return p, p * (dp - delta) * cap_slope(s, soft_cap)
-    return p * factor, p * (dp * factor - delta) * cap_slope(s, soft_cap)
+        return p, p * (dp - delta)
+    return p * factor, p * (dp * factor - delta)

@@ -68,27 +68,34 @@ def attention(
 ) -> tuple[Float[Array, "batch q heads head_dim_v"], Float[Array, "batch heads q"]]:
     """Output and natural lse over the allowed pairs, in f32 (f64 for f64 inputs).
 
-    ``bias`` is added to the capped scores; ``-inf`` leaves the pair out. A row that
-    allows no key yields 0 and -inf, and passes zero gradients. Dropout multiplies the
-    normalised weights by ``factor``.
+    ``bias`` is added to the capped scores; a bias or a score of ``-inf`` leaves the pair
+    out. A row that is left with no key yields 0 and -inf, and passes zero gradients.
+    Keys that no query sees, and queries that see no key, may hold anything. Dropout
+    multiplies the normalised weights by ``factor``.
     """
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     group = q.shape[2] // k.shape[2]
     wide_q, wide_k, wide_v = (x.astype(dtype) for x in (q, k, v))
     wide_k, wide_v = (jnp.repeat(x, group, axis=2) for x in (wide_k, wide_v))
+    if bias is not None:
+        allowed = allowed & ~jnp.isneginf(bias)
+    # In a product, 0 * nan would be NaN.
+    seen, sees = (jnp.swapaxes(allowed.any(axis=a), 1, 2)[..., None] for a in (2, 3))
+    wide_k, wide_v = (jnp.where(seen, x, 0) for x in (wide_k, wide_v))
+    wide_q = jnp.where(sees, wide_q, 0)
     s = jnp.einsum("bqhd,bkhd->bhqk", wide_q, wide_k, precision="highest") * sm_scale
     if logits_soft_cap is not None:
         s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
     if bias is not None:
         # Without infinities, on which gradients turn to NaN.
-        out = jnp.isneginf(bias)
-        allowed = allowed & ~out
-        s = s + jnp.where(out, 0, bias).astype(dtype)
+        s = s + jnp.where(jnp.isneginf(bias), 0, bias).astype(dtype)
     # Double where: no -inf minus -inf on the way, forward or backward.
+    allowed = allowed & ~jnp.isneginf(s)
     some = allowed.any(axis=-1, keepdims=True)
-    s = jnp.where(allowed, s, jnp.finfo(dtype).min)
-    top = jax.lax.stop_gradient(s.max(axis=-1, keepdims=True))
-    p = jnp.where(allowed, jnp.exp(s - top), 0)
+    least = jnp.finfo(dtype).min
+    top = jnp.max(s, axis=-1, keepdims=True, where=allowed, initial=least)
+    top = jax.lax.stop_gradient(top)
+    p = jnp.where(allowed, jnp.exp(jnp.where(allowed, s - top, 0)), 0)
     l = jnp.where(some, p.sum(axis=-1, keepdims=True), 1)
     p = p / l if factor is None else p / l * factor.astype(dtype)
     o = jnp.einsum("bhqk,bkhd->bqhd", p, wide_v, precision="highest")

@@ -102,7 +102,6 @@ def _pallas(found, impl):
         getattr(softmax, x) for x in ("dot", "fold", "mask", "score_gradient")
     )
     make_async_copy = pltpu.make_async_copy
-    in_gradient = False
 
     def counted_dot(a, b, *, contract):
         out = dot(a, b, contract=contract)
@@ -115,20 +114,16 @@ def _pallas(found, impl):
         return fold(carry, s, v, *rest)
 
     def counted_mask(s, allowed):
-        # What is masked before it is folded is not full. score_gradient masks too.
-        if not in_gradient:
+        # What is masked before it is folded is not full.
+        if allowed is not None:
             found.report("full", -1)
             found.report("partial")
         return mask(s, allowed)
 
-    def counted_gradient(s, allowed, *rest):
-        nonlocal in_gradient
+    def counted_gradient(*args, **options):
         found.report("tiles")
-        found.report("full" if allowed is None else "partial")
-        in_gradient = True
-        out = gradient(s, allowed, *rest)
-        in_gradient = False
-        return out
+        found.report("full")
+        return gradient(*args, **options)
 
     def naming(kernel, body):
         def traced(*args, **options):
@@ -165,7 +160,7 @@ def _xla(found, impl):
         for x in ("tile", "rows", "forward", "backward")
     )
     batched_dot, scores, fold_tiles = tile.batched_dot, tile.scores, forward.fold_tiles
-    padding_bias, bias = rows.padding_bias, tile.Pairs.bias
+    real_keys, real = rows.real_keys, tile.Pairs.real
     area = heads = 0
 
     def counted_dot(a, b, *, contract):
@@ -173,10 +168,10 @@ def _xla(found, impl):
         found.report("flops", 2 * out.size * a.shape[2 + contract[0]])
         return out
 
-    def counted_fold(carry, s, v):
+    def counted_fold(unit, carry, s, v):
         # One product a fold, inside of two vmaps.
         found.report("flops", 2 * s.size * v.shape[-1])
-        return fold_tiles(carry, s, v)
+        return fold_tiles(unit, carry, s, v)
 
     def counted_scores(q, k, *rest):
         found.report("tiles", int(np.prod(q.shape[:3])) * k.shape[2] // area)
@@ -184,11 +179,11 @@ def _xla(found, impl):
 
     def counted_full(count, *rest):
         found.report("full", count, heads)
-        return padding_bias(count, *rest)
+        return real_keys(count, *rest)
 
     def counted_partial(self, row, block, count):
         found.report("partial", count, heads)
-        return bias(self, row, block, count)
+        return real(self, row, block, count)
 
     def naming(kernel, body):
         def traced(inputs, *rest):
@@ -204,7 +199,7 @@ def _xla(found, impl):
     yield tile, "batched_dot", counted_dot
     yield tile, "scores", counted_scores
     yield forward, "fold_tiles", counted_fold
-    yield rows, "padding_bias", counted_full
-    yield tile.Pairs, "bias", counted_partial
+    yield rows, "real_keys", counted_full
+    yield tile.Pairs, "real", counted_partial
     for kernel, owner in (("forward", forward), ("backward", backward)):
         yield owner, f"_{kernel}", naming(kernel, getattr(owner, f"_{kernel}"))

@@ -30,9 +30,9 @@ def backward(
     vectors = operands.with_numbers(vectors)
     q, k, v = operands.prepared(inputs, call)
     do = cotangents.do.astype(q.dtype)
-    lse2 = softmax.lse_for_backward(cotangents.lse)
+    lse = softmax.lse_for_backward(cotangents.lse, call.unit)
     # Both are needed as rows along the queries: they travel as one array.
-    statistics = jnp.stack([lse2, cotangents.delta], axis=2)
+    statistics = jnp.stack([lse, cotangents.delta], axis=2)
     arrays = (q, k, v, do, statistics)
     (dq,) = foldable(partial(_run_dq, call=call))(arrays, vectors, lists.dq)
     dk, dv = foldable(partial(_run_dkv, call=call))(arrays, vectors, lists.dkv)
@@ -43,7 +43,7 @@ def backward(
 
 def _statistics(x: jax.Array, block: int) -> jax.Array:
     # The weights of queries that are not there are 0, whatever is added to scores.
-    fill = jnp.array([softmax.BEYOND, 0.0], jnp.float32)[:, None]
+    fill = jnp.array([softmax.ABSENT, 0.0], jnp.float32)[:, None]
     short = -x.shape[3] % block
     fill = jnp.broadcast_to(fill, (*x.shape[:3], short))
     x = jnp.concatenate([x, fill], axis=3)
@@ -99,7 +99,7 @@ def _dq_kernel(
 ) -> None:
     q_ref, do_ref, statistics_ref, *vector_refs = rows
     (dq_ref,) = scratch
-    lse2 = operands.to_column(statistics_ref[0:1])
+    lse = operands.to_column(statistics_ref[0:1])
     delta = operands.to_column(statistics_ref[1:2])
     columns = [operands.to_column(x[...]) for x in vector_refs]
     q_vectors, q_values = on_top.split(columns, "q")
@@ -110,9 +110,8 @@ def _dq_kernel(
         k, v, *vectors = (ref[...] for ref in refs)
         words, windows = on_top.split_tiles(tiles)
         kv_vectors, kv_values = on_top.split(vectors, "kv")
-        s = softmax.cap(
-            softmax.dot(q_ref[...], k, contract=(1, 1)), call.logits_soft_cap
-        )
+        s = softmax.dot(q_ref[...], k, contract=(1, 1))
+        s = softmax.cap(s, call.logits_soft_cap, call.unit)
         dp = softmax.dot(do_ref[...], v, contract=(1, 1))
         pairs = None
         if not full:
@@ -122,11 +121,16 @@ def _dq_kernel(
             )
             of_keys = operands.with_tiles(kv_vectors, words, by="q")
             pairs = operands.allowed(call, sizes, step, ids, (q_vectors, *of_keys))
-        added = on_top(step, block, (q_values, kv_values), windows)
+        added, pairs = on_top(step, block, (q_values, kv_values), windows, pairs)
         factor = operands.factor(call, q_vectors, kv_vectors, len(words))
+        total = softmax.mask(s if added is None else s + added, pairs)
         _, ds = softmax.score_gradient(
-            s, pairs, lse2, dp, delta, call.logits_soft_cap, added, factor
+            total, lse, dp, delta, factor=factor, unit=call.unit
         )
+        ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
+        if pairs is not None:
+            ds = jnp.where(pairs, ds, 0.0)
+            k = operands.kept(k, operands.to_column(softmax.seen(total, 0)))
         dq_ref[...] += softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
 
     step.walk(visit)
@@ -203,9 +207,8 @@ def _dkv_kernel(
         q, do, statistics, *vectors = (ref[...] for ref in refs)
         words, windows = on_top.split_tiles(tiles)
         q_vectors, q_values = on_top.split(vectors, "q")
-        s = softmax.cap(
-            softmax.dot(k_ref[...], q, contract=(1, 1)), call.logits_soft_cap
-        )
+        s = softmax.dot(k_ref[...], q, contract=(1, 1))
+        s = softmax.cap(s, call.logits_soft_cap, call.unit)
         dp = softmax.dot(v_ref[...], do, contract=(1, 1))
         pairs = None
         if not full:
@@ -216,12 +219,18 @@ def _dkv_kernel(
             of_keys = operands.with_tiles(kv_vectors, words, by="kv")
             both = (q_vectors, *of_keys)
             pairs = operands.allowed(call, sizes, step, ids, both)
-        added = on_top(step, block, (q_values, kv_values), windows)
+        added, pairs = on_top(step, block, (q_values, kv_values), windows, pairs)
         factor = operands.factor(call, q_vectors, kv_vectors, len(words))
-        lse2, delta = statistics[0:1], statistics[1:2]
+        lse, delta = statistics[0:1], statistics[1:2]
+        total = softmax.mask(s if added is None else s + added, pairs)
         p, ds = softmax.score_gradient(
-            s, pairs, lse2, dp, delta, call.logits_soft_cap, added, factor
+            total, lse, dp, delta, factor=factor, unit=call.unit
         )
+        ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
+        if pairs is not None:
+            ds = jnp.where(pairs, ds, 0.0)
+            there = operands.to_column(lse < softmax.ABSENT)
+            q, do = operands.kept(q, there), operands.kept(do, there)
         dv_ref[...] += softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
         dk_ref[...] += softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
 
@@ -229,6 +238,6 @@ def _dkv_kernel(
 
     @pl.when(step.member == last)
     def _() -> None:
-        # q carries sm_scale * log2(e), and dk wants sm_scale alone.
-        outs[0][...] = (dk_ref[...] * softmax.LN_2).astype(outs[0].dtype)
+        # q carries sm_scale times the unit, and dk wants sm_scale alone.
+        outs[0][...] = (dk_ref[...] * (1 / call.unit)).astype(outs[0].dtype)
         outs[1][...] = dv_ref[...].astype(outs[1].dtype)

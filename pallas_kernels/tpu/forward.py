@@ -94,11 +94,9 @@ def _kernel(
         k, v, *vectors = (ref[...] for ref in refs)
         words, windows = on_top.split_tiles(tiles)
         kv_vectors, kv_values = on_top.split(vectors, "kv")
-        s = softmax.cap(
-            softmax.dot(q_ref[...], k, contract=(1, 1)), call.logits_soft_cap
-        )
-        added = on_top(step, block, (q_values, kv_values), windows)
-        s = s if added is None else s + added
+        s = softmax.dot(q_ref[...], k, contract=(1, 1))
+        s = softmax.cap(s, call.logits_soft_cap, call.unit)
+        pairs = None
         if not full:
             ids = (
                 operands.column_ids(step.row, sizes.block_q),
@@ -106,12 +104,16 @@ def _kernel(
             )
             of_keys = operands.with_tiles(kv_vectors, words, by="q")
             pairs = operands.allowed(call, sizes, step, ids, (q_vectors, *of_keys))
+        added, pairs = on_top(step, block, (q_values, kv_values), windows, pairs)
+        s = s if added is None else s + added
+        if pairs is not None:
             s = softmax.mask(s, pairs)
+            v = operands.kept(v, operands.to_column(softmax.seen(s, 0)))
         factor = operands.factor(call, q_vectors, kv_vectors, len(words))
         carry = softmax.Carry(*(ref[...] for ref in scratch))
-        store(softmax.fold(carry, s, v, factor))
+        store(softmax.fold(carry, s, v, factor, call.unit))
 
     step.walk(visit)
-    o, lse = softmax.finish(softmax.Carry(*(ref[...] for ref in scratch)))
+    o, lse = softmax.finish(softmax.Carry(*(ref[...] for ref in scratch)), call.unit)
     o_ref[...] = o.astype(o_ref.dtype)
     lse_ref[...] = operands.to_row(lse)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import bits, dropout, softmax
+from pallas_kernels import bits, dropout
 from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Inputs, PairBits, Vectors
 from pallas_kernels.tpu.launch import HeadOf, Operand, Step, TileOperand
@@ -17,11 +17,11 @@ from pallas_kernels.tpu.lists import Sizes
 
 
 def prepared(inputs: Inputs, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``q, k, v`` as the kernels multiply them: q scaled for base-2 scores."""
+    """``q, k, v`` as the kernels multiply them: q scaled for scores in ``call.unit``."""
     # The chip has no f16 arithmetic, and bf16 would lose three bits.
     half = inputs.q.dtype == jnp.float16
     q, k, v = (x.astype(jnp.float32) if half else x for x in inputs)
-    scaled = q.astype(jnp.float32) * (call.sm_scale * softmax.LOG2_E)
+    scaled = q.astype(jnp.float32) * call.scale
     return scaled.astype(q.dtype), k, v
 
 
@@ -137,6 +137,8 @@ def factor(
 
 def to_column(row: jax.Array) -> jax.Array:
     """``[1, n]`` as ``[n, 1]``."""
+    if row.dtype == jnp.bool_:
+        return to_column(row.astype(jnp.float32)) > 0
     # The chip transposes whole registers, which have eight sublanes.
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
@@ -158,6 +160,11 @@ def allowed(
     if sizes.kv_seq_len % sizes.block_kv:
         pairs &= k_ids < sizes.kv_seq_len
     return pairs
+
+
+def kept(x: jax.Array, where: jax.Array) -> jax.Array:
+    """The rows of ``x`` that a bool column names, and 0 for the others."""
+    return jnp.where(where, x, jnp.zeros_like(x))
 
 
 def column_ids(block: Any, size: int) -> jax.Array:

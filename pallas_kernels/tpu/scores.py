@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import pair_values, softmax
+from pallas_kernels import pair_values
 from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, PairValues, ScoreValues, Vectors
 from pallas_kernels.tpu import operands
@@ -43,14 +43,20 @@ class OnTop:
         return refs[:count], refs[count:]
 
     def __call__(
-        self, step: Step, block: Any, values: tuple[tuple, tuple], windows: tuple
-    ) -> jax.Array | None:
-        """What is added to capped scores, base 2; None for nothing.
+        self,
+        step: Step,
+        block: Any,
+        values: tuple[tuple, tuple],
+        windows: tuple,
+        allowed: jax.Array | None,
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """What is added to capped scores, and the pairs that it does not leave out.
 
-        ``values`` are those of the queries and of the keys, shaped like their ids.
+        None for nothing, and for all pairs. ``values`` are those of the queries and of
+        the keys, shaped like their ids; ``allowed`` are the pairs of the map.
         """
         if self.call.scores is None:
-            return None
+            return None, allowed
         sizes = self.sizes
         row_size, size = sizes.block_q, sizes.block_kv
         if self.by == "kv":
@@ -61,7 +67,11 @@ class OnTop:
             _tile(ref, row_size, size) if diagonal else ref[...]
             for ref, diagonal in zip(windows, self.diagonal, strict=True)
         )
-        return self.call.scores(q_ids, k_ids, *values, pairs) * softmax.LOG2_E
+        added = self.call.scores(q_ids, k_ids, *values, pairs)
+        if not (self.num_q or self.num_kv or self.diagonal):
+            return added, allowed
+        kept = jnp.broadcast_to(added > -jnp.inf, (row_size, size))
+        return added, kept if allowed is None else kept & allowed
 
 
 def on_top(values: ScoreValues, call: Call, sizes: Sizes, by: Axis) -> OnTop:

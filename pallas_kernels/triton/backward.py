@@ -31,9 +31,10 @@ from pallas_kernels.triton.runs import (
     first_of_batch,
     ids,
     map_and_test,
+    rows_kept,
     walk,
 )
-from pallas_kernels.triton.scores import Here, added_scores, factor
+from pallas_kernels.triton.scores import Here, added_scores, factor, not_left_out
 
 
 def dq_kernel(
@@ -48,22 +49,28 @@ def dq_kernel(
     index, test = map_and_test(runs, sizes, pl.program_id(1), first)
     rows = pl.ds(row * block_q, block_q)
     q, do = q_ref[rows, :], cotangents.do[rows, :]
-    lse2, delta = along(cotangents.lse[rows], 0), along(cotangents.delta[rows], 0)
+    lse, delta = along(cotangents.lse[rows], 0), along(cotangents.delta[rows], 0)
     q_ids = ids(row, block_q, 0)
     q_vectors = tuple(along(ref[rows], 0) for ref in vectors.q)
 
     def add(block: Any, dq: jax.Array, pairs: jax.Array | None) -> jax.Array:
         columns = pl.ds(block * block_kv, block_kv)
         k = k_ref[columns, :]
-        s = softmax.dot(q, k, contract=(1, 1)) * (call.sm_scale * softmax.LOG2_E)
-        s = softmax.cap(s, call.logits_soft_cap)
+        s = softmax.dot(q, k, contract=(1, 1)) * call.scale
+        s = softmax.cap(s, call.logits_soft_cap, call.unit)
         here = Here(q_ids, ids(block, block_kv, 1), rows, columns)
         added = added_scores(vectors.scores, here, sizes, call)
         dp = softmax.dot(do, v_ref[columns, :], contract=(1, 1))
         kept = factor(vectors, here, call)
+        pairs = not_left_out(vectors.scores, added, pairs, s.shape)
+        total = softmax.mask(s if added is None else s + added, pairs)
         _, ds = softmax.score_gradient(
-            s, pairs, lse2, dp, delta, call.logits_soft_cap, added, kept
+            total, lse, dp, delta, factor=kept, unit=call.unit
         )
+        ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
+        if pairs is not None:
+            ds = jnp.where(pairs, ds, 0.0)
+            k = rows_kept(k, jnp.squeeze(softmax.seen(total, 0), 0))
         return dq + softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
 
     def full(block: Any, dq: jax.Array) -> jax.Array:
@@ -115,17 +122,24 @@ def dkv_kernel(
             dk, dv = carry
             columns = pl.ds(block * block_q, block_q)
             q, do = q_ref[columns, member, :], cotangents.do[columns, member, :]
-            lse2 = vector(cotangents.lse, columns, 1)
+            lse = vector(cotangents.lse, columns, 1)
             delta = vector(cotangents.delta, columns, 1)
-            s = softmax.dot(k, q, contract=(1, 1)) * (call.sm_scale * softmax.LOG2_E)
-            s = softmax.cap(s, call.logits_soft_cap)
+            s = softmax.dot(k, q, contract=(1, 1)) * call.scale
+            s = softmax.cap(s, call.logits_soft_cap, call.unit)
             here = Here(ids(block, block_q, 1), k_ids, columns, rows, member)
             added = added_scores(vectors.scores, here, sizes, call)
             dp = softmax.dot(v, do, contract=(1, 1))
             kept = factor(vectors, here, call)
+            pairs = not_left_out(vectors.scores, added, pairs, s.shape)
+            total = softmax.mask(s if added is None else s + added, pairs)
             p, ds = softmax.score_gradient(
-                s, pairs, lse2, dp, delta, call.logits_soft_cap, added, kept
+                total, lse, dp, delta, factor=kept, unit=call.unit
             )
+            ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
+            if pairs is not None:
+                ds = jnp.where(pairs, ds, 0.0)
+                there = jnp.squeeze(lse, 0) < softmax.ABSENT
+                q, do = rows_kept(q, there), rows_kept(do, there)
             dv = dv + softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
             dk = dk + softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
             return dk, dv
@@ -166,7 +180,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``dq, dk, dv`` in the shapes and dtypes of the inputs."""
     lse, do, delta = cotangents
-    cotangents = Cotangents(softmax.lse_for_backward(lse), do, delta)
+    cotangents = Cotangents(softmax.lse_for_backward(lse, call.unit), do, delta)
     dq = _dq(inputs, cotangents, vectors, lists.dq, call)
     dk, dv = _dkv(inputs, cotangents, vectors, lists.dkv, call)
     return dq, dk, dv

@@ -29,9 +29,10 @@ from pallas_kernels.triton.runs import (
     first_of_batch,
     ids,
     map_and_test,
+    rows_kept,
     walk,
 )
-from pallas_kernels.triton.scores import Here, added_scores, factor
+from pallas_kernels.triton.scores import Here, added_scores, factor, not_left_out
 
 
 def forward_kernel(
@@ -52,17 +53,25 @@ def forward_kernel(
     def here(block: Any, columns: Any) -> Here:
         return Here(q_ids, ids(block, block_kv, 1), rows, columns)
 
-    def scores(block: Any, columns: Any) -> jax.Array:
+    def fold(
+        block: Any, carry: softmax.Carry, pairs: jax.Array | None
+    ) -> softmax.Carry:
+        columns = pl.ds(block * block_kv, block_kv)
         # Scaled here in f32: a scaled q rounded to bf16 costs accuracy.
-        s = softmax.dot(q, k_ref[columns, :], contract=(1, 1))
-        s = softmax.cap(s * (call.sm_scale * softmax.LOG2_E), call.logits_soft_cap)
+        s = softmax.dot(q, k_ref[columns, :], contract=(1, 1)) * call.scale
+        s = softmax.cap(s, call.logits_soft_cap, call.unit)
         added = added_scores(vectors.scores, here(block, columns), sizes, call)
-        return s if added is None else s + added
+        s = s if added is None else s + added
+        v = v_ref[columns, :]
+        pairs = not_left_out(vectors.scores, added, pairs, s.shape)
+        if pairs is not None:
+            s = softmax.mask(s, pairs)
+            v = rows_kept(v, jnp.squeeze(softmax.seen(s, 0), 0))
+        kept = factor(vectors, here(block, columns), call)
+        return softmax.fold(carry, s, v, kept, call.unit)
 
     def full(block: Any, carry: softmax.Carry) -> softmax.Carry:
-        columns = pl.ds(block * block_kv, block_kv)
-        kept = factor(vectors, here(block, columns), call)
-        return softmax.fold(carry, scores(block, columns), v_ref[columns, :], kept)
+        return fold(block, carry, None)
 
     def partial_(block: Any, carry: softmax.Carry) -> softmax.Carry:
         columns = pl.ds(block * block_kv, block_kv)
@@ -72,14 +81,12 @@ def forward_kernel(
             sizes, call.predicate, test, q_ids, ids(block, block_kv, 1),
             (q_vectors, kv_vectors, tiles),
         )  # fmt: skip
-        s = softmax.mask(scores(block, columns), pairs)
-        kept = factor(vectors, here(block, columns), call)
-        return softmax.fold(carry, s, v_ref[columns, :], kept)
+        return fold(block, carry, pairs)
 
     carry = softmax.start(block_q, v_ref.shape[-1])
     row_of_map = index * sizes.num_rows + row
     carry = walk(runs, sizes, row_of_map, full=full, partial=partial_, carry=carry)
-    o, lse = softmax.finish(carry)
+    o, lse = softmax.finish(carry, call.unit)
     o_ref[rows, :] = o.astype(o_ref.dtype)
     lse_ref[rows] = jnp.squeeze(lse, 1)
 

@@ -123,7 +123,7 @@ def pad_cotangents(cotangents: Cotangents, sizes: Sizes) -> Cotangents:
     """The cotangents as the kernels read them."""
     # Padded queries have do == 0, delta == 0 and p == 0: they add exactly nothing.
     return Cotangents(
-        pad(cotangents.lse, 2, sizes.padded_q, softmax.BEYOND),
+        pad(cotangents.lse, 2, sizes.padded_q, softmax.ABSENT),
         rows_first(cotangents.do, sizes.padded_q),
         pad(cotangents.delta, 2, sizes.padded_q),
     )

@@ -191,6 +191,11 @@ def along(x: jax.Array, axis: int) -> jax.Array:
     return jnp.expand_dims(x, 1 - axis)
 
 
+def rows_kept(x: jax.Array, where: jax.Array) -> jax.Array:
+    """The rows of ``x`` that a bool vector names, and 0 for the others."""
+    return jnp.where(jnp.expand_dims(where, 1), x, jnp.zeros_like(x))
+
+
 def bit_tiles(
     vectors: Vectors, sizes: Sizes, q_block: Any, kv_block: Any, *, transposed: bool,
     member: Any = None,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dropout, softmax
+from pallas_kernels import dropout
 from pallas_kernels.call import Call, PairValues, ScoreValues, Vectors
 from pallas_kernels.triton.runs import Sizes, along
 
@@ -28,7 +28,7 @@ class Here(NamedTuple):
 def added_scores(
     values: ScoreValues, here: Here, sizes: Sizes, call: Call
 ) -> jax.Array | None:
-    """What the call adds to the capped scores of a tile, base 2; None for nothing."""
+    """What the call adds to the capped scores of a tile; None for nothing."""
     if call.scores is None:
         return None
     q_ids, k_ids, q_range, kv_range, member = here
@@ -45,14 +45,26 @@ def added_scores(
         at = jnp.broadcast_to(q_ids, shape), jnp.broadcast_to(k_ids, shape)
         return ref[*lead(ref), *at]
 
-    added = call.scores(
+    return call.scores(
         q_ids,
         k_ids,
         tuple(along(ref[*lead(ref), q_range], q_axis) for ref in values.q),
         tuple(along(ref[*lead(ref), kv_range], 1 - q_axis) for ref in values.kv),
         tuple(map(of_pairs, values.pairs)),
     )
-    return added * softmax.LOG2_E
+
+
+def not_left_out(
+    values: ScoreValues,
+    added: jax.Array | None,
+    pairs: jax.Array | None,
+    shape: tuple[int, ...],
+) -> jax.Array | None:
+    """``pairs`` without those to which ``-inf`` is added; None for all pairs."""
+    if added is None or not any(values):
+        return pairs
+    kept = jnp.broadcast_to(added > -jnp.inf, shape)
+    return kept if pairs is None else kept & pairs
 
 
 def factor(vectors: Vectors, here: Here, call: Call) -> jax.Array | None:

@@ -24,13 +24,28 @@ class Gradients(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What the tiles of a row share, ``[batch, kv_heads, group * queries, ...]``."""
+    """What the tiles of a row share, ``[batch, kv_heads, group * queries, ...]``.
+
+    ``q`` and ``do`` are 0 where a query sees no key, whatever was given there: that
+    nothing comes of it in products with gradients of 0. ``lse`` is that of ``softmax``.
+    """
 
     at: Int32[Array, ""]
     q: Float32[Array, "b h gq head_dim"]
     do: Float32[Array, "b h gq head_dim_v"]
     lse: Float32[Array, "b h gq"]
     delta: Float32[Array, "b h gq"]
+
+
+def row_of(
+    at: Int32[Array, ""], q: Array, do: Array, lse: Array, delta: Array, call: Call
+) -> Row:
+    """The row ``at`` of arrays in blocks."""
+    kv_heads = lse.shape[1]
+    lse, delta = tile.row_of(lse, at), tile.row_of(delta, at)
+    there = ~jnp.isneginf(lse)[..., None]
+    q, do = (jnp.where(there, tile.queries_of(x, at, kv_heads), 0.0) for x in (q, do))
+    return Row(at, q, do, softmax.lse_for_backward(lse, call.unit), delta)
 
 
 def backward(
@@ -74,27 +89,21 @@ def _backward(
     blocks = tile.operands(inputs, group, plan)
     pairs = tile.pairs_of(call, vectors, group, plan, (q_seq_len, kv_seq_len))
     lse = tile.to_blocks(
-        tile.fold_heads(cotangents.lse, group), 3, plan.block_q, softmax.BEYOND
+        tile.fold_heads(cotangents.lse, group), 3, plan.block_q, -jnp.inf
     )
     delta = tile.to_blocks(tile.fold_heads(cotangents.delta, group), 3, plan.block_q)
     do = tile.positions_first(pick(cotangents.do, group.q_heads), plan.block_q)
     batch, kv_heads, size = lse.shape[:3]
 
     def start(total: Gradients, row: Array) -> tuple[Any, Any]:
-        fixed = Row(
-            row,
-            tile.queries_of(blocks.q, row, kv_heads),
-            tile.queries_of(do, row, kv_heads),
-            softmax.lse_for_backward(tile.row_of(lse, row)),
-            tile.row_of(delta, row),
-        )
+        fixed = row_of(row, blocks.q, do, lse, delta, call)
         return fixed, (total, jnp.zeros_like(fixed.q))
 
-    def fold(fixed: Row, state: Any, block: Array, bias: Array) -> Any:
+    def fold(fixed: Row, state: Any, block: Array, shown: tile.Shown) -> Any:
         total, dq = state
-        k, v = (tile.gather(x, block) for x in (blocks.k, blocks.v))
+        k, v = (tile.gather(x, block, shown.seen) for x in (blocks.k, blocks.v))
         factor = pairs.factor(fixed.at, block)
-        p, ds = score_gradient(fixed, k, v, (bias, factor), (size, call))
+        p, ds = score_gradient(fixed, k, v, (shown, factor), (size, call))
         dq += tile.batched_dot(ds, k, contract=(1, 0))
         total = total._replace(
             dk=add_keys(total.dk, ds, fixed.q, block),
@@ -125,24 +134,40 @@ def score_gradient(
     row: Row,
     k: Float32[Array, "b h k d"],
     v: Float32[Array, "b h k dv"],
-    on_top: tuple[Float32[Array, "..."], Float32[Array, "..."] | None],
+    on_top: tuple[tile.Shown, Float32[Array, "..."] | None],
     options: tuple[int, Call],
 ) -> tuple[Float32[Array, "b h gq k"], Float32[Array, "b h gq k"]]:
     """``p`` and the gradient of ``q k^T`` of some blocks of a row.
 
-    ``on_top`` is the bias of the scores, and the factor of the weights.
+    ``on_top`` are the pairs, and the factor of the weights.
     """
-    size, call = options
-    bias, factor = on_top
-    s = tile.scores(row.q * (call.sm_scale * softmax.LOG2_E), k, size, call)
-    dp = tile.batched_dot(row.do, v, contract=(1, 1)).reshape(s.shape)
-    lse2, delta = (x.reshape(*s.shape[:-1], 1) for x in (row.lse, row.delta))
-    # The bias masks, too: where it does, p is 0.
-    cap = call.logits_soft_cap
-    p, ds = softmax.score_gradient(s, None, lse2, dp, delta, cap, bias, factor)
-    ds *= call.sm_scale
+    call = options[1]
+    s, p, ds = gradient_of_added(row, k, v, on_top, options)
+    ds *= call.sm_scale * softmax.cap_slope(s, call.logits_soft_cap, call.unit)
     flat = *row.q.shape[:-1], s.shape[-1]
     return p.reshape(flat), ds.reshape(flat)
+
+
+def gradient_of_added(
+    row: Row,
+    k: Float32[Array, "b h k d"],
+    v: Float32[Array, "b h k dv"],
+    on_top: tuple[tile.Shown, Float32[Array, "..."] | None],
+    options: tuple[int, Call],
+) -> tuple[
+    Float32[Array, "b h g q k"], Float32[Array, "b h g q k"],
+    Float32[Array, "b h g q k"],
+]:  # fmt: skip
+    """Capped scores, ``p``, and the gradient of what comes on top of these scores."""
+    size, call = options
+    shown, factor = on_top
+    s = tile.scores(row.q * call.scale, k, size, call)
+    dp = tile.batched_dot(row.do, v, contract=(1, 1)).reshape(s.shape)
+    lse, delta = (x.reshape(*s.shape[:-1], 1) for x in (row.lse, row.delta))
+    p, ds = softmax.score_gradient(
+        tile.masked(s, shown), lse, dp, delta, factor=factor, unit=call.unit
+    )
+    return s, p, ds
 
 
 def add_keys(

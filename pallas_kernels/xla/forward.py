@@ -1,5 +1,6 @@
 """The forward pass: one scan over the query blocks of every shape of row."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,10 @@ from pallas_kernels.xla.lists import Lists, Plan
 from pallas_kernels.xla.owners import Owner, for_owners, is_traced
 from pallas_kernels.xla.rows import Pass, fold_rows
 
-fold_tiles = jax.vmap(jax.vmap(softmax.fold))
+
+def fold_tiles(unit: float, *args: Any) -> softmax.Carry:
+    """``softmax.fold`` of every batch entry and key head."""
+    return jax.vmap(jax.vmap(partial(softmax.fold, unit=unit)))(*args)
 
 
 def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outputs:
@@ -46,23 +50,25 @@ def _forward(
 
     def start(total: Any, row: Array) -> tuple[Any, Any]:
         q = tile.queries_of(blocks.q, row, kv_heads)
-        q *= call.sm_scale * softmax.LOG2_E
+        q *= call.scale
         empty = softmax.start(size * block_q, head_dim_v)
         lead = batch, kv_heads
         state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), empty)
         return (q, total, row), state
 
-    def fold(fixed: Any, state: Any, block: Array, bias: Array) -> Any:
+    def fold(fixed: Any, state: Any, block: Array, shown: tile.Shown) -> Any:
         q, _, row = fixed
-        s = tile.scores(q, tile.gather(blocks.k, block), size, call) + bias
-        s = s.reshape(*q.shape[:-1], s.shape[-1])
-        v, factor = tile.gather(blocks.v, block), pairs.factor(row, block)
-        if factor is None:
-            return fold_tiles(state, s, v)
-        return fold_tiles(state, s, v, tile.for_all(factor, size, s.shape))
+        s = tile.scores(q, tile.gather(blocks.k, block), size, call)
+        s = tile.masked(s, shown).reshape(*q.shape[:-1], s.shape[-1])
+        v = tile.gather(blocks.v, block, shown.seen)
+        factor = pairs.factor(row, block)
+        args = (state, s, v)
+        if factor is not None:
+            args = (*args, tile.for_all(factor, size, s.shape))
+        return fold_tiles(call.unit, *args)
 
     def close(fixed: Any, state: Any, row: Array) -> Any:
-        o, lse = softmax.finish(state)
+        o, lse = softmax.finish(state, call.unit)
         _, total, _ = fixed
         return Outputs(
             tile.put_queries(total.o, o, row),

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Int32
 
 from pallas_kernels.xla.lists import Chunks, Long, Short, Walk
-from pallas_kernels.xla.tile import Pairs, padding_bias
+from pallas_kernels.xla.tile import Pairs, Shown, real_keys, shown
 
 
 class Pass(NamedTuple):
@@ -16,8 +16,8 @@ class Pass(NamedTuple):
 
     # open(total, row) -> (what stays the same within the row, the state to fold into)
     open: Callable[[Any, Array], tuple[Any, Any]]
-    # fold(fixed, state, block, bias) -> state, where bias is added to capped scores
-    fold: Callable[[Any, Any, Array, Array], Any]
+    # fold(fixed, state, block, tile) -> state, where the tile says which pairs there are
+    fold: Callable[[Any, Any, Array, Shown], Any]
     # close(fixed, state, row) -> total
     close: Callable[[Any, Any, Array], Any]
 
@@ -33,52 +33,62 @@ def _fold_short(short: Short, pairs: Pairs, steps: Pass, total: Any) -> Any:
     def step(total: Any, line: tuple[Array, ...]) -> tuple[Any, None]:
         row, block, *_ = line
         fixed, state = steps.open(total, row)
-        bias = pairs.with_scores(row_bias(short, pairs, line), row, block)
-        state = steps.fold(fixed, state, block, bias)
+        tile = pairs.with_scores(row_tile(short, pairs, line), row, block)
+        state = steps.fold(fixed, state, block, tile)
         return steps.close(fixed, state, row), None
 
     lines = (short.row, short.block, short.num_full, short.num_partial)
     return jax.lax.scan(step, total, lines)[0]
 
 
-def row_bias(
-    short: Short, pairs: Pairs, line: tuple[Array, ...]
-) -> Float32[Array, "..."]:
-    """The bias of one row: the predicate is asked about the partial blocks alone."""
+def row_tile(short: Short, pairs: Pairs, line: tuple[Array, ...]) -> Shown:
+    """The pairs of one row: the predicate is asked about the partial blocks alone."""
     row, block, num_full, num_partial = line
     slots, full_slots = block.shape[0], short.full_slots
-    full = padding_bias(num_full, full_slots, pairs.block_kv)
+    full = real_keys(num_full, full_slots, pairs.block_kv)
     if full_slots == slots:
-        return full
-    partial = pairs.bias(row, block[full_slots:], num_partial)
-    # One bias over both kinds keeps a row at one matrix product and one softmax.
-    full = jnp.broadcast_to(full, (*partial.shape[:-1], full.shape[-1]))
-    return jnp.concatenate([full, partial], axis=-1)
+        # Padding repeats a full block.
+        return shown(full, some_unseen=False)
+    partial = shown(pairs.real(row, block[full_slots:], num_partial))
+    if not full_slots:
+        return partial
+    # One tile of both kinds keeps a row at one matrix product and one softmax.
+    full = shown(jnp.broadcast_to(full, (*partial.limit.shape[:3], 1, full.shape[-1])))
+    limit = jnp.broadcast_to(
+        full.limit, (*partial.limit.shape[:-1], full.limit.shape[-1])
+    )
+    return Shown(
+        jnp.concatenate([limit, partial.limit], axis=-1),
+        jnp.concatenate([full.seen, partial.seen], axis=-1),
+    )
 
 
 def _fold_long(long: Long, pairs: Pairs, steps: Pass, total: Any) -> Any:
-    def full_bias(row: Array, block: Array, count: Array) -> Float32[Array, "..."]:
+    def full(row: Array, block: Array, count: Array) -> Shown:
         del row
-        return padding_bias(count, len(block), pairs.block_kv)
+        real = real_keys(count, len(block), pairs.block_kv)
+        return shown(real, some_unseen=False)
+
+    def partial(row: Array, block: Array, count: Array) -> Shown:
+        return shown(pairs.real(row, block, count))
 
     def step(total: Any, line: tuple[Array, ...]) -> tuple[Any, None]:
         row, *ends = line
         fixed, state = steps.open(total, row)
 
         def folded(
-            state: Any, chunks: Chunks, span: tuple[Array, Array], bias: Callable
+            state: Any, chunks: Chunks, span: tuple[Array, Array], tile: Callable
         ) -> Any:
             def fold(at: Int32[Array, ""], state: Any) -> Any:
                 block = jnp.asarray(chunks.block)[at]
                 count = jnp.asarray(chunks.count)[at]
-                masked = bias(row, block, count)
-                masked = pairs.with_scores(masked, row, block)
-                return steps.fold(fixed, state, block, masked)
+                here = pairs.with_scores(tile(row, block, count), row, block)
+                return steps.fold(fixed, state, block, here)
 
             return jax.lax.fori_loop(span[0], span[1], fold, state)
 
-        state = folded(state, long.full, (ends[0], ends[1]), full_bias)
-        state = folded(state, long.partial, (ends[2], ends[3]), pairs.bias)
+        state = folded(state, long.full, (ends[0], ends[1]), full)
+        state = folded(state, long.partial, (ends[2], ends[3]), partial)
         return steps.close(fixed, state, row), None
 
     spans = (long.full.begin, long.full.end, long.partial.begin, long.partial.end)

@@ -5,14 +5,12 @@ who asks for no such gradient does not pay: the compiler drops the whole walk.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array
 
-from pallas_kernels import softmax
 from pallas_kernels.call import (
     Call,
     Cotangents,
@@ -21,7 +19,7 @@ from pallas_kernels.call import (
     Vectors,
 )
 from pallas_kernels.xla import tile
-from pallas_kernels.xla.backward import Row
+from pallas_kernels.xla.backward import Row, gradient_of_added, row_of
 from pallas_kernels.xla.heads import HeadGroup, head_groups, pick
 from pallas_kernels.xla.lists import Lists, Plan
 from pallas_kernels.xla.owners import Owner, for_owners, is_traced
@@ -83,27 +81,20 @@ def _gradient(
     added = pairs.scores
     assert added is not None
     lse = tile.to_blocks(
-        tile.fold_heads(cotangents.lse, group), 3, plan.block_q, softmax.BEYOND
+        tile.fold_heads(cotangents.lse, group), 3, plan.block_q, -jnp.inf
     )
     delta = tile.to_blocks(tile.fold_heads(cotangents.delta, group), 3, plan.block_q)
     do = tile.positions_first(pick(cotangents.do, group.q_heads), plan.block_q)
-    kv_heads, size = lse.shape[1:3]
+    size = lse.shape[2]
 
-    def start(total: Pieces, row: Array) -> tuple[Any, Pieces]:
-        fixed = Row(
-            row,
-            tile.queries_of(blocks.q, row, kv_heads),
-            tile.queries_of(do, row, kv_heads),
-            softmax.lse_for_backward(tile.row_of(lse, row)),
-            tile.row_of(delta, row),
-        )
-        return (fixed, row), total
+    def start(total: Pieces, row: Array) -> tuple[Row, Pieces]:
+        return row_of(row, blocks.q, do, lse, delta, call), total
 
-    def fold(fixed: Any, total: Pieces, block: Array, bias: Array) -> Pieces:
-        of_row, row = fixed
-        k, v = (tile.gather(x, block) for x in (blocks.k, blocks.v))
-        on_top = bias, pairs.factor(row, block)
-        gradient = gradient_of_added(of_row, k, v, on_top, (size, call))
+    def fold(of_row: Row, total: Pieces, block: Array, shown: tile.Shown) -> Pieces:
+        row = of_row.at
+        k, v = (tile.gather(x, block, shown.seen) for x in (blocks.k, blocks.v))
+        on_top = shown, pairs.factor(row, block)
+        _, _, gradient = gradient_of_added(of_row, k, v, on_top, (size, call))
 
         def spread(pieces: Pieces) -> Array:
             return jnp.broadcast_to(added.tile(pieces, row, block), gradient.shape)
@@ -111,7 +102,7 @@ def _gradient(
         _, pull = jax.vjp(spread, added.pieces(row, block))
         return added.add(total, pull(gradient)[0], row, block)
 
-    def close(fixed: Any, total: Pieces, row: Array) -> Pieces:
+    def close(fixed: Row, total: Pieces, row: Array) -> Pieces:
         del fixed, row
         return total
 
@@ -120,20 +111,3 @@ def _gradient(
     total = fold_rows(walk, pairs, Pass(start, fold, close), total)
     found = added.restored(total)
     return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), found)
-
-
-def gradient_of_added(
-    row: Row,
-    k: Float32[Array, "b h k d"],
-    v: Float32[Array, "b h k dv"],
-    on_top: tuple[Float32[Array, "..."], Float32[Array, "..."] | None],
-    options: tuple[int, Call],
-) -> Float32[Array, "b h g q k"]:
-    """The gradient of what comes on top of the capped scores, of blocks of a row."""
-    size, call = options
-    bias, factor = on_top
-    s = tile.scores(row.q * (call.sm_scale * softmax.LOG2_E), k, size, call)
-    dp = tile.batched_dot(row.do, v, contract=(1, 1)).reshape(s.shape)
-    lse2, delta = (x.reshape(*s.shape[:-1], 1) for x in (row.lse, row.delta))
-    # Without a cap, the gradient of the scores is that of what is added to them.
-    return softmax.score_gradient(s, None, lse2, dp, delta, None, bias, factor)[1]

@@ -44,6 +44,11 @@ class Added:
     block_q: int
     block_kv: int
 
+    @property
+    def has_arrays(self) -> bool:
+        """Whether a user passes numbers, of which any may be ``-inf``."""
+        return any(self.arrays)
+
     def pieces(self, row: Int32[Array, ""], block: Int32[Array, " slots"]) -> Pieces:
         """What the blocks of a row read."""
 

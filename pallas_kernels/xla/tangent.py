@@ -93,27 +93,30 @@ def _tangent(
         assert added is not None
         lengths, sizes = added.lengths, (added.block_q, added.block_kv)
         moved = scores.added(added.scores, moved, group, lengths, sizes)
-    lse = tile.to_blocks(tile.fold_heads(lse, group), 3, plan.block_q, softmax.BEYOND)
+    lse = tile.to_blocks(tile.fold_heads(lse, group), 3, plan.block_q, -jnp.inf)
     batch, kv_heads, size = lse.shape[:3]
     head_dim_v = both.v.shape[-1] // 2
 
     def start(total: Sums, row: Array) -> tuple[Any, Any]:
-        q, dq = jnp.split(tile.queries_of(blocks.q, row, kv_heads), 2, axis=-1)
-        lse2 = softmax.lse_for_backward(tile.row_of(lse, row))
-        fixed = Row(row, q, jnp.concatenate([dq, q], axis=-1), lse2)
+        of_row = tile.row_of(lse, row)
+        there = ~jnp.isneginf(of_row)[..., None]
+        both_q = jnp.where(there, tile.queries_of(blocks.q, row, kv_heads), 0.0)
+        q, dq = jnp.split(both_q, 2, axis=-1)
+        of_row = softmax.lse_for_backward(of_row, call.unit)
+        fixed = Row(row, q, jnp.concatenate([dq, q], axis=-1), of_row)
         lead = batch, kv_heads, size * plan.block_q
         empty = Sums(
             jnp.zeros((*lead, head_dim_v), jnp.float32), jnp.zeros(lead, jnp.float32)
         )
         return (fixed, total), empty
 
-    def fold(fixed: Any, state: Sums, block: Array, bias: Array) -> Sums:
-        k, v = (tile.gather(x, block) for x in (blocks.k, blocks.v))
+    def fold(fixed: Any, state: Sums, block: Array, shown: tile.Shown) -> Sums:
+        k, v = (tile.gather(x, block, shown.seen) for x in (blocks.k, blocks.v))
         row, _ = fixed
         ds = None
         if added is not None and moved is not None:
             ds = tile_tangent(added, moved, row.at, block)
-        p, pds = probabilities(row, k, (bias, ds), size, call)
+        p, pds = probabilities(row, k, (shown, ds), size, call)
         v, dv = jnp.split(v, 2, axis=-1)
         lse, factor = pds.sum(axis=-1), pairs.factor(row.at, block)
         if factor is not None:
@@ -144,22 +147,23 @@ def _tangent(
 def probabilities(
     row: Row,
     k: Float32[Array, "b h k two_d"],
-    added: tuple[Float32[Array, "..."], Float32[Array, "..."] | None],
+    pairs: tuple[tile.Shown, Float32[Array, "..."] | None],
     group: int,
     call: Call,
 ) -> tuple[Float32[Array, "b h gq k"], Float32[Array, "b h gq k"]]:
     """``p`` and ``p s'`` of some blocks; ``k`` is keys, then their tangents.
 
-    ``added`` is the bias, base 2, and, in natural units, its tangent if it has one.
+    ``pairs`` come with the tangent of what is added to the scores, if it has one.
     """
-    bias, dbias = added
+    shown, dbias = pairs
     keys = k[..., : row.q.shape[-1]]
-    s = tile.scores(row.q * (call.sm_scale * softmax.LOG2_E), keys, group, call)
+    s = tile.scores(row.q * call.scale, keys, group, call)
     ds = tile.batched_dot(row.turned, k, contract=(1, 1)).reshape(s.shape)
-    ds *= call.sm_scale * softmax.cap_slope(s, call.logits_soft_cap)
+    ds *= call.sm_scale * softmax.cap_slope(s, call.logits_soft_cap, call.unit)
     if dbias is not None:
         ds += dbias
-    p = jnp.exp2(s + bias - row.lse.reshape(*s.shape[:-1], 1))
+    s = tile.masked(s, shown) - row.lse.reshape(*s.shape[:-1], 1)
+    p = softmax.power(s, call.unit)
     flat = *row.q.shape[:-1], s.shape[-1]
     return p.reshape(flat), (p * ds).reshape(flat)
 

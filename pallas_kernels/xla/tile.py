@@ -1,4 +1,4 @@
-"""One row of blocks on values: operands, the predicate as a bias, scores.
+"""One row of blocks on values: operands, the allowed pairs, scores.
 
 Axes are ``[batch, kv_heads, group, queries, ...]``: the query heads that read one key
 head are folded into its matrix products, and keys are never repeated.
@@ -87,17 +87,50 @@ def put_row(x: jax.Array, value: jax.Array, row: Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(x, value, row, axis=3)
 
 
+class Shown(NamedTuple):
+    """Which pairs of a row of blocks are allowed, and what is added to their scores.
+
+    Axes are those of a tile of scores, of length one where all have the same. ``limit``
+    is ``inf`` for an allowed pair and ``-inf`` for another, ``seen`` the keys that some
+    query sees, ``[batch or 1, kv_heads or 1, k]`` (None: all of them); ``added`` has
+    natural units.
+    """
+
+    limit: Float32[Array, "..."]
+    seen: Bool[Array, "..."] | None = None
+    added: Float32[Array, "..."] | None = None
+
+
+def shown(allowed: Bool[Array, "..."], *, some_unseen: bool = True) -> Shown:
+    """``Shown`` of a tile of pairs, with nothing added to the scores."""
+    limit = jnp.where(allowed, jnp.inf, -jnp.inf)
+    return Shown(limit, allowed.any(axis=(2, 3)) if some_unseen else None)
+
+
+def masked(s: Float32[Array, "b h g q k"], of: Shown) -> Float32[Array, "b h g q k"]:
+    """Capped scores with what is added, and ``-inf`` where a pair is not allowed.
+
+    A comparison of floats: one instruction, that of a minimum, where a choice by a
+    boolean takes a pass more. Other than a minimum it drops a NaN that is not allowed.
+    """
+    s = s if of.added is None else s + of.added
+    return jnp.where(s < of.limit, s, of.limit)
+
+
 def gather(
-    x: Float[Array, "b blocks k h d"], block: Int32[Array, " slots"]
+    x: Float[Array, "b blocks k h d"],
+    block: Int32[Array, " slots"],
+    seen: Bool[Array, "..."] | None = None,
 ) -> Float32[Array, "b h slots_k d"]:
-    """The keys or values of some blocks, side by side.
+    """The keys or values of some blocks, side by side, 0 for those not ``seen``.
 
     16-bit operands are widened: CPUs multiply f32 faster.
     """
     b, _, _, h, d = x.shape
     # Every index is of a block: out-of-bounds checks would cost a pass over the tile.
     tiles = jnp.take(x, block, axis=1, mode="clip").reshape(b, -1, h, d)
-    return jnp.swapaxes(tiles, 1, 2).astype(jnp.float32)
+    tiles = jnp.swapaxes(tiles, 1, 2).astype(jnp.float32)
+    return tiles if seen is None else jnp.where(seen[..., None], tiles, 0.0)
 
 
 def batched_dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
@@ -108,8 +141,9 @@ def batched_dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax
 def scores(
     q: Float32[Array, "b h gq d"], k: Float32[Array, "b h k d"], group: int, call: Call
 ) -> Float32[Array, "b h {group} q k"]:
-    """Capped base-2 scores of a scaled ``q``, not masked yet."""
-    s = softmax.cap(batched_dot(q, k, contract=(1, 1)), call.logits_soft_cap)
+    """Capped scores of a scaled ``q``, not masked yet."""
+    s = batched_dot(q, k, contract=(1, 1))
+    s = softmax.cap(s, call.logits_soft_cap, call.unit)
     return s.reshape(*s.shape[:2], group, -1, s.shape[-1])
 
 
@@ -121,12 +155,12 @@ def for_all(
     return jnp.broadcast_to(x, (b, h, group, gq // group, k)).reshape(shape)
 
 
-def padding_bias(
+def real_keys(
     count: Int32[Array, ""], slots: int, block_kv: int
-) -> Float32[Array, "1 1 1 1 k"]:
-    """Masks the blocks from ``count`` on; full blocks need no more than that."""
-    bias = jnp.where(jnp.arange(slots) < count, 0.0, softmax.MASKED)
-    return jnp.repeat(bias, block_kv)[None, None, None, None]
+) -> Bool[Array, "1 1 1 1 k"]:
+    """The keys of the first ``count`` blocks; full blocks need no other test."""
+    real = jnp.arange(slots, dtype=jnp.int32) < count
+    return jnp.repeat(real, block_kv)[None, None, None, None]
 
 
 @dataclass(frozen=True)
@@ -146,15 +180,19 @@ class Pairs:
 
     def with_scores(
         self,
-        bias: Float32[Array, "..."],
+        tile: Shown,
         row: Int32[Array, ""],
         block: Int32[Array, " slots"],
-    ) -> Float32[Array, "..."]:
-        """``bias`` and what the call adds to the scores, base 2."""
+    ) -> Shown:
+        """A tile with what the call adds to the scores; ``-inf`` leaves a pair out."""
         if self.scores is None:
-            return bias
+            return tile
         pieces = self.scores.pieces(row, block)
-        return bias + self.scores.tile(pieces, row, block) * softmax.LOG2_E
+        added = self.scores.tile(pieces, row, block)
+        if not self.scores.has_arrays:
+            return tile._replace(added=added)
+        limit = jnp.where(jnp.isneginf(added), -jnp.inf, tile.limit)
+        return Shown(limit, (limit > 0).any(axis=(2, 3)), added)
 
     def factor(
         self, row: Int32[Array, ""], block: Int32[Array, " slots"]
@@ -168,22 +206,19 @@ class Pairs:
         keys = keys.reshape(*keys.shape[:3], 1, -1)
         return dropout.factor(queries[..., None], keys, self.call.dropout_rate)
 
-    def bias(
+    def real(
         self, row: Int32[Array, ""], block: Int32[Array, " slots"], count: Array
-    ) -> Float32[Array, "..."]:
-        """0 or MASKED, ``[batch or 1, kv_heads or 1, group or 1, q, slots * k]``.
-
-        An addition: ``where`` on the scores of all heads takes a pass more.
-        """
-        allowed = self.allowed(row, block)
-        real = jnp.arange(len(block), dtype=jnp.int32) < count
-        allowed &= jnp.repeat(real, self.block_kv)[None, None, None, None]
-        return jnp.where(allowed, 0.0, softmax.MASKED)
+    ) -> Bool[Array, "..."]:
+        """What is allowed of the first ``count`` of some partial blocks."""
+        return self.allowed(row, block) & real_keys(count, len(block), self.block_kv)
 
     def allowed(
         self, row: Int32[Array, ""], block: Int32[Array, " slots"]
     ) -> Bool[Array, "..."]:
-        """The predicate on a row of blocks, once for heads that it treats alike."""
+        """The predicate on a row of blocks, once for heads that it treats alike.
+
+        ``[batch or 1, kv_heads or 1, group or 1, q, slots * k]``.
+        """
         along_q = jnp.arange(self.block_q, dtype=jnp.int32)
         along_kv = jnp.arange(self.block_kv, dtype=jnp.int32)
         q_ids = (row * self.block_q + along_q)[:, None]
