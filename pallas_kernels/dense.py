@@ -177,7 +177,7 @@ def _present(inputs: Inputs, pairs: jax.Array) -> Inputs:
 def _with_scores(
     pairs: jax.Array, vectors: Vectors, call: Call
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The pairs that are not left out by ``-inf``, and what is added to their scores."""
+    """The pairs that ``-inf`` does not leave out, and what is added to scores."""
     if call.scores is None:
         return pairs, None
     found = on_all_pairs(vectors.scores, pairs.shape[2:], call)

@@ -66,7 +66,7 @@ def dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
 
 
 def cap(s: jax.Array, soft_cap: float | None, unit: float = LOG2_E) -> jax.Array:
-    """``soft_cap * tanh(s / soft_cap)`` of scores in ``unit``; ``soft_cap`` is natural."""
+    """``soft_cap * tanh(s / soft_cap)`` of scores in ``unit``; the cap is natural."""
     if soft_cap is None:
         return s
     limit = soft_cap * unit
@@ -135,7 +135,7 @@ def fold(
 
 
 def finish(carry: Carry, unit: float = LOG2_E) -> tuple[jax.Array, jax.Array]:
-    """Output f32 ``[rows, head_dim_v]``, natural lse ``[rows, 1]``; 0, -inf if empty."""
+    """Output f32 ``[rows, head_dim_v]``, lse ``[rows, 1]``; 0 and -inf if empty."""
     acc, m, l = carry
     if l.shape[-1] > 1:
         m, l = m[..., :1], l.sum(axis=-1, keepdims=True)

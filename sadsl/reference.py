@@ -68,8 +68,8 @@ def attention(
 ) -> tuple[Float[Array, "batch q heads head_dim_v"], Float[Array, "batch heads q"]]:
     """Output and natural lse over the allowed pairs, in f32 (f64 for f64 inputs).
 
-    ``bias`` is added to the capped scores; a bias or a score of ``-inf`` leaves the pair
-    out. A row that is left with no key yields 0 and -inf, and passes zero gradients.
+    ``bias`` is added to the capped scores; a bias or a score of ``-inf`` leaves the
+    pair out. A row that is left with no key yields 0, -inf and zero gradients.
     Keys that no query sees, and queries that see no key, may hold anything. Dropout
     multiplies the normalised weights by ``factor``.
     """
@@ -100,4 +100,5 @@ def attention(
     p = p / l if factor is None else p / l * factor.astype(dtype)
     o = jnp.einsum("bhqk,bkhd->bqhd", p, wide_v, precision="highest")
     lse = jnp.where(some, top + jnp.log(l), -jnp.inf)[..., 0]
-    return o.astype(q.dtype), lse
+    # Nor does a gradient of what sees nothing reach a product.
+    return jnp.where(sees, o, 0).astype(q.dtype), lse

@@ -17,7 +17,7 @@ from pallas_kernels.tpu.lists import Sizes
 
 
 def prepared(inputs: Inputs, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``q, k, v`` as the kernels multiply them: q scaled for scores in ``call.unit``."""
+    """``q, k, v`` as the kernels multiply them: q with the scale of scores."""
     # The chip has no f16 arithmetic, and bf16 would lose three bits.
     half = inputs.q.dtype == jnp.float16
     q, k, v = (x.astype(jnp.float32) if half else x for x in inputs)

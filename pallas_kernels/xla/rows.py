@@ -16,7 +16,7 @@ class Pass(NamedTuple):
 
     # open(total, row) -> (what stays the same within the row, the state to fold into)
     open: Callable[[Any, Array], tuple[Any, Any]]
-    # fold(fixed, state, block, tile) -> state, where the tile says which pairs there are
+    # fold(fixed, state, block, tile) -> state, where the tile says which pairs count
     fold: Callable[[Any, Any, Array, Shown], Any]
     # close(fixed, state, row) -> total
     close: Callable[[Any, Any, Array], Any]
