@@ -1,5 +1,6 @@
 """KernelConfig: block sizes and pipelining. It never changes the result."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 
@@ -25,7 +26,8 @@ class KernelConfig:
 
     ``block_q`` and ``block_kv`` hold for the forward and both backward kernels unless
     ``dq`` or ``dkv`` name their own. ``num_warps`` and ``num_stages`` matter on GPUs.
-    ``relayout=False`` keeps the given order of positions; otherwise the compiler takes
+    A size that is not named follows the lengths of the call: no block is much longer
+    than its sequence. ``relayout=False`` keeps the given order of positions; otherwise the compiler takes
     another one where that visits enough fewer blocks.
     """
 
@@ -51,7 +53,7 @@ class KernelConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Tiles:
     """A tile for each of the three kernels: forward, dq, and dk with dv."""
 
@@ -61,10 +63,35 @@ class Tiles:
 
     def with_block_kv(self, block_kv: int) -> "Tiles":
         """The same with one size for the key blocks of all three."""
-        tiles = self.forward, self.dq, self.dkv
-        return Tiles(
-            **{
-                name: replace(tile, block_kv=block_kv)
-                for name, tile in zip(("forward", "dq", "dkv"), tiles, strict=True)
-            }
-        )
+        return self._each(lambda tile: replace(tile, block_kv=block_kv))
+
+    def fitted(
+        self, lengths: tuple[int, int], fit: Callable[[int, int], int]
+    ) -> "Tiles":
+        """The same for ``lengths`` of queries and keys.
+
+        ``fit(block, length)`` is the size that a backend takes instead of ``block``.
+        """
+        q_seq_len, kv_seq_len = lengths
+
+        def fitted(tile: Tile) -> Tile:
+            return replace(
+                tile,
+                block_q=fit(tile.block_q, q_seq_len),
+                block_kv=fit(tile.block_kv, kv_seq_len),
+            )
+
+        return self._each(fitted)
+
+    def _each(self, change: Callable[[Tile], Tile]) -> "Tiles":
+        return Tiles(*map(change, (self.forward, self.dq, self.dkv)))
+
+
+def even_block(block: int, length: int, multiple: int) -> int:
+    """The size of equal blocks of ``length``, as many as ``block`` needs.
+
+    A multiple of ``multiple``; the padding is then less than that for every block.
+    """
+    length = max(length, 1)
+    even = -(-length // -(-length // block))
+    return -(-even // multiple) * multiple

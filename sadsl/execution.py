@@ -306,8 +306,9 @@ def kernel_call(options: Options, stages: Stages, tiles: Tiles) -> Call:
 
 def choose_tiles(options: Options, head_dim: int, head_dim_v: int, dtype: Any) -> Tiles:
     """The block sizes of a call: the config's, else the backend's for these sizes."""
-    backend = dispatch.BACKENDS[options.impl]
-    defaults = backend.default_tiles(head_dim, head_dim_v, dtype)
+    backend, problem = dispatch.BACKENDS[options.impl], options.problem
+    lengths = problem.q_seq_len, problem.kv_seq_len
+    defaults = backend.default_tiles(lengths, head_dim, head_dim_v, dtype)
     if not options.stages["hoist"].bits:
         return options.config.resolve(defaults)
     # Bits are packed for blocks of keys: the smallest fits the registers of all three.

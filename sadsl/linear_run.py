@@ -96,7 +96,8 @@ def attend(
     eps = term.eps if term.normalise else None
     call = None
     if setting.impl != "reference":
-        sizes = fq.shape[-1], v.shape[-1]
+        length = max(setting.q_offset + q.shape[1], k.shape[1])
+        sizes = length, fq.shape[-1], v.shape[-1]
         call = kernels.default_call(
             kernels.scalar(eps), setting.impl, sizes, v.dtype,
             setting.config, setting.interpret,

@@ -87,7 +87,7 @@ def linear_prefill(
         ids = segment_ids("kv_segment_ids", given, k.shape[:2])
         starts, segment = linear_run.changes(ids), ids[:, -1]
     rule = kernels.scalar(term.eps if term.normalise else None)
-    sizes = phi.shape[-1], v.shape[-1]
+    sizes = seq, phi.shape[-1], v.shape[-1]
     call = kernels.default_call(rule, "xla", sizes, v.dtype, KernelConfig())
     s, z = kernels.final_state(linear_run.kernel_inputs(arrays, starts), call)
     return LinearState(s, None if z is None else z[:, :, 0], segment)

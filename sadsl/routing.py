@@ -22,7 +22,6 @@ from lowering.hoist import AtPositions
 from lowering.pipeline import Problem
 from lowering.predicate import evaluate
 from lowering.slots import Slots, add_up, slots_of, take
-from pallas_kernels.config import KernelConfig
 from sadsl import checks, execution, reference
 from sadsl.execution import Options
 from sadsl.maps import IndexMap
@@ -163,7 +162,7 @@ def _in_clusters(
         options,
         term=Softmax(spec),
         problem=Problem(window, copies[1].shape[1], lead[1]),
-        config=_config(options, window),
+        config=replace(options.config, relayout=False),
     )
     known = operands_of(spec)
     read = {name: x for name, x in arrays.items() if name in known}
@@ -184,22 +183,6 @@ def _to_clusters(x: Array, slots: Slots, lead: tuple[int, int]) -> Array:
     _, length, _, dim = x.shape
     copies = take(jnp.swapaxes(x, 1, 2).reshape(-1, length, dim), slots)
     return jnp.swapaxes(copies.reshape(*lead, -1, dim), 1, 2)
-
-
-def _config(options: Options, window: int) -> KernelConfig:
-    """Blocks that a cluster fills, unless the caller names some."""
-    config = replace(options.config, relayout=False)
-    if config.block_q or config.block_kv or config.dq or config.dkv:
-        return config
-    match options.impl:
-        case "xla":
-            even = -(-window // -(-window // 128))
-            block = -(-even // 8) * 8
-        case "triton" if window < 64:
-            block = max(16, 1 << (window - 1).bit_length())
-        case _:
-            return config
-    return replace(config, block_q=block, block_kv=block)
 
 
 def _map_of_slots(term: ScatterMean, problem: Problem, num_clusters: int) -> IndexMap:

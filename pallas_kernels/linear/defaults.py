@@ -5,10 +5,12 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.config import KernelConfig
+from pallas_kernels.config import KernelConfig, even_block
 from pallas_kernels.linear.algebra import Rule
 from pallas_kernels.linear.call import Call
 from pallas_kernels.linear.marks import LONGEST_CHUNK
+from pallas_kernels.tpu.lists import LANES
+from pallas_kernels.triton.tiles import power_of_two
 
 # xla: the fastest of 32 to 256 on two cores. tpu: the fewest bundles a token.
 CHUNKS = {"xla": 64, "tpu": 256}
@@ -17,21 +19,28 @@ CHUNKS = {"xla": 64, "tpu": 256}
 def default_call(
     rule: Rule,
     impl: str,
-    sizes: tuple[int, int],
+    sizes: tuple[int, int, int],
     dtype: jax.typing.DTypeLike,
     config: KernelConfig,
     interpret: Hashable = False,
 ) -> Call:
-    """The static part of a call; ``sizes`` are those of features and values.
+    """The static part of a call; ``sizes``: the length, those of features and values.
 
-    ``block_kv`` of the config, or else ``block_q``, is the length of a chunk.
+    ``block_kv`` of the config, or else ``block_q``, is the length of a chunk; one that
+    is not named is no longer than the sequence needs.
 
     Raises:
       ValueError: the chunk is too long.
     """
-    chunk, warps = CHUNKS.get(impl), 4
-    if chunk is None:
-        chunk, warps = _triton(max(sizes), dtype)
+    length, warps = sizes[0], 4
+    match impl:
+        case "xla":
+            chunk = min(CHUNKS[impl], max(length, 1))
+        case "tpu":
+            chunk = even_block(CHUNKS[impl], length, LANES)
+        case _:
+            chunk, warps = _triton(max(sizes[1:]), dtype)
+            chunk = min(chunk, power_of_two(length))
     chunk = config.block_kv or config.block_q or chunk
     if chunk > LONGEST_CHUNK:
         raise ValueError(

@@ -1,16 +1,21 @@
 """Default block sizes on TPUs."""
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.config import Tile, Tiles
+from pallas_kernels.config import Tile, Tiles, even_block
+from pallas_kernels.tpu.lists import LANES
 
 
-def default_tiles(head_dim: int, head_dim_v: int, dtype: Any) -> Tiles:
-    """Block sizes that fit every supported TPU; the caller clips to short sequences."""
+def default_tiles(
+    lengths: tuple[int, int], head_dim: int, head_dim_v: int, dtype: Any
+) -> Tiles:
+    """Block sizes that fit every supported TPU, or less for shorter sequences."""
     # Products in full f32 take six passes each: wide ones unroll into too much code.
     wide = max(head_dim, head_dim_v) > 128 and jnp.dtype(dtype) != jnp.bfloat16
     block = 256 if wide else 512
     tile = Tile(block_q=block, block_kv=block)
-    return Tiles(forward=tile, dq=tile, dkv=tile)
+    # Queries and keys are both along the lanes, in dkv and in the other kernels.
+    return Tiles(tile, tile, tile).fitted(lengths, partial(even_block, multiple=LANES))

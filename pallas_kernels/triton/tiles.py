@@ -14,13 +14,13 @@ SMALLEST = 16
 
 def power_of_two(size: int) -> int:
     """The smallest power of two that Triton multiplies and that holds ``size``."""
-    return max(SMALLEST, 1 << (size - 1).bit_length())
+    return max(SMALLEST, 1 << max(size - 1, 0).bit_length())
 
 
 def _tiles(*sizes: tuple[int, int, int, int]) -> Tiles:
     names = ("block_q", "block_kv", "num_warps", "num_stages")
     forward, dq, dkv = (Tile(**dict(zip(names, x, strict=True))) for x in sizes)
-    return Tiles(forward=forward, dq=dq, dkv=dkv)
+    return Tiles(forward, dq, dkv)
 
 
 # By the largest head size: block_q, block_kv, warps, stages of forward, dq and dkv.
@@ -39,8 +39,13 @@ SINGLE = (
 )
 
 
-def default_tiles(head_dim: int, head_dim_v: int, dtype: jax.typing.DTypeLike) -> Tiles:
-    """The tiles of a head size and input dtype.
+def default_tiles(
+    lengths: tuple[int, int],
+    head_dim: int,
+    head_dim_v: int,
+    dtype: jax.typing.DTypeLike,
+) -> Tiles:
+    """The tiles of a head size and input dtype, or less for shorter sequences.
 
     Chosen by the registers of the code compiled for sm_90: up to head size 256 in 16
     bits and 128 in 32 bits the kernels of causal attention spill none. Shared memory
@@ -48,7 +53,8 @@ def default_tiles(head_dim: int, head_dim_v: int, dtype: jax.typing.DTypeLike) -
     """
     size = power_of_two(max(head_dim, head_dim_v))
     table = HALF if jnp.dtype(dtype).itemsize <= 2 else SINGLE
-    return next(tiles for limit, tiles in table if size <= limit)
+    tiles = next(tiles for limit, tiles in table if size <= limit)
+    return tiles.fitted(lengths, lambda block, n: min(block, power_of_two(n)))
 
 
 def check(mask: BlockMask, tile: Tile) -> None:

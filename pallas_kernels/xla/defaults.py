@@ -2,11 +2,22 @@
 
 from jax.typing import DTypeLike
 
-from pallas_kernels.config import Tile, Tiles
+from pallas_kernels.config import Tile, Tiles, even_block
+
+BLOCK = 128
+# Blocks of sequences of more than one: from eight blocks on, their size stays BLOCK.
+MULTIPLE = 16
 
 
-def default_tiles(head_dim: int, head_dim_v: int, dtype: DTypeLike) -> Tiles:
-    """128 by 128, whatever the arguments: measured best or near it on CPUs."""
+def default_tiles(
+    lengths: tuple[int, int], head_dim: int, head_dim_v: int, dtype: DTypeLike
+) -> Tiles:
+    """128 by 128, measured best or near it on CPUs, or less for shorter sequences."""
     del head_dim, head_dim_v, dtype
-    tile = Tile(block_q=128, block_kv=128)
-    return Tiles(forward=tile, dq=tile, dkv=tile)
+    tile = Tile(block_q=BLOCK, block_kv=BLOCK)
+    return Tiles(tile, tile, tile).fitted(lengths, _fit)
+
+
+def _fit(block: int, length: int) -> int:
+    """The length itself if it is one block: then nothing is padded or masked."""
+    return max(length, 1) if length <= block else even_block(block, length, MULTIPLE)

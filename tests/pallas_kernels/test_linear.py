@@ -370,4 +370,4 @@ class TestErrors:
     def test_a_chunk_that_is_too_long(self):
         rule, config = linear.scalar(None), KernelConfig(block_kv=1024)
         with pytest.raises(ValueError, match=r"1024 positions.*at most 512"):
-            linear.default_call(rule, "xla", (64, 64), "float32", config)
+            linear.default_call(rule, "xla", (64, 64, 64), "float32", config)

@@ -336,7 +336,7 @@ class TestMachineCode:
 
 
 def test_machine_code_of_default_tiles():
-    tiles = tpu.default_tiles(128, 128, jnp.float32)
+    tiles = tpu.default_tiles((700, 700), 128, 128, jnp.float32)
     pattern = Pattern("segments", segments=True)
     case = chip_case(dim=128, dim_v=128, dtype="float32", pattern=pattern, kv_heads=1)
     compile_gradient(replace(case, forward=tiles.forward, dkv=tiles.dkv), "tpu-v5e")

@@ -241,7 +241,7 @@ def test_refuses_tiles(tile, message):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
 def test_default_tiles_resolve(dim, dtype):
-    tiles = default_tiles(dim, dim, dtype)
+    tiles = default_tiles((4096, 4096), dim, dim, dtype)
     assert KernelConfig().resolve(tiles) == tiles
     assert KernelConfig(block_q=16).resolve(tiles).dkv.block_q == 16
 
@@ -291,7 +291,8 @@ LOWERED = [
 
 
 def with_default_tiles(case):
-    tiles = default_tiles(case.dim, case.dim_v, case.dtype)
+    lengths = case.q_len, case.kv_len
+    tiles = default_tiles(lengths, case.dim, case.dim_v, case.dtype)
     return replace(case, forward=tiles.forward, dkv=tiles.dkv)
 
 
@@ -332,7 +333,8 @@ def test_only_needed_loops_are_there():
 
 
 def test_lowers_a_long_sequence():
-    tiles, length = default_tiles(128, 128, "bfloat16"), 131_072
+    length = 131_072
+    tiles = default_tiles((length, length), 128, 128, "bfloat16")
     masks = Masks(
         *(
             causal_mask(length, tile, by)

@@ -332,5 +332,5 @@ def test_memory_is_linear_in_the_length():
 
 
 def test_default_tiles_fill_a_kernel_config():
-    tiles = xla.default_tiles(64, 64, jnp.float32)
+    tiles = xla.default_tiles((4096, 4096), 64, 64, jnp.float32)
     assert tiles.forward.block_q == tiles.dq.block_kv == 128
