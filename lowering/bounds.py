@@ -7,7 +7,6 @@ it cannot settle, ``planning`` splits.
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_, or_
-from types import ModuleType
 from typing import Any, NamedTuple, assert_never
 
 import numpy as np
@@ -243,7 +242,7 @@ def _cycle(expr: ir.Expr, r: Range) -> tuple[int, int] | None:
     return None
 
 
-def _count(xp: ModuleType, members: np.ndarray, low: Any, high: Any) -> Any:
+def _count(xp: Any, members: np.ndarray, low: Any, high: Any) -> Any:
     """How many of the ascending ``members`` lie in ``low .. high``."""
     sorted_members = xp.asarray(members)
     above = xp.searchsorted(sorted_members, high, side="right")

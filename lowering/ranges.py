@@ -1,20 +1,20 @@
 """The values that integers of positions take on whole rectangles of pairs.
 
 Everything is an array with one entry a rectangle, written on an array namespace: NumPy
-when planning, jnp at run time. Ranges are sound always, and exact where an expression
+when planning, at run time jnp where something is traced. Ranges are sound always, and exact where an expression
 sees each variable once.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from types import ModuleType
 from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 from jax import lax
 
 from lowering import ir
+from lowering.host_first import is_known, look_up
 from lowering.predicate import floor_log2
 from lowering.reads import (
     Read,
@@ -79,7 +79,7 @@ class Ranges:
 
     at: Rectangles
     leaf: tuple[int, int] = (1, 1)
-    xp: ModuleType = np
+    xp: Any = np
     operands: Mapping[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple] | None = None
     sides: Sides | None = None
     # Digits of positions occur in many comparisons; each is looked at once.
@@ -279,8 +279,8 @@ class Ranges:
         return Range(low, high, 1, a.tight, dense, 1, a.reads)
 
     def _floor_log2(self, x: Any) -> Any:
-        if self.xp is np:
-            return floor_log2(x)
+        if is_known(x):
+            return self.xp.asarray(floor_log2(x))
         return 31 - lax.clz(self.xp.maximum(x, 1))
 
     def _table(self, values: tuple[int, ...], index: Range) -> Range:
@@ -338,15 +338,15 @@ def _sparse_table(values: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _table_bounds(
-    xp: ModuleType, values: tuple[int, ...], first: Any, last: Any
+    xp: Any, values: tuple[int, ...], first: Any, last: Any
 ) -> tuple[Any, Any]:
     """The least and greatest of ``values[first .. last]``, in two look-ups each."""
     low, high = (xp.asarray(t) for t in _sparse_table(values))
     first, last = (xp.clip(i, 0, len(values) - 1) for i in (first, last))
     floor_log2 = xp.asarray(np.frexp(np.arange(1, len(values) + 1))[1] - 1)
-    level = floor_log2[last - first]
+    level = look_up(floor_log2, last - first)
     other = last - 2**level + 1
     return (
-        xp.minimum(low[level, first], low[level, other]),
-        xp.maximum(high[level, first], high[level, other]),
+        xp.minimum(look_up(low, level, first), look_up(low, level, other)),
+        xp.maximum(look_up(high, level, first), look_up(high, level, other)),
     )

@@ -1,13 +1,13 @@
 """Plans that are made at run time: which blocks operands, segments and content leave.
 
-The same bounds as in planning, in jnp, over the least and greatest of every run-time
-vector in each block and over the bits of pairs: no pair is looked at, and whatever the
-content, the arrays have one shape.
+The same bounds as in planning, over the least and greatest of every run-time vector in
+each block and over the bits of pairs: no pair is looked at, and whatever the content,
+the arrays have one shape. What depends on positions alone is NumPy (``host_first``).
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,19 @@ import numpy as np
 from lowering import ir
 from lowering.bits import held_in_blocks
 from lowering.bounds import Analysis
+from lowering.host_first import HOST_FIRST as xp
+from lowering.host_first import is_known
 from lowering.pipeline import Stages, block_mask
 from lowering.ranges import ANYTHING_32, Ranges, Rectangles
-from pallas_kernels.block_mask import EMPTY, FULL, PARTIAL, Axis, BlockMask
+from pallas_kernels.block_mask import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Axis,
+    BlockMask,
+    expand,
+    from_blocks,
+)
 from pallas_kernels.call import Masks, Vectors
 from pallas_kernels.config import Tile, Tiles
 
@@ -26,6 +36,8 @@ from pallas_kernels.config import Tile, Tiles
 KNOWN = 1 << 24
 # A greater factor of a run-time value could overflow: its blocks are all looked at.
 MOST_FACTOR = 8
+# Blocks in a table that is a part of the program, a byte each.
+MOST_BLOCKS = 1 << 20
 
 
 def is_run_time(stages: Stages) -> bool:
@@ -62,18 +74,23 @@ def plan(
     capacity = static if by == "q" else block_mask(stages, block_q, block_kv, "kv")
     if not static.max_blocks:
         return capacity
+    tables = _tables(static)
     kinds, batches, heads = [], [], []
     for m, node in enumerate(program.maps):
         mine = [h for h, i in enumerate(program.map_of_head) if i == m]
         known = _of_heads(vectors, mine)
-        found = _within_static(_kinds(node, static, known), static, m)
+        found = _within_static(_kinds(node, static, known), static, tables[m])
         kinds.append(found.reshape(-1, *found.shape[2:]))
         batches.append(found.shape[0])
         heads.append(found.shape[1])
     owners = _owners(program.map_of_head, batches, heads)
-    table = jnp.concatenate(kinds)
+    table = xp.concatenate(kinds)
     if by == "kv":
-        table = jnp.swapaxes(table, 1, 2)
+        table = xp.swapaxes(table, 1, 2)
+    if is_known(table):
+        # The content decides nothing after all.
+        found = from_blocks(table, map_of_head=owners.map_of_head, like=capacity)
+        return replace(found, test_of_map=owners.test_of_map)
     return from_kinds(table, owners, capacity)
 
 
@@ -99,29 +116,29 @@ def _is_bounded(node: ir.Pred) -> bool:
     )
 
 
-def _kinds(node: ir.Pred, static: BlockMask, vectors: Vectors) -> jax.Array:
-    """The kind of every block, int32 ``[batch or 1, heads or 1, rows, columns]``."""
+def _kinds(node: ir.Pred, static: BlockMask, vectors: Vectors) -> Any:
+    """The kind of every block, int8 ``[batch or 1, heads or 1, rows, columns]``."""
     if not _is_bounded(node):
-        return jnp.full((1, 1, 1, 1), PARTIAL, jnp.int32)
+        return np.full((1, 1, 1, 1), PARTIAL, np.int8)
     block_q, block_kv = static.block_q, static.block_kv
-    q = _ends(static.q_seq_len, block_q)
-    k = _ends(static.kv_seq_len, block_kv)
+    q = (_part(x, static) for x in _ends(static.q_seq_len, block_q))
+    k = (_part(x, static) for x in _ends(static.kv_seq_len, block_kv))
     at = Rectangles(
         *(x[None, None, :, None] for x in q), *(x[None, None, None] for x in k)
     )
     known = _known(node, vectors, static)
-    found = Analysis(Ranges(at, xp=jnp, operands=known))(node)
-    shape = jnp.broadcast_shapes(
-        jnp.shape(found.none), jnp.shape(found.all), (1, 1, len(q[0]), len(k[0]))
-    )
-    kinds = jnp.where(found.all, FULL, jnp.where(found.none, EMPTY, PARTIAL))
-    return jnp.broadcast_to(kinds.astype(jnp.int32), shape)
+    found = Analysis(Ranges(at, xp=xp, operands=known))(node)
+    empty, partial, full = (np.int8(kind) for kind in (EMPTY, PARTIAL, FULL))
+    kinds = xp.where(found.all, full, xp.where(found.none, empty, partial))
+    blocks = static.num_rows, static.num_columns
+    shape = np.broadcast_shapes(np.shape(kinds), (1, 1, *blocks))
+    return xp.broadcast_to(kinds, shape)
 
 
-def _ends(length: int, block: int) -> tuple[jax.Array, jax.Array]:
+def _ends(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """The first and the last position of every block."""
     first = np.arange(0, length, block, dtype=np.int32)
-    return jnp.asarray(first), jnp.asarray(np.minimum(first + block, length) - 1)
+    return first, np.minimum(first + block, length) - 1
 
 
 def _known(
@@ -154,28 +171,46 @@ def _extremes(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     return jnp.where(known, low, -ANYTHING_32), jnp.where(known, high, ANYTHING_32)
 
 
-def _within_static(kinds: jax.Array, static: BlockMask, m: int) -> jax.Array:
-    """``kinds`` where the static plan of map ``m`` leaves a block open."""
-    visited, full = (_spread(static, m, full=x)[None, None] for x in (None, True))
+def _is_large(static: BlockMask) -> bool:
+    """Whether a table of the blocks is too large to be a part of the program."""
+    return static.num_rows * static.num_columns > MOST_BLOCKS
+
+
+def _part(x: np.ndarray, static: BlockMask) -> Any:
+    """Known rows or columns, from which a table is made while the call is traced.
+
+    A large table is made at run time: behind a barrier, XLA folds nothing.
+    """
+    return jax.lax.optimization_barrier(jnp.asarray(x)) if _is_large(static) else x
+
+
+def _tables(static: BlockMask) -> Any:
+    """The kind of every block in the static plan, int8 ``[maps, rows, columns]``."""
+    if not _is_large(static):
+        return expand(static)
+    rows = static.num_maps * static.num_rows
+    row = np.repeat(np.arange(rows, dtype=np.int32), np.diff(static.row_ptr))
+    kind = np.where(static.run_full != 0, FULL, PARTIAL).astype(np.int8)
+    runs = row, static.run_start, static.run_stop, kind
+    row, start, stop, kind = (_part(x, static) for x in runs)
+    steps = jnp.zeros((rows, static.num_columns + 1), jnp.int8)
+    steps = steps.at[row, start].add(kind).at[row, stop].add(-kind)
+    tables = jnp.cumsum(steps, axis=1, dtype=jnp.int8)[:, :-1]
+    return tables.reshape(static.num_maps, static.num_rows, static.num_columns)
+
+
+def _within_static(kinds: Any, static: BlockMask, table: Any) -> Any:
+    """``kinds`` where the static plan, ``table`` for one map, leaves a block open."""
+    known = is_known(table)
     if static.kv_seq_len % static.block_kv:
+        # What overhangs the keys is not full, whatever the content.
         last = np.arange(static.num_kv_blocks) == static.num_kv_blocks - 1
-        kinds = jnp.where(last[None, None, None], jnp.minimum(kinds, PARTIAL), kinds)
-    return jnp.where(full, FULL, jnp.where(visited, kinds, EMPTY))
-
-
-def _spread(static: BlockMask, m: int, *, full: bool | None) -> jax.Array:
-    """The blocks of one map as bools ``[rows, columns]``, from its runs."""
-    rows = np.repeat(
-        np.arange(static.num_maps * static.num_rows), np.diff(static.row_ptr)
-    )
-    mine = rows // static.num_rows == m
-    if full is not None:
-        mine &= (static.run_full != 0) == full
-    row = rows[mine] % static.num_rows
-    edges = jnp.zeros((static.num_rows, static.num_columns + 1), jnp.int32)
-    edges = edges.at[row, static.run_start[mine]].add(1)
-    edges = edges.at[row, static.run_stop[mine]].add(-1)
-    return jnp.cumsum(edges, axis=1)[:, :-1] > 0
+        most = np.where(last, PARTIAL, FULL).astype(np.int8)
+        kinds = xp.minimum(kinds, most[None, None, None])
+    for kind in (FULL, EMPTY):
+        if not known or (table == kind).any():
+            kinds = xp.where((table == kind)[None, None], np.int8(kind), kinds)
+    return kinds
 
 
 def _owners(map_of_head: tuple[int, ...], batches: list, heads: list) -> Owners:
@@ -193,7 +228,7 @@ def _owners(map_of_head: tuple[int, ...], batches: list, heads: list) -> Owners:
 
 
 def from_kinds(kinds: jax.Array, owners: Owners, like: BlockMask) -> BlockMask:
-    """Runs of a traced table of kinds ``[maps, rows, columns]``.
+    """Runs of a traced table of kinds, int8 ``[maps, rows, columns]``.
 
     The capacities are those of ``like``, whose blocks hold all that are visited.
     """

@@ -111,16 +111,21 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
 def expand(mask: BlockMask) -> np.ndarray:
-    """The kind of every block, int8 ``[maps, rows, columns]``; for tests and pictures.
+    """The kind of every block, int8 ``[maps, rows, columns]``; of host arrays.
 
     This is the dense picture that kernels never see: memory is rows times columns.
     """
-    kinds = np.zeros((mask.num_maps * mask.num_rows, mask.num_columns), np.int8)
-    ptr = np.asarray(mask.row_ptr)
-    rows = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr))
-    runs = zip(rows, mask.run_start, mask.run_stop, mask.run_full, strict=True)
-    for row, start, stop, full in runs:
-        kinds[row, start:stop] = FULL if full else PARTIAL
+    ptr, start, stop, full = (
+        np.asarray(x)
+        for x in (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
+    )
+    row = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr))
+    kind = np.where(full != 0, FULL, PARTIAL).astype(np.int8)
+    steps = np.zeros((mask.num_maps * mask.num_rows, mask.num_columns + 1), np.int8)
+    # No two runs of a row start together, nor do two end together.
+    steps[row, start] += kind
+    steps[row, stop] -= kind
+    kinds = np.cumsum(steps, axis=1, dtype=np.int8)[:, :-1]
     return kinds.reshape(mask.num_maps, mask.num_rows, mask.num_columns)
 
 
