@@ -14,7 +14,7 @@ from lowering.counts import Plan
 from lowering.pipeline import Problem, Stages
 from pallas_kernels import dispatch
 from pallas_kernels.config import KernelConfig
-from sadsl import by_heads, checks, overlaps, routing
+from sadsl import by_heads, checks, mixtures, routing
 from sadsl.evaluate import evaluate, options_of
 from sadsl.execution import call_arrays, chosen_parts
 from sadsl.maps import IndexMap
@@ -77,7 +77,10 @@ def attention(
       dropout_rate: the part of the attention weights that is dropped; the others grow
         by ``1 / (1 - dropout_rate)``, and the lse is that of all.
       dropout_key: what decides on it, a key of ``jax.random``; the same weights are
-        dropped on every backend. Under ``shard_map``, fold the shard into it.
+        dropped on every backend. Parts of a spec that may weigh one pair twice drop it
+        apart: part ``i`` of ``average``, ``gated`` and ``heads`` draws from
+        ``jax.random.fold_in(dropout_key, i)``, a part of that part likewise, and a
+        ``joint`` as it says. Under ``shard_map``, fold the shard into it.
 
     Raises:
       ValueError: the arrays, the spec and the options do not fit together.
@@ -185,7 +188,7 @@ def as_term(spec: Spec | str) -> Softmax:
     term = any_term(spec)
     if isinstance(term, Softmax):
         return term
-    found = overlaps.one_softmax(term)
+    found = mixtures.one_softmax(term)
     if found is not None:
         return found
     raise NotImplementedError(

@@ -3,19 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sadsl.term import (
-    DROPOUT_KEY,
-    Evaluate,
-    Inputs,
-    Outcome,
-    Setting,
-    Spec,
-    read_by,
-)
+from sadsl import dropout
+from sadsl.term import Evaluate, Inputs, Outcome, Setting, Spec, read_by
 from sadsl.terms import Heads
 
 
@@ -55,10 +47,8 @@ def attend(
     """The outcomes of all parts, side by side; an lse if every part has one."""
     found = []
     for i, ((q, k, v), spec) in enumerate(slices(inputs, term)):
-        mine = read_by(spec, given)
-        if DROPOUT_KEY in mine:
-            # Else the first heads of all parts would drop the same pairs.
-            mine[DROPOUT_KEY] = jax.random.fold_in(mine[DROPOUT_KEY], i)
+        # Else the first heads of all parts would drop the same pairs.
+        mine = dropout.of_part(read_by(spec, given), i)
         found.append(evaluate((q, k, v), spec, mine, setting))
     lses = [lse for _, lse in found if lse is not None]
     lse = jnp.concatenate(lses, axis=1) if len(lses) == len(found) else None

@@ -1,5 +1,6 @@
 """Dropout on attention weights: from a key to the seeds of queries and keys."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from lowering.pipeline import Problem
 from lowering.sort import Orders
 from pallas_kernels import dropout
 from pallas_kernels.call import Vectors
+from sadsl.term import DROPOUT_KEY
 
 
 def key_words(key: Any) -> Int32[Array, " words"]:
@@ -28,6 +30,19 @@ def key_words(key: Any) -> Int32[Array, " words"]:
             "as jax.random.key(0) makes it"
         )
     return jax.lax.bitcast_convert_type(data, jnp.int32)
+
+
+def of_part(given: Mapping[str, Any], part: int) -> Mapping[str, Any]:
+    """The arrays of a part of a spec, whose dropout has a key of its own.
+
+    It is ``jax.random.fold_in(key, part)``, so that it follows from the key of the call
+    and the place of the part in the spec, on every backend.
+    """
+    if DROPOUT_KEY not in given:
+        return given
+    key = given[DROPOUT_KEY]
+    key_words(key)  # Refuses what is no key.
+    return {**given, DROPOUT_KEY: jax.random.fold_in(key, part)}
 
 
 def with_seeds(

@@ -14,7 +14,7 @@ from sadsl import (
     compression,
     dropout,
     merging,
-    mixtures,
+    mixtures_run,
     routing,
 )
 from sadsl.channels import Channel
@@ -49,7 +49,7 @@ def evaluate(
         case Heads():
             return by_heads.attend(inputs, spec, given, setting, evaluate)
         case Joint() | Average() | Gated() | Weighted():
-            return mixtures.attend(inputs, spec, given, setting, evaluate)
+            return mixtures_run.attend(inputs, spec, given, setting, evaluate)
         case Summaries():
             return summarised.attend(inputs, spec, given, setting, evaluate)
         case Channel():

@@ -2,29 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import count
 from operator import or_
-from typing import Any, Literal, assert_never, get_args
-
-import jax.numpy as jnp
-from jaxtyping import Array
+from typing import Literal, get_args
 
 from lowering.pipeline import Problem
-from sadsl import merging, overlaps
+from sadsl import overlaps
 from sadsl.call_text import call_text
 from sadsl.maps import IndexMap
-from sadsl.term import (
-    Evaluate,
-    Inputs,
-    Learned,
-    Outcome,
-    Setting,
-    Sizes,
-    Spec,
-    Term,
-    read_by,
-)
+from sadsl.overlaps import Member, Unit
+from sadsl.term import Learned, Sizes, Spec, Term
+from sadsl.terms import Softmax
 
 Overlap = Literal["remove", "refuse", "count"]
 
@@ -92,7 +82,10 @@ class Joint(Mixture):
         """
         kv_seq_len = q_seq_len if kv_seq_len is None else kv_seq_len
         problem = Problem(q_seq_len, kv_seq_len, num_heads, q_offset)
-        return overlaps.resolve(self.terms, self.overlap, problem)
+        return tuple(
+            Weighted(x.term, x.log_weight) if x.log_weight else x.term
+            for x in members_of(self, problem)
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -169,6 +162,12 @@ def joint(*terms: Spec, overlap: Overlap = "remove") -> Joint:
         none counts twice; a term that cannot give up pairs is refused. "refuse": the
         terms claim to have no pair in common, and ValueError says where they do.
         "count": every term keeps its pairs, as some published mixtures do.
+
+    Within ``joint(...)``, other joints keep what they say of their own terms. A sink of
+    one name is one sink, in however many terms: it joins the normaliser once, with the
+    weight of the first term that has it. Dropout decides by query and key, as it does
+    for one softmax over all; terms that keep the pairs of others
+    (``overlap="count"``), and terms whose keys are no tokens, draw each its own.
     """
     return Joint(terms, overlap)
 
@@ -176,7 +175,8 @@ def joint(*terms: Spec, overlap: Overlap = "remove") -> Joint:
 def average(*terms: Spec) -> Average:
     """The mean of the outputs of all terms (Ren et al., Combiner, 2021, section 4.4).
 
-    A query that sees nothing in a term has output 0 there, which counts.
+    A query that sees nothing in a term has output 0 there, which counts. Each term
+    drops weights of its own: see ``dropout_key`` of ``attention``.
     """
     return Average(terms)
 
@@ -186,7 +186,8 @@ def gated(*terms: Spec, gates: str = "gates") -> Gated:
 
     The operand ``gates`` is ``[batch or 1, q_seq, num_q_heads, terms]``, of floats that
     are used as they are; layers learn them, a sigmoid of a projection of each query's
-    input (Yuan et al., Native sparse attention, 2025, section 3.2).
+    input (Yuan et al., Native sparse attention, 2025, section 3.2). Each term drops
+    weights of its own: see ``dropout_key`` of ``attention``.
     """
     return Gated(terms, gates)
 
@@ -194,7 +195,8 @@ def gated(*terms: Spec, gates: str = "gates") -> Gated:
 def weighted(term: Spec, log_weight: float) -> Weighted:
     """``term``, whose pairs count ``exp(log_weight)`` times in a joint.
 
-    Its own output stays; its lse grows by ``log_weight``. So a sample of ``m`` of ``n``
+    Its own output stays; its lse grows by ``log_weight``, as that of all its sinks and
+    pairs. So a sample of ``m`` of ``n``
     keys stands for all of them with ``log(n / m)`` (Han et al., HyperAttention, 2024).
     """
     return Weighted(term, float(log_weight))
@@ -210,52 +212,113 @@ def _known(support: IndexMap | None) -> IndexMap:
     return support
 
 
-def attend(
-    inputs: Inputs, term: Joint | Average | Gated | Weighted,
-    given: Mapping[str, Any], setting: Setting, evaluate: Evaluate,
-) -> Outcome:  # fmt: skip
-    """The parts of a mixture, each by its own rule, and what it makes of them.
+def one_softmax(term: Spec) -> Softmax | None:
+    """The one softmax that a joint of maps with equal options means, if it is one."""
+    match term:
+        case IndexMap():
+            return Softmax(term)
+        case Softmax():
+            return term
+        case Joint(terms, overlap) if overlap != "count":
+            parts = [one_softmax(part) for part in terms]
+            known = [part for part in parts if part is not None]
+            sinks = {part.sink for part in known} - {None}
+            options = {replace(part, map=overlaps.NOWHERE, sink=None) for part in known}
+            if len(known) < len(parts) or len(options) > 1 or len(sinks) > 1:
+                return None
+            whole = overlaps.union([part.map for part in known])
+            return replace(known[0], map=whole, sink=next(iter(sinks), None))
+    return None
+
+
+def members_of(term: Joint, problem: Problem) -> tuple[Member, ...]:
+    """The terms that run, whose outputs merged by log-sum-exp are those of a joint.
+
+    Each sink is in one of them.
 
     Raises:
-      ValueError: terms of a joint share pairs that none can give up, or gates are
-        missing or of another shape.
+      ValueError: a pair is in two terms that cannot or shall not give it up.
     """
+    units = _numbered(_units(term, problem))
+    found = list(overlaps.settled(units, problem))
+    for name, log_weight in _sinks(term).items():
+        # Any softmax of this weight may carry it, and one of no pair where none does.
+        nothing = Member(Softmax(overlaps.NOWHERE), log_weight)
+        at = [i for i, x in enumerate(found) if _may_carry(x, log_weight)]
+        carrier = found.pop(at[0]) if at else nothing
+        assert isinstance(carrier.term, Softmax)
+        carrier = carrier._replace(term=replace(carrier.term, sink=name))
+        found.insert(at[0] if at else len(found), carrier)
+    return tuple(found)
 
-    def each(parts: tuple[Spec, ...]) -> list[Outcome]:
-        return [evaluate(inputs, p, read_by(p, given), setting) for p in parts]
 
+def _may_carry(member: Member, log_weight: float) -> bool:
+    term = member.term
+    free = isinstance(term, Softmax) and term.sink is None
+    return free and member.log_weight == log_weight
+
+
+def _sinks(term: Spec, log_weight: float = 0.0) -> dict[str, float]:
+    """The sinks of a term of a joint, each with the weight of the first that has it."""
     match term:
-        case Joint():
-            q, k, _ = inputs
-            sizes = q.shape[1], k.shape[1]
-            options = {"num_heads": q.shape[2], "q_offset": setting.q_offset}
-            found = each(term.resolved(*sizes, **options))
-            return found[0] if len(found) == 1 else merging.merge(found)
-        case Average():
-            return Outcome(merging.mean(tuple(x.out for x in each(term.terms))), None)
-        case Gated():
-            gates = _gates(term, given, inputs[0])
-            outs = tuple(x.out for x in each(term.terms))
-            return Outcome(merging.gated_sum(outs, gates), None)
-        case Weighted():
-            ((out, lse),) = each(term.parts)
-            return Outcome(out, None if lse is None else lse + term.log_weight)
-    assert_never(term)
+        case Softmax(sink=str(name)):
+            return {name: log_weight}
+        case Weighted(inner, more):
+            return _sinks(inner, log_weight + more)
+        case Joint(terms):
+            every = [each for p in terms for each in _sinks(p, log_weight).items()]
+            return dict(reversed(every))
+    return {}
 
 
-def _gates(term: Gated, given: Mapping[str, Any], q: Array) -> Array:
-    batch, length, heads, _ = q.shape
-    wanted = length, heads, len(term.terms)
-    if term.gates not in given:
-        raise ValueError(
-            f"{term!r} reads {term.gates!r}, which was not given: pass operands="
-            f"{{{term.gates!r}: array}} of shape {(batch, *wanted)}, a gate for each "
-            "query, head and term"
-        )
-    gates = jnp.asarray(given[term.gates])
-    if gates.shape not in (wanted, (1, *wanted), (batch, *wanted)):
-        raise ValueError(
-            f"operand {term.gates!r} has shape {gates.shape}: the gates of {term!r} "
-            f"must be [batch or 1, q_seq, num_q_heads, terms] of {(batch, *wanted)}"
-        )
-    return gates.reshape(-1, *wanted)
+def _units(term: Spec, problem: Problem) -> list[Unit]:
+    """The members of a term of a joint, without sinks.
+
+    Raises:
+      ValueError: joints in it have a pair in two terms that may not share one.
+    """
+    match term:
+        case IndexMap():
+            return [(Member(Softmax(term)),)]
+        case Softmax():
+            return [(Member(replace(term, sink=None)),)]
+        case Weighted(inner, more):
+            return [
+                tuple(x._replace(log_weight=x.log_weight + more) for x in unit)
+                for unit in _units(inner, problem)
+            ]
+        case Joint(terms, overlap):
+            parts = [_units(part, problem) for part in terms]
+            if overlap == "count":
+                return [_counted(parts, problem)]
+            if overlap == "refuse":
+                each = [overlaps.settled(part, problem) for part in parts]
+                overlaps.check_disjoint(each, problem)
+            return [unit for part in parts for unit in part]
+    # The keys of other terms may be no tokens.
+    return [(Member(term, draw=None),)]
+
+
+def _counted(parts: list[list[Unit]], problem: Problem) -> Unit:
+    """All members as one unit; each part has random numbers of its own."""
+    found: list[Member] = []
+    first = 0
+    for part in parts:
+        for member in overlaps.settled(part, problem):
+            draw = None if member.draw is None else member.draw + first
+            found.append(member._replace(draw=draw, counts=True))
+        first += _num_draws(part)
+    return tuple(found)
+
+
+def _num_draws(units: list[Unit]) -> int:
+    return 1 + max((x.draw for u in units for x in u if x.draw is not None), default=-1)
+
+
+def _numbered(units: list[Unit]) -> list[Unit]:
+    """With a number of random numbers for each member that has one of its own."""
+    own = count(_num_draws(units) or 1)
+    return [
+        tuple(x._replace(draw=next(own)) if x.draw is None else x for x in unit)
+        for unit in units
+    ]

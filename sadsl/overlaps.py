@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, reduce
+from itertools import combinations, product
 from operator import or_
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -24,99 +25,106 @@ NOWHERE = ~full()
 Meeting = Literal["never", "unknown"] | tuple[int, int, int]
 
 
-def one_softmax(term: Spec) -> Softmax | None:
-    """The one softmax that a joint of maps with equal options means, if it is one."""
-    if isinstance(term, IndexMap):
-        return Softmax(term)
-    if isinstance(term, Softmax):
-        return term
-    if getattr(term, "overlap", "count") == "count":
-        return None
-    parts = [one_softmax(part) for part in term.parts]
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts) or len({_options(part) for part in known}) > 1:
-        return None
-    return replace(known[0], map=union([part.map for part in known]))
+class Member(NamedTuple):
+    """A term of a joint, and what the joint says of it beside.
 
-
-def resolve(terms: Sequence[Spec], overlap: str, problem: Problem) -> tuple[Spec, ...]:
-    """The terms to be merged by log-sum-exp, as ``sadsl.joint`` describes them.
-
-    Raises:
-      ValueError: a pair is in two terms that cannot or shall not give it up.
-    """
-    flat = tuple(x for term in terms for x in _flat(term, overlap, problem))
-    if overlap == "count":
-        return flat
-    if overlap == "refuse":
-        _check_disjoint(flat, problem)
-    return _grouped(_disjoint(flat, problem), problem)
-
-
-def _flat(term: Spec, overlap: str, problem: Problem) -> tuple[Spec, ...]:
-    """The parts of a joint in a joint, and a map as the softmax that it means."""
-    if isinstance(term, IndexMap):
-        return (Softmax(term),)
-    inner = getattr(term, "overlap", None)
-    if inner is None:
-        return (term,)
-    assert isinstance(term, Term)
-    if inner == overlap:
-        return tuple(x for part in term.parts for x in _flat(part, overlap, problem))
-    return resolve(term.parts, inner, problem)
-
-
-class _Own(NamedTuple):
-    """A term without the pairs of those before it.
-
-    ``beside`` still has those that terms of equal options have too.
+    Attributes:
+      term: what scores its pairs; a softmax has no sink here.
+      log_weight: what its lse grows by.
+      draw: which random numbers its dropout has: members with one number have no pair
+        in common; None for a number of its own.
+      counts: whether it keeps the pairs that it shares with others of its unit.
     """
 
     term: Spec
-    beside: Spec
+    log_weight: float = 0.0
+    draw: int | None = 0
+    counts: bool = False
 
 
-def _disjoint(terms: Sequence[Spec], problem: Problem) -> list[_Own]:
+# The members of a unit keep the pairs that they share; of units the first has them.
+Unit = tuple[Member, ...]
+
+
+def settled(units: Sequence[Unit], problem: Problem) -> tuple[Member, ...]:
+    """The members to be merged by log-sum-exp: no unit has a pair of another.
+
+    Raises:
+      ValueError: a pair is in two units, and the later cannot give it up.
+    """
+    return _grouped(_disjoint(units, problem), problem)
+
+
+class _Own(NamedTuple):
+    """A member without the pairs of those before it.
+
+    ``beside`` still has those that members of equal options have too.
+    """
+
+    member: Member
+    beside: IndexMap
+
+
+def _disjoint(units: Sequence[Unit], problem: Problem) -> list[_Own]:
     kept: list[_Own] = []
-    for term in terms:
-        mine = support(term)
-        met = [x.term for x in kept if _meet(x.term, term, problem)]
-        if met and not isinstance(term, Softmax):
-            raise ValueError(
-                f"joint: {term!r} shares pairs with {met[0]!r}, which comes before it, "
-                "and cannot give up single pairs: put it first, so that the other "
-                "gives them up, take them out of the other by hand, or say "
-                "overlap='count' to have both"
-            )
-        own = _Own(term, term)
-        if met and isinstance(term, Softmax):
-            others = [x for x in met if _options(x) != _options(term)]
-            own = _Own(_without(term, met), _without(term, others))
-        if meeting(support(own.term), mine, problem) != "never":
-            kept.append(own)
+    for unit in units:
+        before = [own.member for own in kept]
+        for member in unit:
+            own = _without(member, before, problem)
+            both = support(own.member.term), support(member.term)
+            if member.counts or meeting(*both, problem) != "never":
+                kept.append(own)
     # A joint of nothing still has its output of 0.
-    return kept or [_Own(terms[0], terms[0])]
+    return kept or [_Own(units[0][0], support(units[0][0].term))]
+
+
+def _without(member: Member, before: Sequence[Member], problem: Problem) -> _Own:
+    """A member without the pairs of those before it.
+
+    Raises:
+      ValueError: it is no softmax, and cannot give up single pairs.
+    """
+    term = member.term
+    met = [x for x in before if _meet(x.term, term, problem)]
+    if met and not isinstance(term, Softmax):
+        raise ValueError(
+            f"joint: {term!r} shares pairs with {met[0].term!r}, which comes before "
+            "it, and cannot give up single pairs: put it first, so that the other "
+            "gives them up, take them out of the other by hand, or say "
+            "overlap='count' to have both"
+        )
+    if not met or not isinstance(term, Softmax):
+        return _Own(member, support(term))
+    options = _options(member)
+    others = [x for x in met if _options(x) != options]
+    less = replace(term, map=_minus(term.map, met))
+    return _Own(member._replace(term=less), _minus(term.map, others))
+
+
+def _minus(map: IndexMap, others: Sequence[Member]) -> IndexMap:
+    return map - union([support(x.term) for x in others]) if others else map
+
+
+def _options(member: Member) -> Member | None:
+    """What a softmax is but for its map; None for what stays as it is."""
+    if member.counts or not isinstance(member.term, Softmax):
+        return None
+    return member._replace(term=replace(member.term, map=NOWHERE))
 
 
 def _meet(a: Spec, b: Spec, problem: Problem) -> bool:
     return meeting(support(a), support(b), problem) != "never"
 
 
-def _without(term: Softmax, others: Sequence[Spec]) -> Softmax:
-    if not others:
-        return term
-    return replace(term, map=term.map - union([support(x) for x in others]))
+def check_disjoint(parts: Sequence[Sequence[Member]], problem: Problem) -> None:
+    """Refuses parts of a joint whose members have a pair in common.
 
-
-def _options(term: Spec) -> Spec | None:
-    """What a softmax is but for its map; None for another term."""
-    return replace(term, map=NOWHERE) if isinstance(term, Softmax) else None
-
-
-def _check_disjoint(terms: Sequence[Spec], problem: Problem) -> None:
-    for i, a in enumerate(terms):
-        for b in terms[i + 1 :]:
-            found = meeting(support(a), support(b), problem)
+    Raises:
+      ValueError: two have one, or content decides whether they do.
+    """
+    for one, other in combinations(parts, 2):
+        for a, b in product(one, other):
+            found = meeting(support(a.term), support(b.term), problem)
             if found == "never":
                 continue
             where = "content decides whether they share a pair"
@@ -124,26 +132,25 @@ def _check_disjoint(terms: Sequence[Spec], problem: Problem) -> None:
                 head, query, key = found
                 where = f"query {query} and key {key} of head {head} are in both"
             raise ValueError(
-                f"joint: overlap='refuse', but {where}: {a!r} and {b!r}; use "
+                f"joint: overlap='refuse', but {where}: {a.term!r} and {b.term!r}; use "
                 "overlap='remove', or maps that are disjoint"
             )
 
 
-def _grouped(terms: Sequence[_Own], problem: Problem) -> tuple[Spec, ...]:
-    """Softmax terms of equal options as one, where that visits no more blocks."""
-    groups: dict[Any, list[_Own]] = {}
-    for own in terms:
-        key = _options(own.term)
-        groups.setdefault(own.term if key is None else key, []).append(own)
-    found: list[Spec] = []
-    for options, group in groups.items():
-        parts = [x.term for x in group]
-        if len(group) > 1:
-            whole = replace(options, map=union([support(x.beside) for x in group]))
-            # A sink is one of all of them, not one each.
-            if options.sink is not None or _costs_no_more(whole, parts, problem):
-                parts = [whole]
-        found += parts
+def _grouped(owned: Sequence[_Own], problem: Problem) -> tuple[Member, ...]:
+    """Softmax members of equal options as one, where that visits no more blocks."""
+    groups: dict[Member | int, list[_Own]] = {}
+    for i, own in enumerate(owned):
+        options = _options(own.member)
+        groups.setdefault(i if options is None else options, []).append(own)
+    found: list[Member] = []
+    for group in groups.values():
+        first, members = group[0].member, [own.member for own in group]
+        if len(group) > 1 and isinstance(first.term, Softmax):
+            whole = replace(first.term, map=union([own.beside for own in group]))
+            if _costs_no_more(whole, members, problem):
+                members = [first._replace(term=whole)]
+        found += members
     return tuple(found)
 
 
@@ -152,9 +159,9 @@ def union(maps: Sequence[IndexMap]) -> IndexMap:
     return reduce(or_, maps) if maps else NOWHERE
 
 
-def _costs_no_more(whole: Softmax, parts: Sequence[Spec], problem: Problem) -> bool:
-    """Whether one plan visits no more blocks than those of the parts together."""
-    maps = [support(part) for part in parts]
+def _costs_no_more(whole: Softmax, members: Sequence[Member], problem: Problem) -> bool:
+    """Whether one plan visits no more blocks than those of the members together."""
+    maps = [support(x.term) for x in members]
     chosen = [s for map in maps for s in selections_of(map)]
     if chosen:
         # A map that content decides may be sorted by its labels, if it stands alone.

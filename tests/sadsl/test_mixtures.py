@@ -134,7 +134,7 @@ def test_resolved_terms_are_disjoint_and_cover(a, b, c):
     n, heads = 23, 2
     terms = sa.softmax(a, 3.0), sa.softmax(b), sa.softmax(c, 3.0)
     problem = Problem(n, n, heads)
-    found = overlaps.resolve(terms, "remove", problem)
+    found = sa.joint(*terms).resolved(n, num_heads=heads)
     masks = [overlaps.support(x).dense(n, num_heads=heads) for x in found]
     every = [m.dense(n, num_heads=heads) for m in (a, b, c)]
     np.testing.assert_array_equal(sum(m.astype(int) for m in masks), reduce(or_, every))
