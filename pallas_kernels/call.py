@@ -121,7 +121,11 @@ class Call:
 
     @property
     def scale(self) -> float:
-        """What ``q k^T`` is multiplied by."""
+        """What ``q k^T`` is multiplied by, in f32.
+
+        A scaled q would be rounded to bf16: that changes a score by up to 2^-9 of it,
+        and a weight by that much times the score.
+        """
         return self.sm_scale * self.unit
 
 

@@ -28,7 +28,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``dq, dk, dv`` over the blocks of ``lists.dq`` and ``lists.dkv``."""
     vectors = operands.with_numbers(vectors)
-    q, k, v = operands.prepared(inputs, call)
+    q, k, v = operands.prepared(inputs)
     do = cotangents.do.astype(q.dtype)
     lse = softmax.lse_for_backward(cotangents.lse, call.unit)
     # Both are needed as rows along the queries: they travel as one array.
@@ -110,7 +110,7 @@ def _dq_kernel(
         k, v, *vectors = (ref[...] for ref in refs)
         words, windows = on_top.split_tiles(tiles)
         kv_vectors, kv_values = on_top.split(vectors, "kv")
-        s = softmax.dot(q_ref[...], k, contract=(1, 1))
+        s = softmax.dot(q_ref[...], k, contract=(1, 1)) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         dp = softmax.dot(do_ref[...], v, contract=(1, 1))
         pairs = None
@@ -207,7 +207,7 @@ def _dkv_kernel(
         q, do, statistics, *vectors = (ref[...] for ref in refs)
         words, windows = on_top.split_tiles(tiles)
         q_vectors, q_values = on_top.split(vectors, "q")
-        s = softmax.dot(k_ref[...], q, contract=(1, 1))
+        s = softmax.dot(k_ref[...], q, contract=(1, 1)) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         dp = softmax.dot(v_ref[...], do, contract=(1, 1))
         pairs = None
@@ -238,6 +238,5 @@ def _dkv_kernel(
 
     @pl.when(step.member == last)
     def _() -> None:
-        # q carries sm_scale times the unit, and dk wants sm_scale alone.
-        outs[0][...] = (dk_ref[...] * (1 / call.unit)).astype(outs[0].dtype)
+        outs[0][...] = (dk_ref[...] * call.sm_scale).astype(outs[0].dtype)
         outs[1][...] = dv_ref[...].astype(outs[1].dtype)

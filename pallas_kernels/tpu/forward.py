@@ -21,7 +21,7 @@ def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outpu
     bits.check(vectors.bits, *(x.sizes.block_kv for x in lists))
     vectors = operands.with_numbers(vectors)
     run = foldable(partial(_run, call=call))
-    o, lse = run(operands.prepared(inputs, call), vectors, lists.forward)
+    o, lse = run(operands.prepared(inputs), vectors, lists.forward)
     return Outputs(o[:, :, :q_seq_len].astype(dtype), lse[:, :, :q_seq_len])
 
 
@@ -94,7 +94,7 @@ def _kernel(
         k, v, *vectors = (ref[...] for ref in refs)
         words, windows = on_top.split_tiles(tiles)
         kv_vectors, kv_values = on_top.split(vectors, "kv")
-        s = softmax.dot(q_ref[...], k, contract=(1, 1))
+        s = softmax.dot(q_ref[...], k, contract=(1, 1)) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         pairs = None
         if not full:

@@ -16,13 +16,11 @@ from pallas_kernels.tpu.launch import HeadOf, Operand, Step, TileOperand
 from pallas_kernels.tpu.lists import Sizes
 
 
-def prepared(inputs: Inputs, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``q, k, v`` as the kernels multiply them: q with the scale of scores."""
+def prepared(inputs: Inputs) -> Inputs:
+    """``q, k, v`` in a dtype that the kernels multiply."""
     # The chip has no f16 arithmetic, and bf16 would lose three bits.
     half = inputs.q.dtype == jnp.float16
-    q, k, v = (x.astype(jnp.float32) if half else x for x in inputs)
-    scaled = q.astype(jnp.float32) * call.scale
-    return scaled.astype(q.dtype), k, v
+    return Inputs(*(x.astype(jnp.float32) if half else x for x in inputs))
 
 
 def padded(x: jax.Array, block: int, axis: int) -> jax.Array:
