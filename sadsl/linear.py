@@ -163,14 +163,18 @@ def linear(
     Args:
       feature_map: "elu1", "relu", "identity", or another name: a function among the
         operands of the call, ``operands={"phi": f}``, such as a Flax module. Or a
-        hashable function itself, which has no text. It is applied to q and k, ``[batch,
-        seq, heads, head_dim]``, and may change the last size.
+        hashable function itself, which has no text. It is applied to q and k in
+        float32, ``[batch, seq, heads, head_dim]``, and may change the last size. Its
+        values are rounded to bfloat16 if q and k have that dtype, never to float16.
       decay: None; the factor of a step, in (0, 1], or a tuple of one a head; or the
         name of an operand ``[batch, kv_seq, heads]`` of log-decays of at most 0, which
-        has a gradient (values below -60 count as -60, above 0 as 0). Heads are those of
-        k, or those of q: then a group shares keys but no state.
+        has a gradient. Values below -60 count as -60; values above 0 are refused, and
+        under ``jit`` make what comes after them NaN. Heads are those of k, or those of
+        q: then a group shares keys but no state.
       map: ``causal()`` (if None), ``full()``, ``segments()``, or ``causal() &
-        segments()``: there each document must lie in one piece, and starts anew.
+        segments()``. A document may lie in several pieces: tokens are sorted by
+        document, unless the ids are known to be in order when the call is traced. A
+        decay counts all steps between two tokens, whatever their documents.
       normalise: False yields the plain sum.
       eps: added to the normaliser.
 

@@ -15,7 +15,9 @@ from sadsl.linear import FEATURES, Linear
 def features_of(
     term: Linear, given: Mapping[str, Any]
 ) -> Callable[[Array, str], Array]:
-    """The feature map of a call: ``phi(x, name)``, in the dtype of ``x``.
+    """The feature map of a call: ``phi(x, name)``, in ``product_dtype(x.dtype)``.
+
+    The map is applied in float32, as are its derivatives.
 
     Raises:
       ValueError: it was not given; or what it yields has another shape than ``[batch,
@@ -35,17 +37,24 @@ def features_of(
         phi = FEATURES[phi]
 
     def apply(x: Array, name: str) -> Array:
-        # f32 inside: exp of a bf16 is coarse.
-        built_in = term.feature_map in FEATURES
-        y = phi(x.astype(wide(x.dtype)) if built_in else x)
+        y = phi(x.astype(wide(x.dtype)))
         if y.shape[:-1] != x.shape[:-1]:
             raise ValueError(
                 f"{term!r}: the feature map turns {name} of shape {x.shape} into "
                 f"{y.shape}: it may change the last size only"
             )
-        return y.astype(x.dtype)
+        return y.astype(product_dtype(x.dtype))
 
     return apply
+
+
+def product_dtype(dtype: Any) -> Any:
+    """The dtype of features, for inputs of ``dtype``, and of what they are summed in.
+
+    Features are exponentials, and a cotangent is divided by their sum: both leave the
+    range of float16. bfloat16 has the range of float32.
+    """
+    return jnp.float32 if dtype == jnp.float16 else dtype
 
 
 def log_decays(
@@ -116,12 +125,15 @@ def given_log_decay(
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"operand {name!r} has dtype {x.dtype}: it must be of floats")
-    if not isinstance(x, jax.core.Tracer) and bool((x > 0).any()):
+    # In NumPy: under jit, an operation on known values yields traced ones.
+    known = None if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float32)
+    if known is not None and (known > 0).any():
         raise ValueError(
-            f"operand {name!r} holds {float(x.max()):.3g}: log-decays must be at most "
+            f"operand {name!r} holds {known.max():.3g}: log-decays must be at most "
             "0, such as those of jax.nn.log_sigmoid"
         )
-    return x
+    # Traced values cannot be refused.
+    return jnp.where(x > 0, jnp.nan, x)
 
 
 def segment_ids(name: str, given: Mapping[str, Any], shape: tuple[int, ...]) -> Array:
@@ -138,34 +150,6 @@ def segment_ids(name: str, given: Mapping[str, Any], shape: tuple[int, ...]) -> 
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {ids.dtype}: it must be of integers")
     return jnp.broadcast_to(ids.astype(jnp.int32), shape)
-
-
-def check_documents(term: Linear, ids: tuple[Array, Array], q_offset: int) -> None:
-    """Refuses what a recurrence that starts anew with each document cannot do.
-
-    Raises:
-      ValueError: a document is in several pieces, as far as ids are known yet.
-      NotImplementedError: queries and keys are those of other positions.
-    """
-    q_ids, kv_ids = ids
-    if q_offset or q_ids.shape != kv_ids.shape:
-        raise NotImplementedError(
-            f"{term!r} with {q_ids.shape[1]} queries from position {q_offset} "
-            f"on and {kv_ids.shape[1]} keys: the state is emptied where a document "
-            "starts, so queries and keys must be those of the same positions; to "
-            "decode, use linear_step, or impl='reference'"
-        )
-    if any(isinstance(x, jax.core.Tracer) for x in ids):
-        return
-    for row, (q, kv) in enumerate(zip(*map(np.asarray, ids), strict=True)):
-        pieces = 1 + np.count_nonzero(np.diff(kv))
-        if pieces != len(np.unique(kv)) or np.isin(q[q != kv], kv).any():
-            raise ValueError(
-                f"kv_segment_ids of batch entry {row}: {term!r} empties its state "
-                "where a document starts, so each must lie in one piece, and a query "
-                "must have the id of the key at its position, or one that no key has: "
-                "sort the tokens by document, or use impl='reference'"
-            )
 
 
 def wide(dtype: Any) -> Any:

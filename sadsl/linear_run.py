@@ -12,8 +12,15 @@ from jaxtyping import Array
 from pallas_kernels import linear as kernels
 from pallas_kernels.linear.algebra import normalised
 from sadsl.linear import Kind, Linear
+from sadsl.linear_documents import (
+    Documents,
+    by_document,
+    documents,
+    in_order,
+    padded,
+    starts_of,
+)
 from sadsl.linear_given import (
-    check_documents,
     clipped,
     features_of,
     log_decays,
@@ -31,6 +38,7 @@ class Static:
     """
 
     kind: Kind
+    documents: Documents | None
     eps: float | None
     positive: bool
     q_offset: int
@@ -83,28 +91,30 @@ def attend(
             f"{term!r}: the feature map yields {fq.shape[-1]} features of q and "
             f"{fk.shape[-1]} of k: they must be as many"
         )
-    arrays = Arrays(
-        fq, fk, v,
-        log_decay=log_decays(term, given, (q, k), setting.q_offset),
-        ids=(
+    ids, known = None, None
+    if term.kind.segments:
+        ids = (
             segment_ids("q_segment_ids", given, q.shape[:2]),
             segment_ids("kv_segment_ids", given, k.shape[:2]),
-        ) if term.kind.segments else None,
-    )  # fmt: skip
-    if term.kind.causal and arrays.ids and setting.impl != "reference":
-        check_documents(term, arrays.ids, setting.q_offset)
+        )
+        one_array = given["q_segment_ids"] is given["kv_segment_ids"]
+        known = documents(ids, setting.q_offset, same_ids=one_array)
+    decay = log_decays(term, given, (q, k), setting.q_offset)
     eps = term.eps if term.normalise else None
     call = None
     if setting.impl != "reference":
         length = max(setting.q_offset + q.shape[1], k.shape[1])
         sizes = length, fq.shape[-1], v.shape[-1]
         call = kernels.default_call(
-            kernels.scalar(eps), setting.impl, sizes, v.dtype,
+            kernels.scalar(eps), setting.impl, sizes, fk.dtype,
             setting.config, setting.interpret,
         )  # fmt: skip
-    static = Static(term.kind, eps, term.positive, setting.q_offset, setting.impl, call)
+    static = Static(
+        term.kind, known, eps, term.positive, setting.q_offset, setting.impl, call
+    )
+    arrays = Arrays(fq, fk, v.astype(fk.dtype), decay, ids)
     out, lse = run(arrays, static=static)
-    return Outcome(out, lse)
+    return Outcome(out.astype(v.dtype), lse)
 
 
 @partial(jax.jit, static_argnames="static")
@@ -113,12 +123,11 @@ def run(arrays: Arrays, *, static: Static) -> tuple[Array, Array | None]:
     if static.impl == "reference":
         out, total = _dense(arrays, static)
     elif static.kind.causal:
-        out, total = _aligned(arrays, static)
+        out, total = _causal(arrays, static)
     elif static.kind.segments:
-        out, total = _sorted(arrays, static)
+        out, total = _by_document(arrays, static)
     else:
         out, total = _sums(arrays, static)
-    out = out.astype(arrays.q.dtype)
     if total is None or not static.positive:
         return out, None
     seen = total != 0
@@ -164,59 +173,55 @@ def _dense(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
 # --- causal: a recurrence ---
 
 
+def _causal(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
+    known = static.documents
+    if known is None or known.in_order:
+        return _aligned(arrays, static)
+    if known.in_order is False or known.same_ids:
+        return _by_document(arrays, static)
+    assert arrays.ids is not None
+    # Sorted, queries and keys have slots of their own: twice as many as in order.
+    # Without the checkpoint, what a gradient of the second way needs would be written
+    # in the first way too.
+    moved = jax.checkpoint(partial(_by_document, static=static))
+    as_given = partial(_aligned, static=static)
+    return jax.lax.cond(in_order(*arrays.ids), as_given, moved, arrays)
+
+
 def _aligned(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
     """Queries and keys side by side at their positions, and the recurrence on them."""
     q, k, v, log_decay, ids = arrays
     q_seq, kv_seq, offset = q.shape[1], k.shape[1], static.q_offset
     seq = max(offset + q_seq, kv_seq)
-
-    def placed(x: Array, before: int) -> Array:
-        after = seq - before - x.shape[1]
-        widths = [(0, 0), (before, after), (0, 0), (0, 0)]
-        return jnp.pad(x, widths) if before or after else x
-
     starts = None
     if ids is not None:
         q_ids, kv_ids = ids
         # A query that is no part of the document at its position sees nothing.
         q = jnp.where((q_ids == kv_ids)[:, :, None, None], q, 0)
-        starts = changes(kv_ids)
-    arrays = Arrays(placed(q, offset), placed(k, 0), placed(v, 0), log_decay)
-    out, total = _recurrence(arrays, starts, static)
+        starts = starts_of(kv_ids)
+    q = padded(q, offset, seq - offset - q_seq)
+    k, v = (padded(x, 0, seq - kv_seq) for x in (k, v))
+    out, total = _recurrence(Arrays(q, k, v, log_decay), starts, static)
     rows = slice(offset, offset + q_seq)
     return out[:, rows], None if total is None else total[:, rows]
 
 
-def _sorted(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
+def _by_document(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
     """Keys and queries of each document after one another, and the recurrence on them.
 
-    A query then comes after all keys of its document and before those of the next. Ids
-    may be in any order, and the lengths may differ.
+    Ids may be in any order, and the lengths may differ.
     """
-    q, k, v, _, ids = arrays
+    *tokens, ids = arrays
     assert ids is not None
-    both = jnp.concatenate([ids[1], ids[0]], axis=1)
-    order = jnp.argsort(both, axis=1, stable=True)
-    place = jnp.argsort(order, axis=1)[:, k.shape[1] :]
-
-    def take(x: Array, at: Array) -> Array:
-        return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), 1)
-
-    def spread(x: Array, before: int, after: int) -> Array:
-        widths = [(0, 0), (before, after), (0, 0), (0, 0)]
-        return take(jnp.pad(x, widths), order)
-
-    q_seq, kv_seq = q.shape[1], k.shape[1]
-    arrays = Arrays(spread(q, kv_seq, 0), spread(k, 0, q_seq), spread(v, 0, q_seq))
-    starts = changes(take(both, order))
-    out, total = _recurrence(arrays, starts, static)
-    return take(out, place), None if total is None else take(total, place)
-
-
-def changes(ids: Array) -> Array:
-    """Where a document starts, bool ``[batch, seq]``."""
-    first = jnp.ones_like(ids[:, :1], bool)
-    return jnp.concatenate([first, ids[:, 1:] != ids[:, :-1]], axis=1)
+    assert static.documents is not None
+    causal = static.kind.causal
+    paired = causal and static.documents.same_ids
+    found = by_document(ids, static.q_offset, causal=causal, paired=paired)
+    *placed, starts = found.placed(*tokens)
+    out, total = _recurrence(Arrays(*placed), starts, static)
+    q_seq = arrays.q.shape[1]
+    out = found.of_queries(out, q_seq)
+    return out, None if total is None else found.of_queries(total, q_seq)
 
 
 def _recurrence(

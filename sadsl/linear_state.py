@@ -13,6 +13,7 @@ from pallas_kernels.config import KernelConfig
 from pallas_kernels.linear.algebra import normalised
 from sadsl import linear_run
 from sadsl.linear import Linear
+from sadsl.linear_documents import padded, starts_of
 from sadsl.linear_given import (
     check_decay_heads,
     clipped,
@@ -23,13 +24,32 @@ from sadsl.linear_given import (
 )
 from sadsl.linear_run import Arrays
 
+# How many documents a state tells apart: more cost more of every step.
+REMEMBERED = 64
+
+
+class PastDocuments(NamedTuple):
+    """The ids of the documents so far, each once, that of the last token first.
+
+    A state keeps the sums of one document, so a document that comes back after another
+    has lost its tokens. The ids are kept to notice that.
+    """
+
+    ids: Array  # int32 [batch, REMEMBERED]; only the first of each row are used
+    count: Array  # int32 [batch]: how many of them
+
+    @property
+    def used(self) -> Array:
+        """Which ids are those of documents, bool ``[batch, REMEMBERED]``."""
+        return jnp.arange(REMEMBERED)[None] < self.count[:, None]
+
 
 class LinearState(NamedTuple):
     """All that a decoder keeps of the tokens so far; its size never grows."""
 
     s: Array  # f32 [batch, heads, features, head_dim_v]
     z: Array | None  # f32 [batch, heads, features], with a normaliser
-    segment: Array | None  # int32 [batch]: the document of the last token
+    documents: PastDocuments | None  # with segments()
 
 
 def linear_state(
@@ -52,7 +72,11 @@ def linear_state(
     return LinearState(
         s=jnp.zeros((batch, num_heads, features, head_dim_v), jnp.float32),
         z=z if term.normalise else None,
-        segment=jnp.zeros(batch, jnp.int32) if term.kind.segments else None,
+        documents=PastDocuments(
+            jnp.zeros((batch, REMEMBERED), jnp.int32), jnp.zeros(batch, jnp.int32)
+        )
+        if term.kind.segments
+        else None,
     )
 
 
@@ -64,6 +88,8 @@ def linear_prefill(
     num_q_heads: int | None = None,
 ) -> LinearState:
     """The state after the keys of a prompt, ``[batch, seq, heads, ...]``.
+
+    With ``segments()`` it is that of the document of the last key, all pieces of it.
 
     Args:
       term: ``linear(...)`` with a causal map.
@@ -81,16 +107,30 @@ def linear_prefill(
     q = jax.ShapeDtypeStruct((batch, seq, num_q_heads, head_dim), k.dtype)
     phi = features_of(term, given)(k, "k")
     heads_of_q = jnp.zeros((*q.shape[:3], phi.shape[-1]), phi.dtype)
-    arrays = Arrays(heads_of_q, phi, v, log_decays(term, given, (q, k), 0))
-    starts = segment = None
+    past = None
     if term.kind.segments:
         ids = segment_ids("kv_segment_ids", given, k.shape[:2])
-        starts, segment = linear_run.changes(ids), ids[:, -1]
+        last = (ids == ids[:, -1:])[:, :, None, None]
+        phi, v = jnp.where(last, phi, 0), jnp.where(last, v, 0)
+        past = _past_documents(ids)
+    arrays = Arrays(heads_of_q, phi, v, log_decays(term, given, (q, k), 0))
     rule = kernels.scalar(term.eps if term.normalise else None)
     sizes = seq, phi.shape[-1], v.shape[-1]
     call = kernels.default_call(rule, "xla", sizes, v.dtype, KernelConfig())
-    s, z = kernels.final_state(linear_run.kernel_inputs(arrays, starts), call)
-    return LinearState(s, None if z is None else z[:, :, 0], segment)
+    s, z = kernels.final_state(linear_run.kernel_inputs(arrays, None), call)
+    return LinearState(s, None if z is None else z[:, :, 0], past)
+
+
+def _past_documents(ids: Array) -> PastDocuments:
+    """The documents of a prompt, by their last token."""
+    seq = ids.shape[1]
+    order = jnp.argsort(ids, axis=1, stable=True)
+    together = jnp.take_along_axis(ids, order, axis=1)
+    ends = jnp.roll(starts_of(together), -1, axis=1)
+    at, _ = jax.lax.top_k(jnp.where(ends, order, -1), min(REMEMBERED, seq))
+    found = jnp.take_along_axis(ids, jnp.maximum(at, 0), axis=1)
+    count = jnp.sum(at >= 0, axis=1, dtype=jnp.int32)
+    return PastDocuments(padded(found, 0, REMEMBERED - found.shape[1]), count)
 
 
 def linear_step(
@@ -103,6 +143,12 @@ def linear_step(
 ) -> tuple[LinearState, Array]:
     """One more token: the state with it, and its output, as the whole sequence has it.
 
+    With ``segments()`` a token whose id is not that of the token before starts a
+    document. A state keeps the sums of one document only, so none may come back after
+    another: among the last 64 documents that is noticed. It is refused where the ids
+    are known, and under ``jit`` the outputs of that piece are NaN; a document from
+    further back starts anew.
+
     Args:
       term: ``linear(...)`` with a causal map.
       state: that of the tokens before; of ``linear_state`` or ``linear_prefill``.
@@ -114,7 +160,8 @@ def linear_step(
       The new state, and the output ``[batch, num_q_heads, head_dim_v]``.
 
     Raises:
-      ValueError: the map is not causal, or arrays do not fit together.
+      ValueError: the map is not causal, arrays do not fit together, or a document
+        comes back.
     """
     _check_causal(term)
     given = given or {}
@@ -128,21 +175,52 @@ def linear_step(
     fq = fq.reshape(batch, heads, num_q_heads // heads, -1)
 
     kept = _kept(term, given, (batch, num_q_heads, num_kv_heads))
-    segment = None
-    if state.segment is not None:
-        segment = segment_ids("kv_segment_ids", given, (batch,))
-        kept = jnp.where((segment == state.segment)[:, None], kept, 0.0)
+    old_s, old_z, past = state
+    if past is not None:
+        ids = segment_ids("kv_segment_ids", given, (batch,))
+        past, start, back = _after(term, past, ids)
         q_ids = segment_ids("q_segment_ids", given, (batch,))
-        fq = jnp.where((q_ids == segment)[:, None, None, None], fq, 0.0)
-    s = kept[..., None, None] * state.s + fk[..., :, None] * wide_v[..., None, :]
+        fq = jnp.where((q_ids == ids)[:, None, None, None], fq, 0.0)
+        fresh = jnp.where(back, jnp.nan, 0.0)[:, None, None]
+        old_s = jnp.where(start[:, None, None, None], fresh[..., None], old_s)
+        if old_z is not None:
+            old_z = jnp.where(start[:, None, None], fresh, old_z)
+    s = kept[..., None, None] * old_s + fk[..., :, None] * wide_v[..., None, :]
     out = jnp.einsum("bhgd,bhde->bhge", fq, s, precision="highest")
     z = None
-    if state.z is not None:
-        z = kept[..., None] * state.z + fk
+    if old_z is not None:
+        z = kept[..., None] * old_z + fk
         total = jnp.einsum("bhgd,bhd->bhg", fq, z, precision="highest")
         out, _ = normalised(out, total[..., None], term.eps)
     out = out.reshape(batch, num_q_heads, -1).astype(q.dtype)
-    return LinearState(s, z, segment), out
+    return LinearState(s, z, past), out
+
+
+def _after(
+    term: Linear, past: PastDocuments, ids: Array
+) -> tuple[PastDocuments, Array, Array]:
+    """The documents with that of one more token; whether it starts, and comes back.
+
+    Raises:
+      ValueError: it comes back, as far as ids are known yet.
+    """
+    known = (past.ids == ids[:, None]) & past.used
+    start = ~known[:, 0]
+    back = start & known.any(axis=1)
+    if not isinstance(back, jax.core.Tracer) and back.any():
+        row = int(back.argmax())
+        raise ValueError(
+            f"kv_segment_ids of batch entry {row}: document {int(ids[row])} comes back "
+            f"after another, but {term!r} keeps the sums of one document: decode each "
+            "document in one piece"
+        )
+    pushed = jnp.concatenate([ids[:, None], past.ids[:, :-1]], axis=1)
+    count = jnp.minimum(past.count + 1, REMEMBERED)
+    past = PastDocuments(
+        jnp.where(start[:, None], pushed, past.ids),
+        jnp.where(start, count, past.count),
+    )
+    return past, start, back
 
 
 def _kept(term: Linear, given: Mapping[str, Any], sizes: tuple[int, int, int]) -> Array:

@@ -112,23 +112,28 @@ def normalised(out: Any, total: Any, eps: float) -> tuple[Any, Any]:
     """``out / (total + eps)`` and ``total + eps``; both 0 where there is no total.
 
     That is where ``total == 0``, so that nothing was seen, or ``|total + eps|`` is
-    below ``min(eps, 1e-10)`` (and 1e-15): the weights cancel.
+    below ``min(eps, 1e-10)`` (and 1e-15): the weights cancel. NaN stays NaN.
     """
     least = max(min(eps, VANISHING), TINY)
-    live = (total != 0) & (jnp.abs(total + eps) >= least)
-    safe = jnp.where(live, total + eps, 1.0)
-    return jnp.where(live, out / safe, 0.0), jnp.where(live, safe, 0.0)
+    gone = (total == 0) | (jnp.abs(total + eps) < least)
+    safe = jnp.where(gone, 1.0, total + eps)
+    return jnp.where(gone, 0.0, out / safe), jnp.where(gone, 0.0, safe)
 
 
 def write(rule: Rule, dot: Dot, keys: Keys, state: State) -> State:
     """The state at the end of a chunk, from that at its start."""
     writes, carry = rule.writes(keys.k, keys.marks), rule.carry(keys.marks)
     s, z = dot(writes, keys.v, (0, 0)), None
-    s += state.s if carry is None else carry.col * state.s
+    s += state.s if carry is None else _carried(carry.col, state.s)
     if state.z is not None:
         z = jnp.sum(writes, 0, keepdims=True)
-        z += state.z if carry is None else carry.row * state.z
+        z += state.z if carry is None else _carried(carry.row, state.z)
     return State(s, z)
+
+
+def _carried(factor: Any, state: Any) -> Any:
+    """``factor * state``; 0 where the factor is, also of a state that is not finite."""
+    return jnp.where(factor == 0, 0.0, factor * state)
 
 
 # --- the scalar rule: no decay, or one factor a step, and resets ---
