@@ -38,7 +38,8 @@ class Bias:
 
     def score(self, num_heads: int) -> scores.Score:
         """The expression for so many query heads."""
-        return score_node(self.of_heads(num_heads))
+        with tracing(f"of_heads of {type(self).__name__}"):
+            return score_node(self.of_heads(num_heads))
 
     def __add__(self, other: "Bias") -> "Bias":
         if not isinstance(other, Bias):

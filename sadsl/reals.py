@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lowering import ir, scores
-from sadsl.traced import NotTraced, Traced, integer
+from sadsl.traced import NotTraced, TracedValue, integer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Real(Traced):
+class Real(TracedValue):
     """A number added to a score; ``+ - *`` of numbers and integers are traced."""
 
     node: scores.Score
@@ -51,7 +51,7 @@ class Real(Traced):
 
 
 @dataclass(frozen=True, eq=False)
-class TableNumbers(Traced):
+class TableNumbers(TracedValue):
     """A constant table of floats; ``table((0.5, 0.25))[h]`` looks one up."""
 
     values: tuple[float, ...]
@@ -63,7 +63,7 @@ class TableNumbers(Traced):
 
 
 @dataclass(frozen=True, eq=False)
-class WeightsArray(Traced):
+class WeightsArray(TracedValue):
     """A run-time array of floats by name; ``weights("b")[h, q - k]`` looks one up."""
 
     name: str

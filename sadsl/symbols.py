@@ -10,7 +10,7 @@ import numpy as np
 from lowering import ir, scores
 from lowering.printing import show
 from sadsl.reals import Real, TableNumbers, number
-from sadsl.traced import NotTraced, Traced, integer
+from sadsl.traced import NotTraced, TracedValue, integer
 
 Integer: TypeAlias = "Symbol | int"
 
@@ -28,7 +28,7 @@ def _or_real(method: Callable) -> Callable:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Symbol(Traced):
+class Symbol(TracedValue):
     """An integer that stands for a position, a head, or what is computed from them.
 
     ``+ - *`` (by constants), ``//`` and ``%`` (by positive constants), comparisons,
@@ -108,7 +108,7 @@ class Symbol(Traced):
         """Whether this is one of ``values``."""
         return isin(self, values)
 
-    __hash__ = Traced.__hash__
+    __hash__ = TracedValue.__hash__
 
     def __repr__(self) -> str:
         return show(self.node)
@@ -119,7 +119,7 @@ POSITIONS = {"q": Symbol(ir.Q), "k": Symbol(ir.K), "h": Symbol(ir.H), "n": Symbo
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Truth(Traced):
+class Truth(TracedValue):
     """A predicate of positions; ``& | ^ ~ == !=`` combine it."""
 
     node: ir.Pred
@@ -154,7 +154,7 @@ class Truth(Traced):
     def __ne__(self, other: object) -> "Truth":  # type: ignore[override]
         return self ^ other  # type: ignore[operator]
 
-    __hash__ = Traced.__hash__
+    __hash__ = TracedValue.__hash__
 
     def __invert__(self) -> "Truth":
         if isinstance(self.node, ir.Bool):
@@ -197,7 +197,7 @@ class OperandArray(Symbol):
 
 
 @dataclass(frozen=True, eq=False)
-class TableValues(Traced):
+class TableValues(TracedValue):
     """A constant table of integers; ``table(values)[q % 3]`` looks one up."""
 
     values: tuple[int, ...]

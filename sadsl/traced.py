@@ -36,7 +36,7 @@ class NotTraced(TypeError):
     """An operation that has no expression; the message names the way out."""
 
 
-class Traced:
+class TracedValue:
     """A value that stands for an expression; subclasses define what is traced of it."""
 
     # What to do instead; a subclass may know better.
@@ -64,7 +64,7 @@ class Traced:
 
 # Set from outside: to a type checker a subclass has only the operators it defines.
 for _name in REFUSED:
-    setattr(Traced, f"__{_name}__", Traced._refuse)
+    setattr(TracedValue, f"__{_name}__", TracedValue._refuse)
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def integer(value: Any, op: str) -> int:
     Raises:
       TypeError: it is none; ``op`` is what asked for it.
     """
-    if not isinstance(value, bool | np.bool_ | Traced):
+    if not isinstance(value, bool | np.bool_ | TracedValue):
         try:
             return operator.index(value)
         except TypeError:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import sadsl as sa
+from sadsl import reals, symbols
+from sadsl.bias import Bias
 from sadsl.symbols import POSITIONS
-from sadsl.traced import Traced
+from sadsl.traced import TracedValue
 
 Q, K = POSITIONS["q"], POSITIONS["k"]
 
@@ -74,25 +76,25 @@ def check(function, *values):
     if isinstance(found, str):
         assert WAY_OUT.search(found), shown
     else:
-        assert isinstance(found, Traced), shown
+        assert isinstance(found, TracedValue), shown
 
 
 def test_every_class_is_here():
     """A class that is added must be walked too."""
-    found = {kind.__name__ for kind in subclasses(Traced)} - {"Traced"}
+    found = {kind.__name__ for kind in subclasses(TracedValue)} - {"TracedValue"}
     assert found == set(VALUES)
     for name, value in VALUES.items():
         assert type(value).__name__ == name
     # No other class of the two rooms holds an expression.
-    for module in (sa.symbols, sa.reals):
+    for module in (symbols, reals):
         for name, kind in inspect.getmembers(module, inspect.isclass):
             if kind.__module__ == module.__name__:
-                assert issubclass(kind, Traced), name
+                assert issubclass(kind, TracedValue), name
 
 
 def test_no_operator_is_left_to_python():
     """Neither to ``object``, which compares identities, nor to ``NotImplemented``."""
-    for kind in subclasses(Traced):
+    for kind in subclasses(TracedValue):
         for name in OPERATORS:
             defined = inspect.getattr_static(kind, name, None)
             assert defined is not None, (kind, name)
@@ -216,7 +218,12 @@ def test_what_is_captured_or_not_ours(name):
         def pairs(self, q, k, h):
             return OUTSIDE[name](q, k)
 
-    for make in (sa.where, sa.bias, lambda f: Mine().node):
+    class MyBias(Bias):
+        def of_heads(self, num_heads):
+            return OUTSIDE[name](Q, K)
+
+    mine = lambda f: Mine().node, lambda f: MyBias().score(1)
+    for make in (sa.where, sa.bias, *mine):
         with pytest.raises(TypeError, match=WAY_OUT):
             make(OUTSIDE[name])
 
