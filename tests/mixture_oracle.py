@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sadsl as sa
-from sadsl import bias as biases
+from sadsl.bias import Alibi, KeyBias, PairBias, alibi_slopes
 from sadsl.mixtures import Average, Gated, Joint, Weighted
 from sadsl.terms import Heads, Softmax
 
@@ -95,12 +95,12 @@ def _added(bias, heads, length, given):
     match bias:
         case None:
             return 0.0
-        case biases.PairBias(name):
+        case PairBias(name):
             return given[name][None]
-        case biases.KeyBias(name):
+        case KeyBias(name):
             return given[name][None, :, None, :]
-        case biases.Alibi(_):
-            slopes = np.asarray(biases.alibi_slopes(heads))
+        case Alibi(_):
+            slopes = np.asarray(alibi_slopes(heads))
             return -slopes[None, :, None, None] * np.abs(distance)
     raise AssertionError(bias)
 

@@ -107,6 +107,183 @@ def test_values_and_gradients_against_float64(impl):
         oracle.assert_close(a, np.asarray(b), "float32", f"{impl} {i}")
 
 
+# ---- Parts of a spec
+
+
+def drawn(part, path):
+    """The call of a part by itself, whose key is what the docstring says."""
+    key = KEY
+    for i in path:
+        key = jax.random.fold_in(key, i)
+    return kept(part, "reference", dropout_key=key)
+
+
+PARTS = sa.softmax(sa.full()), sa.softmax(sa.full(), 3.0)
+A, B = PARTS
+APART = {
+    # The part, alone in what a mixture yields, and the path of its key.
+    "average": (sa.average(A, sa.softmax(~sa.full())), A, (0,)),
+    "second of average": (sa.average(sa.softmax(~sa.full()), B), B, (1,)),
+    "in depth": (
+        sa.average(~sa.full(), sa.weighted(sa.average(~sa.full(), B), 1.0)), B, (1, 1),
+    ),
+    "joint": (sa.joint(~sa.full(), A), A, ()),
+    "counted": (sa.joint(~sa.full(), B, overlap="count"), B, (1,)),
+    "counted in depth": (
+        sa.joint(
+            sa.joint(~sa.full(), ~sa.full(), overlap="count"), B, overlap="count"
+        ), B, (2,),
+    ),
+    "counted by one, removed by the other": (
+        sa.joint(sa.joint(~sa.full(), ~sa.full(), overlap="count"), B), B, (),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", APART)
+def test_each_part_draws_from_the_key_of_its_path(name):
+    spec, part, path = APART[name]
+    np.testing.assert_array_equal(kept(spec, "reference"), drawn(part, path))
+
+
+def _independent(a, b):
+    """Whether what two masks keep is no more alike than chance has it."""
+    both = (1 - RATE) ** 2
+    return abs((a & b).mean() - both) < 4 * np.sqrt(both * (1 - both) / a.size)
+
+
+def test_parts_draw_independently():
+    paths = [(), (0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (1, 1)]
+    found = [drawn(A, path) for path in paths]
+    for i, a in enumerate(found):
+        assert abs(a.mean() - (1 - RATE)) < 4 * np.sqrt(RATE * (1 - RATE) / a.size)
+        assert all(_independent(a, b) for b in found[:i])
+
+
+def weights(spec, impl="reference"):
+    """The dropped weights of all pairs, float64, if every score is 0."""
+    v = jnp.broadcast_to(jnp.eye(26)[None, :, None], (2, 26, 2, 26))
+    q, k = jnp.zeros((2, 26, 4, 8)), jnp.zeros((2, 26, 2, 8))
+    call = {**BACKENDS[impl], **CALL, "impl": impl}
+    out = jax.jit(lambda *x: sa.attention(*x, spec, **call))(q, k, v)
+    return np.asarray(out, np.float64).swapaxes(1, 2)
+
+
+def test_a_pair_that_two_terms_count_is_dropped_twice():
+    spec = sa.joint(sa.full(), sa.full(), overlap="count")
+    times = np.rint(weights(spec) * 26 * 2 * (1 - RATE)).astype(int)
+    first, second = kept(sa.full(), "reference"), drawn(A, (1,))
+    np.testing.assert_array_equal(times, first.astype(int) + second)
+
+
+def test_a_joint_drops_what_one_softmax_drops():
+    near = sa.causal() & sa.window(5)
+    far = sa.causal() - sa.window(5)
+    one = kept(sa.causal(), "xla")
+    several = sa.joint(sa.softmax(near, 4.0), far, overlap="refuse")
+    assert len(several.resolved(26)) == 2
+    for spec in (sa.joint(near, far), several, sa.joint(sa.causal(), near)):
+        np.testing.assert_array_equal(kept(spec, "xla"), one)
+
+
+def test_keys_that_are_no_tokens_draw_their_own():
+    of_regions = sa.summaries(sa.spans(2))
+    spec = sa.joint(sa.causal() & sa.blocks(2), of_regions)
+    q, k, *_ = arrays(2, 26, 26, 2, 2, 8, 8)
+    v = jnp.broadcast_to(jnp.eye(26)[None, :, None], (2, 26, 2, 26))
+    out = np.asarray(sa.attention(q, k, v, spec, impl="xla", **CALL)).swapaxes(1, 2)
+    # Tokens 2j and 2j + 1 are in region j, whose weight is theirs.
+    regions = (out[..., ::2] > 0) | (out[..., 1::2] > 0)
+    tokens = kept(sa.full(), "reference", heads=2)[..., :13]
+    past = np.broadcast_to(np.arange(26)[:, None] // 2 > np.arange(13), tokens.shape)
+    assert not (regions == tokens)[past].all()
+    assert _independent(regions[past], tokens[past])
+
+
+COUNTED = sa.joint(sa.causal(), sa.softmax(sa.full(), 2.0), overlap="count")
+SEVERAL = [
+    sa.average(sa.causal(), COUNTED),
+    sa.gated(sa.causal(), sa.joint(sa.full(), sa.softmax(sa.full(), 2.0))),
+    sa.heads((sa.average(sa.causal(), sa.full()), 2), (sa.causal(), 2)),
+]
+
+
+# Of the keys that their parts draw from.
+PATHS = [[(0,), (1,), (1, 1)], [(0,), (1,)], [(0, 0), (0, 1), (1,)]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_mixtures_drop_alike_on_every_backend(impl):
+    check_dropped(impl, SEVERAL[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("spec", SEVERAL[1:], ids=["gated", "heads"])
+def test_more_mixtures_drop_alike_on_every_backend(impl, spec):
+    check_dropped(impl, spec)
+
+
+def check_dropped(impl, spec):
+    """Values and gradients against the definition with the masks of the paths."""
+    q, k, v, do = arrays(2, 26, 26, 4, 2, 8, 12)
+    gates = jnp.cos(jnp.arange(26 * 4 * 2, dtype=jnp.float32)).reshape(26, 4, 2)
+    given = {"gates": gates} if spec == SEVERAL[1] else {}
+
+    def call(q, k, v):
+        options = {**BACKENDS[impl], **CALL, "impl": impl, "operands": given}
+        return sa.attention(q, k, v, spec, **options)
+
+    def both(f, do, *x):
+        out, pull = jax.vjp(f, *x)
+        return out, *pull(do)
+
+    found = jax.jit(partial(both, call))(do, q, k, v)
+    at = {path: drawn(sa.full(), path) for path in PATHS[SEVERAL.index(spec)]}
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (do, q, k, v)]
+        dense = partial(dropped, spec, at=at, gates=np.asarray(gates, np.float64))
+        expected = both(dense, *wide)
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        oracle.assert_close(a, np.asarray(b), "float32", f"{impl} {spec!r} {i}")
+
+
+def dropped(spec, q, k, v, *, at, gates):
+    """The specs of ``SEVERAL`` by hand, with the masks ``at`` their paths."""
+    full, causal = np.ones((26, 26), bool), np.tril(np.ones((26, 26), bool))
+
+    def scores(cap=None):
+        wide = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+        s = jnp.einsum("bqhd,bkhd->bhqk", q, wide) * 8**-0.5
+        return s if cap is None else cap * jnp.tanh(s / cap)
+
+    def softmax(*terms):
+        """Of ``(scores, pairs, mask)``."""
+        total, out = 0.0, 0.0
+        wide = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
+        for s, pairs, _ in terms:
+            total += jnp.where(pairs[None, None], jnp.exp(s), 0).sum(-1, keepdims=True)
+        for s, pairs, mask in terms:
+            p = jnp.where(pairs[None, None], jnp.exp(s), 0) / total
+            out += jnp.einsum("bhqk,bkhd->bqhd", p * mask / (1 - RATE), wide)
+        return out
+
+    s, capped = scores(), scores(2.0)
+    match SEVERAL.index(spec):
+        case 0:
+            counted = (s, causal, at[(1,)]), (capped, full, at[(1, 1)])
+            return (softmax((s, causal, at[(0,)])) + softmax(*counted)) / 2
+        case 1:
+            parts = softmax((s, causal, at[(0,)])), softmax((s, full, at[(1,)]))
+            return sum(gates[None, ..., i, None] * p for i, p in enumerate(parts))
+        case _:
+            parts = softmax((s, causal, at[(0, 0)])), softmax((s, full, at[(0, 1)]))
+            # A head counts from the first of its part.
+            second = softmax((s, causal, jnp.roll(at[(1,)], 2, axis=1)))
+            first = sum(parts)[:, :, :2] / 2
+            return jnp.concatenate([first, second[:, :, 2:]], 2)
+
+
 def test_transforms_and_new_keys():
     q, k, v, do = arrays(2, 26, 26, 2, 2, 8, 8)
     traces = []
@@ -155,6 +332,8 @@ def test_what_does_not_fit_is_refused():
     refused(ValueError, "pass one key", dropout_rate=0.1, dropout_key=jnp.zeros(2))
     centroids = {"centroids": jnp.ones((2, 3, 8))}
     clusters = sa.scatter_mean(sa.selections.kmeans(3))
+    for spec in (sa.average(sa.causal()), sa.heads((sa.causal(), 2))):
+        refused(ValueError, "pass one key", spec, dropout_rate=0.1, dropout_key=several)
     refused(NotImplementedError, "no dropout yet", clusters, centroids, **CALL)
 
 
