@@ -265,7 +265,7 @@ def dropped(spec, q, k, v, *, at, gates):
             total += jnp.where(pairs[None, None], jnp.exp(s), 0).sum(-1, keepdims=True)
         for s, pairs, mask in terms:
             p = jnp.where(pairs[None, None], jnp.exp(s), 0) / total
-            out += jnp.einsum("bhqk,bkhd->bqhd", p * mask / (1 - RATE), wide)
+            out += jnp.einsum("bhqk,bkhd->bqhd", p * (mask / (1 - RATE)), wide)
         return out
 
     s, capped = scores(), scores(2.0)
@@ -279,7 +279,7 @@ def dropped(spec, q, k, v, *, at, gates):
         case _:
             parts = softmax((s, causal, at[(0, 0)])), softmax((s, full, at[(0, 1)]))
             # A head counts from the first of its part.
-            second = softmax((s, causal, jnp.roll(at[(1,)], 2, axis=1)))
+            second = softmax((s, causal, np.roll(at[(1,)], 2, axis=1)))
             first = sum(parts)[:, :, :2] / 2
             return jnp.concatenate([first, second[:, :, 2:]], 2)
 
