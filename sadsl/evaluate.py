@@ -88,10 +88,10 @@ def _softmax(
     out, lse = traced(*inputs, arrays, options=options)
     if term.sink is None:
         return Outcome(out, lse)
-    return merging.with_sink(out, lse, _sinks(term, given, inputs[0]))
+    return merging.with_sink(out, lse, sinks_of(term, given, inputs[0]))
 
 
-def _sinks(term: Softmax, given: Mapping[str, Any], q: Array) -> Array:
+def sinks_of(term: Softmax, given: Mapping[str, Any], q: Array) -> Array:
     """The sink of every head, ``[batch or 1, heads]``.
 
     Raises:

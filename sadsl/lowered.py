@@ -12,8 +12,9 @@ from lowering import inspect_code, pipeline, targets
 from lowering.counts import Plan
 from pallas_kernels.call import Masks
 from pallas_kernels.config import KernelConfig, Tiles
-from sadsl import checks
+from sadsl import checks, merging
 from sadsl.attention import PLATFORMS, as_term, choose_impl, plan_of
+from sadsl.evaluate import sinks_of
 from sadsl.execution import (
     Options,
     check_given,
@@ -62,8 +63,14 @@ class Lowered:
     def run(self, q: Any, k: Any, v: Any, operands: Mapping[str, Any]) -> Any:
         """The lowered computation: ``(out, lse)``, or the gradients of ``out``."""
 
+        term = self.options.term
+        arrays = {name: x for name, x in operands.items() if name != term.sink}
+
         def forward(q: Any, k: Any, v: Any) -> Any:
-            return traced(q, k, v, operands, options=self.options)
+            out, lse = traced(q, k, v, arrays, options=self.options)
+            if term.sink is None:
+                return out, lse
+            return tuple(merging.with_sink(out, lse, sinks_of(term, operands, q)))
 
         if not self.gradient:
             return forward(q, k, v)
@@ -208,19 +215,22 @@ def lower(
         impl=_impl_for(impl or IMPL_OF_PLATFORM[platform], target, platform),
         config=config or KernelConfig(),
     )
-    asked = options.asked
+    sink = {} if options.term.sink is None else {options.term.sink: 1}
+    asked = options.asked | sink
     shapes = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype if name in asked else jnp.int32)
         for name, x in (operands or {}).items()
     }
-    ranks = operand_ranks(options, shapes)
+    ranks = operand_ranks(options, shapes) | sink
     fitted = {
         name: x
         if len(x.shape) > ranks[name]
         else jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
         for name, x in shapes.items()
     }
-    check_given(fitted, options)
+    if sink:
+        jax.eval_shape(lambda given: sinks_of(options.term, given, q), fitted)
+    check_given({name: x for name, x in fitted.items() if name not in sink}, options)
     arrays = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
     return Lowered(options, target, (*arrays, fitted), gradient)
 

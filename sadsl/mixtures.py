@@ -13,7 +13,7 @@ from sadsl import overlaps
 from sadsl.call_text import call_text
 from sadsl.maps import IndexMap
 from sadsl.overlaps import Member, Unit
-from sadsl.term import Learned, Sizes, Spec, Term
+from sadsl.term import Learned, Sizes, Spec, Term, together
 from sadsl.terms import Softmax
 
 Overlap = Literal["remove", "refuse", "count"]
@@ -116,7 +116,7 @@ class Gated(Mixture):
         """A gate in (0, 1) for each query, head and part, and what the parts learn."""
         shape = sizes.num_q_heads, len(self.terms)
         gates = Learned(shape, per_query=True, squash="sigmoid")
-        return {**super().learned(sizes), self.gates: gates}
+        return together(self, super().learned(sizes), {self.gates: gates})
 
 
 @dataclass(frozen=True, repr=False)

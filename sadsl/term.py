@@ -78,7 +78,7 @@ class Term:
         found: dict[str, Learned] = {}
         for part in self.parts:
             if isinstance(part, Term):
-                found |= part.learned(sizes)
+                found = together(self, found, part.learned(sizes))
         return found
 
     def __bool__(self) -> bool:
@@ -86,6 +86,23 @@ class Term:
             "a term has no truth value: write joint(a, b) or average(a, b) instead of "
             "`a or b`, and compare with `is None` instead of `if term`"
         )
+
+
+def together(
+    term: Term, a: Mapping[str, Learned], b: Mapping[str, Learned]
+) -> dict[str, Learned]:
+    """What two parts of ``term`` learn; an array that both read is one array.
+
+    Raises:
+      ValueError: they want it in two shapes.
+    """
+    for name in sorted(set(a) & set(b)):
+        if a[name] != b[name]:
+            raise ValueError(
+                f"{term!r} learns {name!r} twice, of shapes {a[name].shape} and "
+                f"{b[name].shape}: give one of the two another name"
+            )
+    return {**a, **b}
 
 
 Spec: TypeAlias = IndexMap | Term

@@ -14,7 +14,7 @@ from sadsl.maps import Both, IndexMap, Minus, at_least, per_head
 from sadsl.named import full
 from sadsl.selections.content import operands_of, selections_of
 from sadsl.selections.kmeans import Kmeans
-from sadsl.term import Learned, Sizes, Spec, Term, seen
+from sadsl.term import Learned, Sizes, Spec, Term, seen, together
 
 OwnKey = Literal["seen", "alone"]
 
@@ -73,9 +73,9 @@ class Softmax(Term):
     def learned(self, sizes: Sizes) -> dict[str, Learned]:
         """The arrays of the bias, and a sink a head, which starts at 0."""
         found = {} if self.bias is None else self.bias.learned(sizes)
-        if self.sink is not None:
-            found[self.sink] = Learned((sizes.num_q_heads,))
-        return found
+        if self.sink is None:
+            return found
+        return together(self, found, {self.sink: Learned((sizes.num_q_heads,))})
 
     def __repr__(self) -> str:
         return call_text(self)

@@ -102,7 +102,9 @@ def test_far_below_zero(map, at):
     """No row vanishes that has weight, and no gradient is infinite."""
     q, k, v = arrays(at, "float16", 0.3)
     ids = jnp.arange(SEQ)[None] // 15
-    given = {} if map != sa.segments() else {"q_segment_ids": ids, "kv_segment_ids": ids}
+    given = (
+        {} if map != sa.segments() else {"q_segment_ids": ids, "kv_segment_ids": ids}
+    )
 
     def loss(q, k, v):
         out = sa.attention(q, k, v, sa.linear(map=map, eps=0), **given)

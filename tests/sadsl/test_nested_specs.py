@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import sadsl as sa
 from sadsl.named import full
-from sadsl.term import reads
+from sadsl.term import Sizes, reads
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -180,3 +180,35 @@ def test_no_option_is_lost_on_the_way(spec):
     held = spec.resolved(N, num_heads=HEADS)
     names = [x.sink for part in held for x in (getattr(part, "term", part),)]
     assert len([x for x in names if x]) == len({x for x in names if x})
+
+
+def test_a_lowered_call_has_its_sink():
+    q, k, v, _ = arrays(**SIZES, dim=8, dim_v=8)
+    given = {"sink2": FLOATS["sink2"]}
+    for spec in (SINK, sa.joint(SINK, FAR, sa.softmax(FAR, sink="sink2"))):
+        low = sa.lower(spec, q, k, v, operands=given)
+        found = low.run(q, k, v, {"sink2": given["sink2"][None]})
+        wanted = sa.attention(q, k, v, spec, operands=given, return_lse=True)
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+        assert sa.plan(spec, N).num_pairs
+    with pytest.raises(ValueError, match="reads its sinks from 'sink2', which was not"):
+        sa.lower(SINK, q, k, v)
+    with pytest.raises(ValueError, match=r"the sinks of .* must be \(2,\)"):
+        sa.lower(SINK, q, k, v, operands={"sink2": FLOATS["sink1"]})
+
+
+TWICE = [
+    sa.gated(sa.gated(NEAR, FAR, NEAR), FAR),
+    sa.average(NEAR, sa.softmax(FAR, sink="x"), sa.gated(NEAR, gates="x")),
+    sa.softmax(NEAR, bias=sa.distance_bias("x", 3), sink="x"),
+]
+
+
+@pytest.mark.parametrize("spec", TWICE, ids=repr)
+def test_one_name_is_one_array_to_learn(spec):
+    sizes = Sizes(4, 4, 8, 8)
+    with pytest.raises(ValueError, match=r"learns '.*' twice, of shapes"):
+        spec.learned(sizes)
+    same = sa.average(sa.softmax(NEAR, sink="x"), sa.softmax(FAR, sink="x"))
+    assert set(same.learned(sizes)) == {"x"}
