@@ -67,7 +67,8 @@ def attention(
       operands: what the spec reads by name: integers for maps made of
         ``operand(name)``; what a selection asks for, or parts that ``select`` chose
         before; biases, sinks, gates and decays, which have gradients; functions, where
-        a term names a feature map.
+        a term names a feature map. What ``a | full()`` and its like leave without a
+        reader may be passed all the same, and need not be.
       sm_scale: factor before the softmax; ``head_dim ** -0.5`` if None.
       q_offset: the position of the first query, as decoding needs.
       return_lse: also return the natural log-sum-exp, f32; it has a gradient.
