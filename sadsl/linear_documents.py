@@ -63,16 +63,6 @@ def in_order(q_ids: Any, kv_ids: Any, xp: Any = jnp) -> Any:
     return (pieces == fewest).all() & ~apart.any()
 
 
-class Tokens(NamedTuple):
-    """The arrays of a recurrence, each ``[batch, seq, ...]``; log-decays seq last."""
-
-    q: Array
-    k: Array
-    v: Array
-    log_decay: Array | None
-    starts: Bool[Array, "batch seq"]
-
-
 class Sorted(NamedTuple):
     """Which token is in every slot of the order by document, and the slot of each.
 
@@ -86,15 +76,19 @@ class Sorted(NamedTuple):
     starts: Bool[Array, "batch slots"]
     paired: bool
 
-    def placed(self, q: Array, k: Array, v: Array, log_decay: Array | None) -> Tokens:
+    def placed(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         """The arrays ``[batch, seq, heads, dim]`` in slots."""
         if not self.paired:
             q_seq, kv_seq = q.shape[1], k.shape[1]
             q, k, v = padded(q, kv_seq, 0), padded(k, 0, q_seq), padded(v, 0, q_seq)
         q, k, v = (sort.permute(x, self.order, self.slots) for x in (q, k, v))
-        if log_decay is not None:
-            log_decay = _between(log_decay, self.at, self.starts)
-        return Tokens(q, k, v, log_decay, self.starts)
+        return q, k, v
+
+    def between(self, log_decay: Array | None) -> Array | None:
+        """Log-decays ``[batch, heads, positions]`` from slot to slot."""
+        if log_decay is None:
+            return None
+        return _between(log_decay, self.at, self.starts)
 
     def of_queries(self, x: Array, q_seq: int) -> Array:
         """What the queries of ``x [batch, slots, ...]`` have, in the given order."""

@@ -211,17 +211,16 @@ def _by_document(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
 
     Ids may be in any order, and the lengths may differ.
     """
-    *tokens, ids = arrays
+    q, k, v, log_decay, ids = arrays
     assert ids is not None
     assert static.documents is not None
     causal = static.kind.causal
     paired = causal and static.documents.same_ids
     found = by_document(ids, static.q_offset, causal=causal, paired=paired)
-    *placed, starts = found.placed(*tokens)
-    out, total = _recurrence(Arrays(*placed), starts, static)
-    q_seq = arrays.q.shape[1]
-    out = found.of_queries(out, q_seq)
-    return out, None if total is None else found.of_queries(total, q_seq)
+    placed = Arrays(*found.placed(q, k, v), found.between(log_decay))
+    out, total = _recurrence(placed, found.starts, static)
+    out = found.of_queries(out, q.shape[1])
+    return out, None if total is None else found.of_queries(total, q.shape[1])
 
 
 def _recurrence(
