@@ -15,7 +15,7 @@ from lowering.pipeline import Problem, Stages
 from pallas_kernels import dispatch
 from pallas_kernels.config import KernelConfig
 from sadsl import by_heads, checks, mixtures, routing
-from sadsl.evaluate import evaluate, options_of
+from sadsl.evaluate import evaluate, options_of, traced_scale
 from sadsl.execution import call_arrays, chosen_parts
 from sadsl.maps import IndexMap
 from sadsl.term import DROPOUT_KEY, Setting, Spec, Term, read_by, reads
@@ -36,7 +36,7 @@ def attention(
     q_segment_ids: Integer[Array, "..."] | None = None,
     kv_segment_ids: Integer[Array, "..."] | None = None,
     operands: Mapping[str, Any] | None = None,
-    sm_scale: float | None = None,
+    sm_scale: float | Array | None = None,
     q_offset: int = 0,
     return_lse: bool = False,
     impl: str | None = None,
@@ -69,7 +69,8 @@ def attention(
         before; biases, sinks, gates and decays, which have gradients; functions, where
         a term names a feature map. What ``a | full()`` and its like leave without a
         reader may be passed all the same, and need not be.
-      sm_scale: factor before the softmax; ``head_dim ** -0.5`` if None.
+      sm_scale: factor before the softmax; ``head_dim ** -0.5`` if None. It may be
+        traced, and has a gradient: then q, k and v are multiplied in float32.
       q_offset: the position of the first query, as decoding needs.
       return_lse: also return the natural log-sum-exp, f32; it has a gradient.
       impl: "xla", "tpu", "triton", "reference" (dense), or None for the default device.
@@ -95,7 +96,7 @@ def attention(
         given[DROPOUT_KEY] = dropout_key
     _check_read(term, given)
     setting = Setting(
-        sm_scale=float(q.shape[-1] ** -0.5 if sm_scale is None else sm_scale),
+        sm_scale=checks.scale(sm_scale, q.shape[-1]),
         q_offset=int(q_offset),
         impl=choose_impl(impl, interpret, q, k, v),
         interpret=interpret,
@@ -233,7 +234,7 @@ def select(
     choose = partial(select, sm_scale=sm_scale, q_offset=q_offset)
     given = dict(operands or {})
     _check_read(term, given)
-    scale = float(q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
+    scale = checks.scale(sm_scale, q.shape[-1])
     setting = Setting(scale, q_offset, "reference")
     match term:
         case Heads():
@@ -246,6 +247,7 @@ def select(
             extra = [name for name in term.operands if not reads(term.map, name)]
             mine = {name: x for name, x in given.items() if name not in extra}
             arrays = call_arrays(options, mine, (None, None), q.shape[0])
+            arrays |= traced_scale(setting)
             return chosen_parts(q, k, arrays, options)
     found: dict[str, Array] = {}
     for part in term.parts:

@@ -89,8 +89,8 @@ def attend(
     return Outcome(_attended(q, k, v, scale=scale), None)
 
 
-@partial(jax.jit, static_argnames="scale")
-def _attended(q: Array, k: Array, v: Array, *, scale: float) -> Array:
+@jax.jit
+def _attended(q: Array, k: Array, v: Array, *, scale: Any) -> Array:
     heads, kv_heads, dim = q.shape[2], *k.shape[2:]
     wide = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     products = partial(jnp.einsum, preferred_element_type=wide, precision="highest")

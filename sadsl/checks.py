@@ -27,7 +27,9 @@ def problem(q: Any, k: Any, v: Any, q_offset: int) -> Problem:
     _check_sizes(q.shape, k.shape, v.shape)
     if isinstance(q_offset, bool) or not isinstance(q_offset, int | np.integer):
         raise TypeError(
-            f"q_offset={q_offset!r} must be a Python integer: the plan depends on it"
+            f"q_offset={q_offset!r} must be a Python integer: the plan depends on it; "
+            "a position that is an array is an operand of the map, as in "
+            'where(lambda q, k: k <= q + operand("start"))'
         )
     if q_offset < 0:
         raise ValueError(f"q_offset={q_offset} must be at least 0")
@@ -40,6 +42,12 @@ def _check_ranks_and_dtypes(q: Any, k: Any, v: Any) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}: it must have the four axes "
                 "[batch, seq, heads, head_dim]"
+            )
+        if not all(isinstance(size, int) for size in x.shape[1:]):
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: only the batch may be symbolic, "
+                "since plans are made for known lengths, heads and sizes: export one "
+                "program for each length"
             )
         if np.dtype(x.dtype).name not in DTYPES:
             raise ValueError(f"{name} has dtype {x.dtype}: must be one of {DTYPES}")
@@ -71,12 +79,36 @@ def _check_sizes(q: Shape, k: Shape, v: Shape) -> None:
         )
 
 
-def dropout(rate: float, key: Any) -> float:
+def scale(sm_scale: Any, head_dim: int) -> Any:
+    """The factor of the scores: a Python float, or a traced float32 scalar.
+
+    Raises:
+      ValueError: it is not one number.
+    """
+    if sm_scale is None:
+        return float(head_dim**-0.5)
+    if np.ndim(sm_scale):
+        raise ValueError(
+            f"sm_scale has shape {np.shape(sm_scale)}: it must be one number; multiply "
+            "q by factors that differ"
+        )
+    if isinstance(sm_scale, jax.core.Tracer):
+        return sm_scale.astype(jnp.float32)
+    return float(sm_scale)
+
+
+def dropout(rate: Any, key: Any) -> float:
     """The rate of a call, checked; 0 where nothing is dropped.
 
     Raises:
       ValueError: the rate is outside [0, 1), or there is a rate without a key.
+      TypeError: the rate is traced.
     """
+    if isinstance(rate, jax.core.Tracer):
+        raise TypeError(
+            f"dropout_rate={rate!r} is traced: it must be a Python number, since it is "
+            "a constant of the kernels; make it a static argument of your jit"
+        )
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate={rate} must be at least 0 and below 1")
     if rate and key is None:

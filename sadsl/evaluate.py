@@ -26,7 +26,14 @@ from sadsl.maps import IndexMap
 from sadsl.mixtures import Average, Gated, Joint, Weighted
 from sadsl.summaries import Summaries
 from sadsl.summaries import attend as summarised
-from sadsl.term import DROPOUT_KEY, Inputs, Outcome, Setting, Spec
+from sadsl.term import (
+    DROPOUT_KEY,
+    TRACED_SCALE,
+    Inputs,
+    Outcome,
+    Setting,
+    Spec,
+)
 from sadsl.terms import Heads, ScatterMean, Softmax
 
 
@@ -68,12 +75,18 @@ def options_of(inputs: tuple[Array, ...], term: Softmax, setting: Setting) -> Op
     return Options(
         term=replace(term, sink=None),
         problem=checks.problem(q, k, v, setting.q_offset),
-        sm_scale=setting.sm_scale,
+        sm_scale=None if traced_scale(setting) else setting.sm_scale,
         impl=setting.impl,
         interpret=setting.interpret,
         config=setting.config,
         dropout_rate=setting.dropout_rate,
     )
+
+
+def traced_scale(setting: Setting) -> dict[str, Array]:
+    """The factor of the scores as a run-time array, if it is one."""
+    scale = setting.sm_scale
+    return {} if isinstance(scale, float) else {TRACED_SCALE: scale}
 
 
 def _softmax(
@@ -85,6 +98,7 @@ def _softmax(
     arrays = call_arrays(options, operands, (None, None), inputs[0].shape[0])
     if setting.dropout_rate:
         arrays[DROPOUT_KEY] = dropout.key_words(given[DROPOUT_KEY])
+    arrays |= traced_scale(setting)
     out, lse = traced(*inputs, arrays, options=options)
     if term.sink is None:
         return Outcome(out, lse)
@@ -120,6 +134,10 @@ def _scatter_mean(
         raise NotImplementedError(
             f"dropout_rate={setting.dropout_rate}: {term!r} averages several softmaxes "
             "of a query, whose weights have no dropout yet: leave it 0"
+        )
+    if traced_scale(setting):
+        raise NotImplementedError(
+            f"sm_scale={setting.sm_scale!r} is traced: {term!r} takes a Python number"
         )
     options = options_of(inputs, Softmax(term.rest), setting)
     return Outcome(routing.attention(inputs, term, given, options), None)

@@ -1,7 +1,7 @@
 """How a checked call runs: what content decides, the order, the plan, the kernels."""
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -25,17 +25,20 @@ from sadsl.selections.content import (
     operands_of,
     selections_of,
 )
-from sadsl.term import DROPOUT_KEY
+from sadsl.term import DROPOUT_KEY, TRACED_SCALE
 from sadsl.terms import Softmax
 
 
 @dataclass(frozen=True)
 class Options:
-    """The static part of a call, as one hashable value."""
+    """The static part of a call, as one hashable value.
+
+    ``sm_scale`` is None where the scale is among the arrays.
+    """
 
     term: Softmax
     problem: Problem
-    sm_scale: float
+    sm_scale: float | None
     impl: str
     interpret: Hashable = False
     config: KernelConfig = field(default_factory=KernelConfig)
@@ -119,9 +122,18 @@ def traced(
     """
     known = {*options.of_bias, DROPOUT_KEY}
     own = {name: x for name, x in arrays.items() if name in known}
-    arrays = {**with_parts(q, k, arrays, options), **own}
+    chosen = {**with_parts(q, k, arrays, options), **own}
     run = _dense if options.impl == "reference" else _kernels
-    return run(q, k, v, arrays, options)
+    if options.sm_scale is not None:
+        return run(q, k, v, chosen, options)
+    # Kernels have their scale as a constant. All three are widened: the product of q
+    # and the scale is not rounded, and kernels take arrays of one dtype.
+    dtype, scale = q.dtype, arrays[TRACED_SCALE]
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    q, k, v = (x.astype(wide) for x in (q, k, v))
+    q = q * scale.astype(wide)
+    out, lse = run(q, k, v, chosen, replace(options, sm_scale=1.0))
+    return out.astype(dtype), lse
 
 
 def with_parts(
@@ -154,11 +166,12 @@ def content_of(
     q: Array, k: Array, arrays: Mapping[str, Array], options: Options
 ) -> Content:
     """What selections may look at."""
+    scale = arrays[TRACED_SCALE] if options.sm_scale is None else options.sm_scale
     return Content(
         q=jnp.swapaxes(q, 1, 2),
         k=jnp.swapaxes(k, 1, 2),
         given=arrays,
-        sm_scale=options.sm_scale,
+        sm_scale=scale,
         q_offset=options.problem.q_offset,
     )
 

@@ -14,6 +14,8 @@ from sadsl.selections.content import operands_of, selections_of
 
 # What dropout is drawn from travels as a run-time array; no operand has such a name.
 DROPOUT_KEY = "dropout.key"
+# And a factor of the scores that is traced.
+TRACED_SCALE = "softmax.scale"
 
 
 class Sizes(NamedTuple):
@@ -129,9 +131,13 @@ def read_by(spec: Spec, given: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Setting:
-    """The static options of a call, the same for all its parts."""
+    """The options of a call, the same for all its parts.
 
-    sm_scale: float
+    All are static, but for a scale that is traced: ``sm_scale`` is a Python float, or a
+    float32 scalar.
+    """
+
+    sm_scale: Any
     q_offset: int = 0
     impl: str = "xla"
     interpret: Hashable = False

@@ -87,6 +87,12 @@ class AttentionFn:
                 _refuse(name, given, REFUSED.get(name, "leave it out"))
         rate = 0.0 if deterministic else dropout_rate
         batch = query.shape[:-3]
+        for name, x in {"key": key, "value": value}.items():
+            if x.shape[:-3] != batch:
+                raise ValueError(
+                    f"{name} has shape {x.shape}, query has {query.shape}: the axes in "
+                    "front of [seq, heads, head_dim] must be the same"
+                )
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         q, k, v = (
             x.astype(dtype).reshape(math.prod(batch), *x.shape[-3:])

@@ -40,7 +40,7 @@ class Content:
     q: Float[Array, "batch q_heads q head_dim"]
     k: Float[Array, "batch kv_heads kv head_dim"]
     given: Mapping[str, Array]
-    sm_scale: float = field(metadata={"static": True})
+    sm_scale: Any = field(metadata={"static": True})  # a float, or a traced scalar
     q_offset: int = field(default=0, metadata={"static": True})
 
     @property
