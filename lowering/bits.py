@@ -149,18 +149,37 @@ def _of_differences(
     q_seq_len, kv_seq_len = lengths
     start = (-(-kv_seq_len // block_kv) - 1) * block_kv
     num_words = -(-block_kv // WORD)
-    # Word w at x holds the differences x - start - 32 w down to x - start - 32 w - 31.
-    x = np.arange(q_seq_len + start) - start
-    difference = x - np.arange(num_words * WORD).reshape(num_words, WORD, 1)
+    before = num_words * WORD - 1
+    # Each difference is looked at once: x - start down to x - start - before, for all x.
+    difference = np.arange(-before, q_seq_len + start, dtype=np.int32) - start
     at = AtPositions(
-        jnp.asarray(difference, jnp.int32)[None, None],
-        jnp.zeros((1,) * 5, jnp.int32),
-        h=jnp.arange(num_heads, dtype=jnp.int32).reshape(1, -1, 1, 1, 1),
+        jnp.asarray(difference).reshape(1, 1, -1),
+        jnp.zeros((1,) * 3, jnp.int32),
+        h=jnp.arange(num_heads, dtype=jnp.int32).reshape(1, -1, 1),
         operands=operands,
     )
-    words = _word(evaluate(pred, at), 3)[:, :, None]
+    held = evaluate(pred, at)
+    held = jnp.broadcast_to(held, (*held.shape[:2], len(difference)))
+    words = _windows(held, num_words)[:, :, None]
     key = np.arange(kv_seq_len, dtype=np.int32) % block_kv
     return PairBits(words, key, block_kv, diagonal=True)
+
+
+def _windows(held: jax.Array, num_words: int) -> jax.Array:
+    """Bit ``i`` of word ``w`` at ``x``: ``held[..., before + x - 32 w - i]``.
+
+    ``before`` is the last of all bits; words are an axis in front of ``x``.
+    """
+    words, width = held.astype(jnp.uint32), 1
+    while width < WORD:
+        # The bits of two windows, one of which ends where the other begins.
+        later, earlier = words[..., width:], words[..., :-width]
+        words = later | (earlier << jnp.uint32(width))
+        width *= 2
+    length = words.shape[-1] - (num_words - 1) * WORD
+    ends = [words.shape[-1] - length - w * WORD for w in range(num_words)]
+    found = jnp.stack([words[..., i : i + length] for i in ends], axis=-2)
+    return jax.lax.bitcast_convert_type(found, jnp.int32)
 
 
 def _word(held: jax.Array, axis: int) -> jax.Array:

@@ -26,6 +26,7 @@ from pallas_kernels.call import (
     Vectors,
     cotangents_of,
 )
+from pallas_kernels.varying import alike, vary
 from pallas_kernels.xla import derivatives
 from pallas_kernels.xla.score_gradient import score_gradient
 
@@ -37,15 +38,16 @@ def attend(
 ) -> Outputs:
     """Attention over the blocks of ``masks``: values, lse, and gradients of both.
 
-    ``jit``, ``vmap``, ``jax.checkpoint`` and ``shard_map(check_vma=False)`` hold. The
-    residuals are named ``attn_out`` and ``attn_lse`` for checkpoint policies.
+    ``jit``, ``vmap``, ``jax.checkpoint`` and ``shard_map`` hold, but for the last with
+    a kernel in Pallas' interpreter, which needs ``check_vma=False``. The residuals are named ``attn_out`` and ``attn_lse`` for checkpoint policies.
     """
     lists = BACKENDS[impl].prepare(masks, call)
     tests = masks.forward.test_of_head
     if impl == "xla":
-        return derivatives.attend(call, inputs, vectors, tests, lists)
+        return derivatives.attend(call, *alike((inputs, vectors, tests, lists)))
     walk = xla.prepare(masks, call) if call.learned_scores else None
-    return _attend(impl, call, inputs, vectors, Plan(lists, tests, walk))
+    plan = Plan(lists, tests, walk)
+    return _attend(impl, call, *alike((inputs, vectors, plan)))
 
 
 class Plan(NamedTuple):
@@ -74,6 +76,7 @@ def _attend_fwd(
 def _attend_bwd(impl: str, call: Call, residuals: Any, cotangent: Outputs) -> Any:
     inputs, vectors, plan, o, lse = residuals
     cotangents = cotangents_of(Outputs(o, lse), cotangent)
+    cotangents = vary(cotangents, inputs.q)
     gradients = _backward(impl, call, inputs, cotangents, vectors, plan)
     if not call.learned_scores:
         return Inputs(*gradients), None, None

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.linear import marks, tpu, triton, xla
 from pallas_kernels.linear.algebra import Marks, State
 from pallas_kernels.linear.call import Call, Chunks, Inputs, Outputs, Rows
+from pallas_kernels.varying import alike
 
 KERNELS: dict[str, ModuleType] = {"tpu": tpu, "triton": triton}
 
@@ -26,7 +27,7 @@ def attend(inputs: Inputs, call: Call, *, impl: str) -> Outputs:
     "xla". Lengths need not be multiples of ``call.chunk``.
     """
     batch, heads, group, seq, _ = inputs.q.shape
-    chunks = chunked(inputs, call.chunk)
+    chunks = alike(chunked(inputs, call.chunk))
     rows = xla.forward(chunks, call) if impl == "xla" else _attend(impl, call, chunks)
 
     def shaped(x: Any, *rest: int) -> Any:
@@ -39,7 +40,7 @@ def attend(inputs: Inputs, call: Call, *, impl: str) -> Outputs:
 def final_state(inputs: Inputs, call: Call) -> State:
     """What is kept of all keys, f32, each array ``[batch, heads, ...]``."""
     batch, heads = inputs.k.shape[:2]
-    state = xla.final_state(chunked(inputs, call.chunk), call)
+    state = xla.final_state(alike(chunked(inputs, call.chunk)), call)
     return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), state)
 
 

@@ -18,6 +18,7 @@ from pallas_kernels.linear.algebra import Keys, Marks, Pair, State
 from pallas_kernels.linear.call import Call, Chunks, Rows
 from pallas_kernels.tpu.lists import LANES
 from pallas_kernels.tpu.operands import to_column, to_row
+from pallas_kernels.varying import shape_like
 
 # The grid is (head, chunk, member of the group).
 ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"))
@@ -28,7 +29,7 @@ def forward(chunks: Chunks, call: Call) -> Rows:
     chunks, dtype = _ready(chunks, call)
     heads, group, padded, _ = chunks.q.shape
     sizes = heads, padded // call.chunk, group
-    out = jax.ShapeDtypeStruct((*chunks.q.shape[:3], chunks.v.shape[-1]), dtype)
+    out = shape_like((*chunks.q.shape[:3], chunks.v.shape[-1]), dtype, chunks.q)
     total = _total_shape(chunks, call)
     out, total = pl.pallas_call(
         partial(_forward_kernel, call=call, group=group),
@@ -58,9 +59,9 @@ def backward(chunks: Chunks, cotangent: Rows, call: Call) -> tuple:
         dtotal = dtotal.reshape(heads, group, steps, 1, call.chunk)
 
     arrays = zip(chunks[:3], dtypes, strict=True)
-    shapes = [jax.ShapeDtypeStruct(x.shape, t) for x, t in arrays]
+    shapes = [shape_like(x.shape, t, chunks.q) for x, t in arrays]
     fine = chunks.marks.fine
-    dfine = None if fine is None else jax.ShapeDtypeStruct(fine.shape, jnp.float32)
+    dfine = None if fine is None else shape_like(fine.shape, jnp.float32, fine)
     accumulators = (
         pltpu.VMEM((call.chunk, features), jnp.float32),
         pltpu.VMEM((call.chunk, head_dim_v), jnp.float32),
@@ -92,8 +93,8 @@ def _states(chunks: Chunks, call: Call) -> State:
     heads, _, padded, features = chunks.q.shape
     lead = heads, padded // call.chunk
     shape = State(
-        jax.ShapeDtypeStruct((*lead, features, chunks.v.shape[-1]), jnp.float32),
-        jax.ShapeDtypeStruct((*lead, 1, features), jnp.float32),
+        shape_like((*lead, features, chunks.v.shape[-1]), jnp.float32, chunks.k),
+        shape_like((*lead, 1, features), jnp.float32, chunks.k),
     )
     shape = _fitting(shape, call)
     specs = _chunk_specs(chunks, call)
@@ -230,7 +231,7 @@ def _row_spec(x: Any, call: Call, at: Callable[[Any], Any] = _same) -> pl.BlockS
 def _total_shape(chunks: Chunks, call: Call) -> Any:
     heads, group, padded, _ = chunks.q.shape
     shape = heads, group, padded // call.chunk, 1, call.chunk
-    return None if call.rule.eps is None else jax.ShapeDtypeStruct(shape, jnp.float32)
+    return None if call.rule.eps is None else shape_like(shape, jnp.float32, chunks.q)
 
 
 def _total_spec(call: Call, at: Callable[[Any], Any] = _same) -> pl.BlockSpec | None:

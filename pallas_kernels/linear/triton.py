@@ -21,6 +21,7 @@ from pallas_kernels.linear.call import Call, Chunks, Rows
 from pallas_kernels.linear.xla import by_chunk, empty, keys_of
 from pallas_kernels.triton.launch import pad
 from pallas_kernels.triton.tiles import SMALLEST, power_of_two
+from pallas_kernels.varying import shape_like
 
 
 def forward(chunks: Chunks, call: Call) -> Rows:
@@ -30,8 +31,10 @@ def forward(chunks: Chunks, call: Call) -> Rows:
     states = _before(*_updates(chunks, call))
     heads, group, padded, _ = chunks.q.shape
     row = heads, group, padded
-    out = jax.ShapeDtypeStruct((*row, chunks.v.shape[-1]), dtype)
-    total = None if call.rule.eps is None else jax.ShapeDtypeStruct(row, jnp.float32)
+    out = shape_like((*row, chunks.v.shape[-1]), dtype, chunks.q)
+    total = None
+    if call.rule.eps is not None:
+        total = shape_like(row, jnp.float32, chunks.q)
     rows = Rows(out, total)
     out, total = pl.pallas_call(
         partial(_forward_kernel, call=call),
@@ -66,7 +69,7 @@ def backward(chunks: Chunks, cotangent: Rows, call: Call) -> tuple:
     )
 
     def struct(x: jax.Array, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, dtype)
+        return shape_like(x.shape, dtype, x)
 
     dq, read = launch(
         partial(_queries_kernel, call=call),

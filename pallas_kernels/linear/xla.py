@@ -14,6 +14,7 @@ from pallas_kernels.linear import algebra
 from pallas_kernels.linear.algebra import Keys, Marks, Rule, State
 from pallas_kernels.linear.call import Call, Chunks, Rows
 from pallas_kernels.linear.marks import pairs
+from pallas_kernels.varying import vary
 
 DOT = algebra.plain_dot(jnp.float32)
 
@@ -33,7 +34,7 @@ def forward(chunks: Chunks, call: Call) -> Rows:
 
     # The body of a scan is compiled by itself: nothing there to keep apart.
     body = jax.checkpoint(body, prevent_cse=False)
-    start = empty(rule, heads, features, head_dim_v)
+    start = vary(empty(rule, heads, features, head_dim_v), chunks.k)
     _, (out, total) = jax.lax.scan(body, start, by_chunk(chunks, call.chunk))
     out = jnp.moveaxis(out, 0, 2).reshape(heads, group, padded, head_dim_v)
     if total is not None:
@@ -45,6 +46,7 @@ def final_state(chunks: Chunks, call: Call) -> State:
     """What is kept of all keys, with a leading axis of heads."""
     heads, _, features = chunks.k.shape
     state = empty(call.rule, heads, features, chunks.v.shape[-1])
+    state = vary(state, chunks.k)
 
     def body(state: State, x: Chunks) -> tuple[State, None]:
         return _write(call.rule, keys_of(x), state), None

@@ -17,6 +17,7 @@ from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import Launch, Operand, Step, launch
 from pallas_kernels.tpu.lists import Lists, RowList
 from pallas_kernels.tpu.scores import OnTop, on_top, tile_operands
+from pallas_kernels.varying import shape_like
 
 
 def backward(
@@ -84,7 +85,7 @@ def _run_dq(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> 
             Operand(operands.flat(v, block_kv), kv_head),
             *(vector(x, block_kv) for x in (*vectors.kv, *added.kv)),
         ),
-        outs=(Operand(jax.ShapeDtypeStruct((heads, seq, head_dim), q.dtype), own),),
+        outs=(Operand(shape_like((heads, seq, head_dim), q.dtype, q), own),),
         scratch=((block_q, head_dim),),
         interpret=call.interpret,
         tiles=tile_operands(vectors, sizes, (batch, num_heads), 1, by="q"),
@@ -173,8 +174,8 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
             *(vector(x, block_q) for x in (*vectors.q, *added.q)),
         ),
         outs=(
-            Operand(jax.ShapeDtypeStruct((heads, seq, head_dim), k.dtype), own),
-            Operand(jax.ShapeDtypeStruct((heads, seq, head_dim_v), v.dtype), own),
+            Operand(shape_like((heads, seq, head_dim), k.dtype, q), own),
+            Operand(shape_like((heads, seq, head_dim_v), v.dtype, q), own),
         ),
         scratch=((block_kv, head_dim), (block_kv, head_dim_v)),
         interpret=call.interpret,

@@ -13,6 +13,7 @@ from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import Launch, Operand, Step, launch
 from pallas_kernels.tpu.lists import LANES, Lists, RowList
 from pallas_kernels.tpu.scores import OnTop, on_top, tile_operands
+from pallas_kernels.varying import shape_like
 
 
 def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outputs:
@@ -62,8 +63,8 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
             *(vector(x, sizes.block_kv) for x in (*vectors.kv, *added.kv)),
         ),
         outs=(
-            Operand(jax.ShapeDtypeStruct((heads, seq, head_dim_v), q.dtype), own),
-            Operand(jax.ShapeDtypeStruct((heads, 1, seq), jnp.float32), own, axis=2),
+            Operand(shape_like((heads, seq, head_dim_v), q.dtype, q), own),
+            Operand(shape_like((heads, 1, seq), jnp.float32, q), own, axis=2),
         ),
         scratch=((sizes.block_q, head_dim_v), statistics, statistics),
         interpret=call.interpret,

@@ -35,6 +35,7 @@ from pallas_kernels.triton.runs import (
     walk,
 )
 from pallas_kernels.triton.scores import Here, added_scores, factor, not_left_out
+from pallas_kernels.varying import shape_like
 
 
 def dq_kernel(
@@ -203,7 +204,7 @@ def _dq(
             vector_specs(vectors),
         ],
         out_specs=whole(padded.q),
-        out_shape=jax.ShapeDtypeStruct(padded.q.shape, inputs.q.dtype),
+        out_shape=shape_like(padded.q.shape, inputs.q.dtype, padded.q),
         compiler_params=compiler_params(call.tiles.dq),
         interpret=call.interpret,
     )(plan.runs, padded, cotangents, vectors)
@@ -236,8 +237,8 @@ def _dkv(
         ],
         out_specs=[key, value],
         out_shape=[
-            jax.ShapeDtypeStruct(padded.k.shape, inputs.k.dtype),
-            jax.ShapeDtypeStruct(padded.v.shape, inputs.v.dtype),
+            shape_like(padded.k.shape, inputs.k.dtype, padded.q),
+            shape_like(padded.v.shape, inputs.v.dtype, padded.q),
         ],
         compiler_params=compiler_params(call.tiles.dkv),
         interpret=call.interpret,

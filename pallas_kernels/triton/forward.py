@@ -33,6 +33,7 @@ from pallas_kernels.triton.runs import (
     walk,
 )
 from pallas_kernels.triton.scores import Here, added_scores, factor, not_left_out
+from pallas_kernels.varying import shape_like
 
 
 def forward_kernel(
@@ -99,10 +100,10 @@ def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outpu
     head_dim_v = inputs.v.shape[-1]
     padded, vectors = pad_inputs(inputs, plan.sizes), pad_vectors(vectors, plan.sizes)
 
-    o = jax.ShapeDtypeStruct(
-        (batch, plan.sizes.padded_q, num_q_heads, padded.v.shape[-1]), inputs.q.dtype
-    )
-    lse = jax.ShapeDtypeStruct((batch, num_q_heads, plan.sizes.padded_q), jnp.float32)
+    o_shape = batch, plan.sizes.padded_q, num_q_heads, padded.v.shape[-1]
+    o = shape_like(o_shape, inputs.q.dtype, padded.q)
+    lse_shape = batch, num_q_heads, plan.sizes.padded_q
+    lse = shape_like(lse_shape, jnp.float32, padded.q)
     o, lse = pl.pallas_call(
         partial(forward_kernel, sizes=plan.sizes, call=call, num_heads=num_q_heads),
         grid=(plan.sizes.num_rows, num_q_heads, batch),

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import softmax
 from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
+from pallas_kernels.varying import vary
 from pallas_kernels.xla import tile
 from pallas_kernels.xla.heads import HeadGroup, add_up, head_groups, join, pick
 from pallas_kernels.xla.lists import Lists
@@ -124,6 +125,7 @@ def _backward(
         ),
     )
     walk = plan.walks[group.map_index]
+    total = vary(total, inputs.q)
     total = fold_rows(walk, pairs, Pass(start, fold, close), total)
     dq = tile.heads_first(total.dq, q_seq_len)
     dk, dv = (tile.from_blocks(jnp.swapaxes(x, 3, 4), 2, kv_seq_len) for x in total[1:])

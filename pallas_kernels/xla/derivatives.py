@@ -37,6 +37,7 @@ from pallas_kernels.call import (
     Vectors,
     cotangents_of,
 )
+from pallas_kernels.varying import alike, aval_like
 from pallas_kernels.xla.backward import backward
 from pallas_kernels.xla.forward import forward
 from pallas_kernels.xla.lists import Lists
@@ -116,6 +117,7 @@ derivative_p.multiple_results = True
 
 def _bind(kind: Kind, call: Call, point: Point, *linear: Any, axes: Any = ()) -> Any:
     """The primitive, from and to values of the structures that it stands for."""
+    point, linear = alike((point, linear))
     point_leaves, point_tree = jax.tree.flatten(point)
     leaves, tree = jax.tree.flatten(linear)
     rule = Rule(kind, call, point_tree, tree, axes)
@@ -246,7 +248,7 @@ def _abstract(*leaves: Any, rule: Rule) -> list[jax.core.ShapedArray]:
     found = []
     for index in jax.tree.leaves(_like(rule.kind, point)):
         shape = _with_axes(leaves[index].shape, rule, index)
-        found.append(jax.core.ShapedArray(shape, leaves[index].dtype))
+        found.append(aval_like(shape, leaves[index]))
     return found
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from pallas_kernels import softmax
 from pallas_kernels.call import Call, Inputs, Outputs, Vectors
+from pallas_kernels.varying import vary
 from pallas_kernels.xla import tile
 from pallas_kernels.xla.heads import HeadGroup, head_groups, join
 from pallas_kernels.xla.lists import Lists, Plan
@@ -54,7 +55,7 @@ def _forward(
         empty = softmax.start(size * block_q, head_dim_v)
         lead = batch, kv_heads
         state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), empty)
-        return (q, total, row), state
+        return (q, total, row), vary(state, q)
 
     def fold(fixed: Any, state: Any, block: Array, shown: tile.Shown) -> Any:
         q, _, row = fixed
@@ -80,6 +81,7 @@ def _forward(
         jnp.full((batch, kv_heads, size, q_blocks, block_q), -jnp.inf, jnp.float32),
     )
     walk = plan.walks[group.map_index]
+    total = vary(total, inputs.q)
     total = fold_rows(walk, pairs, Pass(start, fold, close), total)
     lse = tile.from_blocks(total.lse, 3, q_seq_len).reshape(batch, q_heads, -1)
     return Outputs(tile.heads_first(total.o, q_seq_len), lse)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels import softmax
 from pallas_kernels.call import Call, Inputs, Outputs, ScoreValues, Vectors
+from pallas_kernels.varying import vary
 from pallas_kernels.xla import scores, tile
 from pallas_kernels.xla.heads import HeadGroup, head_groups, join
 from pallas_kernels.xla.lists import Lists, Plan
@@ -108,7 +109,7 @@ def _tangent(
         empty = Sums(
             jnp.zeros((*lead, head_dim_v), jnp.float32), jnp.zeros(lead, jnp.float32)
         )
-        return (fixed, total), empty
+        return (fixed, total), vary(empty, q)
 
     def fold(fixed: Any, state: Sums, block: Array, shown: tile.Shown) -> Sums:
         k, v = (tile.gather(x, block, shown.seen) for x in (blocks.k, blocks.v))
@@ -139,6 +140,7 @@ def _tangent(
         jnp.zeros(lse.shape, jnp.float32),
     )
     walk = plan.walks[group.map_index]
+    total = vary(total, both.q)
     total = fold_rows(walk, pairs, Pass(start, fold, close), total)
     lse = tile.from_blocks(total.lse, 3, q_seq_len).reshape(batch, q_heads, -1)
     return Sums(tile.heads_first(total.o, q_seq_len), lse)
