@@ -10,7 +10,9 @@ Who is absent is never told by the size of a number that a user can pass. The sc
 a masked pair is replaced by ``-inf``, whose weight is exactly 0, whatever the score
 was; a running maximum starts at the least finite number, so that ``-inf - -inf``, a
 NaN, does not occur. The keys and values that no query of a tile sees are replaced by
-zeros before products, since ``0 * nan`` is NaN.
+zeros before products, since ``0 * nan`` is NaN. Where that would slow every tile down,
+a kernel does it only if the sums of a row are found not to be finite: it walks that row
+once more, with care.
 """
 
 import math
@@ -92,6 +94,11 @@ def seen(s: jax.Array, axis: int) -> jax.Array:
     return s.max(axis=axis, keepdims=True) > MASKED
 
 
+def all_finite(x: jax.Array) -> jax.Array:
+    """Whether no element is NaN or infinite, in terms that every backend has."""
+    return jnp.sum(x * 0.0) == 0.0
+
+
 def power(x: jax.Array, unit: float) -> jax.Array:
     """``e`` to the power of a difference of scores in ``unit``."""
     return jnp.exp2(x if unit == LOG2_E else x * (LOG2_E / unit))
@@ -171,3 +178,8 @@ def score_gradient(
     if factor is None:
         return p, p * (dp - delta)
     return p * factor, p * (dp * factor - delta)
+
+
+def where_weighed(ds: jax.Array, p: jax.Array) -> jax.Array:
+    """``ds``, and 0 where the weight is 0, whatever the value and the score were."""
+    return jnp.where(p == 0.0, 0.0, ds)

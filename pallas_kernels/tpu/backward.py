@@ -105,9 +105,10 @@ def _dq_kernel(
     columns = [operands.to_column(x[...]) for x in vector_refs]
     q_vectors, q_values = on_top.split(columns, "q")
     sizes = on_top.sizes
-    dq_ref[...] = jnp.zeros_like(dq_ref)
 
-    def visit(block: jax.Array, refs: tuple, tiles: tuple, full: bool) -> None:
+    def visit(
+        block: jax.Array, refs: tuple, tiles: tuple, full: bool, *, careful: bool
+    ) -> None:
         k, v, *vectors = (ref[...] for ref in refs)
         words, windows = on_top.split_tiles(tiles)
         kv_vectors, kv_values = on_top.split(vectors, "kv")
@@ -125,16 +126,25 @@ def _dq_kernel(
         added, pairs = on_top(step, block, (q_values, kv_values), windows, pairs)
         factor = operands.factor(call, q_vectors, kv_vectors, len(words))
         total = softmax.mask(s if added is None else s + added, pairs)
-        _, ds = softmax.score_gradient(
+        p, ds = softmax.score_gradient(
             total, lse, dp, delta, factor=factor, unit=call.unit
         )
         ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
-        if pairs is not None:
-            ds = jnp.where(pairs, ds, 0.0)
+        if careful:
+            ds = softmax.where_weighed(ds, p)
             k = operands.kept(k, operands.to_column(softmax.seen(total, 0)))
         dq_ref[...] += softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
 
-    step.walk(visit)
+    def walk(careful: bool) -> None:
+        dq_ref[...] = jnp.zeros_like(dq_ref)
+        step.walk(partial(visit, careful=careful), careful)
+
+    walk(careful=False)
+
+    @pl.when(jnp.logical_not(softmax.all_finite(dq_ref[...])))
+    def _() -> None:
+        walk(careful=True)
+
     outs[0][...] = (dq_ref[...] * call.sm_scale).astype(outs[0].dtype)
 
 
@@ -180,6 +190,7 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
         scratch=((block_kv, head_dim), (block_kv, head_dim_v)),
         interpret=call.interpret,
         tiles=tile_operands(vectors, sizes, (batch, num_heads), group, by="kv"),
+        flags=jnp.isposinf(statistics[:, :, 0]).any(-1).reshape(-1).astype(jnp.int32),
     )
     of_scores = on_top(added, call, sizes, "kv")
     kernel = partial(_dkv_kernel, call=call, on_top=of_scores, last=group - 1)
@@ -204,6 +215,14 @@ def _dkv_kernel(
             ref[...] = jnp.zeros_like(ref)
 
     def visit(block: jax.Array, refs: tuple, tiles: tuple, full: bool) -> None:
+        if tested := not full or call.scores is not None:
+            # What absent queries hold reaches no product; hardly ever are there any.
+            @pl.when(step.flag == 1)
+            def _() -> None:
+                there = operands.to_column(refs[2][0:1] < softmax.ABSENT)
+                for ref in refs[:2]:
+                    ref[...] = operands.kept(ref[...], there)
+
         # The tile is [keys, queries]: no product needs a transposed left side.
         q, do, statistics, *vectors = (ref[...] for ref in refs)
         words, windows = on_top.split_tiles(tiles)
@@ -228,10 +247,8 @@ def _dkv_kernel(
             total, lse, dp, delta, factor=factor, unit=call.unit
         )
         ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
-        if pairs is not None:
-            ds = jnp.where(pairs, ds, 0.0)
-            there = operands.to_column(lse < softmax.ABSENT)
-            q, do = operands.kept(q, there), operands.kept(do, there)
+        if tested:
+            ds = softmax.where_weighed(ds, p)
         dv_ref[...] += softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
         dk_ref[...] += softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
 

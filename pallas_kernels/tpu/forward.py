@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels import bits, softmax
 from pallas_kernels.call import Call, Inputs, Outputs, Vectors
@@ -89,9 +90,9 @@ def _kernel(
         for ref, value in zip(scratch, carry, strict=True):
             ref[...] = value
 
-    store(softmax.start(*scratch[0].shape, lanes=scratch[1].shape[1]))
-
-    def visit(block: jax.Array, refs: tuple, tiles: tuple, full: bool) -> None:
+    def visit(
+        block: jax.Array, refs: tuple, tiles: tuple, full: bool, *, careful: bool
+    ) -> None:
         k, v, *vectors = (ref[...] for ref in refs)
         words, windows = on_top.split_tiles(tiles)
         kv_vectors, kv_values = on_top.split(vectors, "kv")
@@ -107,14 +108,26 @@ def _kernel(
             pairs = operands.allowed(call, sizes, step, ids, (q_vectors, *of_keys))
         added, pairs = on_top(step, block, (q_values, kv_values), windows, pairs)
         s = s if added is None else s + added
-        if pairs is not None:
-            s = softmax.mask(s, pairs)
+        s = softmax.mask(s, pairs)
+        if careful:
             v = operands.kept(v, operands.to_column(softmax.seen(s, 0)))
         factor = operands.factor(call, q_vectors, kv_vectors, len(words))
         carry = softmax.Carry(*(ref[...] for ref in scratch))
         store(softmax.fold(carry, s, v, factor, call.unit))
 
-    step.walk(visit)
+    def walk(careful: bool) -> None:
+        store(softmax.start(*scratch[0].shape, lanes=scratch[1].shape[1]))
+        step.walk(partial(visit, careful=careful), careful)
+
+    walk(careful=False)
+    # A value that is not finite spoils all rows of a tile, so that one register of the
+    # sums tells; a score that is not finite spoils some, if a bias leaves it out.
+    told_by = scratch[0].shape[0] if call.scores else min(8, scratch[0].shape[0])
+
+    @pl.when(jnp.logical_not(softmax.all_finite(scratch[0][:told_by])))
+    def _() -> None:
+        walk(careful=True)
+
     o, lse = softmax.finish(softmax.Carry(*(ref[...] for ref in scratch)), call.unit)
     o_ref[...] = o.astype(o_ref.dtype)
     lse_ref[...] = operands.to_row(lse)

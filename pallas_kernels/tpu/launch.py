@@ -71,6 +71,8 @@ class Launch:
     scratch: tuple[tuple[int, int], ...]
     interpret: Any
     tiles: tuple[TileOperand, ...] = ()
+    # An int32 for each query head, or None.
+    flags: Any = None
 
 
 class Step(NamedTuple):
@@ -79,10 +81,12 @@ class Step(NamedTuple):
     row: Any  # the block that the row is
     member: Any
     test: Any
-    # walk(visit) calls visit(block, refs, tiles, full) on every block of the row, where
-    # ``refs`` are of the streams, ``tiles`` of the tile operands, and ``full`` is a
-    # Python bool: the two kinds of run have code of their own.
-    walk: Callable[[Callable[[Any, tuple, tuple, bool], None]], None]
+    flag: Any  # of the query head, or None
+    # walk(visit, test_all) calls visit(block, refs, tiles, full) on every block of the
+    # row, where ``refs`` are of the streams, ``tiles`` of the tile operands, and
+    # ``full`` is a Python bool: the two kinds of run have code of their own, unless all
+    # blocks are to be tested as if they were partial.
+    walk: Callable[[Callable[[Any, tuple, tuple, bool], None], bool], None]
 
 
 class _Run(NamedTuple):
@@ -96,6 +100,7 @@ class _Scalars(NamedTuple):
     first_row: Any
     row_ptr: Any
     runs: Any
+    flags: Any
 
     def at(self, query_head: Any) -> Any:
         """Where the lists of heads hold ``query_head``."""
@@ -106,7 +111,9 @@ def launch(
     kernel: Callable[[Step, tuple, tuple, tuple], None], of: Launch, lists: RowList
 ) -> tuple[jax.Array, ...]:
     """The outputs of ``kernel(step, row_refs, out_refs, scratch_refs)`` on all rows."""
-    scalars = _Scalars(lists.test_of_head, lists.first_row, lists.row_ptr, lists.runs)
+    scalars = _Scalars(
+        lists.test_of_head, lists.first_row, lists.row_ptr, lists.runs, of.flags
+    )
 
     def row_spec(x: Operand) -> pl.BlockSpec:
         def index(h: Any, i: Any, g: Any, _: Any) -> tuple:
@@ -162,7 +169,8 @@ def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
         scratch: tuple, buffers: tuple, semaphores: Any,
     ) -> None:  # fmt: skip
         head, row, member = (pl.program_id(axis) for axis in range(3))
-        at = scalars.at(head * of.members + member)
+        query_head = head * of.members + member
+        at = scalars.at(query_head)
         begin, end, run_at = _row_runs(scalars, tables, at, row)
         heads = [x.head_of(head, member) for x in (*of.streams, *of.tiles)]
 
@@ -178,14 +186,17 @@ def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
                 for i, x in enumerate(sources)
             ]
 
-        def walk(visit: Callable[[Any, tuple, tuple, bool], None]) -> None:
+        def walk(
+            visit: Callable[[Any, tuple, tuple, bool], None], test_all: bool = False
+        ) -> None:
             def at_slot(block: Any, slot: Any, full: bool) -> None:
                 refs, count = tuple(x.at[slot] for x in buffers), len(of.streams)
                 visit(block, refs[:count], refs[count:], full)
 
-            _walk(begin, end, run_at, copies, at_slot)
+            _walk(begin, end, run_at, copies, at_slot, test_all)
 
-        step = Step(row, member, scalars.test_of_head[at], walk)
+        flag = None if scalars.flags is None else scalars.flags[query_head]
+        step = Step(row, member, scalars.test_of_head[at], flag, walk)
         kernel(step, rows, outs, scratch)
 
     return body
@@ -234,6 +245,7 @@ def _walk(
     run_at: Callable[[Any], _Run],
     copies: Callable[[Any, Any], list],
     visit: Callable[[Any, Any, bool], None],
+    test_all: bool,
 ) -> None:
     """Visits the blocks of the runs ``begin : end``, each fetched one block ahead."""
 
@@ -266,6 +278,8 @@ def _walk(
 
             return step
 
+        if test_all:
+            return lax.fori_loop(start, stop, visitor(False), slot)
         middle = jnp.where(full == 1, stop, start)
         slot = lax.fori_loop(start, middle, visitor(True), slot)
         return lax.fori_loop(middle, stop, visitor(False), slot)

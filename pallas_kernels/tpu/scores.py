@@ -53,7 +53,8 @@ class OnTop:
         """What is added to capped scores, and the pairs that it does not leave out.
 
         None for nothing, and for all pairs. ``values`` are those of the queries and of
-        the keys, shaped like their ids; ``allowed`` are the pairs of the map.
+        the keys, shaped like their ids; ``allowed`` are the pairs of the map. A full
+        tile stays without a test: a finite score with ``-inf`` has no weight as it is.
         """
         if self.call.scores is None:
             return None, allowed
@@ -68,10 +69,9 @@ class OnTop:
             for ref, diagonal in zip(windows, self.diagonal, strict=True)
         )
         added = self.call.scores(q_ids, k_ids, *values, pairs)
-        if not (self.num_q or self.num_kv or self.diagonal):
+        if allowed is None or not (self.num_q or self.num_kv or self.diagonal):
             return added, allowed
-        kept = jnp.broadcast_to(added > -jnp.inf, (row_size, size))
-        return added, kept if allowed is None else kept & allowed
+        return added, allowed & (added > -jnp.inf)
 
 
 def on_top(values: ScoreValues, call: Call, sizes: Sizes, by: Axis) -> OnTop:

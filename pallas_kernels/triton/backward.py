@@ -33,6 +33,7 @@ from pallas_kernels.triton.runs import (
     map_and_test,
     rows_kept,
     walk,
+    walk_tested,
 )
 from pallas_kernels.triton.scores import Here, added_scores, factor, not_left_out
 from pallas_kernels.varying import shape_like
@@ -54,7 +55,9 @@ def dq_kernel(
     q_ids = ids(row, block_q, 0)
     q_vectors = tuple(along(ref[rows], 0) for ref in vectors.q)
 
-    def add(block: Any, dq: jax.Array, pairs: jax.Array | None) -> jax.Array:
+    def add(
+        block: Any, dq: jax.Array, pairs: jax.Array | None, careful: bool
+    ) -> jax.Array:
         columns = pl.ds(block * block_kv, block_kv)
         k = k_ref[columns, :]
         s = softmax.dot(q, k, contract=(1, 1)) * call.scale
@@ -63,21 +66,21 @@ def dq_kernel(
         added = added_scores(vectors.scores, here, sizes, call)
         dp = softmax.dot(do, v_ref[columns, :], contract=(1, 1))
         kept = factor(vectors, here, call)
-        pairs = not_left_out(vectors.scores, added, pairs, s.shape)
+        pairs = not_left_out(vectors.scores, added, pairs)
         total = softmax.mask(s if added is None else s + added, pairs)
-        _, ds = softmax.score_gradient(
+        p, ds = softmax.score_gradient(
             total, lse, dp, delta, factor=kept, unit=call.unit
         )
         ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
-        if pairs is not None:
-            ds = jnp.where(pairs, ds, 0.0)
+        if careful:
+            ds = softmax.where_weighed(ds, p)
             k = rows_kept(k, jnp.squeeze(softmax.seen(total, 0), 0))
         return dq + softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
 
     def full(block: Any, dq: jax.Array) -> jax.Array:
-        return add(block, dq, None)
+        return add(block, dq, None, careful=False)
 
-    def partial_(block: Any, dq: jax.Array) -> jax.Array:
+    def partial_(block: Any, dq: jax.Array, careful: bool = False) -> jax.Array:
         columns = pl.ds(block * block_kv, block_kv)
         kv_vectors = tuple(along(ref[columns], 1) for ref in vectors.kv)
         tiles = bit_tiles(vectors, sizes, row, block, transposed=False)
@@ -85,11 +88,17 @@ def dq_kernel(
             sizes, call.predicate, test, q_ids, ids(block, block_kv, 1),
             (q_vectors, kv_vectors, tiles),
         )  # fmt: skip
-        return add(block, dq, pairs)
+        return add(block, dq, pairs, careful)
 
-    dq = jnp.zeros(q.shape, jnp.float32)
+    start = jnp.zeros(q.shape, jnp.float32)
     row_of_map = index * sizes.num_rows + row
-    dq = walk(runs, sizes, row_of_map, full=full, partial=partial_, carry=dq)
+    dq = walk(runs, sizes, row_of_map, full=full, partial=partial_, carry=start)
+    careful = partial(partial_, careful=True)
+    dq = jax.lax.cond(
+        softmax.all_finite(dq),
+        lambda: dq,
+        lambda: walk_tested(runs, sizes, row_of_map, careful, start),
+    )
     dq_ref[rows, :] = (dq * call.sm_scale).astype(dq_ref.dtype)
 
 
@@ -111,7 +120,7 @@ def dkv_kernel(
     k_ids = ids(row, block_kv, 0)
     first = first_of_batch(runs, sizes, num_heads)
 
-    def of_head(member: Any, carry: tuple) -> tuple:
+    def of_head(member: Any, carry: tuple, *, careful: bool) -> tuple:
         index, test = map_and_test(runs, sizes, first_head + member, first)
 
         def vector(ref: Any, at: Any, axis: int) -> jax.Array:
@@ -131,14 +140,14 @@ def dkv_kernel(
             added = added_scores(vectors.scores, here, sizes, call)
             dp = softmax.dot(v, do, contract=(1, 1))
             kept = factor(vectors, here, call)
-            pairs = not_left_out(vectors.scores, added, pairs, s.shape)
+            pairs = not_left_out(vectors.scores, added, pairs)
             total = softmax.mask(s if added is None else s + added, pairs)
             p, ds = softmax.score_gradient(
                 total, lse, dp, delta, factor=kept, unit=call.unit
             )
             ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
-            if pairs is not None:
-                ds = jnp.where(pairs, ds, 0.0)
+            if careful:
+                ds = softmax.where_weighed(ds, p)
                 there = jnp.squeeze(lse, 0) < softmax.ABSENT
                 q, do = rows_kept(q, there), rows_kept(do, there)
             dv = dv + softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
@@ -161,13 +170,23 @@ def dkv_kernel(
             return add(block, carry, pairs)
 
         row_of_map = index * sizes.num_rows + row
+        if careful:
+            return walk_tested(runs, sizes, row_of_map, partial_, carry)
         return walk(runs, sizes, row_of_map, full=full, partial=partial_, carry=carry)
 
-    carry = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    if group == 1:
-        dk, dv = of_head(jnp.int32(0), carry)
-    else:
-        dk, dv = jax.lax.fori_loop(0, group, of_head, carry)
+    def of_heads(careful: bool) -> tuple:
+        carry = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        add_head = partial(of_head, careful=careful)
+        if group == 1:
+            return add_head(jnp.int32(0), carry)
+        return jax.lax.fori_loop(0, group, add_head, carry)
+
+    dk, dv = of_heads(careful=False)
+    dk, dv = jax.lax.cond(
+        softmax.all_finite(dk) & softmax.all_finite(dv),
+        lambda: (dk, dv),
+        lambda: of_heads(careful=True),
+    )
     dk_ref[rows, :] = (dk * call.sm_scale).astype(dk_ref.dtype)
     dv_ref[rows, :] = dv.astype(dv_ref.dtype)
 

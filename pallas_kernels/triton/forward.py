@@ -31,6 +31,7 @@ from pallas_kernels.triton.runs import (
     map_and_test,
     rows_kept,
     walk,
+    walk_tested,
 )
 from pallas_kernels.triton.scores import Here, added_scores, factor, not_left_out
 from pallas_kernels.varying import shape_like
@@ -55,7 +56,7 @@ def forward_kernel(
         return Here(q_ids, ids(block, block_kv, 1), rows, columns)
 
     def fold(
-        block: Any, carry: softmax.Carry, pairs: jax.Array | None
+        block: Any, carry: softmax.Carry, pairs: jax.Array | None, careful: bool
     ) -> softmax.Carry:
         columns = pl.ds(block * block_kv, block_kv)
         # Scaled here in f32: a scaled q rounded to bf16 costs accuracy.
@@ -64,17 +65,18 @@ def forward_kernel(
         added = added_scores(vectors.scores, here(block, columns), sizes, call)
         s = s if added is None else s + added
         v = v_ref[columns, :]
-        pairs = not_left_out(vectors.scores, added, pairs, s.shape)
-        if pairs is not None:
-            s = softmax.mask(s, pairs)
+        s = softmax.mask(s, not_left_out(vectors.scores, added, pairs))
+        if careful:
             v = rows_kept(v, jnp.squeeze(softmax.seen(s, 0), 0))
         kept = factor(vectors, here(block, columns), call)
         return softmax.fold(carry, s, v, kept, call.unit)
 
     def full(block: Any, carry: softmax.Carry) -> softmax.Carry:
-        return fold(block, carry, None)
+        return fold(block, carry, None, careful=False)
 
-    def partial_(block: Any, carry: softmax.Carry) -> softmax.Carry:
+    def partial_(
+        block: Any, carry: softmax.Carry, careful: bool = False
+    ) -> softmax.Carry:
         columns = pl.ds(block * block_kv, block_kv)
         kv_vectors = tuple(along(ref[columns], 1) for ref in vectors.kv)
         tiles = bit_tiles(vectors, sizes, row, block, transposed=False)
@@ -82,11 +84,17 @@ def forward_kernel(
             sizes, call.predicate, test, q_ids, ids(block, block_kv, 1),
             (q_vectors, kv_vectors, tiles),
         )  # fmt: skip
-        return fold(block, carry, pairs)
+        return fold(block, carry, pairs, careful)
 
-    carry = softmax.start(block_q, v_ref.shape[-1])
+    start = softmax.start(block_q, v_ref.shape[-1])
     row_of_map = index * sizes.num_rows + row
-    carry = walk(runs, sizes, row_of_map, full=full, partial=partial_, carry=carry)
+    carry = walk(runs, sizes, row_of_map, full=full, partial=partial_, carry=start)
+    careful = partial(partial_, careful=True)
+    carry = jax.lax.cond(
+        softmax.all_finite(carry.acc),
+        lambda: carry,
+        lambda: walk_tested(runs, sizes, row_of_map, careful, start),
+    )
     o, lse = softmax.finish(carry, call.unit)
     o_ref[rows, :] = o.astype(o_ref.dtype)
     lse_ref[rows] = jnp.squeeze(lse, 1)

@@ -180,6 +180,15 @@ def walk(
     return jax.lax.fori_loop(runs.row_ptr[row], runs.row_ptr[row + 1], run, carry)
 
 
+def walk_tested(runs: Any, sizes: Sizes, row: Any, partial: Any, carry: Any) -> Any:
+    """``walk`` with every block taken as a partial one."""
+
+    def run(r: Any, carry: Any) -> Any:
+        return jax.lax.fori_loop(runs.start[r], runs.stop[r], partial, carry)
+
+    return jax.lax.fori_loop(runs.row_ptr[row], runs.row_ptr[row + 1], run, carry)
+
+
 def ids(block: Any, size: int, axis: int) -> jax.Array:
     """The positions of a block, as a column (``axis=0``) or a row (``axis=1``)."""
     shape = (size, 1) if axis == 0 else (1, size)

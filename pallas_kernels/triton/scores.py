@@ -55,16 +55,15 @@ def added_scores(
 
 
 def not_left_out(
-    values: ScoreValues,
-    added: jax.Array | None,
-    pairs: jax.Array | None,
-    shape: tuple[int, ...],
+    values: ScoreValues, added: jax.Array | None, pairs: jax.Array | None
 ) -> jax.Array | None:
-    """``pairs`` without those to which ``-inf`` is added; None for all pairs."""
-    if added is None or not any(values):
+    """``pairs`` without those to which ``-inf`` is added; None for all pairs.
+
+    All pairs stay all: a finite score with ``-inf`` has no weight without a test.
+    """
+    if pairs is None or added is None or not any(values):
         return pairs
-    kept = jnp.broadcast_to(added > -jnp.inf, shape)
-    return kept if pairs is None else kept & pairs
+    return pairs & (added > -jnp.inf)
 
 
 def factor(vectors: Vectors, here: Here, call: Call) -> jax.Array | None:
