@@ -30,13 +30,17 @@ def query_seeds(
     positions: Int32[Array, "_batch _heads q"],
     batch: int,
     num_heads: int,
+    first: int | Int32[Array, ""] = 0,
 ) -> Int32[Array, "{batch} {num_heads} q"]:
-    """Of every query, from the words of a key; positions may be shared by all."""
+    """Of every query, from the words of a key; positions may be shared by all.
+
+    ``first`` is the place of these entries in the whole batch.
+    """
     seed = jnp.zeros((), jnp.int32)
     for i in range(words.shape[0]):
         seed = mix(seed * STEP + words[i] + 1)
     entries, heads = (jnp.arange(n, dtype=jnp.int32) + 1 for n in (batch, num_heads))
-    seed = mix(seed * STEP + entries)[:, None]
+    seed = mix(seed * STEP + (entries + first))[:, None]
     seed = mix(seed * STEP + heads[None])[..., None]
     return mix(seed + positions * STEP)
 

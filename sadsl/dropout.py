@@ -14,6 +14,9 @@ from pallas_kernels import dropout
 from pallas_kernels.call import Vectors
 from sadsl.term import DROPOUT_KEY
 
+# Which entry of the batch the first one is, where a call has a part of the batch.
+ENTRY = "dropout.entry"
+
 
 def key_words(key: Any) -> Int32[Array, " words"]:
     """The words of a key of ``jax.random``, new style or old, as int32.
@@ -47,7 +50,7 @@ def of_part(given: Mapping[str, Any], part: int) -> Mapping[str, Any]:
 
 def with_seeds(
     vectors: Vectors,
-    words: Int32[Array, " words"],
+    arrays: Mapping[str, Array],
     batch: int,
     problem: Problem,
     order: Layouts | Orders | None,
@@ -63,19 +66,27 @@ def with_seeds(
             q, kv = order.q.to_slots(q, 2), order.kv.to_slots(kv, 2)
         case Orders():
             q, kv = order.q + problem.q_offset, order.kv
-    seeds = dropout.query_seeds(words, q, batch, problem.num_heads)
+    seeds = _query_seeds(arrays, q, batch, problem)
     keys = dropout.key_seeds(kv)
     return vectors._replace(q=(*vectors.q, seeds), kv=(*vectors.kv, keys))
 
 
 def of_all_pairs(
-    words: Int32[Array, " words"], batch: int, problem: Problem, rate: float
+    arrays: Mapping[str, Array], batch: int, problem: Problem, rate: float
 ) -> Float32[Array, "batch heads q kv"]:
     """What every weight is multiplied by: 0 or ``1 / (1 - rate)``."""
     q, kv = (x[None, None] for x in _positions(problem))
-    seeds = dropout.query_seeds(words, q, batch, problem.num_heads)
+    seeds = _query_seeds(arrays, q, batch, problem)
     keys = dropout.key_seeds(kv)
     return dropout.factor(seeds[..., :, None], keys[..., None, :], rate)
+
+
+def _query_seeds(
+    arrays: Mapping[str, Array], positions: Array, batch: int, problem: Problem
+) -> Array:
+    words, heads = arrays[DROPOUT_KEY], problem.num_heads
+    first = arrays[ENTRY][0] if ENTRY in arrays else 0
+    return dropout.query_seeds(words, positions, batch, heads, first)
 
 
 def _positions(problem: Problem) -> tuple[Array, Array]:

@@ -25,6 +25,7 @@ from sadsl.selections.content import (
     operands_of,
     selections_of,
 )
+from sadsl.symbolic_batch import KNOWN_SIZES, entry_by_entry, is_symbolic
 from sadsl.term import DROPOUT_KEY, TRACED_SCALE
 from sadsl.terms import Softmax
 
@@ -120,7 +121,19 @@ def traced(
 
     With dropout, the words of its key are among them.
     """
-    known = {*options.of_bias, DROPOUT_KEY}
+    made = options.selections or run_time.is_run_time(options.stages)
+    if is_symbolic(q) and (made or options.impl in KNOWN_SIZES):
+        if options.dropout_rate:
+            entry = jnp.arange(q.shape[0], dtype=jnp.int32)
+            arrays = {**arrays, dropout.ENTRY: entry}
+        return entry_by_entry(partial(_run, options=options), q, k, v, arrays)
+    return _run(q, k, v, arrays, options=options)
+
+
+def _run(
+    q: Array, k: Array, v: Array, arrays: Mapping[str, Array], *, options: Options
+) -> tuple[Array, Array]:
+    known = {*options.of_bias, DROPOUT_KEY, dropout.ENTRY}
     own = {name: x for name, x in arrays.items() if name in known}
     chosen = {**with_parts(q, k, arrays, options), **own}
     run = _dense if options.impl == "reference" else _kernels
@@ -159,7 +172,13 @@ def chosen_parts(
     q: Array, k: Array, arrays: Mapping[str, Array], options: Options
 ) -> dict[str, Array]:
     """What the selections of a call choose, by the names that its map reads."""
-    return choose(options.selections, content_of(q, k, arrays, options))
+
+    def chosen(q: Array, k: Array, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return choose(options.selections, content_of(q, k, arrays, options))
+
+    if is_symbolic(q):
+        return entry_by_entry(chosen, q, k, arrays)
+    return chosen(q, k, arrays)
 
 
 def content_of(
@@ -190,8 +209,7 @@ def _dense(
     allowed = reference.pairs(nodes, problem.q_seq_len, problem.kv_seq_len, arrays)
     factor, rate = None, options.dropout_rate
     if rate:
-        words = arrays[DROPOUT_KEY]
-        factor = dropout.of_all_pairs(words, q.shape[0], problem, rate)
+        factor = dropout.of_all_pairs(arrays, q.shape[0], problem, rate)
     out, lse = reference.attention(
         q, k, v, allowed,
         sm_scale=options.sm_scale, logits_soft_cap=options.term.logits_soft_cap,
@@ -251,9 +269,8 @@ def _kernels(
     inputs = Inputs(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
     call, vectors = kernel_call(options, ready.stages, tiles), ready.vectors
     if options.dropout_rate:
-        words, order = arrays[DROPOUT_KEY], layouts or orders
-        problem = options.problem
-        vectors = dropout.with_seeds(vectors, words, q.shape[0], problem, order)
+        order, problem = layouts or orders, options.problem
+        vectors = dropout.with_seeds(vectors, arrays, q.shape[0], problem, order)
     o, lse = dispatch.attend(inputs, vectors, ready.masks, call, impl=options.impl)
     o = jnp.swapaxes(o, 1, 2)
     if layouts is not None:

@@ -27,6 +27,7 @@ from sadsl.linear_given import (
     segment_ids,
     wide,
 )
+from sadsl.symbolic_batch import KNOWN_SIZES, entry_by_entry, is_symbolic
 from sadsl.term import Evaluate, Inputs, Outcome, Setting
 
 
@@ -120,6 +121,12 @@ def attend(
 @partial(jax.jit, static_argnames="static")
 def run(arrays: Arrays, *, static: Static) -> tuple[Array, Array | None]:
     """The output ``[batch, q_seq, num_q_heads, head_dim_v]``, and the lse, if any."""
+    if is_symbolic(arrays.q) and static.impl in KNOWN_SIZES:
+        return entry_by_entry(partial(_run, static=static), arrays)
+    return _run(arrays, static=static)
+
+
+def _run(arrays: Arrays, *, static: Static) -> tuple[Array, Array | None]:
     if static.impl == "reference":
         out, total = _dense(arrays, static)
     elif static.kind.causal:

@@ -27,6 +27,7 @@ from sadsl.execution import Options
 from sadsl.maps import IndexMap
 from sadsl.named import Where, causal, where
 from sadsl.selections.content import operands_of
+from sadsl.symbolic_batch import entry_by_entry, is_symbolic
 from sadsl.terms import ScatterMean, Softmax
 
 # Names that no operand of a caller can have.
@@ -63,7 +64,10 @@ def attention(
             "pairs query i with key i, so it takes q_offset=0"
         )
     arrays = _arrays(term, given, options, inputs[0].shape[0])
-    return _traced(*inputs, *arrays, term=term, options=options)
+    run = partial(_traced, term=term, options=options)
+    if is_symbolic(inputs[0]):
+        return entry_by_entry(run, *inputs, *arrays)
+    return run(*inputs, *arrays)
 
 
 def select(
@@ -71,7 +75,9 @@ def select(
 ) -> dict[str, Array]:
     """The members of the clusters by name, to be passed back as operands."""
     of_clusters, _ = _arrays(term, given, options, q.shape[0])
-    found = _chosen(q, k, of_clusters, term=term, options=options)
+    choose = partial(_chosen, term=term, options=options)
+    alone = partial(entry_by_entry, choose) if is_symbolic(q) else choose
+    found = alone(q, k, of_clusters)
     return dict(zip(_names(term), found, strict=True))
 
 
