@@ -28,10 +28,10 @@ def mix(x: Any) -> Any:
 def query_seeds(
     words: Int32[Array, " words"],
     positions: Int32[Array, "_batch _heads q"],
-    batch: int,
+    batch: Any,
     num_heads: int,
     first: int | Int32[Array, ""] = 0,
-) -> Int32[Array, "{batch} {num_heads} q"]:
+) -> Int32[Array, "batch {num_heads} q"]:
     """Of every query, from the words of a key; positions may be shared by all.
 
     ``first`` is the place of these entries in the whole batch.

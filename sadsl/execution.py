@@ -121,8 +121,9 @@ def traced(
 
     With dropout, the words of its key are among them.
     """
-    made = options.selections or run_time.is_run_time(options.stages)
-    if is_symbolic(q) and (made or options.impl in KNOWN_SIZES):
+    differ = options.selections or options.dropout_rate
+    differ = differ or any(x.ndim and is_symbolic(x) for x in arrays.values())
+    if is_symbolic(q) and (differ or options.impl in KNOWN_SIZES):
         if options.dropout_rate:
             entry = jnp.arange(q.shape[0], dtype=jnp.int32)
             arrays = {**arrays, dropout.ENTRY: entry}

@@ -6,6 +6,7 @@ rest again, so that its memory is linear in the length.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def _write(rule: Rule, keys: Keys, state: State) -> State:
     return jax.vmap(partial(algebra.write, rule, DOT))(keys, state)
 
 
-def empty(rule: Rule, heads: int, features: int, head_dim_v: int) -> State:
+def empty(rule: Rule, heads: Any, features: int, head_dim_v: int) -> State:
     """The state of no key, with a leading axis of heads."""
     s = jnp.zeros((heads, features, head_dim_v), jnp.float32)
     z = jnp.zeros((heads, 1, features), jnp.float32)

@@ -1,5 +1,7 @@
 """``jax.export`` with a symbolic batch: one program for every batch size."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,13 +36,16 @@ def exported(f, *args):
     return export.deserialize(found.serialize()).call
 
 
+def first_entries(count, x):
+    return x[:count] if x.ndim and x.shape[0] == BATCH else x
+
+
 def check(f, *args):
     """One program at two batch sizes gives what the direct calls give."""
     args = jax.tree.map(np.asarray, args)
     call = exported(f, *args)
     for size in (1, BATCH):
-        cut = lambda x: x[:size] if x.ndim and x.shape[0] == BATCH else x
-        own = jax.tree.map(cut, args)
+        own = jax.tree.map(partial(first_entries, size), args)
         found, want = (jax.tree.leaves(g(*own)) for g in (call, f))
         for a, b in zip(found, want, strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
