@@ -39,7 +39,7 @@ class Options:
 
     term: Softmax
     problem: Problem
-    sm_scale: float | None
+    sm_scale: Any
     impl: str
     interpret: Hashable = False
     config: KernelConfig = field(default_factory=KernelConfig)
