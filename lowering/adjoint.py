@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from pallas_kernels.varying import alike, aval_like
+
 
 class Rule(NamedTuple):
     """The static part of the primitive; the functions are those of a module.
@@ -43,6 +45,7 @@ def linear(
     ``dtype``.
     """
     leaves, tree = jax.tree.flatten(fixed)
+    x, leaves = alike((x, leaves))
     rule = Rule(run, transpose, tree, jnp.dtype(dtype or x.dtype))
     return linear_p.bind(x, *leaves, rule=rule)
 
@@ -64,7 +67,7 @@ def _run(x: Any, *leaves: Any, rule: Rule) -> jax.Array:
 def _abstract(x: Any, *leaves: Any, rule: Rule) -> jax.core.ShapedArray:
     like = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in (x, *leaves)]
     found = jax.eval_shape(lambda *y: _run(*y, rule=rule), *like)
-    return jax.core.ShapedArray(found.shape, found.dtype)
+    return aval_like(found.shape, found.dtype, x)
 
 
 def _jvp(primals: Any, tangents: Any, *, rule: Rule) -> tuple[Any, Any]:

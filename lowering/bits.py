@@ -150,7 +150,7 @@ def _of_differences(
     start = (-(-kv_seq_len // block_kv) - 1) * block_kv
     num_words = -(-block_kv // WORD)
     before = num_words * WORD - 1
-    # Each difference is looked at once: x - start down to x - start - before, for all x.
+    # Of all x, the differences x - start down to x - start - before, each of them once.
     difference = np.arange(-before, q_seq_len + start, dtype=np.int32) - start
     at = AtPositions(
         jnp.asarray(difference).reshape(1, 1, -1),
@@ -228,8 +228,21 @@ def _folded(words: jax.Array, size: int, length: int, fold: Fold) -> jax.Array:
     blocks = -(-length // size)
     widths = [(0, 0)] * (words.ndim - 1) + [(0, blocks * size - words.shape[-1])]
     words = jnp.pad(words, widths, constant_values=neutral)
-    words = words.reshape(*words.shape[:-1], blocks, size)
-    return jax.lax.reduce(words, jnp.int32(neutral), combine, (words.ndim - 1,))
+    return _combined(words.reshape(*words.shape[:-1], blocks, size), fold)
+
+
+def _combined(words: jax.Array, fold: Fold) -> jax.Array:
+    """The last axis folded into one, half of it at a time.
+
+    XLA cannot reduce by bits what is sharded over devices: "UNIMPLEMENTED: reduction".
+    """
+    combine, neutral = fold
+    while (size := words.shape[-1]) > 1:
+        half = -(-size // 2)
+        odd = [(0, 0)] * (words.ndim - 1) + [(0, 2 * half - size)]
+        words = jnp.pad(words, odd, constant_values=neutral)
+        words = combine(words[..., :half], words[..., half:])
+    return words[..., 0]
 
 
 def _standing(bits: PairBits, block_q: int, q_seq_len: int, fold: Fold) -> jax.Array:
@@ -252,5 +265,4 @@ def _sliding(bits: PairBits, block_q: int, q_seq_len: int, fold: Fold) -> jax.Ar
     window = np.arange(block_q // step)
     first = np.arange(rows) * block_q - np.arange(blocks)[:, None] * bits.block_kv
     at = ((first + start) // step)[..., None] + window
-    shown = jnp.moveaxis(steps[..., at], 2, 3)
-    return jax.lax.reduce(shown, jnp.int32(fold[1]), fold[0], (shown.ndim - 1,))
+    return _combined(jnp.moveaxis(steps[..., at], 2, 3), fold)

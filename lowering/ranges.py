@@ -1,8 +1,8 @@
 """The values that integers of positions take on whole rectangles of pairs.
 
 Everything is an array with one entry a rectangle, written on an array namespace: NumPy
-when planning, at run time jnp where something is traced. Ranges are sound always, and exact where an expression
-sees each variable once.
+when planning, at run time jnp where something is traced. Ranges are sound always, and
+exact where an expression sees each variable once.
 """
 
 from collections.abc import Mapping

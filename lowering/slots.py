@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from lowering.adjoint import linear
+from pallas_kernels.varying import vary
 
 
 class Slots(NamedTuple):
@@ -70,7 +71,7 @@ def _add_up(y: Array, slots: Slots) -> Array:
         return total + jnp.where((i < counts)[..., None], part, 0)
 
     zero = jnp.zeros((*first.shape, y.shape[2]), dtype)
-    return jax.lax.fori_loop(0, counts.max(), add_one, zero)
+    return jax.lax.fori_loop(0, counts.max(), add_one, vary(zero, y, slots))
 
 
 def _wide(y: Array) -> Any:

@@ -27,8 +27,8 @@ class KernelConfig:
     ``block_q`` and ``block_kv`` hold for the forward and both backward kernels unless
     ``dq`` or ``dkv`` name their own. ``num_warps`` and ``num_stages`` matter on GPUs.
     A size that is not named follows the lengths of the call: no block is much longer
-    than its sequence. ``relayout=False`` keeps the given order of positions; otherwise the compiler takes
-    another one where that visits enough fewer blocks.
+    than its sequence. ``relayout=False`` keeps the given order of positions; otherwise
+    the compiler takes another one where that visits enough fewer blocks.
     """
 
     block_q: int | None = None

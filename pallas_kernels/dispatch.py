@@ -38,8 +38,9 @@ def attend(
 ) -> Outputs:
     """Attention over the blocks of ``masks``: values, lse, and gradients of both.
 
-    ``jit``, ``vmap``, ``jax.checkpoint`` and ``shard_map`` hold, but for the last with
-    a kernel in Pallas' interpreter, which needs ``check_vma=False``. The residuals are named ``attn_out`` and ``attn_lse`` for checkpoint policies.
+    ``jit``, ``vmap``, ``jax.checkpoint`` and ``shard_map`` hold; the last with a kernel
+    in Pallas' interpreter needs ``check_vma=False``. The residuals are named
+    ``attn_out`` and ``attn_lse`` for checkpoint policies.
     """
     lists = BACKENDS[impl].prepare(masks, call)
     tests = masks.forward.test_of_head

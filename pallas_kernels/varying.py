@@ -44,12 +44,12 @@ def shape_like(
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
-def aval_like(shape: tuple[int, ...], like: jax.core.ShapedArray) -> Any:
-    """The result of a primitive of ours, but for its shape like an operand."""
+def aval_like(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.core.ShapedArray
+) -> jax.core.ShapedArray:
+    """The result of a primitive of ours, which varies where ``like`` does."""
     kind = like.manual_axis_type
     if not kind.varying:
-        return jax.core.ShapedArray(shape, like.dtype)
+        return jax.core.ShapedArray(shape, dtype)
     sharding = NamedSharding(like.sharding.mesh, PartitionSpec())
-    return jax.core.ShapedArray(
-        shape, like.dtype, sharding=sharding, manual_axis_type=kind
-    )
+    return jax.core.ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=kind)

@@ -22,6 +22,7 @@ from lowering.hoist import AtPositions
 from lowering.pipeline import Problem
 from lowering.predicate import evaluate
 from lowering.slots import Slots, add_up, slots_of, take
+from pallas_kernels.varying import vary
 from sadsl import checks, execution, reference
 from sadsl.execution import Options
 from sadsl.maps import IndexMap
@@ -300,5 +301,6 @@ def _dense(
     zero = jnp.zeros((*q.shape[:3], v.shape[3]), dtype)
     none = jnp.zeros((*q.shape[:3], 1), dtype)
     by_cluster = Members(*(jnp.moveaxis(x, 2, 0) for x in members))
-    (total, count), _ = jax.lax.scan(add, (zero, none), by_cluster)
+    start = vary((zero, none), q, k, v, members)
+    (total, count), _ = jax.lax.scan(add, start, by_cluster)
     return (total / (count + term.eps_count)).astype(q.dtype)

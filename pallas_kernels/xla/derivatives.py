@@ -248,7 +248,7 @@ def _abstract(*leaves: Any, rule: Rule) -> list[jax.core.ShapedArray]:
     found = []
     for index in jax.tree.leaves(_like(rule.kind, point)):
         shape = _with_axes(leaves[index].shape, rule, index)
-        found.append(aval_like(shape, leaves[index]))
+        found.append(aval_like(shape, leaves[index].dtype, leaves[index]))
     return found
 
 

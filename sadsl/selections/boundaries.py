@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.varying import vary
+
 ROUNDING = 1e-6
 
 
@@ -61,7 +63,7 @@ def teacher_boundaries(
             return taken.at[c].set(free), blocked
 
         state = jnp.zeros(length, bool), jnp.zeros(length + 2 * suppress, bool)
-        taken, _ = jax.lax.fori_loop(0, length, visit, state)
+        taken, _ = jax.lax.fori_loop(0, length, visit, vary(state, ratio, candidate))
         return jnp.roll(taken, 1).at[0].set(True)
 
     return jax.vmap(of_entry)(ratio, candidate).astype(jnp.int32)
@@ -99,7 +101,8 @@ def mass_ratio(
         at = jnp.broadcast_to(jnp.clip(at, 0, length - 1), (batch, *at.shape))
         return total + weight.sum(axis=1), jnp.take_along_axis(weight, at, axis=2)
 
-    total, band = jax.lax.scan(of_block, jnp.zeros((batch, length)), (queries, row))
+    start = vary(jnp.zeros((batch, length)), queries, keys)
+    total, band = jax.lax.scan(of_block, start, (queries, row))
     band = jnp.moveaxis(band, 0, 1).reshape(batch, -1, 2 * window - 1)
     # Of column j, what rows j, j + 1, ... give: [batch, length, steps].
     steps = [jnp.roll(band[:, :, t], -t, axis=1) for t in range(2 * window - 1)]

@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
+
+from pallas_kernels.varying import vary
 
 
 def top(
@@ -21,8 +23,7 @@ def top(
     Where fewer compete, all of them. Competitors must be finite.
     """
     order = _ordered(scores, competing)
-    sets = order.shape[:-1]
-    limit = _greatest(32, lambda x: _count(order >= x[..., None]) >= count, sets)
+    limit = _greatest(32, lambda x: _count(order >= x[..., None]) >= count, order)
     limit = limit[..., None]
     above, tied = order > limit, competing & (order == limit)
     left = count - _count(above)
@@ -45,8 +46,7 @@ def heaviest(
     def total(held: Bool[Array, "*sets entries"]) -> Float[Array, "*sets"]:
         return jnp.sum(jnp.where(held, weights, 0.0), axis=-1)
 
-    sets = order.shape[:-1]
-    limit = _greatest(32, lambda x: total(order >= x[..., None]) >= target, sets)
+    limit = _greatest(32, lambda x: total(order >= x[..., None]) >= target, order)
     limit = limit[..., None]
     above, tied = order > limit, competing & (order == limit)
     held, each = total(above), jnp.max(jnp.where(tied, weights, 0.0), axis=-1)
@@ -91,7 +91,7 @@ def _last_place(
     """
     place, bits = _places(tied), tied.shape[-1].bit_length()
     found = _greatest(
-        bits, lambda x: holds(_count(tied & (place < x[..., None]))), tied.shape[:-1]
+        bits, lambda x: holds(_count(tied & (place < x[..., None]))), tied
     )
     return found[..., None]
 
@@ -99,7 +99,7 @@ def _last_place(
 def _greatest(
     bits: int,
     holds: Callable[[UInt32[Array, "*sets"]], Bool[Array, "*sets"]],
-    sets: tuple[int, ...],
+    like: Shaped[Array, "*sets entries"],
 ) -> UInt32[Array, "*sets"]:
     """The greatest number of so many bits that holds, if those below it do; else 0."""
 
@@ -109,4 +109,5 @@ def _greatest(
         )
         return jnp.where(holds(raised), raised, found)
 
-    return jax.lax.fori_loop(0, bits, step, jnp.zeros(sets, jnp.uint32))
+    start = vary(jnp.zeros(like.shape[:-1], jnp.uint32), like)
+    return jax.lax.fori_loop(0, bits, step, start)
