@@ -224,7 +224,7 @@ Fold = tuple[Any, int]
 
 def _folded(words: jax.Array, size: int, length: int, fold: Fold) -> jax.Array:
     """The last axis in blocks of ``size``, as many as ``length`` has, each folded."""
-    combine, neutral = fold
+    _, neutral = fold
     blocks = -(-length // size)
     widths = [(0, 0)] * (words.ndim - 1) + [(0, blocks * size - words.shape[-1])]
     words = jnp.pad(words, widths, constant_values=neutral)

@@ -53,10 +53,10 @@ def attention(
 ):
     """Attention over the pairs that ``spec`` selects.
 
-    ``jit``, ``grad``, ``vmap``, ``jax.checkpoint`` and ``shard_map`` over batch or heads
-    work (with ``interpret``, ``shard_map(check_vma=False)``), and with "xla" forward
-    mode and any second derivative. A query that selects no key yields 0, and ``lse == -inf``. Lengths need
-    not be multiples of a block.
+    ``jit``, ``grad``, ``vmap``, ``jax.checkpoint`` and ``shard_map`` over batch or
+    heads work (with ``interpret`` as ``shard_map(check_vma=False)``), and with "xla"
+    forward mode and any second derivative. A query that selects no key yields 0, and
+    ``lse == -inf``. Lengths need not be multiples of a block.
 
     Args:
       q, k, v: float32, bfloat16 or float16, all of one dtype; the number of heads of q

@@ -1,0 +1,83 @@
+"""The block sizes that a call picks follow the lengths, on every backend."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sadsl as sa
+from pallas_kernels import linear, tpu, triton, xla
+from pallas_kernels.config import KernelConfig
+from pallas_kernels.triton.tiles import power_of_two
+
+BACKENDS = {"xla": xla, "tpu": tpu, "triton": triton}
+LEAST = {"xla": 1, "tpu": 128, "triton": 16}
+LENGTH = st.one_of(st.integers(1, 600), st.integers(1, 1 << 20))
+LARGEST = 1 << 30
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@settings(max_examples=30)
+@given(
+    q=LENGTH,
+    kv=LENGTH,
+    dim=st.sampled_from([16, 64, 128, 256]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+)
+def test_blocks_follow_both_lengths(impl, q, kv, dim, dtype):
+    default = BACKENDS[impl].default_tiles
+    found = default((q, kv), dim, dim, dtype)
+    most = default((LARGEST, LARGEST), dim, dim, dtype)
+    for name in ("forward", "dq", "dkv"):
+        tile, widest = getattr(found, name), getattr(most, name)
+        sizes = (tile.block_q, widest.block_q, q), (tile.block_kv, widest.block_kv, kv)
+        for block, limit, length in sizes:
+            assert LEAST[impl] <= block <= limit
+            # No block lies past the end, and what is padded is less than it has to be.
+            assert block < 2 * max(length, LEAST[impl])
+            if impl == "xla":
+                blocks = -(-length // block)
+                assert blocks == -(-length // limit)
+                assert blocks * block - length < 16 * blocks
+            elif impl == "tpu":
+                assert block % 128 == 0
+            else:
+                assert block == power_of_two(block)
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("length", [1, 7, 100, 5000])
+def test_chunks_follow_the_length(impl, length):
+    sizes = length, 64, 64
+    call = linear.default_call(
+        linear.scalar(None), impl, sizes, jnp.float32, KernelConfig()
+    )
+    assert call.chunk < 2 * max(length, LEAST[impl])
+    assert call.chunk % LEAST[impl] == 0
+
+
+def flops(f, *shapes):
+    compiled = jax.jit(f).lower(*(jax.ShapeDtypeStruct(s, "float32") for s in shapes))
+    return compiled.compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys"),
+    [(1, 1, 2048), (4096, 8, 8), (1, 130, 130), (3, 32, 32), (1, 1, 1)],
+)
+def test_work_is_that_of_dense_attention(batch, queries, keys):
+    q, k = ((batch, n, 8, 64) for n in (queries, keys))
+
+    def ours(q, k, v):
+        return sa.attention(q, k, v, sa.causal(), q_offset=keys - queries, impl="xla")
+
+    def theirs(q, k, v):
+        causal = queries == keys
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+
+    def gradient(f):
+        return jax.grad(lambda *x: f(*x).sum(), argnums=(0, 1, 2))
+
+    for own, other in ((ours, theirs), (gradient(ours), gradient(theirs))):
+        assert flops(own, q, k, k) < 1.5 * flops(other, q, k, k) + 30_000
