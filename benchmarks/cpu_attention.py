@@ -4,10 +4,17 @@
 
 PyTorch runs in the interpreter that is named, which need not have JAX; without one its
 rows are left out. Sides alternate round by round; times are medians, f32, batch 1.
+
+    python benchmarks/cpu_attention.py --short
+
+compares short inputs with ``jax.nn.dot_product_attention`` alone: causal, 8 heads of
+64, one sequence and a batch of many, forward and with backward, and one query on 2,048
+keys. The ratio is the median over rounds of our time by theirs.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import machine, medians, pin, stopwatch, table
+from timing import alternating, machine, medians, pin, stopwatch, table
 
 import sadsl as sa
 
@@ -28,6 +35,13 @@ HOLES = (
     & ~sa.keys(1500, 2300)
 )
 LENGTHS = (4096, 8192, 16384, 32768)
+# (batch, queries, keys) of --short, and the most that our time may be of theirs.
+SHORT = (
+    *((1, n, n) for n in (1, 8, 32, 128, 512)),
+    *((4096 // n, n, n) for n in (1, 8, 32, 128, 512)),
+    (4096, 8, 8), (1, 1, 2048), (16, 1, 2048),
+)  # fmt: skip
+SHORT_HEADS, MOST_RATIO = 8, 1.5
 
 Arrays = tuple[jax.Array, ...]
 
@@ -152,6 +166,58 @@ def compare(other: Torch | None, rounds: int) -> list[Row]:
     return rows
 
 
+def short_sides(batch: int, queries: int, keys: int, gradient: bool) -> dict:
+    """Both sides of one comparison of --short, compiled; each is ``f(q, k, v, do)``."""
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return sa.attention(q, k, v, sa.causal(), q_offset=keys - queries)
+
+    def theirs(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        causal = queries == keys
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+
+    def side(f: Callable) -> Any:
+        def run(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Arrays:
+            if not gradient:
+                return (f(q, k, v),)
+            o, pull = jax.vjp(f, q, k, v)
+            return (o, *pull(do))
+
+        of = (jax.ShapeDtypeStruct((batch, n, SHORT_HEADS, HEAD_DIM), jnp.float32)
+              for n in (queries, keys, keys, queries))  # fmt: skip
+        return jax.jit(run).lower(*of).compile()
+
+    return {"sadsl": side(ours), "jax.nn": side(theirs)}
+
+
+def short(rounds: int) -> list[dict[str, Any]]:
+    """The comparisons of --short: milliseconds, ratios and FLOPs of both sides."""
+    rows = []
+    rng = np.random.default_rng(0)
+    for batch, queries, keys in SHORT:
+        given = [
+            jnp.asarray(
+                rng.standard_normal((batch, n, SHORT_HEADS, HEAD_DIM), np.float32)
+            )
+            for n in (queries, keys, keys, queries)
+        ]
+        for gradient in (False, True):
+            sides = short_sides(batch, queries, keys, gradient)
+            watches = {name: stopwatch(f, *given) for name, f in sides.items()}
+            ms = alternating(watches, rounds)
+            pairs = zip(ms["sadsl"], ms["jax.nn"], strict=True)
+            ratio = statistics.median(a / b for a, b in pairs)
+            row = {
+                "batch": batch, "queries": queries, "keys": keys, "gradient": gradient,
+                "ratio": ratio, "holds": ratio <= MOST_RATIO,
+                **{f"{n} ms": statistics.median(x) for n, x in ms.items()},
+                **{f"{n} flops": f.cost_analysis()["flops"] for n, f in sides.items()},
+            }  # fmt: skip
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    return rows
+
+
 def memory() -> list[dict[str, Any]]:
     """Temporary bytes of the compiled window map by length: they grow with it."""
 
@@ -173,9 +239,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    parser.add_argument("--short", action="store_true", help="short inputs alone")
     options = parser.parse_args()
     pin(options.threads)
     line = machine("jax", "numpy")
+    if options.short:
+        print(line, flush=True)
+        rows = short(options.rounds)
+        lines = [
+            [f"{r['batch']} x {r['queries']} on {r['keys']}",
+             "with gradient" if r["gradient"] else "forward",
+             f"{r['sadsl ms']:.3f}", f"{r['jax.nn ms']:.3f}", f"{r['ratio']:.2f}",
+             f"{r['sadsl flops'] / max(r['jax.nn flops'], 1):.2f}"]
+            for r in rows
+        ]  # fmt: skip
+        head = ["batch x queries", "", "ms", "jax.nn ms", "ratio", "FLOPs"]
+        print("\n" + table(head, lines))
+        if options.out is not None:
+            report = {"machine": line, "short": rows}
+            options.out.write_text(json.dumps(report, indent=2) + "\n")
+        return
     other = None
     if options.torch_python is None:
         print("no --torch-python: the rows against PyTorch are left out")

@@ -5,8 +5,8 @@ from jax.typing import DTypeLike
 from pallas_kernels.config import Tile, Tiles, even_block
 
 BLOCK = 128
-# Blocks of sequences of more than one: from eight blocks on, their size stays BLOCK.
-MULTIPLE = 16
+# What the size of several blocks is a multiple of: that of a vector register.
+MULTIPLE = 8
 
 
 def default_tiles(

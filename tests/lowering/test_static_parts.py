@@ -86,7 +86,9 @@ def test_the_check_finds_what_is_computed():
 
     def run(x):
         def step(i, total):
-            return total + jnp.sum(jnp.cumsum(jnp.asarray(table)[:, None] * table, 1))
+            return total + jnp.sum(
+                jnp.cumsum(jnp.asarray(table)[:, None] * table[None], 1)
+            )
 
         return jax.lax.fori_loop(0, 2, step, jnp.int32(0)) + x
 

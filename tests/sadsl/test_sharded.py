@@ -44,7 +44,7 @@ CASES = {
     "kmeans": Case(
         sa.causal() & kmeans(3), {"centroids": CENTROIDS}, {"centroids": P("heads")}
     ),
-    "slashes": Case(vertical_slash(4, 4)),
+    "slashes": Case(vertical_slash(4, 4, last=5)),
     "mass": Case(mass(0.4, block=8, block_q=8)),
     "learned bias": Case(
         sa.softmax(sa.causal(), bias=sa.key_bias("bias")),
