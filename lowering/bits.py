@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowering import ir
-from lowering.hoist import AtPositions
+from lowering.fits import INT32, known_of
+from lowering.hoist import AtPositions, evaluate_outside
 from lowering.predicate import NumPy, evaluate
 from lowering.printing import show
 from lowering.simplify import sum_of
+from lowering.span import Known, Span
 from pallas_kernels.call import WORD, PairBits
 
 
@@ -93,7 +95,8 @@ def _of_groups(
         h=jnp.arange(num_heads, dtype=jnp.int32).reshape(1, -1, 1, 1, 1, 1),
         operands=operands,
     )
-    words = _word(evaluate(pred, at), 4)
+    known = known_of(q_seq_len, kv_seq_len, num_heads)
+    words = _word(evaluate_outside(pred, at, known), 4)
     words = jnp.broadcast_to(words, (*words.shape[:4], q_seq_len))
     return PairBits(words, found.group, block_kv, blocks_per_plane=found.blocks)
 
@@ -158,7 +161,10 @@ def _of_differences(
         h=jnp.arange(num_heads, dtype=jnp.int32).reshape(1, -1, 1),
         operands=operands,
     )
-    held = evaluate(pred, at)
+    # The key is 0, and the query goes as far as differences do.
+    most = q_seq_len + kv_seq_len + 2 * block_kv
+    axes: dict[ir.Axis, Span] = {"q": (-most, most), "k": (0, 0), "h": (0, num_heads)}
+    held = evaluate_outside(pred, at, Known(axes, INT32))
     held = jnp.broadcast_to(held, (*held.shape[:2], len(difference)))
     words = _windows(held, num_words)[:, :, None]
     key = np.arange(kv_seq_len, dtype=np.int32) % block_kv

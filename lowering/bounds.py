@@ -60,11 +60,11 @@ class Analysis:
             case ir.Le(a, ir.Const(value)):
                 return self._le(a, value)
             case ir.Le(a, b):
-                return self._le(ir.Add(a, ir.Mul(b, -1)), 0)
+                return self._ordered(self.ranges(a), self.ranges(b))
             case ir.Eq(a, ir.Const(value)):
                 return self._in(a, (value,))
             case ir.Eq(a, b):
-                return self._in(ir.Add(a, ir.Mul(b, -1)), (0,))
+                return self._equal(self.ranges(a), self.ranges(b))
             case ir.In(a, values):
                 return self._in(a, values)
             case ir.PowerOfTwo(a):
@@ -163,6 +163,20 @@ class Analysis:
         miss = (r.tight & ~everything) | misses
         return Verdict(none, everything, hit, miss, hits, misses, r.reads)
 
+    def _ordered(self, a: Range, b: Range) -> Verdict:
+        """``a <= b`` without their difference, which 32 bits may not hold."""
+        none, everything = a.low > b.high, a.high <= b.low
+        ends = self.ranges.free(a.reads, b.reads) & a.tight & b.tight
+        hit, miss = everything | (ends & ~none), none | (ends & ~everything)
+        return Verdict(none, everything, hit, miss, everything, none, a.reads | b.reads)
+
+    def _equal(self, a: Range, b: Range) -> Verdict:
+        """``a == b``, likewise."""
+        none = (a.low > b.high) | (b.low > a.high)
+        everything = (a.low == b.high) & (b.low == a.high)
+        reads = a.reads | b.reads
+        return Verdict(none, everything, everything, none, everything, none, reads)
+
     def _in(self, expr: ir.Expr, values: tuple[int, ...]) -> Verdict:
         if isinstance(expr, ir.Mod) and len(values) == 1:
             return self._congruent(expr, values[0])
@@ -170,7 +184,9 @@ class Analysis:
 
     def _members(self, r: Range, values: tuple[int, ...]) -> Verdict:
         members = self._num_members(r, values)
-        found, everything = members > 0, members == (r.high - r.low) // r.step + 1
+        # At run time the width of a range may wrap around, to less than 1.
+        found = members > 0
+        everything = found & (members == (r.high - r.low) // r.step + 1)
         hit = everything | (r.dense & found)
         miss = ~found | (r.dense & ~everything)
         if len(values) == 1:  # both ends are attained, and one is not the value
@@ -180,8 +196,6 @@ class Analysis:
     def _num_members(self, r: Range, values: tuple[int, ...]) -> Any:
         """How many of ``values`` lie in the range, at its residue."""
         array = np.asarray(values, np.int64)
-        if self.ranges.xp is not np:  # 32 bits: no more can be
-            array = array[np.abs(array) < 1 << 31]
         total = r.low * 0
         for residue in np.unique(array % r.step):
             same = array[array % r.step == residue]

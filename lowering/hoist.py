@@ -1,8 +1,10 @@
-"""Takes what kernels cannot look up out of predicates: tables and run-time arrays.
+"""Takes out of predicates what kernels cannot compute: look-ups, and too large numbers.
 
-Whatever reads one and depends on the query alone, or on the key alone, becomes a vector
-that is computed once, outside of the kernel, and fetched with its block. A comparison
-that looks up a pair becomes a bit of every pair (``lowering/bits.py`` packs them).
+Whatever reads a table or a run-time array and depends on the query alone, or on the key
+alone, becomes a vector that is computed once, outside of the kernel, and fetched with
+its block. So does what 32 bits cannot hold on the way; there, 64 bits compute it. A
+comparison that looks up a pair, or that 32 bits cannot do, becomes a bit of every pair
+(``lowering/bits.py`` packs them).
 """
 
 from collections.abc import Mapping
@@ -14,12 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowering import ir
+from lowering.fits import (
+    INT32,
+    check_64_bits,
+    fits,
+    is_one_sided,
+    is_plain,
+    known_of,
+    within,
+)
 from lowering.predicate import Jax, evaluate
+from lowering.span import Known
 
 
 @dataclass(frozen=True)
 class Hoists:
-    """Maps without tables or operands in them, and the vectors and bits they read."""
+    """Maps that kernels can compute, and the vectors and bits they read."""
 
     maps: tuple[ir.Pred, ...]
     q: tuple[ir.Expr, ...] = ()
@@ -27,36 +39,26 @@ class Hoists:
     bits: tuple[ir.Pred, ...] = ()
 
 
-def hoist(maps: tuple[ir.Pred, ...]) -> Hoists:
+def hoist(maps: tuple[ir.Pred, ...], known: Known) -> Hoists:
     """Replaces the largest such expressions by ``Hoisted``; equal ones share a slot."""
     slots: dict[ir.Side, dict[ir.Expr, int]] = {"q": {}, "k": {}}
     bits: dict[ir.Pred, int] = {}
 
     def change(node: ir.Node) -> ir.Node:
-        if isinstance(node, ir.Expr) and (axis := _side(node)):
-            slot = slots[axis].setdefault(node, len(slots[axis]))
-            return ir.Hoisted(axis, slot)
-        if isinstance(node, ir.Expr) or not _is_look_up(node):
-            return ir.rebuild(node, change)
-        return ir.HoistedBits(bits.setdefault(node, len(bits)))
+        if is_plain(node, known):
+            return node
+        if isinstance(node, ir.Expr):
+            if not is_one_sided(node):
+                return ir.rebuild(node, change)
+            axis: ir.Side = "k" if ir.axes(node) - {"h"} == {"k"} else "q"
+            return ir.Hoisted(axis, slots[axis].setdefault(node, len(slots[axis])))
+        comparison = isinstance(node, ir.Le | ir.Eq | ir.In | ir.PowerOfTwo)
+        if comparison and (looks_up_pairs(node) or not fits(node, known)):
+            return ir.HoistedBits(bits.setdefault(node, len(bits)))
+        return ir.rebuild(node, change)
 
     changed: Any = tuple(change(node) for node in maps)
     return Hoists(changed, tuple(slots["q"]), tuple(slots["k"]), tuple(bits))
-
-
-def _side(node: ir.Expr) -> ir.Side | None:
-    """The side that the expression can be hoisted to, if it should and can be."""
-    if not any(isinstance(n, ir.Table | ir.Operand) for n in ir.walk(node)):
-        return None
-    axes = ir.axes(node) - {"h"}
-    if len(axes) > 1:
-        return None
-    return "k" if axes == {"k"} else "q"
-
-
-def _is_look_up(node: ir.Pred) -> bool:
-    comparison = isinstance(node, ir.Le | ir.Eq | ir.In | ir.PowerOfTwo)
-    return comparison and looks_up_pairs(node)
 
 
 def looks_up_pairs(node: ir.Pred) -> bool:
@@ -76,7 +78,7 @@ def look_up(values: jax.Array, index: tuple, rank: int) -> jax.Array:
         return values.astype(jnp.int32).reshape(-1, *(1,) * (rank - 1))
     limits = (size - 1 for size in values.shape[1:])
     parts = [
-        jnp.clip(_of_rank(i, rank), 0, limit)
+        jnp.clip(_of_rank(i, rank), 0, limit).astype(jnp.int32)
         for i, limit in zip(index, limits, strict=True)
     ]
     if _are_apart(parts):
@@ -111,7 +113,7 @@ def _look_up_apart(values: jax.Array, parts: list[jax.Array]) -> jax.Array:
 
 
 def _of_rank(x: Any, rank: int) -> jax.Array:
-    x = jnp.asarray(x, jnp.int32)
+    x = jnp.asarray(x) if isinstance(x, jax.Array) else jnp.asarray(x, jnp.int32)
     return x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
@@ -130,6 +132,47 @@ class AtPositions(Jax):
         """A gather, which arrays outside of kernels have."""
         return jnp.asarray(values, jnp.int32)[index]
 
+    def in_64_bits(self) -> "AtPositions":
+        """The same places; for the inside of ``jax.enable_x64``."""
+        q, k, h = (jnp.asarray(x, jnp.int64) for x in (self.q, self.k, self.h))
+        return AtPositions64(q, k, h=h, operands=self.operands)
+
+
+@dataclass(frozen=True)
+class AtPositions64(AtPositions):
+    """Positions and heads as int64."""
+
+    def operand(self, name: str, index: tuple) -> Any:
+        """The values, widened."""
+        return super().operand(name, index).astype(jnp.int64)
+
+    def table(self, values: tuple[int, ...], index: Any) -> Any:
+        """A gather."""
+        return jnp.asarray(values, jnp.int64)[index]
+
+    def log2(self, x: Any) -> Any:
+        """The floor of the binary logarithm, 0 below 1."""
+        return 63 - jax.lax.clz(jnp.maximum(x, 1))
+
+
+def evaluate_outside(
+    node: ir.Node, at: AtPositions, known: Known, dtype: Any = jnp.int32
+) -> jax.Array:
+    """``node`` in ordinary JAX: in 64 bits where 32 may not hold some part of it.
+
+    An expression has ``dtype``, which must hold its value; a predicate is of bools.
+
+    Raises:
+      ValueError: nor may 64 bits hold it.
+    """
+    if within(node, INT32, known):
+        found = jnp.asarray(evaluate(node, at))
+        return found.astype(dtype) if isinstance(node, ir.Expr) else found
+    check_64_bits(node, known)
+    with jax.enable_x64(True):
+        found = jnp.asarray(evaluate(node, at.in_64_bits()))
+        return found.astype(dtype) if isinstance(node, ir.Expr) else found
+
 
 def vectors(
     exprs: tuple[ir.Expr, ...],
@@ -144,5 +187,6 @@ def vectors(
     position = jnp.arange(length, dtype=jnp.int32)[None, None, :]
     head = jnp.arange(num_heads, dtype=jnp.int32)[None, :, None]
     at = AtPositions(position, position, h=head, operands=operands)
-    found = [jnp.asarray(evaluate(expr, at), jnp.int32) for expr in exprs]
+    known = known_of(length, length, num_heads)
+    found = [evaluate_outside(expr, at, known) for expr in exprs]
     return tuple(jnp.broadcast_to(x, (*x.shape[:2], length)) for x in found)

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from lowering import heads, ir, relayout
+from lowering import fits, heads, ir, narrow, relayout
 from lowering import hoist as hoisting
 from lowering import simplify as simplification
 from lowering.orders import Layouts
 from lowering.planning import Sizes, plan
 from lowering.printing import show
+from lowering.span import Known, Span
 from lowering.verify import verify
 from pallas_kernels.block_mask import Axis, BlockMask
 from pallas_kernels.call import Masks
@@ -99,16 +100,24 @@ def resolve_heads(program: Program) -> Program:
 
 def simplify(program: Program) -> Program:
     """Normal form; heads whose maps turn out equal share one."""
-    every = tuple(simplification.simplify(node) for node in program.maps)
+    known = _known(program)
+    every = tuple(
+        fits.bounded(simplification.simplify(node), known) for node in program.maps
+    )
     maps, renamed = heads.distinct(every)
     return replace(
         program, maps=maps, map_of_head=tuple(renamed[i] for i in program.map_of_head)
     )
 
 
-def hoist(program: Program) -> Program:
-    """Tables and run-time arrays become vectors."""
-    found = hoisting.hoist(program.maps)
+def hoist(program: Program, arrays: dict[str, Span] | None = None) -> Program:
+    """Tables, run-time arrays and what needs 64 bits become vectors, or bits.
+
+    ``arrays`` are the spans of run-time arrays that do not hold just any int32.
+    """
+    known = _known(program, arrays)
+    maps = tuple(narrow.narrow(node, known) for node in program.maps)
+    found = hoisting.hoist(maps, known)
     return replace(
         program,
         maps=found.maps,
@@ -116,6 +125,12 @@ def hoist(program: Program) -> Program:
         kv_vectors=found.kv,
         bits=found.bits,
     )
+
+
+def _known(program: Program, arrays: dict[str, Span] | None = None) -> Known:
+    problem = program.problem
+    lengths = problem.q_seq_len, problem.kv_seq_len
+    return fits.known_of(*lengths, problem.num_heads, arrays)
 
 
 PASSES: tuple[Callable[[Program], Program], ...] = (
@@ -176,7 +191,7 @@ def run(node: ir.Pred, problem: Problem) -> Stages:
 def arrange(stages: Stages, block_q: int, block_kv: int) -> Stages:
     """The stages in the best order of positions for such blocks, if there is one."""
     program = stages["simplify"]
-    if any(map(hoisting.looks_up_pairs, program.maps)):
+    if stages["hoist"].bits:
         return stages
     maps = relayout.Maps(program.maps, program.map_of_head)
     given = relayout.count(maps, block_mask(stages, block_q, block_kv, "q"))

@@ -110,7 +110,10 @@ class Jax(_Positions):
         """``x // n``, rounded down."""
         if n & (n - 1) == 0:
             return lax.shift_right_arithmetic(x, _like(x, n.bit_length() - 1))
-        return lax.div(x - self.mod(x, n), _like(x, n))
+        # Rounded to zero, and down by one, the sign bit, where a remainder is negative.
+        quotient = lax.div(x, _like(x, n))
+        sign = jnp.iinfo(jnp.result_type(x)).bits - 1
+        return quotient + lax.shift_right_arithmetic(x - quotient * n, _like(x, sign))
 
     def mod(self, x: Any, n: int) -> Any:
         """``x % n`` in ``0 .. n - 1``."""
@@ -169,8 +172,11 @@ def _like(x: Any, value: int) -> Any:
 
 
 def floor_log2(x: Any) -> Any:
-    """The floor of the binary logarithm of NumPy integers below 2**53; 0 below 1."""
-    return np.frexp(np.maximum(x, 1))[1].astype(np.int64) - 1
+    """The floor of the binary logarithm of NumPy integers; 0 below 1."""
+    x = np.maximum(x, 1)
+    found = np.frexp(x)[1].astype(np.int64) - 1
+    # From 2**53 on, a float may be rounded up to the next power of two.
+    return found - (np.left_shift(np.int64(1), found) > x)
 
 
 def intervals(values: tuple[int, ...]) -> list[tuple[int, int]]:

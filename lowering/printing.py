@@ -78,6 +78,8 @@ def show(node: Node) -> str:
             return " & ".join(_tight(t) for t in terms)
         case Or(terms):
             return " | ".join(_tight(t) for t in terms)
+        case Not(Le(a, b)):
+            return f"{show(b)} < {show(a)}"
         case Not(term):
             return f"~{_tight(term)}"
         case ByHead(terms):

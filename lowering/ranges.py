@@ -26,10 +26,8 @@ from lowering.reads import (
     shared_axes,
 )
 
-# Beyond any sum of positions, and far from overflow when such are added; at run time,
-# with 32 bits, beyond the sum of two values that are known.
-ANYTHING = 1 << 40
-ANYTHING_32 = 1 << 26
+# What a run-time array may hold: any int32.
+ANYTHING = 1 << 31
 
 
 class Rectangles(NamedTuple):
@@ -294,8 +292,7 @@ class Ranges:
         reads = frozenset(Read(axis) for axis in axes)
         if self.operands is None or node not in self.operands:
             at = self.at.q_min * 0
-            most = ANYTHING if self.xp is np else ANYTHING_32
-            return Range(at - most, at + most, 1, False, False, 1, reads)
+            return Range(at - ANYTHING, at + (ANYTHING - 1), 1, False, False, 1, reads)
         low, high = self.operands[node]
         return Range(low, high, 1, True, (high - low) <= 1, 1, reads)
 

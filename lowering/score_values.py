@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from lowering import ir, scores
-from lowering.hoist import AtPositions
+from lowering.fits import INT32, ends
+from lowering.hoist import AtPositions, evaluate_outside
 from lowering.pipeline import Problem
-from lowering.predicate import evaluate
+from lowering.span import Known
 from pallas_kernels.call import PairValues, ScoreValues
 
 # The gradient of a look-up is a product with one-hot rows, which adds in a fixed order;
@@ -27,12 +28,13 @@ MOST = 1 << 36
 class Places:
     """Where a bias is evaluated: positions and heads of rank ``[batch, head, ...]``.
 
-    ``operands`` are the run-time arrays, ``[batch or 1, ...]``.
+    ``operands`` are the run-time arrays, ``[batch or 1, ...]``. Queries are positions
+    of ``problem``, or differences of a query and a key.
     """
 
     q: Any
     k: Any
-    num_heads: int
+    problem: Problem
     operands: Mapping[str, jax.Array]
     dtype: Any = jnp.float32
 
@@ -41,13 +43,28 @@ class Places:
         """Of everything here."""
         return max(jnp.ndim(self.q), jnp.ndim(self.k))
 
-    def integer(self, expr: ir.Expr) -> jax.Array:
+    @property
+    def known(self) -> Known:
+        """What is known of positions and heads here."""
+        q_len, kv_len = self.problem.q_seq_len, self.problem.kv_seq_len
+        heads = self.problem.num_heads
+        return Known({"q": (-kv_len, q_len), "k": (0, kv_len), "h": (0, heads)}, INT32)
+
+    def integer(self, expr: ir.Expr, dtype: Any) -> jax.Array:
         """Its value, with axes of length one where it does not vary."""
-        shape = (1, self.num_heads, *(1,) * (self.rank - 2))
-        head = jnp.arange(self.num_heads, dtype=jnp.int32).reshape(shape)
+        heads = self.problem.num_heads
+        shape = (1, heads, *(1,) * (self.rank - 2))
+        head = jnp.arange(heads, dtype=jnp.int32).reshape(shape)
         at = AtPositions(self.q, self.k, h=head, operands=self.operands)
-        found = jnp.asarray(evaluate(expr, at), jnp.int32)
+        found = evaluate_outside(expr, at, self.known, dtype)
         return found.reshape((1,) * (self.rank - found.ndim) + found.shape)
+
+    def index(self, expr: ir.Expr) -> jax.Array:
+        """Where to look up, as int32: beyond it lies the end of any array."""
+        low, high = ends(expr, self.known)
+        if low < INT32[0] or high > INT32[1]:
+            expr = ir.Min(ir.Max(expr, ir.Const(0)), ir.Const(INT32[1]))
+        return self.integer(expr, jnp.int32)
 
 
 def values(
@@ -71,7 +88,7 @@ def values(
 
     def made(layout: scores.Layout) -> list[jax.Array]:
         q, k = at[layout]
-        places = Places(q, k, problem.num_heads, operands)
+        places = Places(q, k, problem, operands)
         lengths = np.broadcast_shapes(q.shape, k.shape)[2:]
 
         def of(terms: tuple[scores.Term, ...]) -> jax.Array:
@@ -107,10 +124,10 @@ def _term(term: scores.Term, places: Places) -> jax.Array:
 def _atom(atom: scores.Atom, places: Places) -> jax.Array:
     match atom:
         case scores.Integer(expr):
-            return places.integer(expr).astype(places.dtype)
+            return places.integer(expr, places.dtype)
         case scores.Numbers(table, index):
             numbers = jnp.asarray(table, places.dtype)[None]
-            return look_up(numbers, [Index(places.integer(index))])
+            return look_up(numbers, [Index(places.index(index))])
         case scores.Weights(name, index):
             found = places.operands[name].astype(places.dtype)
             pairs = zip(index, found.shape[1:], strict=True)
@@ -129,7 +146,7 @@ def _index(expr: ir.Expr, size: int, places: Places) -> Index:
     if expr == ir.H and size == 1:
         return Index(jnp.zeros((1,) * places.rank, jnp.int32))
     # On a diagonal, where positions do not count from 0, nothing reads q or k bare.
-    return Index(places.integer(expr), whole=isinstance(expr, ir.Var))
+    return Index(places.index(expr), whole=isinstance(expr, ir.Var))
 
 
 def look_up(values: Float[Array, "..."], index: list[Index]) -> Float[Array, "..."]:

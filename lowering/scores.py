@@ -15,10 +15,12 @@ from typing import Any, Literal, TypeAlias, TypeGuard, assert_never
 import jax.numpy as jnp
 
 from lowering import ir
+from lowering.fits import is_plain, known_of
 from lowering.pipeline import Problem
 from lowering.predicate import Jax, evaluate
 from lowering.printing import show
 from lowering.simplify import integer
+from lowering.span import Known
 
 Layout = Literal["q", "k", "diagonal", "pairs"]
 LAYOUTS: tuple[Layout, ...] = ("q", "k", "diagonal", "pairs")
@@ -154,8 +156,10 @@ def lower(score: Score, problem: Problem) -> Lowered:
     arrays: dict[Layout, list[list[Term]]] = {layout: [] for layout in LAYOUTS}
     shared: dict[tuple[Layout, tuple[ir.Expr, ...]], int] = {}
     products: dict[KernelTerm, None] = {}
+    lengths = problem.q_seq_len, problem.kv_seq_len
+    known = known_of(*lengths, problem.num_heads)
     for term in terms_of(resolved(score, problem)):
-        exprs, outside = _split(term)
+        exprs, outside = _split(term, known)
         if len(outside) == 1:
             # Terms that differ in the array alone share one: the sum of both.
             ((layout, atoms),) = outside.items()
@@ -233,10 +237,12 @@ def terms_of(score: Score) -> list[Term]:
     assert_never(score)
 
 
-def _split(term: Term) -> tuple[tuple[ir.Expr, ...], dict[Layout, tuple[Atom, ...]]]:
+def _split(
+    term: Term, known: Known
+) -> tuple[tuple[ir.Expr, ...], dict[Layout, tuple[Atom, ...]]]:
     """What a kernel computes of a term, and the rest by its layout."""
-    exprs = tuple(a.expr for a in term.atoms if _in_kernel(a))
-    rest = [a for a in term.atoms if not _in_kernel(a)]
+    exprs = tuple(a.expr for a in term.atoms if _in_kernel(a, known))
+    rest = [a for a in term.atoms if not _in_kernel(a, known)]
     both = tuple(a for a in rest if {"q", "k"} <= axes(a))
     shared: Layout = "diagonal" if all(map(is_diagonal, both)) else "pairs"
     parts: tuple[tuple[Layout, tuple[Atom, ...]], ...] = (
@@ -254,11 +260,11 @@ def _split(term: Term) -> tuple[tuple[ir.Expr, ...], dict[Layout, tuple[Atom, ..
     return exprs, found
 
 
-def _in_kernel(atom: Atom) -> TypeGuard[Integer]:
-    """Whether it is arithmetic of positions: no look-up, no head."""
+def _in_kernel(atom: Atom, known: Known) -> TypeGuard[Integer]:
+    """Whether it is arithmetic of positions in 32 bits: no look-up, no head."""
     if not isinstance(atom, Integer) or "h" in ir.axes(atom.expr):
         return False
-    return not any(isinstance(n, ir.Table | ir.Operand) for n in ir.walk(atom.expr))
+    return is_plain(atom.expr, known)
 
 
 def indices(atom: Atom) -> tuple[ir.Expr, ...]:

@@ -3,6 +3,8 @@
 The same bounds as in planning, over the least and greatest of every run-time vector in
 each block and over the bits of pairs: no pair is looked at, and whatever the content,
 the arrays have one shape. What depends on positions alone is NumPy (``host_first``).
+What kernels compute fits 32 bits with room to spare (``narrow``), so its bounds do as
+well, whatever a vector holds.
 """
 
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ from lowering.bounds import Analysis
 from lowering.host_first import HOST_FIRST as xp
 from lowering.host_first import is_known
 from lowering.pipeline import Stages, block_mask
-from lowering.ranges import ANYTHING_32, Ranges, Rectangles
+from lowering.ranges import Ranges, Rectangles
 from pallas_kernels.block_mask import (
     EMPTY,
     FULL,
@@ -32,10 +34,6 @@ from pallas_kernels.block_mask import (
 from pallas_kernels.call import Masks, Vectors
 from pallas_kernels.config import Tile, Tiles
 
-# Values up to this are bounded, others are taken as unknown: sums stay in 32 bits.
-KNOWN = 1 << 24
-# A greater factor of a run-time value could overflow: its blocks are all looked at.
-MOST_FACTOR = 8
 # Blocks in a table that is a part of the program, a byte each.
 MOST_BLOCKS = 1 << 20
 
@@ -106,20 +104,8 @@ def _of_heads(vectors: Vectors, heads: list[int]) -> Vectors:
     return Vectors(q, kv, bits)
 
 
-def _is_bounded(node: ir.Pred) -> bool:
-    """Whether 32 bits hold the bounds of every comparison."""
-    products = [n for n in ir.walk(node) if isinstance(n, ir.Mul)]
-    return all(
-        abs(n.factor) <= MOST_FACTOR
-        or not any(isinstance(x, ir.Hoisted) for x in ir.walk(n))
-        for n in products
-    )
-
-
 def _kinds(node: ir.Pred, static: BlockMask, vectors: Vectors) -> Any:
     """The kind of every block, int8 ``[batch or 1, heads or 1, rows, columns]``."""
-    if not _is_bounded(node):
-        return np.full((1, 1, 1, 1), PARTIAL, np.int8)
     block_q, block_kv = static.block_q, static.block_kv
     q = (_part(x, static) for x in _ends(static.q_seq_len, block_q))
     k = (_part(x, static) for x in _ends(static.kv_seq_len, block_kv))
@@ -162,13 +148,11 @@ def _known(
 
 
 def _extremes(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """The least and greatest value in every block, where 32 bits can add them up."""
+    """The least and greatest value in every block."""
     short = -x.shape[-1] % block
     x = jnp.pad(x, ((0, 0), (0, 0), (0, short)), mode="edge")
     x = x.reshape(*x.shape[:2], -1, block)
-    low, high = x.min(axis=-1), x.max(axis=-1)
-    known = (low >= -KNOWN) & (high <= KNOWN)
-    return jnp.where(known, low, -ANYTHING_32), jnp.where(known, high, ANYTHING_32)
+    return x.min(axis=-1), x.max(axis=-1)
 
 
 def _is_large(static: BlockMask) -> bool:

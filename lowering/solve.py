@@ -189,7 +189,7 @@ def _le(left: ir.Expr, bound: int, x: Unknown) -> tuple[Branch, ...]:
             case ir.FloorDiv(inner, d):
                 return solve(simplify(ir.Le(ir.Mul(edge, -d), inner)), x)
             case ir.Log2(inner) if isinstance(right, ir.Const):
-                return solve(_log2_le(inner, f, right.value), x)
+                return solve(log2_le(inner, f, right.value), x)
     node = ir.Le(left, ir.Const(bound))
     cases = _cases(mine, right, x) or _by_order(node, x)
     if cases is None:
@@ -203,7 +203,7 @@ def _with(mine: dict[ir.Expr, int], atom: ir.Expr, new: ir.Expr) -> ir.Expr:
     return ir.Add(_sum(others, 0), ir.Mul(new, mine[atom]))
 
 
-def _log2_le(inner: ir.Expr, f: int, right: int) -> ir.Pred:
+def log2_le(inner: ir.Expr, f: int, right: int) -> ir.Pred:
     """``f * floor_log2(inner) <= right``."""
     if f > 0:
         most = right // f

@@ -16,6 +16,7 @@ from lowering import hoist, ir
 from lowering.adjoint import linear
 from lowering.pipeline import Program, Stages
 from lowering.pipeline import hoist as hoist_program
+from lowering.span import Span
 
 # No identifier: no operand of a user has this name.
 ORDER: Mapping[ir.Side, str] = {"q": " order of q", "k": " order of k"}
@@ -66,9 +67,14 @@ def sorted_stages(stages: Stages) -> Stages:
     moved = replace(
         program, maps=tuple(ir.substitute(node, new) for node in program.maps)
     )
+    problem = program.problem
+    lengths = {"q": problem.q_seq_len, "k": problem.kv_seq_len}
+    positions: dict[str, Span] = {
+        name: (0, lengths[side] - 1) for side, name in ORDER.items()
+    }
+    hoisted = hoist_program(moved, positions)
     kept = [(name, p) for name, p in stages.named if name != hoist_program.__name__]
-    named = (*kept, ("sort", moved), (hoist_program.__name__, hoist_program(moved)))
-    return Stages(named)
+    return Stages((*kept, ("sort", moved), (hoist_program.__name__, hoisted)))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """The values that an expression can take at any position, from its form alone."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TypeAlias, assert_never
 
 from lowering import ir
@@ -8,37 +11,62 @@ from lowering import ir
 Span: TypeAlias = tuple[int | None, int | None]
 
 
-def span(node: ir.Expr) -> Span:
+@dataclass(frozen=True)
+class Known:
+    """What is known of the leaves: the spans of variables and of run-time arrays.
+
+    ``arrays`` names some arrays; any other has the span ``array``.
+    """
+
+    axes: Mapping[ir.Axis, Span] = field(default_factory=dict)
+    array: Span = (None, None)
+    arrays: Mapping[str, Span] = field(default_factory=dict)
+
+
+NOTHING = Known()
+
+
+def span(node: ir.Expr, known: Known = NOTHING) -> Span:
     """Bounds that hold at every position: positions are not negative."""
     match node:
         case ir.Const(value):
             return value, value
-        case ir.Var() | ir.Log2():
-            return 0, None
+        case ir.Var(axis):
+            return known.axes.get(axis, (0, None))
+        case ir.Log2(a):
+            high = span(a, known)[1]
+            return 0, None if high is None else max(high, 1).bit_length() - 1
         case ir.Add(a, b):
-            return _add(span(a), span(b))
+            return _add(span(a, known), span(b, known))
         case ir.Mul(a, n):
-            return _mul(span(a), n)
+            return _mul(span(a, known), n)
         case ir.FloorDiv(a, n):
-            low, high = span(a)
+            low, high = span(a, known)
             return (
                 None if low is None else low // n,
                 None if high is None else high // n,
             )
         case ir.Mod(a, n):
-            return _mod(span(a), n)
+            return _mod(span(a, known), n)
         case ir.Min(a, b):
-            return _min(span(a), span(b))
+            return _min(span(a, known), span(b, known))
         case ir.Max(a, b):
-            low, high = _min(_mul(span(a), -1), _mul(span(b), -1))
+            low, high = _min(_mul(span(a, known), -1), _mul(span(b, known), -1))
             return _mul((low, high), -1)
         case ir.Within(_, size):
             return 0, size - 1
         case ir.Table(values, _):
-            return min(values), max(values)
-        case ir.Operand() | ir.Hoisted():
+            return _table(values)
+        case ir.Operand(name, _):
+            return known.arrays.get(name, known.array)
+        case ir.Hoisted():
             return None, None
     assert_never(node)
+
+
+@lru_cache(maxsize=64)
+def _table(values: tuple[int, ...]) -> Span:
+    return min(values), max(values)
 
 
 def _add(a: Span, b: Span) -> Span:

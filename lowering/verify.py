@@ -4,9 +4,10 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from lowering import ir
+from lowering import fits, ir
 from lowering.printing import show
 from lowering.ranges import Ranges, Rectangles
+from lowering.simplify import integer
 
 
 def verify(maps: tuple[ir.Pred, ...], q_seq_len: int, kv_seq_len: int) -> None:
@@ -33,8 +34,8 @@ def _verify_extents(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> None:
     """Keys fill what they should; queries may be a part of it, as in decoding."""
     for part in {n for n in ir.walk(node) if isinstance(n, ir.Within)}:
         _, high = index_range(part.expr, q_seq_len, kv_seq_len)
-        fits = high == part.size - 1
-        if not fits and not (ir.axes(part.expr) == {"q"} and high < part.size):
+        is_filled = high == part.size - 1
+        if not is_filled and not (ir.axes(part.expr) == {"q"} and high < part.size):
             raise ValueError(
                 f"a grid (or its like) has {part.size} positions, but "
                 f"`{show(part.expr)}` runs up to {high} for q_seq_len={q_seq_len} and "
@@ -78,11 +79,11 @@ def verify_operands(
         ends = [
             _operand_range(i, q_seq_len, kv_seq_len, num_heads) for i in operand.index
         ]
-        fits = len(shape) == len(ends) and all(
+        large_enough = len(shape) == len(ends) and all(
             end is None or (end[0] >= 0 and end[1] < size)
             for end, size in zip(ends, shape, strict=True)
         )
-        if not fits:
+        if not large_enough:
             least = ", ".join("..." if end is None else str(end[1] + 1) for end in ends)
             runs = " and ".join(
                 f"`{show(i)}` from {end[0]} to {end[1]}"
@@ -98,6 +99,11 @@ def verify_operands(
 
 def index_range(index: ir.Expr, q_seq_len: int, kv_seq_len: int) -> tuple[int, int]:
     """The bounds of an expression over all positions; heads are resolved."""
+    known = fits.known_of(q_seq_len, kv_seq_len)
+    if not fits.within(index, fits.INT62, known):
+        index = integer(index)
+        if not fits.within(index, fits.INT62, known):
+            return fits.ends(index, known)
     ends = (0, q_seq_len - 1, 0, kv_seq_len - 1)
     whole = Rectangles(*(np.array([end]) for end in ends))
     found = Ranges(whole)(index)

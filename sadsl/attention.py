@@ -63,7 +63,8 @@ def attention(
         is a multiple of that of k and v. Products accumulate in float32.
       spec: an index map, a term such as ``softmax(map, ...)`` or ``joint(a, b)``, or
         their text.
-      q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``.
+      q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``. Those
+        that int32 does not hold (NumPy int64) are ranked, and keep their order.
       operands: what the spec reads by name: integers for maps made of
         ``operand(name)``; what a selection asks for, or parts that ``select`` chose
         before; biases, sinks, gates and decays, which have gradients; functions, where
@@ -129,6 +130,8 @@ def _given(
     if len(named) == 1:
         (name,), (other,) = named, set(ids) - set(named)
         raise ValueError(f"{name} was given without {other}: pass both")
+    if named:
+        named = dict(zip(ids, checks.segment_ids(*ids.values()), strict=True))
     return {**(operands or {}), **named}
 
 

@@ -143,16 +143,87 @@ def operand_arrays(
     found |= given
     arrays = {}
     for name, x in found.items():
-        array = jnp.asarray(x)
-        if name in floats or array.dtype == jnp.bool_:
-            arrays[name] = array
-            continue
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(
-                f"operand {name!r} has dtype {array.dtype}: it must be of integers"
-            )
-        arrays[name] = array.astype(jnp.int32)
+        arrays[name] = jnp.asarray(x) if name in floats else integers(name, x)
     return arrays
+
+
+def integers(name: str, x: Any) -> jax.Array:
+    """Integers as int32, or bools as they are.
+
+    Raises:
+      ValueError: neither; or some integer is not an int32, or may not be one.
+    """
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    if x.dtype == np.bool_:
+        return jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(
+            f"operand {name!r} has dtype {x.dtype}: it must be of integers"
+        )
+    if not _holds_int32(x.dtype):
+        if isinstance(x, jax.core.Tracer):
+            raise ValueError(
+                f"operand {name!r} is traced as {x.dtype}, and int32 may not hold its "
+                "values, which are not known yet: cast it with .astype(jnp.int32), or "
+                "number segment ids from 0 before they are traced"
+            )
+        x = np.asarray(x)
+        check_int32(name, x)
+    return jnp.asarray(x, jnp.int32)
+
+
+def _holds_int32(dtype: Any) -> bool:
+    """Whether int32 holds whatever has this dtype."""
+    info, most = np.iinfo(dtype), np.iinfo(np.int32)
+    return most.min <= info.min and info.max <= most.max
+
+
+def check_int32(name: str, x: np.ndarray) -> None:
+    """Refuses integers of a run-time array that int32 does not hold.
+
+    Raises:
+      ValueError: there is one.
+    """
+    most = np.iinfo(np.int32)
+    for value in (int(v) for v in (x.min(initial=0), x.max(initial=0))):
+        if not most.min <= value <= most.max:
+            raise ValueError(
+                f"operand {name!r} holds {value}: run-time integers are int32, from "
+                f"{most.min} to {most.max}; clip or renumber them (segment ids of any "
+                "size may be passed as q_segment_ids= and kv_segment_ids=)"
+            )
+
+
+def segment_ids(q_ids: Any, kv_ids: Any) -> tuple[Any, Any]:
+    """The ids, ranked together if int32 does not hold some of them.
+
+    Which are equal, and which is the smaller, stays as it is. Of traced ids nothing is
+    known: ``integers`` refuses those that int32 may not hold.
+    """
+    both = [x if isinstance(x, jax.Array) else np.asarray(x) for x in (q_ids, kv_ids)]
+    if all(_is_small(x) for x in both):
+        return q_ids, kv_ids
+    if any(isinstance(x, jax.core.Tracer) for x in both):
+        return q_ids, kv_ids
+    found = [np.unique(np.asarray(x), return_inverse=True) for x in both]
+    # As Python integers, since no dtype holds both int64 and uint64.
+    values = sorted({value for unique, _ in found for value in unique.tolist()})
+    rank = {value: i for i, value in enumerate(values)}
+    q_rank, kv_rank = (
+        np.array([rank[v] for v in unique.tolist()], np.int32)[of].reshape(x.shape)
+        for (unique, of), x in zip(found, both, strict=True)
+    )
+    return q_rank, kv_rank
+
+
+def _is_small(ids: Any) -> bool:
+    """Whether int32 holds the ids, as far as is known; what are none, others refuse."""
+    if not np.issubdtype(ids.dtype, np.integer) or _holds_int32(ids.dtype):
+        return True
+    if isinstance(ids, jax.core.Tracer):
+        return False
+    found, most = np.asarray(ids), np.iinfo(np.int32)
+    return found.min(initial=0) >= most.min and found.max(initial=0) <= most.max
 
 
 def with_batch_axis(

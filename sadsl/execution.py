@@ -243,7 +243,7 @@ def _dense_bias(
     places = score_values.Places(
         jnp.arange(problem.q_seq_len, dtype=jnp.int32)[None, None, :, None],
         jnp.arange(problem.kv_seq_len, dtype=jnp.int32)[None, None, None, :],
-        problem.num_heads,
+        problem,
         arrays,
         dtype=jnp.float64 if dtype == jnp.float64 else jnp.float32,
     )

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels.linear import STRONGEST
+from sadsl import checks
 from sadsl.linear import FEATURES, Linear
 
 
@@ -144,11 +145,9 @@ def segment_ids(name: str, given: Mapping[str, Any], shape: tuple[int, ...]) -> 
     """
     if name not in given:
         raise ValueError(f"linear over segments() reads {name}: pass it")
-    ids = jnp.asarray(given[name])
+    ids = checks.integers(name, given[name])
     if ids.shape not in (shape[1:], (1, *shape[1:]), shape):
         raise ValueError(f"{name} has shape {ids.shape}: it must be {shape}")
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"{name} has dtype {ids.dtype}: it must be of integers")
     return jnp.broadcast_to(ids.astype(jnp.int32), shape)
 
 

@@ -9,7 +9,8 @@ from jaxtyping import Bool as BoolArray
 from jaxtyping import Integer as IntArray
 from typing_extensions import override
 
-from lowering import eliminate, heads, ir, predicate, verify
+from lowering import eliminate, fits, heads, ir, predicate, verify
+from sadsl import checks
 from sadsl.call_text import call_text
 from sadsl.symbols import POSITIONS, Symbol, Truth, truth_node
 from sadsl.traced import tracing
@@ -100,9 +101,14 @@ class IndexMap:
         q = np.arange(q_seq_len)[:, None]
         k = np.arange(kv_seq_len)[None, :]
         values = {name: np.asarray(x) for name, x in (operands or {}).items()}
+        for name, x in values.items():
+            checks.check_int32(name, x)
+            values[name] = x.astype(np.int64)
         node = ir.substitute(self.node, {"n": ir.Const(kv_seq_len)})
         nodes = heads.per_head(node, num_heads)
         verify.verify(nodes, q_seq_len, kv_seq_len)
+        known = fits.known_of(q_seq_len, kv_seq_len, num_heads)
+        nodes = tuple(fits.exact(node, known) for node in nodes)
         rows = [
             predicate.evaluate(node, predicate.NumPy(q, k, head, values))
             for head, node in enumerate(nodes)

@@ -10,27 +10,32 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lowering import ir
+from lowering.fits import INT32, exact, known_of, within
 from lowering.hoist import look_up
 from lowering.predicate import NumPy, evaluate
 
 
 @dataclass(frozen=True)
 class _Dense(NumPy):
-    """Positions ``[1, q, 1]``, ``[1, 1, k]``; operands with a batch axis in front."""
+    """Positions ``[1, q, 1]``, ``[1, 1, k]``; operands with a batch axis in front.
+
+    All integers have the dtype of the positions: int32, or int64.
+    """
 
     xp: ClassVar[ModuleType] = jnp
 
     def operand(self, name: str, index: tuple) -> Any:
-        return look_up(self.operands[name], index, rank=3)
+        return look_up(self.operands[name], index, rank=3).astype(self.q.dtype)
 
     def log2(self, x: Any) -> Any:
-        return sum((x >= 2**i).astype(jnp.int32) for i in range(1, 31))
+        bits = jnp.iinfo(self.q.dtype).bits - 1
+        return sum((x >= 2**i).astype(self.q.dtype) for i in range(1, bits))
 
     def table(self, values: tuple[int, ...], index: Any) -> Any:
-        return jnp.asarray(values, jnp.int32)[index]
+        return jnp.asarray(values, self.q.dtype)[index]
 
     def isin(self, x: Any, values: tuple[int, ...]) -> Any:
-        return jnp.isin(x, jnp.asarray(values, jnp.int32))
+        return jnp.isin(x, jnp.asarray(values, self.q.dtype))
 
     def constant(self, value: bool) -> Any:
         return jnp.full((1, 1, 1), value)
@@ -46,12 +51,26 @@ def pairs(
 
     Only an operand indexed by ``h`` still has heads in it: it reads the head at hand.
     """
-    q = jnp.arange(q_seq_len, dtype=jnp.int32)[None, :, None]
-    k = jnp.arange(kv_seq_len, dtype=jnp.int32)[None, None, :]
+    known = known_of(q_seq_len, kv_seq_len, len(nodes))
+    nodes = tuple(exact(node, known) for node in nodes)
+    if all(within(node, INT32, known) for node in nodes):
+        return _pairs(nodes, (q_seq_len, kv_seq_len), operands, jnp.int32)
+    with jax.enable_x64(True):
+        return _pairs(nodes, (q_seq_len, kv_seq_len), operands, jnp.int64)
+
+
+def _pairs(
+    nodes: tuple[ir.Pred, ...],
+    lengths: tuple[int, int],
+    operands: Mapping[str, jax.Array],
+    dtype: Any,
+) -> Bool[Array, "batch_or_1 heads q kv"]:
+    q = jnp.arange(lengths[0], dtype=dtype)[None, :, None]
+    k = jnp.arange(lengths[1], dtype=dtype)[None, None, :]
     rows = [
         evaluate(node, _Dense(q, k, head, operands)) for head, node in enumerate(nodes)
     ]
-    shape = jnp.broadcast_shapes(*(r.shape for r in rows), (1, q_seq_len, kv_seq_len))
+    shape = jnp.broadcast_shapes(*(r.shape for r in rows), (1, *lengths))
     return jnp.stack([jnp.broadcast_to(r, shape) for r in rows], axis=1)
 
 

@@ -94,7 +94,8 @@ def _arrays(
     ranks = {**term.clusters.operands, **dict.fromkeys(_names(term), 3)}
     mine = {name: x for name, x in given.items() if name in ranks}
     others = {name: x for name, x in given.items() if name not in ranks}
-    arrays = checks.operand_arrays(mine, None, None, floats=frozenset(ranks))
+    floats = frozenset(term.clusters.operands)
+    arrays = checks.operand_arrays(mine, None, None, floats=floats)
     of_rest = execution.call_arrays(options, others, (None, None), batch)
     return checks.with_batch_axis(arrays, ranks, batch), of_rest
 

@@ -90,13 +90,13 @@ class Symbol(TracedValue):
         right = as_node(other, "<")
         if isinstance(right, ir.Const):
             return Truth(ir.Le(self.node, ir.Const(right.value - 1)))
-        return Truth(ir.Le(ir.Add(self.node, ir.Const(1)), right))
+        return Truth(ir.Not(ir.Le(right, self.node)))
 
     def __gt__(self, other: Integer) -> "Truth":
         left = as_node(other, ">")
         if isinstance(left, ir.Const):
             return Truth(ir.Le(ir.Const(left.value + 1), self.node))
-        return Truth(ir.Le(ir.Add(left, ir.Const(1)), self.node))
+        return Truth(ir.Not(ir.Le(self.node, left)))
 
     def __eq__(self, other: object) -> "Truth":  # type: ignore[override]
         return Truth(ir.Eq(self.node, as_node(other, "==")))

@@ -13,6 +13,7 @@ from sadsl.symbols import (
     isin,
     maximum,
     minimum,
+    operand,
     power_of_two,
     table,
 )
@@ -131,3 +132,81 @@ def with_heads():
     """A composed map, or a choice of several by head."""
     several = st.lists(composed(3), min_size=2, max_size=3)
     return st.one_of(composed(), several.map(lambda found: maps.per_head(*found)))
+
+
+# Where 32 bits end, and where constants alone go beyond them.
+EDGES = (0, 2**15, 2**26, 2**30, 2**31, 2**32, 2**40)
+extreme = st.builds(
+    lambda edge, sign, near: sign * edge + near,
+    st.sampled_from(EDGES), st.sampled_from([1, -1]), st.integers(-6, 6),
+)  # fmt: skip
+factors = st.sampled_from([1, -1, 2, -3, 2**16, 2**26, -(2**26), 2**31])
+divisors = st.sampled_from([1, 2, 3, 5, 64, 1000, 2**20, 2**31 - 1, 2**40 + 1])
+# Run-time arrays: two over queries, two over keys, and one number.
+ARRAYS = {"a": "q", "b": "k", "c": "q", "d": "k", "s": ""}
+
+
+def int32_arrays(length: int):
+    """Values of every one of ``ARRAYS``: any int32, and often the ends of int32."""
+    value = st.one_of(
+        st.sampled_from([-(2**31), -(2**31) + 1, 2**31 - 1, 2**31 - 2]),
+        st.integers(-5, length + 5),
+        st.integers(-(2**31), 2**31 - 1),
+    )
+
+    def array(of):
+        if not of:
+            return value.map(np.int32)
+        values = st.lists(value, min_size=length, max_size=length)
+        return values.map(lambda found: np.array(found, np.int32))
+
+    return st.fixed_dictionaries({name: array(of) for name, of in ARRAYS.items()})
+
+
+@cache
+def extreme_integers(arrays: bool = True):
+    """Expressions that leave 32 bits, of run-time arrays and positions."""
+    q, k = VARS
+    at = {"q": q, "k": k}
+    look_ups = [
+        operand(n)[at[of]] if of else operand(n) + 0 for n, of in ARRAYS.items()
+    ]
+    leaf = st.sampled_from([*VARS, *look_ups] if arrays else VARS)
+
+    def extend(inner):
+        def look_up(x, values):
+            return table(values)[x % len(values)]
+
+        values = st.lists(extreme, min_size=1, max_size=4)
+        return st.one_of(
+            st.builds(lambda a, b: a + b, inner, inner),
+            st.builds(lambda a, b: a - b, inner, inner),
+            st.builds(lambda a, n: a + n, inner, extreme),
+            st.builds(lambda a, n: a * n, inner, factors),
+            st.builds(lambda a, n: a // n, inner, divisors),
+            st.builds(lambda a, n: a % n, inner, divisors),
+            st.builds(minimum, inner, inner),
+            st.builds(maximum, inner, inner),
+            st.builds(abs, inner),
+            st.builds(floor_log2, inner),
+            st.builds(look_up, inner, values),
+        )
+
+    return st.recursive(leaf, extend, max_leaves=4)
+
+
+@cache
+def extreme_wheres(arrays: bool = True):
+    """Traced maps of such expressions, compared with each other and with constants."""
+    inner = extreme_integers(arrays)
+    atom = st.one_of(
+        st.builds(lambda a, b: a <= b, inner, inner),
+        st.builds(lambda a, b: a < b, inner, inner),
+        st.builds(lambda a, b: a == b, inner, inner),
+        st.builds(lambda a, n: a > n, inner, extreme),
+        st.builds(lambda a, n: a != n, inner, extreme),
+        st.builds(isin, inner, st.sets(extreme, max_size=4)),
+        st.builds(power_of_two, inner),
+    )
+    truth = st.one_of(atom, st.builds(lambda a, b: a | ~b, atom, atom))
+    return truth.map(lambda t: named.Where(t.node))
