@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Array
 
 from lowering import ir, pipeline
-from lowering.hoist import AtPositions
+from lowering.fits import exact, known_of
+from lowering.hoist import AtPositions, evaluate_outside
 from lowering.pipeline import Problem
-from lowering.predicate import evaluate
 from lowering.slots import Slots, add_up, slots_of, take
 from pallas_kernels.varying import vary
 from sadsl import checks, execution, reference
@@ -252,7 +252,8 @@ def _own_pairs(
     slot = jnp.arange(window, dtype=jnp.int32)[None, None, :]
     head = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
     at = AtPositions(slot, slot, h=head, operands=arrays)
-    own = [jnp.asarray(evaluate(each, at)) for each in maps.maps]
+    known = known_of(window, window, heads)
+    own = [evaluate_outside(exact(each, known), at, known) for each in maps.maps]
     batch = max(x.shape[0] if x.ndim == 3 else 1 for x in own)
     spread = jnp.stack([jnp.broadcast_to(x, (batch, heads, window)) for x in own])
     return spread[np.array(maps.map_of_head), :, np.arange(heads)].swapaxes(0, 1)

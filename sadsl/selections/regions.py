@@ -8,10 +8,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from lowering import heads, ir, pipeline
-from lowering.hoist import AtPositions
+from lowering.fits import bounded, known_of
+from lowering.hoist import AtPositions, evaluate_outside
 from lowering.pipeline import Problem
-from lowering.predicate import evaluate
 from lowering.simplify import simplify
+from lowering.span import Known
 from pallas_kernels.block_mask import BlockMask
 from sadsl.maps import IndexMap
 from sadsl.selections.partitions import Partition, Tiles, Within, part_of, positions
@@ -96,18 +97,27 @@ def _expanded(mask: BlockMask) -> Bool[Array, "maps rows columns"]:
 def of_heads(a: IndexMap, problem: Problem) -> tuple[ir.Pred, ...]:
     """The predicate of every head; of one, where all have the same."""
     node = ir.substitute(a.node, {"n": ir.Const(problem.kv_seq_len)})
-    nodes = tuple(map(simplify, heads.per_head(node, problem.num_heads)))
+    every, known = heads.per_head(node, problem.num_heads), _known(problem)
+    nodes = tuple(bounded(simplify(node), known) for node in every)
     return nodes[:1] if len(set(nodes)) == 1 else nodes
 
 
 def pairs_at(
-    nodes: tuple[ir.Pred, ...], q: Int[Array, "..."], k: Int[Array, "..."]
+    nodes: tuple[ir.Pred, ...],
+    q: Int[Array, "..."],
+    k: Int[Array, "..."],
+    problem: Problem,
 ) -> Bool[Array, "..."]:
     """Which pairs hold for positions that broadcast, a node each on the first axis."""
     zero = jnp.zeros((1,) * max(q.ndim, k.ndim), jnp.int32)
     shape = jnp.broadcast_shapes(q.shape, k.shape)
-    found = [evaluate(node, AtPositions(q, k, h=zero, operands={})) for node in nodes]
+    at, known = AtPositions(q, k, h=zero, operands={}), _known(problem)
+    found = [evaluate_outside(node, at, known) for node in nodes]
     return jnp.stack([jnp.broadcast_to(x, shape) for x in found])
+
+
+def _known(problem: Problem) -> Known:
+    return known_of(problem.q_offset + problem.q_seq_len, problem.kv_seq_len)
 
 
 def _looked_into(
@@ -121,7 +131,7 @@ def _looked_into(
 
     def look(at: tuple[Array, Array]) -> Bool[Array, "nodes columns"]:
         query, real = at
-        held = pairs_at(nodes, query[:, None, None] + problem.q_offset, key)
+        held = pairs_at(nodes, query[:, None, None] + problem.q_offset, key, problem)
         held &= (real[:, None, None] & keys_real)[None]
         return jnp.any(held, axis=(1, 3))
 

@@ -182,7 +182,8 @@ def _pair_scorer(
             return jnp.max(cells, axis=(3, 5))
         if nodes:
             query_at = at[:, :, None] + sides.problem.q_offset
-            held = held & pairs_at(nodes, query_at, at_keys[None, None, :])
+            at_key = at_keys[None, None, :]
+            held = held & pairs_at(nodes, query_at, at_key, sides.problem)
         shares = softmax(logits, held[None])
         cells, _ = grouped(shares, sides.columns, -1)
         count = jnp.maximum(real.sum(axis=1, dtype=jnp.int32), 1)

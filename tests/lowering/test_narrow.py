@@ -133,7 +133,7 @@ def test_a_narrowed_predicate_holds_the_same_pairs(a_map, values):
 
 
 @pytest.mark.slow
-@quiet(max_examples=20000)
+@quiet(max_examples=4000)
 @given(strategies.extreme_wheres(), strategies.int32_arrays(N))
 def test_many_narrowed_predicates_hold_the_same_pairs(a_map, values):
     assert_narrow(a_map.node, operands_of(a_map.node, values))
@@ -146,7 +146,7 @@ def test_any_int32_is_told_from_any_other(a_map, values):
 
 
 @pytest.mark.slow
-@quiet(max_examples=1000)
+@quiet(max_examples=300)
 @given(strategies.extreme_wheres(), strategies.int32_arrays(N))
 def test_any_int32_is_told_from_any_other_in_many_maps(a_map, values):
     assert_holds(a_map.node, operands_of(a_map.node, values))

@@ -90,6 +90,15 @@ def test_what_64_bits_may_not_hold_is_refused_by_name(impl):
         sa.attention(q, k, v, spec, operands=given, impl=impl)
 
 
+def test_what_is_eligible_may_be_beyond_32_bits():
+    q, k, v, _ = calls.arrays(1, N, N)
+    options = {"impl": "xla", "operands": {}}
+    far = "topk(2, block=4, block_q=4, eligible=causal() & window(1099511627776))"
+    near = "topk(2, block=4, block_q=4, eligible=causal() & window(19))"
+    found, expected = (sa.attention(q, k, v, x, **options) for x in (far, near))
+    np.testing.assert_array_equal(found, expected)
+
+
 # --- biases ---
 
 
