@@ -85,14 +85,7 @@ def attend(
             f"impl={setting.impl!r} takes float32, bfloat16 or float16, not float64: "
             "cast, or use impl='reference'"
         )
-    phi = features_of(term, given)
-    fq, fk = phi(q, "q"), phi(k, "k")
-    if fq.shape[-1] != fk.shape[-1]:
-        raise ValueError(
-            f"{term!r}: the feature map yields {fq.shape[-1]} features of q and "
-            f"{fk.shape[-1]} of k: they must be as many"
-        )
-    ids, known = None, None
+    ids, known, there = None, None, Present(None, None)
     if term.kind.segments:
         ids = (
             segment_ids("q_segment_ids", given, q.shape[:2]),
@@ -100,6 +93,18 @@ def attend(
         )
         one_array = given["q_segment_ids"] is given["kv_segment_ids"]
         known = documents(ids, setting.q_offset, same_ids=one_array)
+    if known is None or not known.same_ids or setting.q_offset:
+        lengths = q.shape[1], k.shape[1]
+        there = present(ids, lengths, setting.q_offset, causal=term.kind.causal)
+    # Before the features: where a slope is no number, 0 times it is none either.
+    q, k, v = kept(q, there.q), kept(k, there.k), kept(v, there.k)
+    phi = features_of(term, given)
+    fq, fk = phi(q, "q"), phi(k, "k")
+    if fq.shape[-1] != fk.shape[-1]:
+        raise ValueError(
+            f"{term!r}: the feature map yields {fq.shape[-1]} features of q and "
+            f"{fk.shape[-1]} of k: they must be as many"
+        )
     decay = log_decays(term, given, (q, k), setting.q_offset)
     eps = term.eps if term.normalise else None
     call = None
@@ -115,7 +120,7 @@ def attend(
     )
     arrays = Arrays(fq, fk, v.astype(fk.dtype), decay, ids)
     out, lse = run(arrays, static=static)
-    return Outcome(out.astype(v.dtype), lse)
+    return Outcome(kept(out.astype(v.dtype), there.q), lse)
 
 
 @partial(jax.jit, static_argnames="static")
@@ -175,6 +180,56 @@ def _dense(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
     total = jnp.swapaxes(weights.sum(axis=3), 1, 2)[..., None]
     out, total = normalised(out, total, static.eps)
     return out, total[..., 0]
+
+
+# --- what is in no pair, which may be anything: 0 ---
+
+
+class Present(NamedTuple):
+    """Who is in a pair, bool ``[batch, seq]``; None for all."""
+
+    q: Array | None
+    k: Array | None
+
+
+def present(
+    ids: tuple[Array, Array] | None,
+    lengths: tuple[int, int],
+    q_offset: int,
+    *,
+    causal: bool,
+) -> Present:
+    """The queries that see a key, and the keys that a query sees."""
+    q_seq, kv_seq = lengths
+    rows = q_offset + jnp.arange(q_seq, dtype=jnp.int32)
+    columns = jnp.arange(kv_seq, dtype=jnp.int32)
+    if ids is None:
+        end = q_offset + q_seq
+        unused = causal and kv_seq > end
+        return Present(None, (columns < end)[None] if unused else None)
+    q_ids, kv_ids = ids
+    # Of the queries of its document, the last must not be before a key, and so on.
+    last, has_query = jax.vmap(partial(_last_of, at=rows))(q_ids, kv_ids)
+    first, has_key = jax.vmap(partial(_last_of, at=-columns))(kv_ids, q_ids)
+    if causal:
+        has_query &= last >= columns
+        has_key &= -first <= rows
+    return Present(has_key, has_query)
+
+
+@jax.jit
+def kept(x: Array, there: Array | None) -> Array:
+    """``x [batch, seq, heads, dim]``, and 0 for what is not there."""
+    return x if there is None else jnp.where(there[:, :, None, None], x, 0)
+
+
+def _last_of(ids: Array, asked: Array, *, at: Array) -> tuple[Array, Array]:
+    """The greatest ``at`` of those with the ids that are ``asked``; if there is one."""
+    order = jnp.lexsort((at, ids))
+    of_order = ids[order]
+    place = jnp.searchsorted(of_order, asked, side="right") - 1
+    place = jnp.maximum(place, 0)
+    return at[order][place], of_order[place] == asked
 
 
 # --- causal: a recurrence ---

@@ -27,8 +27,6 @@ import jax.numpy as jnp
 # dot(a, b, (axis of a, axis of b)), accumulated in f32.
 Dot: TypeAlias = Callable[[Any, Any, tuple[int, int]], Any]
 
-# The exponent of a pair that is not seen: exp gives 0, and so does its derivative.
-UNSEEN = -1e30
 # A normaliser with its epsilon that is as close to zero as the epsilon, or the first of
 # these, has vanished. The second holds without an epsilon: the square of its inverse,
 # in a gradient, is still a number in f32.
@@ -99,12 +97,17 @@ def read(
     sum of weights plus ``eps``; 0 where it vanishes, and so is the output there.
     """
     weights = rule.scores(dot, q, keys)
-    reads = rule.reads(q, keys.marks)
-    out = dot(weights, keys.v, (1, 0)) + dot(reads, state.s, (1, 0))
+    reads, run = rule.reads(q, keys.marks), keys.marks.run
+
+    def before_resets(x: Any) -> Any:
+        # What a reset forgets may be no number, and 0 times it none either.
+        return x if run is None else jnp.where(run.col == 0, x, 0.0)
+
+    out = dot(weights, keys.v, (1, 0)) + before_resets(dot(reads, state.s, (1, 0)))
     if rule.eps is None:
         return out, None
     total = jnp.sum(weights, 1, keepdims=True)
-    total += jnp.sum(reads * state.z, 1, keepdims=True)
+    total += before_resets(jnp.sum(reads * state.z, 1, keepdims=True))
     return normalised(out, total, rule.eps)
 
 
@@ -123,7 +126,10 @@ def normalised(out: Any, total: Any, eps: float) -> tuple[Any, Any]:
 def write(rule: Rule, dot: Dot, keys: Keys, state: State) -> State:
     """The state at the end of a chunk, from that at its start."""
     writes, carry = rule.writes(keys.k, keys.marks), rule.carry(keys.marks)
-    s, z = dot(writes, keys.v, (0, 0)), None
+    v, run = keys.v, keys.marks.run
+    if run is not None:
+        v = jnp.where(run.col == _last(run.row), v, 0.0)
+    s, z = dot(writes, v, (0, 0)), None
     s += state.s if carry is None else _carried(carry.col, state.s)
     if state.z is not None:
         z = jnp.sum(writes, 0, keepdims=True)
@@ -151,7 +157,8 @@ def _scores(dot: Dot, q: Any, keys: Keys) -> Any:
         return jnp.where(seen, s, 0.0)
     past = marks.coarse.col - marks.coarse.row
     past += marks.fine.col - marks.fine.row
-    return s * jnp.exp(jnp.where(seen, past, UNSEEN))
+    # Two choices: a gradient goes through both the factor and the product.
+    return jnp.where(seen, s * jnp.exp(jnp.where(seen, past, 0.0)), 0.0)
 
 
 def _reads(q: Any, marks: Marks) -> Any:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.varying import vary
+from sadsl.selections.scores import softmax
 
 ROUNDING = 1e-6
 
@@ -94,7 +95,8 @@ def mass_ratio(
         x, row = args
         logits = jnp.einsum("bhqd,bhkd->bhqk", x, keys)
         sees = jnp.broadcast_to(column[None, :] <= row[:, None], logits.shape)
-        weight = jax.nn.softmax(jnp.where(sees, logits, -jnp.inf), axis=-1).mean(axis=1)
+        # A logit that is no number is left out, and spoils no other.
+        weight = softmax(logits, sees & jnp.isfinite(logits)).mean(axis=1)
         weight = jnp.where((row < length)[None, :, None], weight, 0.0)
         # The entries 0, 1, ... left of the diagonal.
         at = row[:, None] - jnp.arange(2 * window - 1)[None, :]

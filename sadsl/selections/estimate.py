@@ -91,13 +91,14 @@ def best(
     ``count`` is a number, or one for each row of scores. Forced ones fill the budget
     and are taken whatever their score; another that is NaN or inf is never taken.
     """
-    competing = jnp.isfinite(scores)
+    competing, count = jnp.isfinite(scores), jnp.asarray(count)
     scores = scores.astype(jnp.float32)
-    if forced is not None:
-        forced = jnp.broadcast_to(forced, scores.shape)
-        scores = jnp.where(forced, jnp.finfo(jnp.float32).max, scores)
-        competing |= forced
-    return winners.top(scores, competing, jnp.asarray(count))
+    if forced is None:
+        return winners.top(scores, competing, count)
+    forced = jnp.broadcast_to(forced, scores.shape)
+    taken = forced & (jnp.cumsum(forced, axis=-1) <= count[..., None])
+    left = count - taken.sum(axis=-1, dtype=jnp.int32)
+    return taken | winners.top(scores, competing & ~forced, left)
 
 
 def covering(

@@ -75,11 +75,16 @@ class FactorisedTopk(NamedSelection):
     def choose(self, content: Content) -> Mapping[str, Array]:
         weights = self._weights(content)
         scale = content.sm_scale if self.scale is None else self.scale
-        coefs = coefficients(content.queries(), content.keys(), weights, scale)
+        keys = content.keys()
+        # What is no number is not mixed with the others, and is never chosen.
+        finite = jnp.isfinite(keys).all(axis=-1)
+        keys = jnp.where(finite[..., None], keys, 0.0)
+        coefs = coefficients(content.queries(), keys, weights, scale)
         coefs = jnp.where(descending_ranks(coefs) < self.coefs, coefs, 0.0)
         size = jnp.abs(weights.basis)
         scores = _expand(coefs, jnp.where(size > self.threshold, size, 0.0))
         budget = math.ceil(self.keep * scores.shape[-1] - ROUNDING)
+        scores = jnp.where(finite[:, :, None], scores, jnp.nan)
         chosen = (descending_ranks(scores) < budget) & jnp.isfinite(scores)
         return {"chosen": chosen}
 

@@ -176,15 +176,19 @@ def _pair_scorer(
         logits = (products(flat, keys) * scale).reshape(*q.shape[:-1], -1)
         held = real[None, :, :, None]
         if by == "max":
+            lost, _ = grouped(held[None] & ~jnp.isfinite(logits), sides.columns, -1)
             logits = jnp.where(held[None], logits, -jnp.inf)
             cells, kept = grouped(logits, sides.columns, -1)
-            cells = jnp.where(kept[(None,) * 4], cells, -jnp.inf)
-            return jnp.max(cells, axis=(3, 5))
+            cells = jnp.where(kept[(None,) * 4] & ~lost, cells, -jnp.inf)
+            return jnp.where(lost.any(axis=(3, 5)), jnp.nan, cells.max(axis=(3, 5)))
         if nodes:
             query_at = at[:, :, None] + sides.problem.q_offset
             at_key = at_keys[None, None, :]
             held = held & pairs_at(nodes, query_at, at_key, sides.problem)
-        shares = softmax(logits, held[None])
+        # A logit that is no number spoils its own cell, not the softmax of the others.
+        finite = jnp.isfinite(logits)
+        shares = softmax(logits, held[None] & finite)
+        shares = jnp.where(held[None] & ~finite, jnp.nan, shares)
         cells, _ = grouped(shares, sides.columns, -1)
         count = jnp.maximum(real.sum(axis=1, dtype=jnp.int32), 1)
         count = count.astype(jnp.float32)[None, None, :, None]
@@ -199,7 +203,6 @@ def softmax(
     """The softmax over the last axis where it is allowed, 0 elsewhere and in all."""
     x = jnp.where(where, x, -jnp.inf)
     top = jnp.max(x, axis=-1, keepdims=True)
-    # A row of NaN stays one: nothing of it can be compared.
     p = jnp.where(where, jnp.exp(x - jnp.where(top == -jnp.inf, 0.0, top)), 0.0)
     total = jnp.sum(p, axis=-1, keepdims=True)
     return p / jnp.where(total == 0, 1.0, total)
