@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, assert_never
 import numpy as np
 
 from lowering import ir
-from lowering.ranges import Range, Ranges, Rectangles
+from lowering.ranges import Range, Ranges, Rectangles, integers
 from lowering.reads import Read, Reads
 
 POWERS_OF_TWO = tuple(1 << i for i in range(42))
@@ -200,7 +200,8 @@ class Analysis:
         for residue in np.unique(array % r.step):
             same = array[array % r.step == residue]
             inside = _count(self.ranges.xp, same, r.low, r.high)
-            total = total + self.ranges.xp.where(r.low % r.step == residue, inside, 0)
+            mine = r.low % r.step == int(residue)
+            total = total + self.ranges.xp.where(mine, inside, 0)
         return total
 
     def _congruent(self, expr: ir.Mod, residue: int) -> Verdict:
@@ -258,6 +259,6 @@ def _cycle(expr: ir.Expr, r: Range) -> tuple[int, int] | None:
 
 def _count(xp: Any, members: np.ndarray, low: Any, high: Any) -> Any:
     """How many of the ascending ``members`` lie in ``low .. high``."""
-    sorted_members = xp.asarray(members)
+    sorted_members = integers(xp, members)
     above = xp.searchsorted(sorted_members, high, side="right")
     return above - xp.searchsorted(sorted_members, low, side="left")

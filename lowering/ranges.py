@@ -278,7 +278,7 @@ class Ranges:
 
     def _floor_log2(self, x: Any) -> Any:
         if is_known(x):
-            return self.xp.asarray(floor_log2(x))
+            return integers(self.xp, floor_log2(x))
         return 31 - lax.clz(self.xp.maximum(x, 1))
 
     def _table(self, values: tuple[int, ...], index: Range) -> Range:
@@ -299,10 +299,15 @@ class Ranges:
     def with_entry(self, table: ir.Table, entry: Any) -> "Ranges":
         """The ranges where the table is looked up at ``entry`` alone."""
         inside = self.xp.clip(entry, 0, len(table.values) - 1)
-        value = self.xp.asarray(table.values)[inside]
+        value = integers(self.xp, table.values)[inside]
         reads = self(table.index).reads
         fixed = Range(value, value, 1, True, True, 1, reads)
         return replace(self, seen={table: fixed}, sides=None)
+
+
+def integers(xp: Any, values: Any) -> Any:
+    """An array of 64 bits when planning, and of 32, as all is there, at run time."""
+    return np.asarray(values, np.int64) if xp is np else xp.asarray(values, np.int32)
 
 
 def _take(x: Any, of: Any) -> Any:
@@ -338,9 +343,9 @@ def _table_bounds(
     xp: Any, values: tuple[int, ...], first: Any, last: Any
 ) -> tuple[Any, Any]:
     """The least and greatest of ``values[first .. last]``, in two look-ups each."""
-    low, high = (xp.asarray(t) for t in _sparse_table(values))
+    low, high = (integers(xp, t) for t in _sparse_table(values))
     first, last = (xp.clip(i, 0, len(values) - 1) for i in (first, last))
-    floor_log2 = xp.asarray(np.frexp(np.arange(1, len(values) + 1))[1] - 1)
+    floor_log2 = integers(xp, np.frexp(np.arange(1, len(values) + 1))[1] - 1)
     level = look_up(floor_log2, last - first)
     other = last - 2**level + 1
     return (

@@ -71,8 +71,9 @@ def values(
     lowered: scores.Lowered,
     problem: Problem,
     operands: Mapping[str, jax.Array],
+    dtype: Any = jnp.float32,
 ) -> ScoreValues:
-    """The arrays that ``lowered.kernel`` reads, f32 with axes of batch and heads."""
+    """The arrays that ``lowered.kernel`` reads, with axes of batch and heads."""
     q_len, kv_len = problem.q_seq_len, problem.kv_seq_len
     queries = jnp.arange(q_len, dtype=jnp.int32)[None, None]
     keys = jnp.arange(kv_len, dtype=jnp.int32)[None, None]
@@ -88,7 +89,7 @@ def values(
 
     def made(layout: scores.Layout) -> list[jax.Array]:
         q, k = at[layout]
-        places = Places(q, k, problem, operands)
+        places = Places(q, k, problem, operands, dtype=dtype)
         lengths = np.broadcast_shapes(q.shape, k.shape)[2:]
 
         def of(terms: tuple[scores.Term, ...]) -> jax.Array:

@@ -106,11 +106,12 @@ class KernelScore:
 
     terms: tuple[KernelTerm, ...]
     num_diagonals: int = 0
+    dtype: Any = jnp.float32
 
     def __call__(
         self, q_ids: Any, k_ids: Any, q_vectors: tuple, kv_vectors: tuple, pairs: tuple
     ) -> Any:
-        """Natural units, f32, broadcasting over the ids: see ``call.Scores``."""
+        """Natural units, broadcasting over the ids: see ``call.Scores``."""
         at = Jax(q_ids, k_ids)
         arrays: dict[Layout, tuple] = {
             "q": q_vectors,
@@ -121,7 +122,7 @@ class KernelScore:
 
         def value(term: KernelTerm) -> Any:
             parts = [
-                jnp.asarray(evaluate(expr, at)).astype(jnp.float32)
+                jnp.asarray(evaluate(expr, at)).astype(self.dtype)
                 for expr in term.exprs
             ]
             # Columns and rows before tiles: they are cheaper to multiply.

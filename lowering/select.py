@@ -227,7 +227,9 @@ def from_kinds(kinds: jax.Array, owners: Owners, like: BlockMask) -> BlockMask:
     ends = jnp.where(flat != after, column, columns)
     stop = jax.lax.cummin(ends, axis=1, reverse=True) + 1
     count = jnp.sum(opens, axis=1, dtype=jnp.int32)
-    row_ptr = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count)])
+    row_ptr = jnp.concatenate(
+        [jnp.zeros(1, jnp.int32), jnp.cumsum(count, dtype=jnp.int32)]
+    )
     max_runs = max(1, like.max_blocks)
     capacity = len(flat) * max_runs
     slot = row_ptr[:-1, None] + jnp.cumsum(opens, axis=1, dtype=jnp.int32) - 1

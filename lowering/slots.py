@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from lowering.adjoint import linear
+from pallas_kernels.precision import wide
 from pallas_kernels.varying import vary
 
 
@@ -52,7 +53,7 @@ def add_up(
     As many passes as the most slots that a position has, each of which adds one slot to
     every position.
     """
-    return linear(_add_up, _take, y, slots, dtype=_wide(y))
+    return linear(_add_up, _take, y, slots, dtype=wide(y.dtype))
 
 
 def _take(x: Array, slots: Slots) -> Array:
@@ -62,7 +63,7 @@ def _take(x: Array, slots: Slots) -> Array:
 
 def _add_up(y: Array, slots: Slots) -> Array:
     first, counts = slots.start[:, :-1], slots.counts
-    dtype = _wide(y)
+    dtype = wide(y.dtype)
 
     def add_one(i: Any, total: Array) -> Array:
         at = jnp.minimum(first + i, y.shape[1] - 1)
@@ -72,7 +73,3 @@ def _add_up(y: Array, slots: Slots) -> Array:
 
     zero = jnp.zeros((*first.shape, y.shape[2]), dtype)
     return jax.lax.fori_loop(0, counts.max(), add_one, vary(zero, y, slots))
-
-
-def _wide(y: Array) -> Any:
-    return jnp.float64 if y.dtype == jnp.float64 else jnp.float32

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.config import Tiles
+from pallas_kernels.precision import widened
 from pallas_kernels.softmax import LOG2_E
 
 # predicate(test, q_ids, k_ids, q_vectors, kv_vectors, bits) -> bool tile. ``test`` is
@@ -20,10 +21,10 @@ from pallas_kernels.softmax import LOG2_E
 # ``Vectors.bits``. It must be hashable and equal by content.
 Predicate = Callable[[Any, Any, Any, tuple, tuple, tuple], Any]
 
-# scores(q_ids, k_ids, q_values, kv_values, pairs) -> f32 in natural units, added to the
-# scaled, capped scores of every tile, full ones too. The ids are as above; the values
-# are f32, shaped like the ids they belong to, and ``pairs`` are tiles over both, one
-# for each of ``ScoreValues.pairs``. Hashable and equal by content, too.
+# scores(q_ids, k_ids, q_values, kv_values, pairs) -> floats in natural units, added to
+# the scaled, capped scores of every tile, full ones too. The ids are as above; the
+# values are floats, shaped like the ids they belong to, and ``pairs`` are tiles over
+# both, one for each of ``ScoreValues.pairs``. Hashable and equal by content, too.
 Scores = Callable[[Any, Any, tuple, tuple, tuple], Any]
 
 # Bits in a word of PairBits.
@@ -70,8 +71,8 @@ class ScoreValues(NamedTuple):
     ``kv_seq_len``).
     """
 
-    q: tuple[Float32[Array, "_batch _heads _q"], ...] = ()
-    kv: tuple[Float32[Array, "_batch _heads _kv"], ...] = ()
+    q: tuple[Float[Array, "_batch _heads _q"], ...] = ()
+    kv: tuple[Float[Array, "_batch _heads _kv"], ...] = ()
     pairs: tuple[PairValues, ...] = ()
 
 
@@ -141,7 +142,7 @@ class Outputs(NamedTuple):
     """What a forward pass yields; an empty row has ``o == 0`` and ``lse == -inf``."""
 
     o: Float[Array, "batch q_heads q head_dim_v"]  # in the dtype of q
-    lse: Float32[Array, "batch q_heads q"]  # natural logarithm
+    lse: Float[Array, "batch q_heads q"]  # natural logarithm
 
 
 class Cotangents(NamedTuple):
@@ -150,18 +151,18 @@ class Cotangents(NamedTuple):
     Where ``lse == -inf``, ``delta`` is 0, and ``do`` may be anything.
     """
 
-    lse: Float32[Array, "batch q_heads q"]  # the natural lse of the forward pass
+    lse: Float[Array, "batch q_heads q"]  # the natural lse of the forward pass
     do: Float[Array, "batch q_heads q head_dim_v"]
-    delta: Float32[Array, "batch q_heads q"]
+    delta: Float[Array, "batch q_heads q"]
 
 
 def cotangents_of(outputs: Outputs, cotangent: Outputs) -> Cotangents:
     """What a backward pass starts from, given the outputs and their cotangents."""
     o, lse = outputs
     do, dlse = cotangent
-    products = o.astype(jnp.float32) * do.astype(jnp.float32)
+    products = widened(o) * widened(do)
     # CPUs add up the last axis of an array one number at a time, but for dots.
-    ones = jnp.ones(o.shape[-1], jnp.float32)
+    ones = jnp.ones(o.shape[-1], products.dtype)
     delta = jnp.matmul(products, ones, precision="highest") - dlse
     # An empty row is constant: nothing flows back through it.
     return Cotangents(lse, do, jnp.where(jnp.isneginf(lse), 0.0, delta))

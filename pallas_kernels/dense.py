@@ -20,6 +20,7 @@ from pallas_kernels.call import (
     ScoreValues,
     Vectors,
 )
+from pallas_kernels.precision import widened
 
 
 def allowed(
@@ -75,12 +76,12 @@ def forward(inputs: Inputs, vectors: Vectors, tests: Any, call: Call) -> Outputs
     s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
     s = softmax.cap(s * call.scale, call.logits_soft_cap, call.unit)
     s = softmax.mask(s if on_top is None else s + on_top, pairs)
-    top = jnp.maximum(s.max(axis=-1, keepdims=True), softmax.FLOOR)
+    top = jnp.maximum(s.max(axis=-1, keepdims=True), softmax.least(s.dtype))
     p = softmax.power(s - jax.lax.stop_gradient(top), call.unit)
     l = p.sum(axis=-1, keepdims=True)
     some = l != 0
     l = jnp.where(some, l, 1.0)
-    factor = _factor(vectors, call)
+    factor = _factor(vectors, call, s.dtype)
     p = p / l if factor is None else p / l * factor
     o = jnp.einsum("bhqk,bhkd->bhqd", p, v, precision="highest")
     lse = jnp.where(some, top * (1 / call.unit) + jnp.log(l), -jnp.inf)
@@ -101,7 +102,7 @@ class _Rows(NamedTuple):
 def _rows(
     inputs: Inputs, cotangents: Cotangents, vectors: Vectors, tests: Any, call: Call
 ) -> _Rows:
-    lse, do, delta = (x.astype(jnp.float32)[..., None] for x in cotangents)
+    lse, do, delta = (widened(x)[..., None] for x in cotangents)
     do = jnp.where(jnp.isneginf(lse), 0.0, do[..., 0])
     pairs = allowed(vectors, tests, inputs.q.shape, inputs.k.shape[2], call)
     pairs, on_top = _with_scores(pairs, vectors, call)
@@ -112,7 +113,7 @@ def _rows(
     total = softmax.mask(s if on_top is None else s + on_top, pairs)
     p, dadded = softmax.score_gradient(
         total, softmax.lse_for_backward(lse, call.unit), dp, delta,
-        factor=_factor(vectors, call), unit=call.unit,
+        factor=_factor(vectors, call, s.dtype), unit=call.unit,
     )  # fmt: skip
     ds = dadded * softmax.cap_slope(s, call.logits_soft_cap, call.unit)
     return _Rows(Inputs(q, k, v), do, p, dadded, ds)
@@ -167,7 +168,7 @@ def on_all_pairs(
 
 def _present(inputs: Inputs, pairs: jax.Array) -> Inputs:
     """The inputs in f32 with the keys of every query head, 0 for who is in no pair."""
-    q, k, v = (x.astype(jnp.float32) for x in inputs)
+    q, k, v = map(widened, inputs)
     group = q.shape[1] // k.shape[1]
     sees, seen = pairs.any(axis=-1)[..., None], pairs.any(axis=-2)[..., None]
     k, v = (jnp.where(seen, jnp.repeat(x, group, axis=1), 0.0) for x in (k, v))
@@ -185,9 +186,9 @@ def _with_scores(
     return pairs & ~out, jnp.where(out, 0.0, found)
 
 
-def _factor(vectors: Vectors, call: Call) -> jax.Array | None:
+def _factor(vectors: Vectors, call: Call, dtype: Any) -> jax.Array | None:
     """What dropout multiplies the weights by; None for none."""
     if not call.dropout_rate:
         return None
     queries, keys = vectors.q[-1][..., :, None], vectors.kv[-1][..., None, :]
-    return dropout.factor(queries, keys, call.dropout_rate)
+    return dropout.factor(queries, keys, call.dropout_rate, dtype)

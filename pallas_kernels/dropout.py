@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 # 0x7feb352d, 0x846ca68b and, from the golden ratio, 0x9e3779b9.
 FIRST, SECOND, STEP = 0x7FEB352D, -0x7B935975, -0x61C88647
@@ -51,8 +51,11 @@ def key_seeds(positions: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
 
 
 def factor(
-    queries: Int32[Array, "..."], keys: Int32[Array, "..."], rate: float
-) -> Float32[Array, "..."]:
+    queries: Int32[Array, "..."],
+    keys: Int32[Array, "..."],
+    rate: float,
+    dtype: Any = jnp.float32,
+) -> Float[Array, "..."]:
     """What the weights of a tile are multiplied by: 0 or ``1 / (1 - rate)``.
 
     The seeds broadcast against one another, in either orientation.
@@ -62,7 +65,8 @@ def factor(
     # The last step of ``mix`` leaves the high bits as they are, which decide.
     x = _multiply(x, SECOND)
     limit = min(round(rate * 2**32), 2**32 - 1) - 2**31
-    return jnp.where(x >= limit, 1 / (1 - rate), 0.0)
+    kept, none = (jnp.dtype(dtype).type(y) for y in (1 / (1 - rate), 0))
+    return jnp.where(x >= limit, kept, none)
 
 
 def _shifted(x: jax.Array, count: int) -> jax.Array:

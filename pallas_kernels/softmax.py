@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from pallas_kernels.precision import wide
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 MASKED = -math.inf
-# What a running maximum starts at.
-FLOOR = float(np.finfo(np.float32).min)
 # The lse, in a backward pass, of queries that see no key: their weights are 0.
 ABSENT = math.inf
 
@@ -43,27 +42,34 @@ class Carry(NamedTuple):
     l: Any  # f32 [rows, lanes]
 
 
-def start(rows: int, head_dim_v: int, lanes: int = 1) -> Carry:
+def least(dtype: Any) -> float:
+    """The least finite number: what a running maximum starts at."""
+    return float(jnp.finfo(dtype).min)
+
+
+def start(
+    rows: int, head_dim_v: int, lanes: int = 1, dtype: Any = jnp.float32
+) -> Carry:
     """Nothing folded yet."""
     return Carry(
-        jnp.zeros((rows, head_dim_v), jnp.float32),
-        jnp.full((rows, lanes), FLOOR, jnp.float32),
-        jnp.zeros((rows, lanes), jnp.float32),
+        jnp.zeros((rows, head_dim_v), dtype),
+        jnp.full((rows, lanes), least(dtype), dtype),
+        jnp.zeros((rows, lanes), dtype),
     )
 
 
 def dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
-    """``a`` times ``b`` over one axis of each, accumulated in f32.
+    """``a`` times ``b`` over one axis of each, accumulated in f32 (f64 of f64).
 
-    f32 operands are multiplied in full precision: chips default to less.
+    Both are multiplied in full precision, where chips default to less.
     """
-    exact = a.dtype == jnp.float32
+    exact = a.dtype.itemsize >= 4
     return jax.lax.dot_general(
         a,
         b,
         (((contract[0],), (contract[1],)), ((), ())),
         precision=jax.lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=wide(a.dtype),
     )
 
 

@@ -6,14 +6,14 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Integer
+from jaxtyping import Array, Float, Integer
 
 from lowering import pipeline
 from lowering.counts import Plan
 from lowering.pipeline import Problem, Stages
 from pallas_kernels import dispatch
 from pallas_kernels.config import KernelConfig
+from pallas_kernels.precision import wide
 from sadsl import by_heads, checks, mixtures, routing
 from sadsl.evaluate import evaluate, options_of, traced_scale
 from sadsl.execution import call_arrays, chosen_parts
@@ -48,7 +48,7 @@ def attention(
     Float[Array, "batch q_seq num_q_heads head_dim_v"]
     | tuple[
         Float[Array, "batch q_seq num_q_heads head_dim_v"],
-        Float32[Array, "batch num_q_heads q_seq"],
+        Float[Array, "batch num_q_heads q_seq"],
     ]
 ):
     """Attention over the pairs that ``spec`` selects.
@@ -60,7 +60,9 @@ def attention(
 
     Args:
       q, k, v: float32, bfloat16 or float16, all of one dtype; the number of heads of q
-        is a multiple of that of k and v. Products accumulate in float32.
+        is a multiple of that of k and v. Products accumulate in float32. With "xla" and
+        "reference" also float64, which everything but a choice is then computed in;
+        without ``jax_enable_x64``, JAX itself makes float32 of it.
       spec: an index map, a term such as ``softmax(map, ...)`` or ``joint(a, b)``, or
         their text.
       q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``. Those
@@ -73,7 +75,8 @@ def attention(
       sm_scale: factor before the softmax; ``head_dim ** -0.5`` if None. It may be
         traced, and has a gradient: then q, k and v are multiplied in float32.
       q_offset: the position of the first query, as decoding needs.
-      return_lse: also return the natural log-sum-exp, f32; it has a gradient.
+      return_lse: also return the natural log-sum-exp, f32 (f64 for f64); it has a
+        gradient.
       impl: "xla", "tpu", "triton", "reference" (dense), or None for the default device.
       interpret: run Pallas kernels in an interpreter (True, or its parameters).
       config: block sizes and pipelining; never changes the result.
@@ -104,6 +107,7 @@ def attention(
         config=config or KernelConfig(),
         dropout_rate=rate,
     )
+    checks.precision(q.dtype, setting.impl)
     out, lse = evaluate((q, k, v), term, given, setting)
     if not return_lse:
         return out
@@ -112,7 +116,7 @@ def attention(
             f"return_lse=True: {term!r} has more than one normaliser, so that no "
             "single log-sum-exp belongs to a query: leave it False"
         )
-    return out, lse.astype(jnp.float32)
+    return out, lse.astype(wide(q.dtype))
 
 
 def _given(

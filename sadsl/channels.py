@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.precision import wide
 from sadsl.call_text import call_text
 from sadsl.term import DROPOUT_KEY, Evaluate, Inputs, Outcome, Setting, Term
 
@@ -92,8 +93,9 @@ def attend(
 @jax.jit
 def _attended(q: Array, k: Array, v: Array, *, scale: Any) -> Array:
     heads, kv_heads, dim = q.shape[2], *k.shape[2:]
-    wide = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
-    products = partial(jnp.einsum, preferred_element_type=wide, precision="highest")
+    products = partial(
+        jnp.einsum, preferred_element_type=wide(q.dtype), precision="highest"
+    )
     grouped = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, dim)
     scores = products("bnhgc,bnhd->bhgcd", grouped, k) * scale
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

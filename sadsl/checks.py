@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowering.pipeline import Problem
+from pallas_kernels.precision import wide
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -80,7 +81,7 @@ def _check_sizes(q: Shape, k: Shape, v: Shape) -> None:
 
 
 def scale(sm_scale: Any, head_dim: int) -> Any:
-    """The factor of the scores: a Python float, or a traced float32 scalar.
+    """The factor of the scores: a Python float, or a traced scalar, float32 at least.
 
     Raises:
       ValueError: it is not one number.
@@ -93,8 +94,21 @@ def scale(sm_scale: Any, head_dim: int) -> Any:
             "q by factors that differ"
         )
     if isinstance(sm_scale, jax.core.Tracer):
-        return sm_scale.astype(jnp.float32)
+        return sm_scale.astype(wide(sm_scale.dtype))
     return float(sm_scale)
+
+
+def precision(dtype: Any, impl: str) -> None:
+    """Refuses float64 where there are only kernels.
+
+    Raises:
+      NotImplementedError: this backend has no float64.
+    """
+    if dtype == jnp.float64 and impl not in ("reference", "xla"):
+        raise NotImplementedError(
+            f"impl={impl!r} takes float32, bfloat16 or float16, not float64: cast, or "
+            "use impl='xla' or impl='reference'"
+        )
 
 
 def dropout(rate: Any, key: Any) -> float:

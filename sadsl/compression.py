@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.precision import wide, widened
 from sadsl.call_text import call_text
 from sadsl.maps import IndexMap, at_least
 from sadsl.named import full, where
@@ -114,8 +115,7 @@ def attend(
     q, k, v = inputs
     batch, length, heads, _ = q.shape
     if not term.num_blocks(k.shape[1]):
-        wide = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
-        lse = jnp.full((batch, heads, length), -jnp.inf, wide)
+        lse = jnp.full((batch, heads, length), -jnp.inf, wide(q.dtype))
         return Outcome(jnp.zeros((*q.shape[:3], v.shape[-1]), q.dtype), lse)
     short_k, short_v = (
         shortened(x, term, name, given) for x, name in ((k, term.key), (v, term.value))
@@ -161,8 +161,8 @@ def shortened(
 def _means(
     x: Float[Array, "batch seq heads dim"], *, length: int, stride: int
 ) -> Float[Array, "batch blocks heads dim"]:
-    wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    summed = widened(x)
     window, step = (1, length, 1, 1), (1, stride, 1, 1)
-    zero = np.zeros((), wide.dtype)
-    total = jax.lax.reduce_window(wide, zero, jax.lax.add, window, step, "valid")
+    zero = np.zeros((), summed.dtype)
+    total = jax.lax.reduce_window(summed, zero, jax.lax.add, window, step, "valid")
     return (total / length).astype(x.dtype)

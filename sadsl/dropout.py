@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from lowering.orders import Layouts
 from lowering.pipeline import Problem
@@ -72,13 +72,13 @@ def with_seeds(
 
 
 def of_all_pairs(
-    arrays: Mapping[str, Array], batch: int, problem: Problem, rate: float
-) -> Float32[Array, "batch heads q kv"]:
+    arrays: Mapping[str, Array], batch: int, problem: Problem, rate: float, dtype: Any
+) -> Float[Array, "batch heads q kv"]:
     """What every weight is multiplied by: 0 or ``1 / (1 - rate)``."""
     q, kv = (x[None, None] for x in _positions(problem))
     seeds = _query_seeds(arrays, q, batch, problem)
     keys = dropout.key_seeds(kv)
-    return dropout.factor(seeds[..., :, None], keys[..., None, :], rate)
+    return dropout.factor(seeds[..., :, None], keys[..., None, :], rate, dtype)
 
 
 def _query_seeds(

@@ -17,6 +17,7 @@ from lowering.verify_scores import verify_scores
 from pallas_kernels import dispatch
 from pallas_kernels.call import Call, Inputs, Masks, Vectors
 from pallas_kernels.config import KernelConfig, Tiles
+from pallas_kernels.precision import wide, widened
 from sadsl import checks, dropout, reference
 from sadsl.selections.content import (
     Content,
@@ -143,9 +144,8 @@ def _run(
     # Kernels have their scale as a constant. All three are widened: the product of q
     # and the scale is not rounded, and kernels take arrays of one dtype.
     dtype, scale = q.dtype, arrays[TRACED_SCALE]
-    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    q, k, v = (x.astype(wide) for x in (q, k, v))
-    q = q * scale.astype(wide)
+    q, k, v = map(widened, (q, k, v))
+    q = q * scale.astype(q.dtype)
     out, lse = run(q, k, v, chosen, replace(options, sm_scale=1.0))
     return out.astype(dtype), lse
 
@@ -210,13 +210,13 @@ def _dense(
     allowed = reference.pairs(nodes, problem.q_seq_len, problem.kv_seq_len, arrays)
     factor, rate = None, options.dropout_rate
     if rate:
-        factor = dropout.of_all_pairs(arrays, q.shape[0], problem, rate)
-    out, lse = reference.attention(
+        dtype = wide(q.dtype)
+        factor = dropout.of_all_pairs(arrays, q.shape[0], problem, rate, dtype)
+    return reference.attention(
         q, k, v, allowed,
         sm_scale=options.sm_scale, logits_soft_cap=options.term.logits_soft_cap,
         bias=_dense_bias(arrays, options, q.dtype), factor=factor,
     )  # fmt: skip
-    return out, lse.astype(jnp.float32)
 
 
 def without_missing(node: ir.Pred, arrays: Mapping[str, Array]) -> ir.Pred:
@@ -245,7 +245,7 @@ def _dense_bias(
         jnp.arange(problem.kv_seq_len, dtype=jnp.int32)[None, None, None, :],
         problem,
         arrays,
-        dtype=jnp.float64 if dtype == jnp.float64 else jnp.float32,
+        dtype=wide(dtype),
     )
     return score_values.dense(scores.resolved(options.score, problem), places)
 
@@ -253,13 +253,9 @@ def _dense_bias(
 def _kernels(
     q: Array, k: Array, v: Array, arrays: Mapping[str, Array], options: Options
 ) -> tuple[Array, Array]:
-    if q.dtype == jnp.float64:
-        raise NotImplementedError(
-            f"impl={options.impl!r} takes float32, bfloat16 or float16, not float64: "
-            "cast, or use impl='reference'"
-        )
     tiles = choose_tiles(options, q.shape[-1], v.shape[-1], q.dtype)
-    ready = prepare(arrays, options, tiles)
+    dtype = wide(q.dtype)
+    ready = prepare(arrays, options, tiles, dtype)
     layouts, orders = ready.stages.layouts, ready.orders
     if layouts is not None:
         # Before the heads come to the front: the two are one change of layout.
@@ -268,7 +264,7 @@ def _kernels(
     if orders is not None:
         q, k, v = orders.to_slots(q, k, v)
     inputs = Inputs(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
-    call, vectors = kernel_call(options, ready.stages, tiles), ready.vectors
+    call, vectors = kernel_call(options, ready.stages, tiles, dtype), ready.vectors
     if options.dropout_rate:
         order, problem = layouts or orders, options.problem
         vectors = dropout.with_seeds(vectors, arrays, q.shape[0], problem, order)
@@ -290,7 +286,12 @@ class Prepared(NamedTuple):
     orders: sort.Orders | None
 
 
-def prepare(arrays: Mapping[str, Array], options: Options, tiles: Tiles) -> Prepared:
+def prepare(
+    arrays: Mapping[str, Array],
+    options: Options,
+    tiles: Tiles,
+    dtype: Any = jnp.float32,
+) -> Prepared:
     """The order, the vectors and the plans, made at run time where content decides."""
     stages, orders = options.arranged(tiles), None
     if options.sorted_by is not None:
@@ -299,7 +300,7 @@ def prepare(arrays: Mapping[str, Array], options: Options, tiles: Tiles) -> Prep
     vectors = call_vectors(stages, arrays, tiles)
     lowered = options.lowered_score
     if lowered is not None:
-        added = score_values.values(lowered, options.problem, arrays)
+        added = score_values.values(lowered, options.problem, arrays, dtype)
         vectors = vectors._replace(scores=added)
     if run_time.is_run_time(stages):
         masks = run_time.masks(stages, tiles, vectors)
@@ -320,7 +321,9 @@ def call_vectors(stages: Stages, arrays: Mapping[str, Array], tiles: Tiles) -> V
     )
 
 
-def kernel_call(options: Options, stages: Stages, tiles: Tiles) -> Call:
+def kernel_call(
+    options: Options, stages: Stages, tiles: Tiles, dtype: Any = jnp.float32
+) -> Call:
     """The static part of the kernel call."""
     score = options.lowered_score
     return Call(
@@ -329,7 +332,7 @@ def kernel_call(options: Options, stages: Stages, tiles: Tiles) -> Call:
         tiles=tiles,
         logits_soft_cap=options.term.logits_soft_cap,
         interpret=options.interpret,
-        scores=None if score is None else score.kernel,
+        scores=None if score is None else replace(score.kernel, dtype=dtype),
         learned_scores=score is not None and score.learned,
         dropout_rate=options.dropout_rate,
     )

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels.linear import STRONGEST
+from pallas_kernels.precision import wide, widened
 from sadsl import checks
 from sadsl.linear import FEATURES, Linear
 
@@ -38,7 +39,7 @@ def features_of(
         phi = FEATURES[phi]
 
     def apply(x: Array, name: str) -> Array:
-        y = phi(x.astype(wide(x.dtype)))
+        y = phi(widened(x))
         if y.shape[:-1] != x.shape[:-1]:
             raise ValueError(
                 f"{term!r}: the feature map turns {name} of shape {x.shape} into "
@@ -149,11 +150,6 @@ def segment_ids(name: str, given: Mapping[str, Any], shape: tuple[int, ...]) -> 
     if ids.shape not in (shape[1:], (1, *shape[1:]), shape):
         raise ValueError(f"{name} has shape {ids.shape}: it must be {shape}")
     return jnp.broadcast_to(ids.astype(jnp.int32), shape)
-
-
-def wide(dtype: Any) -> Any:
-    """What is computed in: float32, or float64 for float64."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def clipped(log_decay: Any) -> Any:

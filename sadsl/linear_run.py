@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from pallas_kernels import linear as kernels
 from pallas_kernels.linear.algebra import normalised
+from pallas_kernels.precision import wide
 from sadsl.linear import Kind, Linear
 from sadsl.linear_documents import (
     Documents,
@@ -25,7 +26,6 @@ from sadsl.linear_given import (
     features_of,
     log_decays,
     segment_ids,
-    wide,
 )
 from sadsl.symbolic_batch import KNOWN_SIZES, entry_by_entry, is_symbolic
 from sadsl.term import Evaluate, Inputs, Outcome, Setting
@@ -80,11 +80,6 @@ def attend(
             "to drop: use 0"
         )
     q, k, v = inputs
-    if q.dtype == jnp.float64 and setting.impl != "reference":
-        raise NotImplementedError(
-            f"impl={setting.impl!r} takes float32, bfloat16 or float16, not float64: "
-            "cast, or use impl='reference'"
-        )
     ids, known, there = None, None, Present(None, None)
     if term.kind.segments:
         ids = (
@@ -305,7 +300,7 @@ def kernel_inputs(arrays: Arrays, starts: Array | None) -> kernels.Inputs:
     batch, seq, num_q_heads, features = q.shape
     heads = k.shape[2]
     if log_decay is not None:
-        log_decay = log_decay.astype(jnp.float32)
+        log_decay = log_decay.astype(wide(q.dtype))
         heads = max(heads, log_decay.shape[1])
         log_decay = jnp.broadcast_to(
             log_decay, (log_decay.shape[0], heads, log_decay.shape[2])
@@ -331,10 +326,9 @@ def _sums(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
     q, k, v, _, _ = arrays
     batch, seq, num_q_heads, features = q.shape
     # A sum over the keys outgrows f16; bf16 has the range.
-    narrow = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
-    product = partial(
-        jnp.einsum, precision="highest", preferred_element_type=jnp.float32
-    )
+    dtype = wide(q.dtype)
+    narrow = jnp.bfloat16 if q.dtype == jnp.bfloat16 else dtype
+    product = partial(jnp.einsum, precision="highest", preferred_element_type=dtype)
     q, k, v = (x.astype(narrow) for x in (q, k, v))
     q = q.reshape(batch, seq, k.shape[2], -1, features)
     s = product("bkhd,bkhe->bhde", k, v).astype(narrow)
@@ -342,8 +336,8 @@ def _sums(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
     out = out.reshape(batch, seq, num_q_heads, -1)
     if static.eps is None:
         return out, None
-    z = k.astype(jnp.float32).sum(axis=1)
-    total = product("bqhgd,bhd->bqhg", q.astype(jnp.float32), z)
+    z = k.astype(dtype).sum(axis=1)
+    total = product("bqhgd,bhd->bqhg", q.astype(dtype), z)
     total = total.reshape(batch, seq, num_q_heads, 1)
     out, total = normalised(out, total, static.eps)
     return out, total[..., 0]

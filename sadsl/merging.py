@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowering import adjoint
+from pallas_kernels.precision import widened
 from sadsl.term import Outcome
 
 
@@ -88,23 +89,19 @@ def with_sink(
 @jax.jit
 def mean(outs: tuple[Array, ...]) -> Array:
     """The mean of outputs, accumulated in float32 at least."""
-    total = _sum([_wide(out) for out in outs])
+    total = _sum([widened(out) for out in outs])
     return (total / len(outs)).astype(outs[0].dtype)
 
 
 @jax.jit
 def gated_sum(outs: tuple[Array, ...], gates: Float[Array, "... parts"]) -> Array:
     """The sum of outputs, each times its gate ``[batch or 1, q_seq, heads]``."""
-    wide = [_wide(out) for out in outs]
+    wide = [widened(out) for out in outs]
     weight = gates.astype(wide[0].dtype)
     shape = wide[0].shape[:-1]
     each = [jnp.broadcast_to(weight[..., m], shape) for m in range(len(wide))]
     total = _sum([_times(w, out) for w, out in zip(each, wide, strict=True)])
     return total.astype(outs[0].dtype)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def _sum(arrays: Sequence[Array]) -> Array:

@@ -13,6 +13,7 @@ from lowering import ir
 from lowering.fits import INT32, exact, known_of, within
 from lowering.hoist import look_up
 from lowering.predicate import NumPy, evaluate
+from pallas_kernels.precision import wide
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def attention(
     Keys that no query sees, and queries that see no key, may hold anything. Dropout
     multiplies the normalised weights by ``factor``.
     """
-    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    dtype = wide(q.dtype)
     group = q.shape[2] // k.shape[2]
     wide_q, wide_k, wide_v = (x.astype(dtype) for x in (q, k, v))
     wide_k, wide_v = (jnp.repeat(x, group, axis=2) for x in (wide_k, wide_v))

@@ -22,6 +22,7 @@ from lowering.fits import exact, known_of
 from lowering.hoist import AtPositions, evaluate_outside
 from lowering.pipeline import Problem
 from lowering.slots import Slots, add_up, slots_of, take
+from pallas_kernels.precision import wide
 from pallas_kernels.varying import vary
 from sadsl import checks, execution, reference
 from sadsl.execution import Options
@@ -280,14 +281,17 @@ def _dense(
         seen = jnp.swapaxes(jnp.any(v != 0, axis=-1), 1, 2)
         allowed &= jnp.repeat(seen, q.shape[2] // k.shape[2], axis=1)[:, :, None]
     own = np.eye(*lengths, dtype=bool)[None, None]
-    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    dtype = wide(q.dtype)
     wide_q, wide_k, wide_v = (x.astype(dtype) for x in inputs)
 
     def add(
         total: tuple[Array, Array], of: Members
     ) -> tuple[tuple[Array, Array], None]:
         in_q, in_k = (
-            jnp.any(at[..., None] == np.arange(n).reshape(1, 1, 1, n), axis=2)
+            jnp.any(
+                at[..., None] == np.arange(n, dtype=np.int32).reshape(1, 1, 1, n),
+                axis=2,
+            )
             for at, n in zip(of, lengths, strict=True)
         )
         pairs = allowed & in_q[..., None] & in_k[:, :, None]

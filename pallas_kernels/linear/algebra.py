@@ -13,7 +13,8 @@ gradient is never written down: backends differentiate ``read`` and ``write`` by
 LightNet) is a rule whose ``reads``, ``writes`` and ``carry`` scale features. A delta
 rule needs one function more, the values less what the state holds of them already.
 
-Everything is f32; ``dot`` rounds the operands of a product to the dtype of the inputs.
+Everything is f32 (f64 for f64); ``dot`` rounds the operands of a product to the dtype
+of the inputs.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.precision import wide
 
 # dot(a, b, (axis of a, axis of b)), accumulated in f32.
 Dot: TypeAlias = Callable[[Any, Any, tuple[int, int]], Any]
@@ -181,8 +184,9 @@ def _carry(marks: Marks) -> Pair | None:
     if marks.fine is not None and marks.coarse is not None:
         factor = jnp.exp(_last(marks.coarse.row) + _last(marks.fine.row))
     if marks.run is not None:
-        kept = 1.0 if factor is None else factor
-        factor = jnp.where(_last(marks.run.row) == 0, kept, 0.0)
+        last = _last(marks.run.row)
+        kept = jnp.ones_like(last) if factor is None else factor
+        factor = jnp.where(last == 0, kept, 0.0)
     return None if factor is None else Pair(factor, factor)
 
 
@@ -213,14 +217,14 @@ def kernel_dot(dtype: Any) -> Dot:
 
 
 def _product(a: Any, b: Any, contract: tuple[int, int], *, dtype: Any) -> Any:
-    # f32 operands are multiplied in full precision: chips default to less.
-    exact = dtype == jnp.float32
+    # What is not rounded is multiplied in full precision: chips default to less.
+    exact = dtype.itemsize >= 4
     return jax.lax.dot_general(
         a.astype(dtype),
         b.astype(dtype),
         (((contract[0],), (contract[1],)), ((), ())),
         precision=jax.lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=wide(dtype),
     )
 
 

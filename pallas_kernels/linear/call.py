@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.linear.algebra import Marks, Rule
 
@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
     q: Float[Array, "batch heads group seq features"]
     k: Float[Array, "batch heads seq features"]
     v: Float[Array, "batch heads seq head_dim_v"]
-    log_decay: Float32[Array, "_batch heads seq"] | None = None
+    log_decay: Float[Array, "_batch heads seq"] | None = None
     starts: Bool[Array, "_batch seq"] | None = None
 
 
@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
     """
 
     out: Float[Array, "batch heads group seq head_dim_v"]  # in the dtype of q
-    total: Float32[Array, "batch heads group seq"] | None
+    total: Float[Array, "batch heads group seq"] | None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.linear import marks, tpu, triton, xla
 from pallas_kernels.linear.algebra import Marks, State
 from pallas_kernels.linear.call import Call, Chunks, Inputs, Outputs, Rows
+from pallas_kernels.precision import wide
 from pallas_kernels.varying import alike
 
 KERNELS: dict[str, ModuleType] = {"tpu": tpu, "triton": triton}
@@ -67,7 +68,7 @@ def chunked(inputs: Inputs, chunk: int) -> Chunks:
         flat(inputs.q, 3),
         flat(inputs.k, 2),
         flat(inputs.v, 2),
-        marks.of_chunks(decay, starts, chunk),
+        marks.of_chunks(decay, starts, chunk, wide(inputs.q.dtype)),
     )
 
 

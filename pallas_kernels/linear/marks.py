@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.linear.algebra import Marks, Pair
 
@@ -17,9 +17,10 @@ LONGEST_CHUNK = 512
 
 
 def of_chunks(
-    log_decay: Float32[Array, "heads padded"] | None,
+    log_decay: Float[Array, "heads padded"] | None,
     starts: Bool[Array, "heads padded"] | None,
     chunk: int,
+    dtype: Any = jnp.float32,
 ) -> Marks:
     """The marks of all chunks, arrays ``[heads, chunks, chunk]``.
 
@@ -33,7 +34,7 @@ def of_chunks(
         coarse = _summed(grains, chunk)
         fine = _summed(decay - grains, chunk)
     if starts is not None:
-        run = _summed(starts.astype(jnp.float32), chunk)
+        run = _summed(starts.astype(dtype), chunk)
     return Marks(fine, coarse, run)
 
 

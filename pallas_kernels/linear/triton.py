@@ -19,6 +19,7 @@ from pallas_kernels.linear import algebra, gradient, marks
 from pallas_kernels.linear.algebra import Keys, Marks, Pair, State
 from pallas_kernels.linear.call import Call, Chunks, Rows
 from pallas_kernels.linear.xla import by_chunk, empty, keys_of
+from pallas_kernels.loops import repeat
 from pallas_kernels.triton.launch import pad
 from pallas_kernels.triton.tiles import SMALLEST, power_of_two
 from pallas_kernels.varying import shape_like
@@ -102,7 +103,7 @@ def _updates(chunks: Chunks, call: Call) -> tuple[State, Pair | None]:
     """What each chunk adds to the state, ``[heads, chunks, ...]``, and its factor."""
     rule, dot = call.rule, algebra.plain_dot(chunks.v.dtype)
     heads, _, features = chunks.k.shape
-    start = empty(rule, heads, features, chunks.v.shape[-1])
+    start = empty(rule, heads, features, chunks.v.shape[-1], jnp.float32)
     start = jax.tree.map(lambda x: x[0], start)
 
     def of_chunk(keys: Keys) -> tuple[State, Pair | None]:
@@ -209,7 +210,11 @@ def _summed(of: Callable[[Any], Any], members: int) -> Any:
 
     # A loop would keep the sum in registers where a single member needs none.
     first = of(0)
-    return first if members == 1 else jax.lax.fori_loop(1, members, add, first)
+    return (
+        first
+        if members == 1
+        else repeat(members - 1, lambda g, total: add(g + 1, total), first)
+    )
 
 
 def _keys(refs: Chunks) -> Keys:

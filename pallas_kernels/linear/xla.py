@@ -15,9 +15,8 @@ from pallas_kernels.linear import algebra
 from pallas_kernels.linear.algebra import Keys, Marks, Rule, State
 from pallas_kernels.linear.call import Call, Chunks, Rows
 from pallas_kernels.linear.marks import pairs
+from pallas_kernels.precision import wide, widened
 from pallas_kernels.varying import vary
-
-DOT = algebra.plain_dot(jnp.float32)
 
 
 def forward(chunks: Chunks, call: Call) -> Rows:
@@ -27,7 +26,7 @@ def forward(chunks: Chunks, call: Call) -> Rows:
     head_dim_v = chunks.v.shape[-1]
 
     def body(state: State, x: Chunks) -> tuple[State, Rows]:
-        q, keys = x.q.astype(jnp.float32), keys_of(x)
+        q, keys = widened(x.q), keys_of(x)
         out, total = _read(rule, q, keys, state)
         if total is not None:
             total = total[..., 0]
@@ -35,7 +34,7 @@ def forward(chunks: Chunks, call: Call) -> Rows:
 
     # The body of a scan is compiled by itself: nothing there to keep apart.
     body = jax.checkpoint(body, prevent_cse=False)
-    start = vary(empty(rule, heads, features, head_dim_v), chunks.k)
+    start = vary(empty(rule, heads, features, head_dim_v, wide(dtype)), chunks.k)
     _, (out, total) = jax.lax.scan(body, start, by_chunk(chunks, call.chunk))
     out = jnp.moveaxis(out, 0, 2).reshape(heads, group, padded, head_dim_v)
     if total is not None:
@@ -46,8 +45,8 @@ def forward(chunks: Chunks, call: Call) -> Rows:
 def final_state(chunks: Chunks, call: Call) -> State:
     """What is kept of all keys, with a leading axis of heads."""
     heads, _, features = chunks.k.shape
-    state = empty(call.rule, heads, features, chunks.v.shape[-1])
-    state = vary(state, chunks.k)
+    sizes = heads, features, chunks.v.shape[-1]
+    state = vary(empty(call.rule, *sizes, wide(chunks.k.dtype)), chunks.k)
 
     def body(state: State, x: Chunks) -> tuple[State, None]:
         return _write(call.rule, keys_of(x), state), None
@@ -60,25 +59,27 @@ def _read(
     rule: Rule, q: jax.Array, keys: Keys, state: State
 ) -> tuple[jax.Array, jax.Array | None]:
     """``algebra.read`` for all heads, and the queries of a group of each."""
-    member = jax.vmap(partial(algebra.read, rule, DOT), in_axes=(0, None, None))
+    member = jax.vmap(
+        partial(algebra.read, rule, algebra.plain_dot(q.dtype)), in_axes=(0, None, None)
+    )
     return jax.vmap(member)(q, keys, state)
 
 
 def _write(rule: Rule, keys: Keys, state: State) -> State:
-    return jax.vmap(partial(algebra.write, rule, DOT))(keys, state)
+    dot = algebra.plain_dot(keys.k.dtype)
+    return jax.vmap(partial(algebra.write, rule, dot))(keys, state)
 
 
-def empty(rule: Rule, heads: Any, features: int, head_dim_v: int) -> State:
+def empty(rule: Rule, heads: Any, features: int, head_dim_v: int, dtype: Any) -> State:
     """The state of no key, with a leading axis of heads."""
-    s = jnp.zeros((heads, features, head_dim_v), jnp.float32)
-    z = jnp.zeros((heads, 1, features), jnp.float32)
+    s = jnp.zeros((heads, features, head_dim_v), dtype)
+    z = jnp.zeros((heads, 1, features), dtype)
     return State(s, None if rule.eps is None else z)
 
 
 def keys_of(x: Chunks) -> Keys:
-    """The keys of a chunk of every head, or of all chunks, in f32."""
-    k, v = x.k.astype(jnp.float32), x.v.astype(jnp.float32)
-    return Keys(k, v, pairs(x.marks))
+    """The keys of a chunk of every head, or of all chunks, in the dtype of sums."""
+    return Keys(widened(x.k), widened(x.v), pairs(x.marks))
 
 
 def by_chunk(chunks: Chunks, chunk: int) -> Chunks:

@@ -182,7 +182,9 @@ def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
                 )
             ]
             return [
-                pltpu.make_async_copy(x, buffers[i].at[slot], semaphores.at[slot, i])
+                pltpu.make_async_copy(
+                    x, buffers[i].at[slot], semaphores.at[slot, jnp.int32(i)]
+                )
                 for i, x in enumerate(sources)
             ]
 
@@ -212,7 +214,7 @@ def _windows(of: Launch, row: Any, block: Any) -> list[tuple]:
     for x in of.tiles:
         plane, start = x.window_of(row, block)
         there = pl.ds(pl.multiple_of(start, x.step), x.width)
-        windows.append((plane, slice(None), there))
+        windows.append((jnp.asarray(plane, jnp.int32), slice(None), there))
     return windows
 
 
@@ -234,7 +236,8 @@ def _row_runs(
 
     def run_at(j: Any) -> _Run:
         first = word(2 * j)
-        return _Run(lax.shift_right_logical(first, 1), word(2 * j + 1), first & 1)
+        start = lax.shift_right_logical(first, jnp.int32(1))
+        return _Run(start, word(2 * j + 1), first & 1)
 
     return begin, end, run_at
 

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import softmax
 from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
+from pallas_kernels.loops import repeat
 from pallas_kernels.triton.launch import (
     compiler_params,
     everything,
@@ -179,7 +180,7 @@ def dkv_kernel(
         add_head = partial(of_head, careful=careful)
         if group == 1:
             return add_head(jnp.int32(0), carry)
-        return jax.lax.fori_loop(0, group, add_head, carry)
+        return repeat(group, add_head, carry)
 
     dk, dv = of_heads(careful=False)
     dk, dv = jax.lax.cond(

@@ -133,7 +133,7 @@ def _order(mask: BlockMask, np_or_jnp: Any) -> Int32s:
     length = mask.run_stop - mask.run_start
     before = np_or_jnp.concatenate([start, np_or_jnp.cumsum(length, dtype=np.int32)])
     total = before[mask.row_ptr[1:]] - before[mask.row_ptr[:-1]]
-    blocks = total.reshape(mask.num_maps, mask.num_rows).sum(axis=0)
+    blocks = total.reshape(mask.num_maps, mask.num_rows).sum(axis=0, dtype=np.int32)
     return np_or_jnp.argsort(-blocks, stable=True).astype(np.int32)
 
 

@@ -4,10 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import softmax
 from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
+from pallas_kernels.loops import repeat
 from pallas_kernels.varying import vary
 from pallas_kernels.xla import tile
 from pallas_kernels.xla.heads import HeadGroup, add_up, head_groups, join, pick
@@ -20,8 +21,8 @@ class Gradients(NamedTuple):
     """The gradients of a head group in blocks; those of keys add up in f32."""
 
     dq: Float[Array, "batch q_blocks block_q q_heads head_dim"]
-    dk: Float32[Array, "batch kv_heads kv_blocks block_kv head_dim"]
-    dv: Float32[Array, "batch kv_heads kv_blocks block_kv head_dim_v"]
+    dk: Float[Array, "batch kv_heads kv_blocks block_kv head_dim"]
+    dv: Float[Array, "batch kv_heads kv_blocks block_kv head_dim_v"]
 
 
 class Row(NamedTuple):
@@ -32,10 +33,10 @@ class Row(NamedTuple):
     """
 
     at: Int32[Array, ""]
-    q: Float32[Array, "b h gq head_dim"]
-    do: Float32[Array, "b h gq head_dim_v"]
-    lse: Float32[Array, "b h gq"]
-    delta: Float32[Array, "b h gq"]
+    q: Float[Array, "b h gq head_dim"]
+    do: Float[Array, "b h gq head_dim_v"]
+    lse: Float[Array, "b h gq"]
+    delta: Float[Array, "b h gq"]
 
 
 def row_of(
@@ -103,7 +104,7 @@ def _backward(
     def fold(fixed: Row, state: Any, block: Array, shown: tile.Shown) -> Any:
         total, dq = state
         k, v = (tile.gather(x, block, shown.seen) for x in (blocks.k, blocks.v))
-        factor = pairs.factor(fixed.at, block)
+        factor = pairs.factor(fixed.at, block, lse.dtype)
         p, ds = score_gradient(fixed, k, v, (shown, factor), (size, call))
         dq += tile.batched_dot(ds, k, contract=(1, 0))
         total = total._replace(
@@ -120,7 +121,7 @@ def _backward(
     total = Gradients(
         jnp.zeros_like(blocks.q),
         *(
-            jnp.zeros((batch, kv_heads, n, d, size_kv), jnp.float32)
+            jnp.zeros((batch, kv_heads, n, d, size_kv), lse.dtype)
             for _, n, size_kv, _, d in (blocks.k.shape, blocks.v.shape)
         ),
     )
@@ -134,11 +135,11 @@ def _backward(
 
 def score_gradient(
     row: Row,
-    k: Float32[Array, "b h k d"],
-    v: Float32[Array, "b h k dv"],
-    on_top: tuple[tile.Shown, Float32[Array, "..."] | None],
+    k: Float[Array, "b h k d"],
+    v: Float[Array, "b h k dv"],
+    on_top: tuple[tile.Shown, Float[Array, "..."] | None],
     options: tuple[int, Call],
-) -> tuple[Float32[Array, "b h gq k"], Float32[Array, "b h gq k"]]:
+) -> tuple[Float[Array, "b h gq k"], Float[Array, "b h gq k"]]:
     """``p`` and the gradient of ``q k^T`` of some blocks of a row.
 
     ``on_top`` are the pairs, and the factor of the weights.
@@ -152,13 +153,13 @@ def score_gradient(
 
 def gradient_of_added(
     row: Row,
-    k: Float32[Array, "b h k d"],
-    v: Float32[Array, "b h k dv"],
-    on_top: tuple[tile.Shown, Float32[Array, "..."] | None],
+    k: Float[Array, "b h k d"],
+    v: Float[Array, "b h k dv"],
+    on_top: tuple[tile.Shown, Float[Array, "..."] | None],
     options: tuple[int, Call],
 ) -> tuple[
-    Float32[Array, "b h g q k"], Float32[Array, "b h g q k"],
-    Float32[Array, "b h g q k"],
+    Float[Array, "b h g q k"], Float[Array, "b h g q k"],
+    Float[Array, "b h g q k"],
 ]:  # fmt: skip
     """Capped scores, ``p``, and the gradient of what comes on top of these scores."""
     size, call = options
@@ -173,11 +174,11 @@ def gradient_of_added(
 
 
 def add_keys(
-    total: Float32[Array, "b h blocks d k"],
-    gradient: Float32[Array, "b h gq slots_k"],
-    queries: Float32[Array, "b h gq d"],
+    total: Float[Array, "b h blocks d k"],
+    gradient: Float[Array, "b h gq slots_k"],
+    queries: Float[Array, "b h gq d"],
     block: Int32[Array, " slots"],
-) -> Float32[Array, "b h blocks d k"]:
+) -> Float[Array, "b h blocks d k"]:
     """Adds ``gradient^T queries``, transposed, to the blocks it belongs to, in order.
 
     Padding adds zeros to a block that the row visits anyway.
@@ -193,4 +194,4 @@ def add_keys(
         new = jax.lax.dynamic_slice_in_dim(tiles, i * size, size, 3)
         return jax.lax.dynamic_update_index_in_dim(total, old + new, block[i], 2)
 
-    return jax.lax.fori_loop(0, len(block), add, total)
+    return repeat(len(block), add, total)

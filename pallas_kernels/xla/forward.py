@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from pallas_kernels import softmax
 from pallas_kernels.call import Call, Inputs, Outputs, Vectors
+from pallas_kernels.precision import wide
 from pallas_kernels.varying import vary
 from pallas_kernels.xla import tile
 from pallas_kernels.xla.heads import HeadGroup, head_groups, join
@@ -47,12 +48,12 @@ def _forward(
     pairs = tile.pairs_of(call, vectors, group, plan, (q_seq_len, kv_seq_len))
     batch, q_blocks, block_q, q_heads, _ = blocks.q.shape
     kv_heads = len(group.kv_heads)
-    size = q_heads // kv_heads
+    size, dtype = q_heads // kv_heads, wide(inputs.q.dtype)
 
     def start(total: Any, row: Array) -> tuple[Any, Any]:
         q = tile.queries_of(blocks.q, row, kv_heads)
         q *= call.scale
-        empty = softmax.start(size * block_q, head_dim_v)
+        empty = softmax.start(size * block_q, head_dim_v, dtype=dtype)
         lead = batch, kv_heads
         state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), empty)
         return (q, total, row), vary(state, q)
@@ -62,7 +63,7 @@ def _forward(
         s = tile.scores(q, tile.gather(blocks.k, block), size, call)
         s = tile.masked(s, shown).reshape(*q.shape[:-1], s.shape[-1])
         v = tile.gather(blocks.v, block, shown.seen)
-        factor = pairs.factor(row, block)
+        factor = pairs.factor(row, block, dtype)
         args = (state, s, v)
         if factor is not None:
             args = (*args, tile.for_all(factor, size, s.shape))
@@ -78,7 +79,7 @@ def _forward(
 
     total = Outputs(
         jnp.zeros((batch, q_blocks, block_q, q_heads, head_dim_v), inputs.q.dtype),
-        jnp.full((batch, kv_heads, size, q_blocks, block_q), -jnp.inf, jnp.float32),
+        jnp.full((batch, kv_heads, size, q_blocks, block_q), -jnp.inf, dtype),
     )
     walk = plan.walks[group.map_index]
     total = vary(total, inputs.q)

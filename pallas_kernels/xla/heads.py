@@ -60,7 +60,9 @@ def add_up(
     """The sum of what groups say about key heads, of which they may share some."""
     if len(parts) == 1 and heads[0] == tuple(range(num_heads)):
         return parts[0]
-    total = jnp.zeros((parts[0].shape[0], num_heads, *parts[0].shape[2:]), jnp.float32)
+    total = jnp.zeros(
+        (parts[0].shape[0], num_heads, *parts[0].shape[2:]), parts[0].dtype
+    )
     for part, of in zip(parts, heads, strict=True):
         total = total.at[:, np.array(of)].add(part)
     return total

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.call import Inputs, PairBits, Vectors
+from pallas_kernels.precision import widened
 from pallas_kernels.xla.heads import HeadGroup
 from pallas_kernels.xla.lists import Lists, Plan
 
@@ -92,7 +93,7 @@ def add_group(x: jax.Array, num_kv_heads: int) -> jax.Array:
     if x.shape[1] == num_kv_heads:
         return x
     x = x.reshape(x.shape[0], num_kv_heads, -1, *x.shape[2:])
-    return x.astype(jnp.float32).sum(axis=2)
+    return widened(x).sum(axis=2)
 
 
 def _at(x: jax.Array, index: Any, axis: int) -> jax.Array:

@@ -93,7 +93,7 @@ def _gradient(
     def fold(of_row: Row, total: Pieces, block: Array, shown: tile.Shown) -> Pieces:
         row = of_row.at
         k, v = (tile.gather(x, block, shown.seen) for x in (blocks.k, blocks.v))
-        on_top = shown, pairs.factor(row, block)
+        on_top = shown, pairs.factor(row, block, lse.dtype)
         _, _, gradient = gradient_of_added(of_row, k, v, on_top, (size, call))
 
         def spread(pieces: Pieces) -> Array:

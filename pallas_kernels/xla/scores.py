@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import pair_values
 from pallas_kernels.call import PairValues, Scores, ScoreValues
+from pallas_kernels.loops import repeat
 from pallas_kernels.xla.blocks import fold_if_own, from_blocks, to_blocks
 from pallas_kernels.xla.heads import HeadGroup
 
@@ -69,7 +70,7 @@ class Added:
 
     def tile(
         self, pieces: Pieces, row: Int32[Array, ""], block: Int32[Array, " slots"]
-    ) -> Float32[Array, "..."]:
+    ) -> Float[Array, "..."]:
         """What is added, natural units: broadcasts to ``[b, h, g, q, slots * k]``."""
         along_q = jnp.arange(self.block_q, dtype=jnp.int32)
         along_kv = jnp.arange(self.block_kv, dtype=jnp.int32)
@@ -198,4 +199,4 @@ def _at(x: Array, row: Int32[Array, ""]) -> Array:
 
 
 def _each(one: Callable, x: Array, block: Int32[Array, " slots"]) -> Array:
-    return jax.lax.fori_loop(0, len(block), one, x)
+    return repeat(len(block), one, x)

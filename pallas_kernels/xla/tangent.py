@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import softmax
 from pallas_kernels.call import Call, Inputs, Outputs, ScoreValues, Vectors
+from pallas_kernels.precision import widened
 from pallas_kernels.varying import vary
 from pallas_kernels.xla import scores, tile
 from pallas_kernels.xla.heads import HeadGroup, head_groups, join
@@ -26,17 +27,17 @@ class Row(NamedTuple):
     """What the tiles of a row share, ``[batch, kv_heads, group * queries, ...]``."""
 
     at: Int32[Array, ""]
-    q: Float32[Array, "b h gq d"]
+    q: Float[Array, "b h gq d"]
     # The tangents of q, then q: with keys and then their tangents, one product.
-    turned: Float32[Array, "b h gq two_d"]
-    lse: Float32[Array, "b h gq"]
+    turned: Float[Array, "b h gq two_d"]
+    lse: Float[Array, "b h gq"]
 
 
 class Sums(NamedTuple):
     """``sum p (s' v + v')`` and ``sum p s'``, of a row or in blocks of all rows."""
 
-    o: Float32[Array, "..."]
-    lse: Float32[Array, "..."]
+    o: Float[Array, "..."]
+    lse: Float[Array, "..."]
 
 
 def tangent(
@@ -75,7 +76,7 @@ def tangent(
         ]
         heads = [group.q_heads for group in groups]
         sums = Sums(*(join(list(x), heads) for x in zip(*parts, strict=True)))
-    o = sums.o - sums.lse[..., None] * outputs.o.astype(jnp.float32)
+    o = sums.o - sums.lse[..., None] * widened(outputs.o)
     return Outputs(o.astype(outputs.o.dtype), sums.lse)
 
 
@@ -107,7 +108,7 @@ def _tangent(
         fixed = Row(row, q, jnp.concatenate([dq, q], axis=-1), of_row)
         lead = batch, kv_heads, size * plan.block_q
         empty = Sums(
-            jnp.zeros((*lead, head_dim_v), jnp.float32), jnp.zeros(lead, jnp.float32)
+            jnp.zeros((*lead, head_dim_v), lse.dtype), jnp.zeros(lead, lse.dtype)
         )
         return (fixed, total), vary(empty, q)
 
@@ -119,7 +120,7 @@ def _tangent(
             ds = tile_tangent(added, moved, row.at, block)
         p, pds = probabilities(row, k, (shown, ds), size, call)
         v, dv = jnp.split(v, 2, axis=-1)
-        lse, factor = pds.sum(axis=-1), pairs.factor(row.at, block)
+        lse, factor = pds.sum(axis=-1), pairs.factor(row.at, block, p.dtype)
         if factor is not None:
             factor = tile.for_all(factor, size, p.shape)
             p, pds = p * factor, pds * factor
@@ -136,8 +137,8 @@ def _tangent(
 
     q_blocks, block_q, q_heads, _ = blocks.q.shape[1:]
     total = Sums(
-        jnp.zeros((batch, q_blocks, block_q, q_heads, head_dim_v), jnp.float32),
-        jnp.zeros(lse.shape, jnp.float32),
+        jnp.zeros((batch, q_blocks, block_q, q_heads, head_dim_v), lse.dtype),
+        jnp.zeros(lse.shape, lse.dtype),
     )
     walk = plan.walks[group.map_index]
     total = vary(total, both.q)
@@ -148,11 +149,11 @@ def _tangent(
 
 def probabilities(
     row: Row,
-    k: Float32[Array, "b h k two_d"],
-    pairs: tuple[tile.Shown, Float32[Array, "..."] | None],
+    k: Float[Array, "b h k two_d"],
+    pairs: tuple[tile.Shown, Float[Array, "..."] | None],
     group: int,
     call: Call,
-) -> tuple[Float32[Array, "b h gq k"], Float32[Array, "b h gq k"]]:
+) -> tuple[Float[Array, "b h gq k"], Float[Array, "b h gq k"]]:
     """``p`` and ``p s'`` of some blocks; ``k`` is keys, then their tangents.
 
     ``pairs`` come with the tangent of what is added to the scores, if it has one.
@@ -172,7 +173,7 @@ def probabilities(
 
 def tile_tangent(
     added: Added, moved: Added, row: Int32[Array, ""], block: Int32[Array, " slots"]
-) -> Float32[Array, "..."]:
+) -> Float[Array, "..."]:
     """The tangent of what is added to some blocks, in natural units."""
 
     def of(pieces: Pieces) -> Array:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import bits, dropout, softmax
 from pallas_kernels.call import Call, Inputs, PairBits, Vectors
+from pallas_kernels.precision import wide
 from pallas_kernels.xla.blocks import fold_heads as fold_heads
 from pallas_kernels.xla.blocks import fold_if_own, from_blocks, to_blocks
 from pallas_kernels.xla.heads import HeadGroup, pick
@@ -57,11 +58,11 @@ def heads_first(
 
 def queries_of(
     x: Float[Array, "b blocks q h d"], row: Array, kv_heads: int
-) -> Float32[Array, "b {kv_heads} gq d"]:
+) -> Float[Array, "b {kv_heads} gq d"]:
     """One block of queries of every head, in f32, folded by key head."""
     x = jax.lax.dynamic_index_in_dim(x, row, axis=1, keepdims=False)
     b, _, _, d = x.shape
-    return jnp.swapaxes(x, 1, 2).reshape(b, kv_heads, -1, d).astype(jnp.float32)
+    return jnp.swapaxes(x, 1, 2).reshape(b, kv_heads, -1, d).astype(wide(x.dtype))
 
 
 def put_queries(x: jax.Array, value: jax.Array, row: Array) -> jax.Array:
@@ -71,13 +72,11 @@ def put_queries(x: jax.Array, value: jax.Array, row: Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(x, value, row, axis=1)
 
 
-def row_of(
-    x: Float[Array, "b h g blocks q *rest"], row: Array
-) -> Float32[Array, "..."]:
+def row_of(x: Float[Array, "b h g blocks q *rest"], row: Array) -> Float[Array, "..."]:
     """One block of queries of every head: f32 ``[b, h, g * q, *rest]``."""
     x = jax.lax.dynamic_index_in_dim(x, row, axis=3, keepdims=False)
     b, h, g, q, *rest = x.shape
-    return x.reshape(b, h, g * q, *rest).astype(jnp.float32)
+    return x.reshape(b, h, g * q, *rest).astype(wide(x.dtype))
 
 
 def put_row(x: jax.Array, value: jax.Array, row: Array) -> jax.Array:
@@ -96,32 +95,33 @@ class Shown(NamedTuple):
     natural units.
     """
 
-    limit: Float32[Array, "..."]
+    limit: Float[Array, "..."]
     seen: Bool[Array, "..."] | None = None
-    added: Float32[Array, "..."] | None = None
+    added: Float[Array, "..."] | None = None
 
 
 def shown(allowed: Bool[Array, "..."], *, some_unseen: bool = True) -> Shown:
     """``Shown`` of a tile of pairs, with nothing added to the scores."""
-    limit = jnp.where(allowed, jnp.inf, -jnp.inf)
+    limit = jnp.where(allowed, jnp.float32(jnp.inf), jnp.float32(-jnp.inf))
     return Shown(limit, allowed.any(axis=(2, 3)) if some_unseen else None)
 
 
-def masked(s: Float32[Array, "b h g q k"], of: Shown) -> Float32[Array, "b h g q k"]:
+def masked(s: Float[Array, "b h g q k"], of: Shown) -> Float[Array, "b h g q k"]:
     """Capped scores with what is added, and ``-inf`` where a pair is not allowed.
 
     A comparison of floats: one instruction, that of a minimum, where a choice by a
     boolean takes a pass more. Other than a minimum it drops a NaN that is not allowed.
     """
     s = s if of.added is None else s + of.added
-    return jnp.where(s < of.limit, s, of.limit)
+    limit = of.limit.astype(s.dtype)
+    return jnp.where(s < limit, s, limit)
 
 
 def gather(
     x: Float[Array, "b blocks k h d"],
     block: Int32[Array, " slots"],
     seen: Bool[Array, "..."] | None = None,
-) -> Float32[Array, "b h slots_k d"]:
+) -> Float[Array, "b h slots_k d"]:
     """The keys or values of some blocks, side by side, 0 for those not ``seen``.
 
     16-bit operands are widened: CPUs multiply f32 faster.
@@ -129,7 +129,7 @@ def gather(
     b, _, _, h, d = x.shape
     # Every index is of a block: out-of-bounds checks would cost a pass over the tile.
     tiles = jnp.take(x, block, axis=1, mode="clip").reshape(b, -1, h, d)
-    tiles = jnp.swapaxes(tiles, 1, 2).astype(jnp.float32)
+    tiles = jnp.swapaxes(tiles, 1, 2).astype(wide(x.dtype))
     return tiles if seen is None else jnp.where(seen[..., None], tiles, 0.0)
 
 
@@ -139,8 +139,8 @@ def batched_dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax
 
 
 def scores(
-    q: Float32[Array, "b h gq d"], k: Float32[Array, "b h k d"], group: int, call: Call
-) -> Float32[Array, "b h {group} q k"]:
+    q: Float[Array, "b h gq d"], k: Float[Array, "b h k d"], group: int, call: Call
+) -> Float[Array, "b h {group} q k"]:
     """Capped scores of a scaled ``q``, not masked yet."""
     s = batched_dot(q, k, contract=(1, 1))
     s = softmax.cap(s, call.logits_soft_cap, call.unit)
@@ -148,8 +148,8 @@ def scores(
 
 
 def for_all(
-    x: Float32[Array, "..."], group: int, shape: tuple[int, ...]
-) -> Float32[Array, "b h gq k"]:
+    x: Float[Array, "..."], group: int, shape: tuple[int, ...]
+) -> Float[Array, "b h gq k"]:
     """A tile ``[batch or 1, kv_heads or 1, group or 1, q, k]`` for every query head."""
     b, h, gq, k = shape
     return jnp.broadcast_to(x, (b, h, group, gq // group, k)).reshape(shape)
@@ -195,8 +195,8 @@ class Pairs:
         return Shown(limit, (limit > 0).any(axis=(2, 3)), added)
 
     def factor(
-        self, row: Int32[Array, ""], block: Int32[Array, " slots"]
-    ) -> Float32[Array, "..."] | None:
+        self, row: Int32[Array, ""], block: Int32[Array, " slots"], dtype: Any
+    ) -> Float[Array, "..."] | None:
         """What dropout multiplies the weights by, shaped as the bias; None for none."""
         if not self.call.dropout_rate:
             return None
@@ -204,7 +204,7 @@ class Pairs:
         queries = jax.lax.dynamic_index_in_dim(queries, row, 3, keepdims=False)
         keys = jnp.take(keys, block, axis=3, mode="clip")
         keys = keys.reshape(*keys.shape[:3], 1, -1)
-        return dropout.factor(queries[..., None], keys, self.call.dropout_rate)
+        return dropout.factor(queries[..., None], keys, self.call.dropout_rate, dtype)
 
     def real(
         self, row: Int32[Array, ""], block: Int32[Array, " slots"], count: Array

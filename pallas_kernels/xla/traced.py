@@ -31,14 +31,14 @@ def _chunks(mask: BlockMask, rows: jax.Array, slots: int, *, full: bool) -> Chun
         for x in (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
     )
     per_row = -(-mask.max_blocks // slots)
-    run = ptr[rows][:, None] + jnp.arange(mask.max_runs)[None, :]
+    run = ptr[rows][:, None] + jnp.arange(mask.max_runs, dtype=jnp.int32)[None, :]
     inside = run < ptr[rows + 1][:, None]
     run = jnp.where(inside, run, 0)
     length = jnp.where(inside & ((kind[run] != 0) == full), (stop - start)[run], 0)
-    end = jnp.cumsum(length, axis=1)
+    end = jnp.cumsum(length, axis=1, dtype=jnp.int32)
     count = end[:, -1]
 
-    slot = jnp.arange(per_row * slots)[None, :]
+    slot = jnp.arange(per_row * slots, dtype=jnp.int32)[None, :]
     slot = jnp.clip(slot, 0, jnp.maximum(count - 1, 0)[:, None])
     # The run that holds a slot is the first whose end lies beyond it.
     holder = jax.vmap(lambda e, s: jnp.searchsorted(e, s, side="right"))(end, slot)
@@ -49,7 +49,7 @@ def _chunks(mask: BlockMask, rows: jax.Array, slots: int, *, full: bool) -> Chun
 
     block = of_holder(start[run]) + slot - of_holder(end - length)
     begin = jnp.arange(len(rows), dtype=jnp.int32) * per_row
-    chunk = jnp.arange(per_row) * slots
+    chunk = jnp.arange(per_row, dtype=jnp.int32) * slots
     real = jnp.clip(count[:, None] - chunk[None, :], 0, slots)
     return Chunks(
         block.reshape(-1, slots).astype(jnp.int32),

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, assert_never
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.precision import widened
 from sadsl.term import Learned, Sizes, Term
 
 # The deviation of arrays that start "normal".
@@ -79,7 +79,7 @@ def operands_of(
 
 
 def _squashed(y: Array, array: Learned) -> Array:
-    y = y.astype(jnp.float64 if y.dtype == jnp.float64 else jnp.float32)
+    y = widened(y)
     match array.squash:
         case None:
             return y

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.loops import repeat
 from sadsl.selections.kmeans import Norm, assignments, normalized
 
 
@@ -143,7 +144,7 @@ def lloyd(
     def step(_: int, state: Clusters) -> Clusters:
         return update_means(state, x, decay=0.0, axis_name=axis_name)
 
-    state = jax.lax.fori_loop(0, steps, step, state)
+    state = repeat(steps, step, state)
     return state._replace(sums=jnp.copy(state.means))
 
 

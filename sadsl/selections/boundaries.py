@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.loops import repeat
 from pallas_kernels.varying import vary
 from sadsl.selections.scores import softmax
 
@@ -64,7 +65,7 @@ def teacher_boundaries(
             return taken.at[c].set(free), blocked
 
         state = jnp.zeros(length, bool), jnp.zeros(length + 2 * suppress, bool)
-        taken, _ = jax.lax.fori_loop(0, length, visit, vary(state, ratio, candidate))
+        taken, _ = repeat(length, visit, vary(state, ratio, candidate))
         return jnp.roll(taken, 1).at[0].set(True)
 
     return jax.vmap(of_entry)(ratio, candidate).astype(jnp.int32)

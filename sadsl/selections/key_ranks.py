@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 from typing_extensions import override
 
+from pallas_kernels.loops import repeat
 from pallas_kernels.varying import alike
 from sadsl.maps import at_least
 from sadsl.selections.content import Content, Leak, NamedSelection
@@ -190,7 +191,7 @@ def least_of_prefixes(
         )
 
     start = _Descent(values, nothing, right, jnp.minimum(w, right) - 1, nothing)
-    return jax.lax.fori_loop(0, bits, descend, alike(start)).found
+    return repeat(bits, descend, alike(start)).found
 
 
 class _Descent(NamedTuple):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 from typing_extensions import override
 
+from pallas_kernels.precision import widened
 from sadsl.maps import at_least
 from sadsl.selections.content import Content, Leak, NamedSelection
 from sadsl.symbols import Symbol, Truth
@@ -37,11 +38,11 @@ def normalized(x: Float[Array, "*axes dim"], norm: Norm) -> Float[Array, "*axes 
     """
     if norm == "none":
         return x
-    wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    x_wide = widened(x)
     if norm == "unit":
-        square = jnp.sum(wide**2, axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
-    centred = wide - wide.mean(axis=-1, keepdims=True)
+        square = jnp.sum(x_wide**2, axis=-1, keepdims=True)
+        return (x_wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
+    centred = x_wide - x_wide.mean(axis=-1, keepdims=True)
     variance = jnp.mean(centred**2, axis=-1, keepdims=True)
     return (centred * jax.lax.rsqrt(variance + LAYER_EPS)).astype(x.dtype)
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32
 from typing_extensions import override
 
+from pallas_kernels.loops import repeat
 from pallas_kernels.varying import vary
 from sadsl.maps import at_least
 from sadsl.selections.content import Content, Leak, NamedSelection
@@ -117,7 +118,7 @@ class Descent(NamedSelection):
             return first, size
 
         start = vary((one.first, one.size), q, k, one)
-        first, size = jax.lax.fori_loop(0, stages, stage, start)
+        first, size = repeat(stages, stage, start)
         at = jnp.where(size > 0, first, num_blocks)
         found = jnp.zeros(num_blocks, bool).at[at].set(True, mode="drop")
         everything = jnp.arange(num_blocks) < one.num_blocks

@@ -14,6 +14,7 @@ from lowering.pipeline import Problem
 from lowering.simplify import simplify
 from lowering.span import Known
 from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.loops import repeat
 from sadsl.maps import IndexMap
 from sadsl.selections.partitions import Partition, Tiles, Within, part_of, positions
 
@@ -90,7 +91,7 @@ def _expanded(mask: BlockMask) -> Bool[Array, "maps rows columns"]:
         return found | (column >= low) & (column < high)
 
     none = jnp.zeros((len(length), mask.num_columns), bool)
-    found = jax.lax.fori_loop(0, most, add, none)
+    found = repeat(most, add, none)
     return found.reshape(mask.num_maps, -1, mask.num_columns)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
+from pallas_kernels.loops import repeat
 from pallas_kernels.varying import vary
 
 
@@ -110,4 +111,4 @@ def _greatest(
         return jnp.where(holds(raised), raised, found)
 
     start = vary(jnp.zeros(like.shape[:-1], jnp.uint32), like)
-    return jax.lax.fori_loop(0, bits, step, start)
+    return repeat(bits, step, start)

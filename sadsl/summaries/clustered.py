@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 from typing_extensions import override
 
+from pallas_kernels.precision import widened
 from sadsl.maps import IndexMap
 from sadsl.named import causal as causal_map
 from sadsl.named import where
@@ -156,10 +157,8 @@ def pooled(
 
     A scan in the order of the clusters, restarted where one begins.
     """
-    wide = jnp.swapaxes(x, 1, 2).astype(
-        jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    )
-    ranked = jnp.take_along_axis(wide, order.at[..., None], axis=2)
+    by_head = widened(jnp.swapaxes(x, 1, 2))
+    ranked = jnp.take_along_axis(by_head, order.at[..., None], axis=2)
     first = order.first[..., None]
     total = _running(ranked, first, jnp.maximum if pool == "max" else jnp.add)
     if pool == "mean":

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.precision import widened
 from sadsl.summaries.custom import Regions
 from sadsl.summaries.partitions import (
     RADIX,
@@ -42,11 +43,11 @@ def pooled(
     where it is found, in equal shares among equals.
     """
     there = jnp.ones((1, x.shape[1]), bool) if valid is None else valid
-    wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    x_wide = widened(x)
     mask = there[..., None, None]
     counts = counted(there, partition=partition)[..., None, None]
     op: Op = "max" if pool == "max" else "sum"
-    filled = jnp.where(mask, wide, _nothing(op, wide.dtype))
+    filled = jnp.where(mask, x_wide, _nothing(op, x_wide.dtype))
     found = aggregated(filled, partition, op)
     if pool == "mean":
         found = found / jnp.maximum(counts, 1).astype(found.dtype)

@@ -1,0 +1,16 @@
+"""The dtype in which a call computes: float64 for float64, float32 for all others."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def wide(dtype: jax.typing.DTypeLike) -> Any:
+    """The dtype of sums and statistics of arrays of ``dtype``."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """``x`` in the dtype of its sums."""
+    return x.astype(wide(x.dtype))
