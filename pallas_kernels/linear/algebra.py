@@ -126,6 +126,14 @@ def normalised(out: Any, total: Any, eps: float) -> tuple[Any, Any]:
     return jnp.where(gone, 0.0, out / safe), jnp.where(gone, 0.0, safe)
 
 
+def number(value: float, like: Any) -> Any:
+    """``value`` in the dtype of ``like``.
+
+    With ``jax_enable_x64`` a bare number is a float64 at first, and kernels have none.
+    """
+    return like.dtype.type(value)
+
+
 def write(rule: Rule, dot: Dot, keys: Keys, state: State) -> State:
     """The state at the end of a chunk, from that at its start."""
     writes, carry = rule.writes(keys.k, keys.marks), rule.carry(keys.marks)
@@ -157,17 +165,18 @@ def _scores(dot: Dot, q: Any, keys: Keys) -> Any:
         seen &= marks.run.col == marks.run.row
     s = dot(q, keys.k, (1, 1))
     if marks.fine is None or marks.coarse is None:
-        return jnp.where(seen, s, 0.0)
+        return jnp.where(seen, s, number(0, s))
     past = marks.coarse.col - marks.coarse.row
     past += marks.fine.col - marks.fine.row
     # Two choices: a gradient goes through both the factor and the product.
-    return jnp.where(seen, s * jnp.exp(jnp.where(seen, past, 0.0)), 0.0)
+    factor = jnp.exp(jnp.where(seen, past, number(0, past)))
+    return jnp.where(seen, s * factor, number(0, s))
 
 
 def _reads(q: Any, marks: Marks) -> Any:
     if marks.fine is not None and marks.coarse is not None:
         q = q * jnp.exp(marks.coarse.col + marks.fine.col)
-    return q if marks.run is None else jnp.where(marks.run.col == 0, q, 0.0)
+    return q if marks.run is None else jnp.where(marks.run.col == 0, q, number(0, q))
 
 
 def _writes(k: Any, marks: Marks) -> Any:
@@ -176,7 +185,7 @@ def _writes(k: Any, marks: Marks) -> Any:
         k = k * jnp.exp(left + (_last(marks.fine.row) - marks.fine.col))
     if marks.run is None:
         return k
-    return jnp.where(marks.run.col == _last(marks.run.row), k, 0.0)
+    return jnp.where(marks.run.col == _last(marks.run.row), k, number(0, k))
 
 
 def _carry(marks: Marks) -> Pair | None:
@@ -186,7 +195,7 @@ def _carry(marks: Marks) -> Pair | None:
     if marks.run is not None:
         last = _last(marks.run.row)
         kept = jnp.ones_like(last) if factor is None else factor
-        factor = jnp.where(last == 0, kept, 0.0)
+        factor = jnp.where(last == 0, kept, number(0, kept))
     return None if factor is None else Pair(factor, factor)
 
 
@@ -195,7 +204,7 @@ def _last(row: Any) -> Any:
     # Not every backend takes an element out of a value, and a sum they all have.
     position = jax.lax.broadcasted_iota(jnp.int32, row.shape, 1)
     end = position == row.shape[1] - 1
-    return jnp.sum(jnp.where(end, row, 0.0), axis=1, keepdims=True)
+    return jnp.sum(jnp.where(end, row, number(0, row)), axis=1, keepdims=True)
 
 
 def scalar(eps: float | None) -> Rule:

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.linear import algebra, gradient
 from pallas_kernels.linear.algebra import Keys, Marks, Pair, State
 from pallas_kernels.linear.call import Call, Chunks, Rows
+from pallas_kernels.tpu.launch import block_index
 from pallas_kernels.tpu.lists import LANES
 from pallas_kernels.tpu.operands import to_column, to_row
 from pallas_kernels.varying import shape_like
@@ -216,16 +217,18 @@ def _chunk_specs(
 
     def keys(x: Any) -> pl.BlockSpec:
         shape = None, call.chunk, x.shape[-1]
-        return pl.BlockSpec(shape, lambda h, c, g: (h, at(c), 0))
+        return pl.BlockSpec(shape, lambda h, c, g: block_index(h, at(c), 0))
 
-    row = pl.BlockSpec((None, None, 1, call.chunk), lambda h, c, g: (h, at(c), 0, 0))
+    row = pl.BlockSpec(
+        (None, None, 1, call.chunk), lambda h, c, g: block_index(h, at(c), 0, 0)
+    )
     marks = jax.tree.map(lambda _: row, chunks.marks)
     return Chunks(_row_spec(chunks.q, call, at), keys(chunks.k), keys(chunks.v), marks)
 
 
 def _row_spec(x: Any, call: Call, at: Callable[[Any], Any] = _same) -> pl.BlockSpec:
     shape = None, None, call.chunk, x.shape[-1]
-    return pl.BlockSpec(shape, lambda h, c, g: (h, g, at(c), 0))
+    return pl.BlockSpec(shape, lambda h, c, g: block_index(h, g, at(c), 0))
 
 
 def _total_shape(chunks: Chunks, call: Call) -> Any:
@@ -238,7 +241,7 @@ def _total_spec(call: Call, at: Callable[[Any], Any] = _same) -> pl.BlockSpec | 
     if call.rule.eps is None:
         return None
     shape = None, None, None, 1, call.chunk
-    return pl.BlockSpec(shape, lambda h, c, g: (h, g, at(c), 0, 0))
+    return pl.BlockSpec(shape, lambda h, c, g: block_index(h, g, at(c), 0, 0))
 
 
 def _fitting(state: State, call: Call) -> State:
@@ -248,7 +251,7 @@ def _fitting(state: State, call: Call) -> State:
 def _state_specs(states: State, at: Callable[[Any], Any]) -> State:
     def spec(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec(
-            (None, None, *x.shape[2:]), lambda h, c, g: (h, at(c), 0, 0)
+            (None, None, *x.shape[2:]), lambda h, c, g: block_index(h, at(c), 0, 0)
         )
 
     return jax.tree.map(spec, states)

@@ -19,6 +19,11 @@ from pallas_kernels.tpu.lists import RowList
 HeadOf = Callable[[Any, Any], Any]
 
 
+def block_index(*index: Any) -> tuple:
+    """The index of a block, int32 also with ``jax_enable_x64``: a chip has no other."""
+    return tuple(jnp.asarray(i, jnp.int32) for i in index)
+
+
 class Operand(NamedTuple):
     """An array ``[heads, seq, dim]`` (``axis=1``) or ``[heads, n, seq]`` (``axis=2``).
 
@@ -118,12 +123,12 @@ def launch(
     def row_spec(x: Operand) -> pl.BlockSpec:
         def index(h: Any, i: Any, g: Any, _: Any) -> tuple:
             at = x.head_of(h, g)
-            return (at, i, 0) if x.axis == 1 else (at, 0, i)
+            return block_index(at, i, 0) if x.axis == 1 else block_index(at, 0, i)
 
         return pl.BlockSpec((None, *x.block_shape(of.row_block)), index)
 
     def table_index(h: Any, i: Any, g: Any, lists: _Scalars) -> tuple:
-        return lists.first_row[lists.at(h * of.members + g)] + i, 0, 0
+        return block_index(lists.first_row[lists.at(h * of.members + g)] + i, 0, 0)
 
     tables, table_specs = (), ()
     if lists.table is not None:
