@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import sadsl as sa
 from lowering import heads, ir
 from lowering.bounds import Analysis
+from lowering.fits import known_of
 from lowering.hoist import hoist, vectors
 from lowering.kernel_predicate import KernelPredicate, join
 from lowering.predicate import NumPy, evaluate
@@ -98,7 +99,7 @@ def test_verdicts_are_true(spec, q, k, data):
 @given(st.lists(strategies.composed(3), min_size=1, max_size=3))
 def test_the_kernel_predicate_selects_the_same_pairs(specs):
     nodes = tuple(simplify(heads.per_head(spec.node, 1)[0]) for spec in specs)
-    found = hoist(nodes)
+    found = hoist(nodes, known_of(41, 37))
     predicate = KernelPredicate(found.maps)
     q_vectors = tuple(x[0, 0][:, None] for x in vectors(found.q, 41, 1, {}))
     kv_vectors = tuple(x[0, 0][None, :] for x in vectors(found.kv, 37, 1, {}))
