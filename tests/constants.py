@@ -84,7 +84,10 @@ def _walk(
 def _of_body(name: str, eqn: Any, body: Jaxpr, operands: list[bool]) -> list[bool]:
     """Which inputs of a loop, a branch or a kernel are constant."""
     if name == "scan":
-        count = eqn.params["num_consts"]
+        # Versions of jax name the numbers of operands differently: shapes tell them.
+        carries = sum(map(_same_shape, eqn.outvars, body.outvars))
+        lines = len(body.invars) - sum(map(_same_shape, eqn.invars, body.invars))
+        count = len(body.invars) - carries - lines
         return operands[:count] + [False] * (len(body.invars) - count)
     if name == "while":
         counts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -96,6 +99,10 @@ def _of_body(name: str, eqn: Any, body: Jaxpr, operands: list[bool]) -> list[boo
     if name == "cond":
         return operands[1:]
     return [False] * len(body.invars)
+
+
+def _same_shape(outside: Any, inside: Any) -> bool:
+    return outside.aval.shape == inside.aval.shape
 
 
 def _nbytes(aval: Any) -> int:

@@ -91,7 +91,8 @@ def best(
     ``count`` is a number, or one for each row of scores. Forced ones fill the budget
     and are taken whatever their score; another that is NaN or inf is never taken.
     """
-    competing, count = jnp.isfinite(scores), jnp.asarray(count)
+    competing = jnp.isfinite(scores)
+    count = jnp.broadcast_to(jnp.asarray(count), scores.shape[:-1])
     scores = scores.astype(jnp.float32)
     if forced is None:
         return winners.top(scores, competing, count)
