@@ -104,7 +104,7 @@ def read(
 
     def before_resets(x: Any) -> Any:
         # What a reset forgets may be no number, and 0 times it none either.
-        return x if run is None else jnp.where(run.col == 0, x, 0.0)
+        return x if run is None else jnp.where(run.col == 0, x, number(0, x))
 
     out = dot(weights, keys.v, (1, 0)) + before_resets(dot(reads, state.s, (1, 0)))
     if rule.eps is None:
@@ -139,7 +139,7 @@ def write(rule: Rule, dot: Dot, keys: Keys, state: State) -> State:
     writes, carry = rule.writes(keys.k, keys.marks), rule.carry(keys.marks)
     v, run = keys.v, keys.marks.run
     if run is not None:
-        v = jnp.where(run.col == _last(run.row), v, 0.0)
+        v = jnp.where(run.col == _last(run.row), v, number(0, v))
     s, z = dot(writes, v, (0, 0)), None
     s += state.s if carry is None else _carried(carry.col, state.s)
     if state.z is not None:

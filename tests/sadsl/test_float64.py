@@ -32,7 +32,7 @@ class Case(NamedTuple):
     chooses: bool = False  # what is chosen is chosen in float32
 
 
-IDS = np.arange(N)[None] // 17
+IDS = np.arange(N, dtype=np.int32)[None] // 17
 SEGMENTS = {"q_segment_ids": IDS, "kv_segment_ids": IDS}
 CENTROIDS = {"centroids": (HEADS, 3, DIM)}
 CASES = {
