@@ -131,7 +131,7 @@ def _dq_kernel(
         )
         ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
         if careful:
-            ds = softmax.where_weighed(ds, p)
+            ds = softmax.where_weighed(ds, total, lse, call.unit)
             k = operands.kept(k, operands.to_column(softmax.seen(total, 0)))
         dq_ref[...] += softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
 
@@ -248,7 +248,7 @@ def _dkv_kernel(
         )
         ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
         if tested:
-            ds = softmax.where_weighed(ds, p)
+            ds = softmax.where_weighed(ds, total, lse, call.unit)
         dv_ref[...] += softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
         dk_ref[...] += softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
 

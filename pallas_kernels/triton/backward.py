@@ -74,7 +74,7 @@ def dq_kernel(
         )
         ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
         if careful:
-            ds = softmax.where_weighed(ds, p)
+            ds = softmax.where_weighed(ds, total, lse, call.unit)
             k = rows_kept(k, jnp.squeeze(softmax.seen(total, 0), 0))
         return dq + softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
 
@@ -148,7 +148,7 @@ def dkv_kernel(
             )
             ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
             if careful:
-                ds = softmax.where_weighed(ds, p)
+                ds = softmax.where_weighed(ds, total, lse, call.unit)
                 there = jnp.squeeze(lse, 0) < softmax.ABSENT
                 q, do = rows_kept(q, there), rows_kept(do, there)
             dv = dv + softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
