@@ -207,8 +207,8 @@ def present(
     last, has_query = jax.vmap(partial(_last_of, at=rows))(q_ids, kv_ids)
     first, has_key = jax.vmap(partial(_last_of, at=-columns))(kv_ids, q_ids)
     if causal:
-        has_query &= last >= columns
-        has_key &= -first <= rows
+        has_query &= last >= columns[None]
+        has_key &= -first <= rows[None]
     return Present(has_key, has_query)
 
 

@@ -141,14 +141,14 @@ def write(rule: Rule, dot: Dot, keys: Keys, state: State) -> State:
     if run is not None:
         v = jnp.where(run.col == _last(run.row), v, number(0, v))
     s, z = dot(writes, v, (0, 0)), None
-    s += state.s if carry is None else _carried(carry.col, state.s)
+    s += state.s if carry is None else carried(carry.col, state.s)
     if state.z is not None:
         z = jnp.sum(writes, 0, keepdims=True)
-        z += state.z if carry is None else _carried(carry.row, state.z)
+        z += state.z if carry is None else carried(carry.row, state.z)
     return State(s, z)
 
 
-def _carried(factor: Any, state: Any) -> Any:
+def carried(factor: Any, state: Any) -> Any:
     """``factor * state``; 0 where the factor is, also of a state that is not finite."""
     return jnp.where(factor == 0, 0.0, factor * state)
 

@@ -133,7 +133,7 @@ def _before(states: State, carry: Pair | None, *, reverse: bool = False) -> Stat
 
     def scan(factor: jax.Array, x: jax.Array) -> jax.Array:
         def combine(a: tuple, b: tuple) -> tuple:
-            return a[0] * b[0], b[0] * a[1] + b[1]
+            return a[0] * b[0], algebra.carried(b[0], a[1]) + b[1]
 
         pair = factor, x
         return jax.lax.associative_scan(combine, pair, axis=1, reverse=reverse)[1]

@@ -157,6 +157,9 @@ def allowed(
     pairs = call.predicate(step.test, q_ids, k_ids, *vectors)
     if sizes.kv_seq_len % sizes.block_kv:
         pairs &= k_ids < sizes.kv_seq_len
+    if sizes.q_seq_len % sizes.block_q:
+        # What a query of the padding sees is not seen.
+        pairs &= q_ids < sizes.q_seq_len
     return pairs
 
 

@@ -53,8 +53,9 @@ class OnTop:
         """What is added to capped scores, and the pairs that it does not leave out.
 
         None for nothing, and for all pairs. ``values`` are those of the queries and of
-        the keys, shaped like their ids; ``allowed`` are the pairs of the map. A full
-        tile stays without a test: a finite score with ``-inf`` has no weight as it is.
+        the keys, shaped like their ids; ``allowed`` are the pairs of the map. Where the
+        sums of a row tell whether all was finite, a full tile stays without a test: a
+        finite score with ``-inf`` has no weight as it is.
         """
         if self.call.scores is None:
             return None, allowed
@@ -69,9 +70,11 @@ class OnTop:
             for ref, diagonal in zip(windows, self.diagonal, strict=True)
         )
         added = self.call.scores(q_ids, k_ids, *values, pairs)
-        if allowed is None or not (self.num_q or self.num_kv or self.diagonal):
+        told_later = allowed is None and self.by == "q"
+        if told_later or not (self.num_q or self.num_kv or self.diagonal):
             return added, allowed
-        return added, allowed & (added > -jnp.inf)
+        kept = jnp.broadcast_to(added > -jnp.inf, (row_size, size))
+        return added, kept if allowed is None else kept & allowed
 
 
 def on_top(values: ScoreValues, call: Call, sizes: Sizes, by: Axis) -> OnTop:

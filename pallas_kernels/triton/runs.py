@@ -242,4 +242,7 @@ def allowed(
     pairs = predicate(test, q, kv, *vectors)
     if sizes.padded_kv != sizes.kv_seq_len:
         pairs = pairs & (kv < sizes.kv_seq_len)
+    if sizes.padded_q != sizes.q_seq_len:
+        # What a query of the padding sees is not seen.
+        pairs = pairs & (q < sizes.q_seq_len)
     return jnp.broadcast_to(pairs, jnp.broadcast_shapes(q.shape, kv.shape))

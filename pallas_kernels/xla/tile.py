@@ -175,6 +175,7 @@ class Pairs:
     vectors: Vectors  # each [batch or 1, kv_heads or 1, group or 1, blocks, block]
     block_q: int
     block_kv: int
+    q_seq_len: int
     kv_seq_len: int
     scores: Added | None = None
 
@@ -241,6 +242,9 @@ class Pairs:
         allowed = mapped(pairs, 3)(q_vectors, kv_vectors, held)
         if self.kv_seq_len % self.block_kv:
             allowed &= (k_ids < self.kv_seq_len)[None, None, None]
+        if self.q_seq_len % self.block_q:
+            # What a query of the padding sees is not seen.
+            allowed &= (q_ids < self.q_seq_len)[None, None, None]
         return allowed
 
     def bits(
@@ -316,4 +320,4 @@ def pairs_of(
     own = None
     if call.scores is not None:
         own = added(call.scores, vectors.scores, group, lengths, sizes)
-    return Pairs(call, group.test, blocked, *sizes, lengths[1], own)
+    return Pairs(call, group.test, blocked, *sizes, *lengths, own)

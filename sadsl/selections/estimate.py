@@ -97,7 +97,8 @@ def best(
     if forced is None:
         return winners.top(scores, competing, count)
     forced = jnp.broadcast_to(forced, scores.shape)
-    taken = forced & (jnp.cumsum(forced, axis=-1) <= count[..., None])
+    place = jnp.cumsum(forced, axis=-1)
+    taken = forced & (place <= jnp.broadcast_to(count[..., None], place.shape))
     left = count - taken.sum(axis=-1, dtype=jnp.int32)
     return taken | winners.top(scores, competing & ~forced, left)
 
