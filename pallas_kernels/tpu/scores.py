@@ -74,6 +74,8 @@ class OnTop:
         if told_later or not (self.num_q or self.num_kv or self.diagonal):
             return added, allowed
         kept = jnp.broadcast_to(added > -jnp.inf, (row_size, size))
+        if sizes.q_seq_len % sizes.block_q:
+            kept &= q_ids < sizes.q_seq_len
         return added, kept if allowed is None else kept & allowed
 
 

@@ -193,6 +193,8 @@ class Pairs:
         if not self.scores.has_arrays:
             return tile._replace(added=added)
         limit = jnp.where(jnp.isneginf(added), -jnp.inf, tile.limit)
+        if self.q_seq_len % self.block_q:
+            limit = jnp.where(self.real_queries(row), limit, -jnp.inf)
         return Shown(limit, (limit > 0).any(axis=(2, 3)), added)
 
     def factor(
@@ -244,8 +246,13 @@ class Pairs:
             allowed &= (k_ids < self.kv_seq_len)[None, None, None]
         if self.q_seq_len % self.block_q:
             # What a query of the padding sees is not seen.
-            allowed &= (q_ids < self.q_seq_len)[None, None, None]
+            allowed &= self.real_queries(row)
         return allowed
+
+    def real_queries(self, row: Int32[Array, ""]) -> Bool[Array, "1 1 1 q 1"]:
+        """The queries of a row that are not of the padding."""
+        along = jnp.arange(self.block_q, dtype=jnp.int32)
+        return (row * self.block_q + along < self.q_seq_len)[None, None, None, :, None]
 
     def bits(
         self, x: PairBits, row: Int32[Array, ""], block: Int32[Array, " slots"]
