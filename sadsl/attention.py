@@ -58,6 +58,13 @@ def attention(
     forward mode and any second derivative. A query that selects no key yields 0, and
     ``lse == -inf``. Lengths need not be multiples of a block.
 
+    A key that no query sees, such as padding or an unused slot of a cache, and a query
+    that sees no key may hold anything, NaN too. A value (or a cotangent) that is not
+    finite and that some query sees may reach other queries of its block, and their
+    gradients. A score of ``-inf`` has no weight; any finite score counts. Gradients
+    find the weights again from the lse, in float32: where it is beyond some 1e5, they
+    are rough.
+
     Args:
       q, k, v: float32, bfloat16 or float16, all of one dtype; the number of heads of q
         is a multiple of that of k and v. Products accumulate in float32. With "xla" and

@@ -312,8 +312,9 @@ def pair_bias(name: str) -> PairBias:
     """A number for each pair: the operand ``[batch, num_q_heads or 1, q_seq, kv_seq]``.
 
     The batch axis may be 1 or left out; more keys or queries than there are do no harm.
-    Gradients reach it. Memory is quadratic, as it is already; ``-inf`` leaves a pair
-    out, though its block is visited, which a map would avoid.
+    Gradients reach it. Memory is quadratic, as it is already. ``-inf`` leaves a pair
+    out, though its block is visited, which a map would avoid; a finite number never
+    does: a row of nothing but ``finfo.min`` is a softmax over that row.
     """
     return PairBias(name)
 
@@ -321,6 +322,6 @@ def pair_bias(name: str) -> PairBias:
 def key_bias(name: str) -> KeyBias:
     """A number for each key: the operand ``[batch, num_q_heads or 1, kv_seq]``.
 
-    The batch axis may be 1 or left out. Gradients reach it.
+    The batch axis may be 1 or left out. Gradients reach it; ``-inf`` leaves a key out.
     """
     return KeyBias(name)
