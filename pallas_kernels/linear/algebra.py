@@ -104,7 +104,7 @@ def read(
 
     def before_resets(x: Any) -> Any:
         # What a reset forgets may be no number, and 0 times it none either.
-        return x if run is None else jnp.where(run.col == 0, x, number(0, x))
+        return x if run is None else jnp.where(run.col == 0, x, number(0.0, x))
 
     out = dot(weights, keys.v, (1, 0)) + before_resets(dot(reads, state.s, (1, 0)))
     if rule.eps is None:
@@ -139,7 +139,7 @@ def write(rule: Rule, dot: Dot, keys: Keys, state: State) -> State:
     writes, carry = rule.writes(keys.k, keys.marks), rule.carry(keys.marks)
     v, run = keys.v, keys.marks.run
     if run is not None:
-        v = jnp.where(run.col == _last(run.row), v, number(0, v))
+        v = jnp.where(run.col == _last(run.row), v, number(0.0, v))
     s, z = dot(writes, v, (0, 0)), None
     s += state.s if carry is None else carried(carry.col, state.s)
     if state.z is not None:
@@ -165,18 +165,18 @@ def _scores(dot: Dot, q: Any, keys: Keys) -> Any:
         seen &= marks.run.col == marks.run.row
     s = dot(q, keys.k, (1, 1))
     if marks.fine is None or marks.coarse is None:
-        return jnp.where(seen, s, number(0, s))
+        return jnp.where(seen, s, number(0.0, s))
     past = marks.coarse.col - marks.coarse.row
     past += marks.fine.col - marks.fine.row
     # Two choices: a gradient goes through both the factor and the product.
-    factor = jnp.exp(jnp.where(seen, past, number(0, past)))
-    return jnp.where(seen, s * factor, number(0, s))
+    factor = jnp.exp(jnp.where(seen, past, number(0.0, past)))
+    return jnp.where(seen, s * factor, number(0.0, s))
 
 
 def _reads(q: Any, marks: Marks) -> Any:
     if marks.fine is not None and marks.coarse is not None:
         q = q * jnp.exp(marks.coarse.col + marks.fine.col)
-    return q if marks.run is None else jnp.where(marks.run.col == 0, q, number(0, q))
+    return q if marks.run is None else jnp.where(marks.run.col == 0, q, number(0.0, q))
 
 
 def _writes(k: Any, marks: Marks) -> Any:
@@ -185,7 +185,7 @@ def _writes(k: Any, marks: Marks) -> Any:
         k = k * jnp.exp(left + (_last(marks.fine.row) - marks.fine.col))
     if marks.run is None:
         return k
-    return jnp.where(marks.run.col == _last(marks.run.row), k, number(0, k))
+    return jnp.where(marks.run.col == _last(marks.run.row), k, number(0.0, k))
 
 
 def _carry(marks: Marks) -> Pair | None:
@@ -195,7 +195,7 @@ def _carry(marks: Marks) -> Pair | None:
     if marks.run is not None:
         last = _last(marks.run.row)
         kept = jnp.ones_like(last) if factor is None else factor
-        factor = jnp.where(last == 0, kept, number(0, kept))
+        factor = jnp.where(last == 0, kept, number(0.0, kept))
     return None if factor is None else Pair(factor, factor)
 
 
@@ -204,7 +204,7 @@ def _last(row: Any) -> Any:
     # Not every backend takes an element out of a value, and a sum they all have.
     position = jax.lax.broadcasted_iota(jnp.int32, row.shape, 1)
     end = position == row.shape[1] - 1
-    return jnp.sum(jnp.where(end, row, number(0, row)), axis=1, keepdims=True)
+    return jnp.sum(jnp.where(end, row, number(0.0, row)), axis=1, keepdims=True)
 
 
 def scalar(eps: float | None) -> Rule:

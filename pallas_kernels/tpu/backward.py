@@ -126,7 +126,7 @@ def _dq_kernel(
         added, pairs = on_top(step, block, (q_values, kv_values), windows, pairs)
         factor = operands.factor(call, q_vectors, kv_vectors, len(words))
         total = softmax.mask(s if added is None else s + added, pairs)
-        p, ds = softmax.score_gradient(
+        _, ds = softmax.score_gradient(
             total, lse, dp, delta, factor=factor, unit=call.unit
         )
         ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)

@@ -69,7 +69,7 @@ def dq_kernel(
         kept = factor(vectors, here, call)
         pairs = not_left_out(vectors.scores, added, pairs)
         total = softmax.mask(s if added is None else s + added, pairs)
-        p, ds = softmax.score_gradient(
+        _, ds = softmax.score_gradient(
             total, lse, dp, delta, factor=kept, unit=call.unit
         )
         ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
