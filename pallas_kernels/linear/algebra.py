@@ -126,7 +126,7 @@ def normalised(out: Any, total: Any, eps: float) -> tuple[Any, Any]:
     return jnp.where(gone, 0.0, out / safe), jnp.where(gone, 0.0, safe)
 
 
-def number(value: float, like: Any) -> Any:
+def number(value: int | float, like: Any) -> Any:
     """``value`` in the dtype of ``like``.
 
     With ``jax_enable_x64`` a bare number is a float64 at first, and kernels have none.
