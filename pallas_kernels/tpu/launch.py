@@ -91,7 +91,7 @@ class Step(NamedTuple):
     # row, where ``refs`` are of the streams, ``tiles`` of the tile operands, and
     # ``full`` is a Python bool: the two kinds of run have code of their own, unless all
     # blocks are to be tested as if they were partial.
-    walk: Callable[[Callable[[Any, tuple, tuple, bool], None], bool], None]
+    walk: Callable[..., None]
 
 
 class _Run(NamedTuple):

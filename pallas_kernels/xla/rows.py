@@ -57,6 +57,8 @@ def row_tile(short: Short, pairs: Pairs, line: tuple[Array, ...]) -> Shown:
     limit = jnp.broadcast_to(
         full.limit, (*partial.limit.shape[:-1], full.limit.shape[-1])
     )
+    assert full.seen is not None
+    assert partial.seen is not None
     return Shown(
         jnp.concatenate([limit, partial.limit], axis=-1),
         jnp.concatenate([full.seen, partial.seen], axis=-1),
