@@ -191,16 +191,17 @@ class TestGradients:
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
             oracle.assert_close(a, np.asarray(b, np.float64), "float32")
 
-    def test_reference_in_float64(self):
+    def test_float64(self):
         with jax.enable_x64(True):
             q, k, v = (x.astype(jnp.float64) for x in arrays())
             term = sa.linear(decay=0.7)
-            out = sa.attention(q, k, v, term, impl="reference")
             g = np.full((2, 20, 1), np.log(0.7))
             want, _ = definition(elu1_of, q, k, v, np.tri(20), g)
-            np.testing.assert_allclose(out, want, rtol=1e-12)
+            for impl in ("reference", "xla"):
+                out = sa.attention(q, k, v, term, impl=impl)
+                np.testing.assert_allclose(out, want, rtol=1e-12)
             with pytest.raises(NotImplementedError, match=r"not float64"):
-                sa.attention(q, k, v, term, impl="xla")
+                sa.attention(q, k, v, term, impl="tpu", interpret=True)
 
 
 class TestFeatureMaps:
