@@ -133,7 +133,7 @@ def test_a_narrowed_predicate_holds_the_same_pairs(a_map, values):
 
 
 @pytest.mark.slow
-@quiet(max_examples=4000)
+@quiet(max_examples=1500)
 @given(strategies.extreme_wheres(), strategies.int32_arrays(N))
 def test_many_narrowed_predicates_hold_the_same_pairs(a_map, values):
     assert_narrow(a_map.node, operands_of(a_map.node, values))
