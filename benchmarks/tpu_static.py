@@ -6,8 +6,9 @@
 A bundle is one very long instruction word, so it takes at least one cycle. A kernel has
 one innermost loop over tiles without a test (full) and one over tiles with a test
 (partial). The scheduled code of libtpu shows these loops, and every bundle of such a
-loop is counted, also those that start the next copy. No TPU is needed, and nothing is
-timed.
+loop is counted, also those that start the next copy. The loop of a walk that is made
+again, because a sum was not finite, comes after these two and is not counted. No TPU is
+needed, and nothing is timed.
 
 ``--against`` compiles the same cases in another checkout of this repository and prints
 its counts before the arrow, with the change in percent of the sum of the three kernels.
@@ -102,11 +103,9 @@ def counts(dump: Path, cases: list[tuple[str, str, int]]) -> list[Counts]:
                 and "schedule-analysis" not in x.name
             )  # fmt: skip
             found_loops = loops(code.read_text())
-            if len(found_loops) != len(KINDS):
-                raise RuntimeError(
-                    f"{code}: {len(found_loops)} loops over tiles, not 2"
-                )
-            of_case += found_loops
+            if len(found_loops) < len(KINDS):
+                raise RuntimeError(f"{code}: {len(found_loops)} loops over tiles")
+            of_case += found_loops[: len(KINDS)]
         found.append(of_case)
     return found
 
