@@ -78,7 +78,8 @@ def show(node: Node) -> str:
             return " & ".join(_tight(t) for t in terms)
         case Or(terms):
             return " | ".join(_tight(t) for t in terms)
-        case Not(Le(a, b)):
+        # With a constant, `<` is read as `<=` of the next one.
+        case Not(Le(a, b)) if not (isinstance(a, Const) or isinstance(b, Const)):
             return f"{show(b)} < {show(a)}"
         case Not(term):
             return f"~{_tight(term)}"
