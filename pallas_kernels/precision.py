@@ -11,6 +11,6 @@ def wide(dtype: jax.typing.DTypeLike) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-def widened(x: jax.Array) -> jax.Array:
+def widened(x: Any) -> Any:
     """``x`` in the dtype of its sums."""
     return x.astype(wide(x.dtype))

@@ -215,15 +215,6 @@ def test_half_precision(dtype):
     oracle.assert_close(out, np.asarray(wide, np.float64), dtype)
 
 
-def test_the_reference_takes_float64():
-    with jax.enable_x64(True):
-        q, k, v, _ = (x.astype("float64") for x in arrays())
-        out = sa.attention(q, k, v, "causal()", impl="reference")
-        assert out.dtype == np.float64
-        with pytest.raises(NotImplementedError, match="not float64"):
-            sa.attention(q, k, v, "causal()", impl="xla")
-
-
 def test_new_segment_ids_do_not_recompile():
     q, k, v, _ = arrays()
     traces = []
