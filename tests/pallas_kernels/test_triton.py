@@ -327,8 +327,8 @@ def test_only_needed_loops_are_there():
         return forward.code.count("scf.for")
 
     sizes = {"q_len": 128, "kv_len": 128}
-    # A loop over runs and one over the blocks of each kind; and the careful walk of rows
-    # whose sums are not finite, which has one kind of block only.
+    # A loop over runs and one over the blocks of each kind; and the careful walk of
+    # rows whose sums are not finite, which has one kind of block only.
     careful = 2
     assert loops(Case(pattern=Pattern("full"), **sizes)) == 2 + careful
     assert loops(Case(pattern=Pattern("strided"), **sizes)) == 2 + careful
