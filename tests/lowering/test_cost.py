@@ -55,9 +55,20 @@ def quick(quick_compilation):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+# By default each call on one backend, and the window on all.
+NEAR = {("heads, grouped", "triton"), ("arranged", "xla")}
+COUNTED = [
+    pytest.param(
+        name, impl,
+        marks=[] if name == "window" or (name, impl) in NEAR else pytest.mark.slow,
+    )
+    for name in CALLS
+    for impl in ("tpu", "triton", "xla")
+]  # fmt: skip
+
+
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("impl", ["tpu", "triton", "xla"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(("name", "impl"), COUNTED)
 def test_tiles_and_flops_are_those_that_the_kernels_execute(name, impl):
     text, lengths, heads = CALLS[name]
     batch, dims = 2 if name == "arranged" else 1, (16, 24)
