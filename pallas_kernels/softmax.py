@@ -186,11 +186,9 @@ def score_gradient(
     return p * factor, p * (dp * factor - delta)
 
 
-def where_weighed(
-    ds: jax.Array, s: jax.Array, lse: jax.Array, unit: float
-) -> jax.Array:
+def where_weighed(ds: jax.Array, weight: jax.Array) -> jax.Array:
     """``ds``, and 0 where the weight is 0, whatever the value and the score were.
 
     That is the weight before dropout: a pair that is dropped has a gradient.
     """
-    return jnp.where(power(s - lse, unit) == 0, 0.0, ds)
+    return jnp.where(weight == 0, 0.0, ds)

@@ -126,12 +126,13 @@ def _dq_kernel(
         added, pairs = on_top(step, block, (q_values, kv_values), windows, pairs)
         factor = operands.factor(call, q_vectors, kv_vectors, len(words))
         total = softmax.mask(s if added is None else s + added, pairs)
-        _, ds = softmax.score_gradient(
+        p, ds = softmax.score_gradient(
             total, lse, dp, delta, factor=factor, unit=call.unit
         )
         ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
         if careful:
-            ds = softmax.where_weighed(ds, total, lse, call.unit)
+            weight = p if factor is None else softmax.power(total - lse, call.unit)
+            ds = softmax.where_weighed(ds, weight)
             k = operands.kept(k, operands.to_column(softmax.seen(total, 0)))
         dq_ref[...] += softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
 
@@ -248,7 +249,8 @@ def _dkv_kernel(
         )
         ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
         if tested:
-            ds = softmax.where_weighed(ds, total, lse, call.unit)
+            weight = p if factor is None else softmax.power(total - lse, call.unit)
+            ds = softmax.where_weighed(ds, weight)
         dv_ref[...] += softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
         dk_ref[...] += softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
 
