@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.block_mask import BlockMask
@@ -145,10 +146,29 @@ class Outputs(NamedTuple):
     lse: Float[Array, "batch q_heads q"]  # natural logarithm
 
 
+class Kept(NamedTuple):
+    """What a forward pass keeps for derivatives: the outputs, and a total a row.
+
+    The total is the sum of the weights ``exp(score - lse)``. It is 1 but for the
+    rounding of the lse: the number of keys where all scores are ``finfo.min``, in which
+    float32 absorbs the logarithm of a sum. Derivatives divide by it.
+    """
+
+    o: Float[Array, "batch q_heads q head_dim_v"]
+    lse: Float[Array, "batch q_heads q"]
+    total: Float[Array, "batch q_heads q"]
+
+    @property
+    def outputs(self) -> Outputs:
+        """What a caller sees."""
+        return Outputs(self.o, self.lse)
+
+
 class Cotangents(NamedTuple):
     """What a backward pass starts from; ``delta = rowsum(do * o) - dlse``.
 
-    Where ``lse == -inf``, ``delta`` is 0, and ``do`` may be anything.
+    Where ``lse == -inf``, ``delta`` is 0, and ``do`` may be anything. Both are divided
+    by the total of the weights of the row.
     """
 
     lse: Float[Array, "batch q_heads q"]  # the natural lse of the forward pass
@@ -156,14 +176,22 @@ class Cotangents(NamedTuple):
     delta: Float[Array, "batch q_heads q"]
 
 
-def cotangents_of(outputs: Outputs, cotangent: Outputs) -> Cotangents:
-    """What a backward pass starts from, given the outputs and their cotangents."""
-    o, lse = outputs
+def named(kept: Kept) -> Kept:
+    """``kept`` with the names that checkpoint policies know residuals by."""
+    o = checkpoint_name(kept.o, "attn_out")
+    return Kept(o, *(checkpoint_name(x, "attn_lse") for x in kept[1:]))
+
+
+def cotangents_of(kept: Kept, cotangent: Outputs) -> Cotangents:
+    """What a backward pass starts from, given what was kept and the cotangents."""
+    o, lse, total = kept
     do, dlse = cotangent
     products = widened(o) * widened(do)
     # CPUs add up the last axis of an array one number at a time, but for dots.
     ones = jnp.ones(o.shape[-1], products.dtype)
     delta = jnp.matmul(products, ones, precision="highest") - dlse
+    do = (widened(do) / total[..., None]).astype(do.dtype)
+    delta = delta / total
     # An empty row is constant: nothing flows back through it.
     return Cotangents(lse, do, jnp.where(jnp.isneginf(lse), 0.0, delta))
 
@@ -180,9 +208,7 @@ class Backend(Protocol):
         Runs outside of any differentiation, on host arrays for a static plan.
         """
 
-    def forward(
-        self, inputs: Inputs, vectors: Vectors, lists: Any, call: Call
-    ) -> Outputs:
+    def forward(self, inputs: Inputs, vectors: Vectors, lists: Any, call: Call) -> Kept:
         """Attention over the blocks of ``lists``."""
 
     def backward(

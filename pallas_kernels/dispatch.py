@@ -13,18 +13,19 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import dense, tpu, triton, xla
 from pallas_kernels.call import (
     Call,
     Cotangents,
     Inputs,
+    Kept,
     Masks,
     Outputs,
     ScoreValues,
     Vectors,
     cotangents_of,
+    named,
 )
 from pallas_kernels.varying import alike, vary
 from pallas_kernels.xla import derivatives
@@ -45,10 +46,11 @@ def attend(
     lists = BACKENDS[impl].prepare(masks, call)
     tests = masks.forward.test_of_head
     if impl == "xla":
-        return derivatives.attend(call, *alike((inputs, vectors, tests, lists)))
+        found = derivatives.attend(call, *alike((inputs, vectors, tests, lists)))
+        return found.outputs
     walk = xla.prepare(masks, call) if call.learned_scores else None
     plan = Plan(lists, tests, walk)
-    return _attend(impl, call, *alike((inputs, vectors, plan)))
+    return _attend(impl, call, *alike((inputs, vectors, plan))).outputs
 
 
 class Plan(NamedTuple):
@@ -62,21 +64,20 @@ class Plan(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(
     impl: str, call: Call, inputs: Inputs, vectors: Vectors, plan: Plan
-) -> Outputs:
+) -> Kept:
     return BACKENDS[impl].forward(inputs, vectors, plan.lists, call)
 
 
 def _attend_fwd(
     impl: str, call: Call, inputs: Inputs, vectors: Vectors, plan: Plan
-) -> tuple[Outputs, Any]:
-    o, lse = _attend(impl, call, inputs, vectors, plan)
-    o, lse = checkpoint_name(o, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return Outputs(o, lse), (inputs, vectors, plan, o, lse)
+) -> tuple[Kept, Any]:
+    kept = named(_attend(impl, call, inputs, vectors, plan))
+    return kept, (inputs, vectors, plan, kept)
 
 
-def _attend_bwd(impl: str, call: Call, residuals: Any, cotangent: Outputs) -> Any:
-    inputs, vectors, plan, o, lse = residuals
-    cotangents = cotangents_of(Outputs(o, lse), cotangent)
+def _attend_bwd(impl: str, call: Call, residuals: Any, cotangent: Kept) -> Any:
+    inputs, vectors, plan, kept = residuals
+    cotangents = cotangents_of(kept, cotangent.outputs)
     cotangents = vary(cotangents, inputs.q)
     gradients = _backward(impl, call, inputs, cotangents, vectors, plan)
     if not call.learned_scores:

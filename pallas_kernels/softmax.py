@@ -147,15 +147,25 @@ def fold(
     return Carry(acc, m_new, l * fade + _lane_sums(p, l.shape[1]))
 
 
-def finish(carry: Carry, unit: float = LOG2_E) -> tuple[jax.Array, jax.Array]:
-    """Output f32 ``[rows, head_dim_v]``, lse ``[rows, 1]``; 0 and -inf if empty."""
+class Finished(NamedTuple):
+    """The softmax of some rows; an empty one has output 0, lse -inf and total 1."""
+
+    o: jax.Array  # f32 [rows, head_dim_v]
+    lse: jax.Array  # [rows, 1]
+    # The sum of the weights exp(s - lse): 1 but for the rounding of the lse.
+    total: jax.Array  # [rows, 1]
+
+
+def finish(carry: Carry, unit: float = LOG2_E) -> Finished:
+    """The outputs of a running softmax."""
     acc, m, l = carry
     if l.shape[-1] > 1:
         m, l = m[..., :1], l.sum(axis=-1, keepdims=True)
     empty = l == 0
     safe = jnp.where(empty, 1.0, l)
     lse = jnp.where(empty, -jnp.inf, m * (1 / unit) + jnp.log2(safe) * LN_2)
-    return acc / safe, lse
+    back = jnp.where(empty, m, lse * unit)
+    return Finished(acc / safe, lse, safe * power(m - back, unit))
 
 
 def lse_for_backward(lse: jax.Array, unit: float = LOG2_E) -> jax.Array:

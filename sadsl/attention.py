@@ -61,10 +61,7 @@ def attention(
     A key that no query sees, such as padding or an unused slot of a cache, and a query
     that sees no key may hold anything, NaN too. A value (or a cotangent) that is not
     finite and that some query sees may reach other queries of its block, and their
-    gradients. A score of ``-inf`` has no weight; any finite score counts. Gradients
-    find the weights again from the lse, in float32: where its magnitude is beyond some
-    1e5 they lose digits, and beyond some 1e7 (a row of biases that are all
-    ``finfo.min``) they are wrong but with "reference".
+    gradients. A score of ``-inf`` has no weight; any finite score counts.
 
     Args:
       q, k, v: float32, bfloat16 or float16, all of one dtype; the number of heads of q

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import bits, softmax
-from pallas_kernels.call import Call, Inputs, Outputs, Vectors
+from pallas_kernels.call import Call, Inputs, Kept, Vectors
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import Launch, Operand, Step, launch
@@ -17,14 +17,15 @@ from pallas_kernels.tpu.scores import OnTop, on_top, tile_operands
 from pallas_kernels.varying import shape_like
 
 
-def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outputs:
+def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Kept:
     """Attention over the blocks of ``lists.forward``."""
     q_seq_len, dtype = inputs.q.shape[2], inputs.q.dtype
     bits.check(vectors.bits, *(x.sizes.block_kv for x in lists))
     vectors = operands.with_numbers(vectors)
     run = foldable(partial(_run, call=call))
-    o, lse = run(operands.prepared(inputs), vectors, lists.forward)
-    return Outputs(o[:, :, :q_seq_len].astype(dtype), lse[:, :, :q_seq_len])
+    found = run(operands.prepared(inputs), vectors, lists.forward)
+    o, lse, total = (x[:, :, :q_seq_len] for x in found)
+    return Kept(o.astype(dtype), lse, total)
 
 
 def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arrays:
@@ -66,22 +67,23 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
         outs=(
             Operand(shape_like((heads, seq, head_dim_v), q.dtype, q), own),
             Operand(shape_like((heads, 1, seq), jnp.float32, q), own, axis=2),
+            Operand(shape_like((heads, 1, seq), jnp.float32, q), own, axis=2),
         ),
         scratch=((sizes.block_q, head_dim_v), statistics, statistics),
         interpret=call.interpret,
         tiles=tile_operands(vectors, sizes, (batch, num_heads), 1, by="q"),
     )
     kernel = partial(_kernel, call=call, on_top=on_top(added, call, sizes, "q"))
-    o, lse = launch(kernel, of, lists)
+    o, lse, total = launch(kernel, of, lists)
     shape = (batch, num_heads, seq)
-    return o.reshape(*shape, head_dim_v), lse.reshape(shape)
+    return o.reshape(*shape, head_dim_v), lse.reshape(shape), total.reshape(shape)
 
 
 def _kernel(
     step: Step, rows: tuple, outs: tuple, scratch: tuple, *, call: Call, on_top: OnTop
 ) -> None:
     q_ref, *vector_refs = rows
-    o_ref, lse_ref = outs
+    o_ref, lse_ref, total_ref = outs
     sizes = on_top.sizes
     columns = [operands.to_column(x[...]) for x in vector_refs]
     q_vectors, q_values = on_top.split(columns, "q")
@@ -128,6 +130,7 @@ def _kernel(
     def _() -> None:
         walk(careful=True)
 
-    o, lse = softmax.finish(softmax.Carry(*(ref[...] for ref in scratch)), call.unit)
-    o_ref[...] = o.astype(o_ref.dtype)
-    lse_ref[...] = operands.to_row(lse)
+    found = softmax.finish(softmax.Carry(*(ref[...] for ref in scratch)), call.unit)
+    o_ref[...] = found.o.astype(o_ref.dtype)
+    lse_ref[...] = operands.to_row(found.lse)
+    total_ref[...] = operands.to_row(found.total)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import bits, softmax
-from pallas_kernels.call import Call, Inputs, Outputs, Vectors
+from pallas_kernels.call import Call, Inputs, Kept, Vectors
 from pallas_kernels.triton.launch import (
     compiler_params,
     everything,
@@ -39,9 +39,9 @@ from pallas_kernels.varying import shape_like
 
 def forward_kernel(
     runs: Runs, inputs: Inputs, vectors: Vectors, o_ref: Any, lse_ref: Any,
-    *, sizes: Sizes, call: Call, num_heads: int,
+    total_ref: Any, *, sizes: Sizes, call: Call, num_heads: int,
 ) -> None:  # fmt: skip
-    """Writes one query block of ``o`` and ``lse``."""
+    """Writes one query block of ``o``, ``lse`` and ``total``."""
     q_ref, k_ref, v_ref = inputs
     block_q, block_kv = sizes.block_q, sizes.block_kv
     row = runs.order[pl.program_id(0)]
@@ -95,12 +95,13 @@ def forward_kernel(
         lambda: carry,
         lambda: walk_tested(runs, sizes, row_of_map, careful, start),
     )
-    o, lse = softmax.finish(carry, call.unit)
-    o_ref[rows, :] = o.astype(o_ref.dtype)
-    lse_ref[rows] = jnp.squeeze(lse, 1)
+    found = softmax.finish(carry, call.unit)
+    o_ref[rows, :] = found.o.astype(o_ref.dtype)
+    lse_ref[rows] = jnp.squeeze(found.lse, 1)
+    total_ref[rows] = jnp.squeeze(found.total, 1)
 
 
-def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outputs:
+def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Kept:
     """Attention over the blocks of ``lists``."""
     plan, tile = lists.forward, call.tiles.forward
     bits.check(vectors.bits, *(x.sizes.block_kv for x in lists))
@@ -112,7 +113,7 @@ def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outpu
     o = shape_like(o_shape, inputs.q.dtype, padded.q)
     lse_shape = batch, num_q_heads, plan.sizes.padded_q
     lse = shape_like(lse_shape, jnp.float32, padded.q)
-    o, lse = pl.pallas_call(
+    o, *statistics = pl.pallas_call(
         partial(forward_kernel, sizes=plan.sizes, call=call, num_heads=num_q_heads),
         grid=(plan.sizes.num_rows, num_q_heads, batch),
         in_specs=[
@@ -120,9 +121,10 @@ def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outpu
             input_specs(padded),
             vector_specs(vectors),
         ],
-        out_specs=[whole(o), whole(lse)],
-        out_shape=[o, lse],
+        out_specs=[whole(o), whole(lse), whole(lse)],
+        out_shape=[o, lse, lse],
         compiler_params=compiler_params(tile),
         interpret=call.interpret,
     )(plan.runs, padded, vectors)
-    return Outputs(heads_first(o, q_seq_len, head_dim_v), lse[:, :, :q_seq_len])
+    lse, total = (x[:, :, :q_seq_len] for x in statistics)
+    return Kept(heads_first(o, q_seq_len, head_dim_v), lse, total)

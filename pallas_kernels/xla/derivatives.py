@@ -14,8 +14,9 @@ kept of the forward pass, the others are those that it is linear in. JAX's own m
 not do: a ``custom_vjp`` has no forward mode, and the linear part of a ``custom_jvp``,
 transposed by JAX, would keep the probabilities of all blocks.
 
-What was kept, ``o`` and ``lse``, is a function of ``x``; it is no variable of its own.
-Derivatives beyond the second go through plain JAX over all pairs, in quadratic memory.
+What was kept, ``o``, ``lse`` and ``total``, is a function of ``x``, not a variable of
+its own. Derivatives beyond the second go through plain JAX over all pairs, in quadratic
+memory.
 """
 
 from functools import partial
@@ -23,7 +24,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias, assert_never
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -32,10 +32,12 @@ from pallas_kernels import dense
 from pallas_kernels.call import (
     Call,
     Inputs,
+    Kept,
     Outputs,
     ScoreValues,
     Vectors,
     cotangents_of,
+    named,
 )
 from pallas_kernels.varying import alike, aval_like
 from pallas_kernels.xla.backward import backward
@@ -58,7 +60,7 @@ class Point(NamedTuple):
     """Where a derivative is taken: a call and what it yielded."""
 
     variables: Variables
-    outputs: Outputs
+    kept: Kept
     vectors: Vectors  # but for the scores
     tests: Any
     lists: Lists
@@ -84,7 +86,7 @@ class Rule(NamedTuple):
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attend(
     call: Call, inputs: Inputs, vectors: Vectors, tests: Any, lists: Lists
-) -> Outputs:
+) -> Kept:
     """``forward``, differentiable by both modes and to any order.
 
     That is, in ``inputs`` and, if they are learned, in ``vectors.scores``.
@@ -93,19 +95,23 @@ def attend(
     return forward(inputs, vectors, lists, call)
 
 
-def _attend_jvp(call: Call, primals: tuple, tangents: tuple) -> tuple[Outputs, Outputs]:
+def _attend_jvp(call: Call, primals: tuple, tangents: tuple) -> tuple[Kept, Kept]:
     inputs, vectors, tests, lists = primals
-    o, lse = attend(call, inputs, vectors, tests, lists)
-    o, lse = checkpoint_name(o, "attn_out"), checkpoint_name(lse, "attn_lse")
+    kept = named(attend(call, inputs, vectors, tests, lists))
     variables = Variables(inputs, vectors.scores)
     rest = vectors._replace(scores=ScoreValues())
-    point = Point(variables, Outputs(o, lse), rest, tests, lists)
+    point = Point(variables, kept, rest, tests, lists)
     # Nothing is kept for what nobody differentiates in.
     moves = Variables(tangents[0], tangents[1].scores)
     if not call.learned_scores:
         moves = moves._replace(scores=jax.tree.map(lambda _: None, moves.scores))
     moves = jax.tree.map(lambda t: None if isinstance(t, SymbolicZero) else t, moves)
-    return point.outputs, _bind("tangent", call, point, moves)
+    return kept, _moved(kept, _bind("tangent", call, point, moves))
+
+
+def _moved(kept: Kept, tangent: Any) -> Kept:
+    """The tangent of what was kept; the total is 1 but for rounding, and stays."""
+    return Kept(tangent.o, tangent.lse, jnp.zeros_like(kept.total))
 
 
 attend.defjvp(_attend_jvp, symbolic_zeros=True)
@@ -129,7 +135,7 @@ def _like(kind: Kind, point: Point) -> Variables | Outputs:
     """What the result of ``kind`` is like."""
     match kind:
         case "tangent" | "tangent2":
-            return point.outputs
+            return point.kept.outputs
         case "gradient" | "gradient2":
             return point.variables
     assert_never(kind)
@@ -167,16 +173,16 @@ def over_blocks(
     kind: Kind, call: Call, point: Point, linear: tuple
 ) -> Variables | Outputs:
     """The four functions in memory linear in the lengths; see the module."""
-    x, outputs, vectors, _, lists = point
+    x, kept, vectors, _, lists = point
     vectors = vectors._replace(scores=x.scores)
     match kind:
         case "tangent":
             (u,) = linear
             moved = _filled(u.scores, x.scores) if _has_any(u.scores) else None
             u = _filled(u.inputs, x.inputs), moved
-            return tangent(x.inputs, u, outputs, vectors, lists, call)
+            return tangent(x.inputs, u, kept, vectors, lists, call)
         case "gradient":
-            c = cotangents_of(outputs, _filled(linear[0], outputs))
+            c = cotangents_of(kept, _filled(linear[0], kept.outputs))
             args = x.inputs, c, vectors, lists, call
             scores = jax.tree.map(jnp.zeros_like, x.scores)
             if call.learned_scores:
@@ -186,12 +192,12 @@ def over_blocks(
             other, w = linear
             first = "tangent" if kind == "tangent2" else "gradient"
 
-            def at(x: Variables, outputs: Outputs) -> Variables | Outputs:
-                near = point._replace(variables=x, outputs=outputs)
+            def at(x: Variables, kept: Kept) -> Variables | Outputs:
+                near = point._replace(variables=x, kept=kept)
                 return over_blocks(first, call, near, (other,))
 
-            moved = over_blocks("tangent", call, point, (w,))
-            return jax.jvp(at, (x, outputs), (_filled(w, x), moved))[1]
+            moved = _moved(kept, over_blocks("tangent", call, point, (w,)))
+            return jax.jvp(at, (x, kept), (_filled(w, x), moved))[1]
     assert_never(kind)
 
 
@@ -199,7 +205,7 @@ def over_pairs(
     kind: Kind, call: Call, point: Point, linear: tuple
 ) -> Variables | Outputs:
     """The same in plain JAX, differentiable to any order."""
-    variables, outputs, vectors, tests, _ = point
+    variables, kept, vectors, tests, _ = point
 
     def f(x: Variables) -> Outputs:
         own = vectors._replace(scores=x.scores)
@@ -209,7 +215,7 @@ def over_pairs(
         case "tangent":
             return jax.jvp(f, (variables,), (_filled(linear[0], variables),))[1]
         case "gradient":
-            return jax.vjp(f, variables)[1](_filled(linear[0], outputs))[0]
+            return jax.vjp(f, variables)[1](_filled(linear[0], kept.outputs))[0]
         case "tangent2" | "gradient2":
             other, w = linear
             first = "tangent" if kind == "tangent2" else "gradient"

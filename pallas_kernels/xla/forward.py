@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import softmax
-from pallas_kernels.call import Call, Inputs, Outputs, Vectors
+from pallas_kernels.call import Call, Inputs, Kept, Vectors
 from pallas_kernels.precision import wide
 from pallas_kernels.varying import vary
 from pallas_kernels.xla import tile
@@ -23,24 +23,24 @@ def fold_tiles(unit: float, *args: Any) -> softmax.Carry:
     return jax.vmap(jax.vmap(partial(softmax.fold, unit=unit)))(*args)
 
 
-def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Outputs:
+def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Kept:
     """Attention over the blocks of ``lists``, in memory linear in the lengths."""
     if is_traced(lists):
 
-        def of_owner(owner: Owner) -> Outputs:
+        def of_owner(owner: Owner) -> Kept:
             args = owner.inputs, owner.vectors, owner.plan(lists.forward)
             return _forward(*args, owner.group, call)
 
-        return Outputs(*for_owners(of_owner, inputs, vectors, lists))
+        return Kept(*for_owners(of_owner, inputs, vectors, lists))
     groups = head_groups(lists.map_of_head, lists.test_of_map, inputs.k.shape[1])
     parts = [_forward(inputs, vectors, lists.forward, group, call) for group in groups]
     heads = [group.q_heads for group in groups]
-    return Outputs(*(join(list(x), heads) for x in zip(*parts, strict=True)))
+    return Kept(*(join(list(x), heads) for x in zip(*parts, strict=True)))
 
 
 def _forward(
     inputs: Inputs, vectors: Vectors, plan: Plan, group: HeadGroup, call: Call
-) -> Outputs:
+) -> Kept:
     """The heads of one group."""
     _, _, q_seq_len, _ = inputs.q.shape
     _, _, kv_seq_len, head_dim_v = inputs.v.shape
@@ -70,19 +70,24 @@ def _forward(
         return fold_tiles(call.unit, *args)
 
     def close(fixed: Any, state: Any, row: Array) -> Any:
-        o, lse = softmax.finish(state, call.unit)
+        o, lse, weights = softmax.finish(state, call.unit)
         _, total, _ = fixed
-        return Outputs(
+        return Kept(
             tile.put_queries(total.o, o, row),
             tile.put_row(total.lse, lse[..., 0], row),
+            tile.put_row(total.total, weights[..., 0], row),
         )
 
-    total = Outputs(
+    total = Kept(
         jnp.zeros((batch, q_blocks, block_q, q_heads, head_dim_v), inputs.q.dtype),
         jnp.full((batch, kv_heads, size, q_blocks, block_q), -jnp.inf, dtype),
+        jnp.ones((batch, kv_heads, size, q_blocks, block_q), dtype),
     )
     walk = plan.walks[group.map_index]
     total = vary(total, inputs.q)
     total = fold_rows(walk, pairs, Pass(start, fold, close), total)
-    lse = tile.from_blocks(total.lse, 3, q_seq_len).reshape(batch, q_heads, -1)
-    return Outputs(tile.heads_first(total.o, q_seq_len), lse)
+    lse, weights = (
+        tile.from_blocks(x, 3, q_seq_len).reshape(batch, q_heads, -1)
+        for x in (total.lse, total.total)
+    )
+    return Kept(tile.heads_first(total.o, q_seq_len), lse, weights)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import softmax
-from pallas_kernels.call import Call, Inputs, Outputs, ScoreValues, Vectors
+from pallas_kernels.call import Call, Inputs, Kept, Outputs, ScoreValues, Vectors
 from pallas_kernels.precision import widened
 from pallas_kernels.varying import vary
 from pallas_kernels.xla import scores, tile
@@ -43,12 +43,12 @@ class Sums(NamedTuple):
 def tangent(
     inputs: Inputs,
     direction: tuple[Inputs, ScoreValues | None],
-    outputs: Outputs,
+    kept: Kept,
     vectors: Vectors,
     lists: Lists,
     call: Call,
 ) -> Outputs:
-    """The derivative of the ``outputs`` along a ``direction``.
+    """The derivative of the outputs along a ``direction``.
 
     That is one of the inputs and of ``vectors.scores``, None if these stay. Memory is
     linear in the lengths. An empty row has tangents 0.
@@ -63,7 +63,7 @@ def tangent(
     if is_traced(lists):
 
         def of_owner(owner: Owner) -> Sums:
-            lse = owner.of_queries(outputs.lse)
+            lse = owner.of_queries(kept.lse)
             plan = owner.plan(lists.backward)
             return _tangent(owner.inputs, lse, owner.vectors, plan, owner.group, call)
 
@@ -71,13 +71,14 @@ def tangent(
     else:
         groups = head_groups(lists.map_of_head, lists.test_of_map, inputs.k.shape[1])
         parts = [
-            _tangent(both, outputs.lse, vectors, lists.backward, group, call)
+            _tangent(both, kept.lse, vectors, lists.backward, group, call)
             for group in groups
         ]
         heads = [group.q_heads for group in groups]
         sums = Sums(*(join(list(x), heads) for x in zip(*parts, strict=True)))
-    o = sums.o - sums.lse[..., None] * widened(outputs.o)
-    return Outputs(o.astype(outputs.o.dtype), sums.lse)
+    moved_lse = sums.lse / kept.total
+    o = sums.o / kept.total[..., None] - moved_lse[..., None] * widened(kept.o)
+    return Outputs(o.astype(kept.o.dtype), moved_lse)
 
 
 def _tangent(

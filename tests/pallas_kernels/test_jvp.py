@@ -250,7 +250,7 @@ def test_remat_shard_map_and_half_precision():
 
 
 def test_what_the_first_order_keeps_and_runs():
-    """Inputs, outputs and lists, nothing for zeros, and one sweep back."""
+    """Inputs, outputs, a total a row and lists, nothing for zeros; one sweep back."""
     f = attend(TINY)
     x, *_ = operands(TINY)
     inputs, values = x
@@ -261,7 +261,7 @@ def test_what_the_first_order_keeps_and_runs():
         kept = jax.tree.leaves(pull)
         return sum(x.size for x in kept if jnp.issubdtype(x.dtype, jnp.floating))
 
-    every = sum(x.size for x in (*inputs, *outputs))
+    every = sum(x.size for x in (*inputs, *outputs, outputs.lse))
     assert floats(f, x) == every
     assert floats(lambda q: f((inputs._replace(q=q), values)), inputs.q) == every
     text = str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(f(x).o)))(x))
