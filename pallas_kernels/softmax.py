@@ -180,25 +180,21 @@ def score_gradient(
     delta: jax.Array,
     *,
     factor: jax.Array | None = None,
+    slope: jax.Array | float = 1.0,
     unit: float = LOG2_E,
+    careful: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The weights and the gradient of the natural scores, of one tile.
 
     ``s`` are masked scores and ``lse`` that of ``lse_for_backward``, both in ``unit``,
     ``dp = do v^T``, ``delta = rowsum(do * o) - dlse``; ``lse`` and ``delta`` broadcast
     against ``s`` in either orientation. With dropout, ``factor`` multiplies the
-    weights; so it does the first result. The gradient does not count a soft cap: it is
-    that of what is added to capped scores.
+    weights; so it does the first result. The gradient is that of what is added to
+    capped scores; with ``cap_slope`` as the ``slope``, that of the scores themselves.
+    With ``careful`` it is 0 where the weight before dropout is, whatever value and
+    score are there.
     """
     p = power(s - lse, unit)
-    if factor is None:
-        return p, p * (dp - delta)
-    return p * factor, p * (dp * factor - delta)
-
-
-def where_weighed(ds: jax.Array, weight: jax.Array) -> jax.Array:
-    """``ds``, and 0 where the weight is 0, whatever the value and the score were.
-
-    That is the weight before dropout: a pair that is dropped has a gradient.
-    """
-    return jnp.where(weight == 0, 0.0, ds)
+    dropped = p if factor is None else p * factor
+    ds = p * ((dp if factor is None else dp * factor) - delta) * slope
+    return dropped, jnp.where(p == 0, 0.0, ds) if careful else ds

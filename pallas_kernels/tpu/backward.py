@@ -126,13 +126,12 @@ def _dq_kernel(
         added, pairs = on_top(step, block, (q_values, kv_values), windows, pairs)
         factor = operands.factor(call, q_vectors, kv_vectors, len(words))
         total = softmax.mask(s if added is None else s + added, pairs)
-        p, ds = softmax.score_gradient(
-            total, lse, dp, delta, factor=factor, unit=call.unit
-        )
-        ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
+        slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
+        _, ds = softmax.score_gradient(
+            total, lse, dp, delta,
+            factor=factor, slope=slope, unit=call.unit, careful=careful,
+        )  # fmt: skip
         if careful:
-            weight = p if factor is None else softmax.power(total - lse, call.unit)
-            ds = softmax.where_weighed(ds, weight)
             k = operands.kept(k, operands.to_column(softmax.seen(total, 0)))
         dq_ref[...] += softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
 
@@ -244,13 +243,11 @@ def _dkv_kernel(
         factor = operands.factor(call, q_vectors, kv_vectors, len(words))
         lse, delta = statistics[0:1], statistics[1:2]
         total = softmax.mask(s if added is None else s + added, pairs)
+        slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
         p, ds = softmax.score_gradient(
-            total, lse, dp, delta, factor=factor, unit=call.unit
-        )
-        ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
-        if tested:
-            weight = p if factor is None else softmax.power(total - lse, call.unit)
-            ds = softmax.where_weighed(ds, weight)
+            total, lse, dp, delta,
+            factor=factor, slope=slope, unit=call.unit, careful=tested,
+        )  # fmt: skip
         dv_ref[...] += softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
         dk_ref[...] += softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
 

@@ -69,13 +69,12 @@ def dq_kernel(
         kept = factor(vectors, here, call)
         pairs = not_left_out(vectors.scores, added, pairs)
         total = softmax.mask(s if added is None else s + added, pairs)
-        p, ds = softmax.score_gradient(
-            total, lse, dp, delta, factor=kept, unit=call.unit
-        )
-        ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
+        slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
+        _, ds = softmax.score_gradient(
+            total, lse, dp, delta,
+            factor=kept, slope=slope, unit=call.unit, careful=careful,
+        )  # fmt: skip
         if careful:
-            weight = p if kept is None else softmax.power(total - lse, call.unit)
-            ds = softmax.where_weighed(ds, weight)
             k = rows_kept(k, jnp.squeeze(softmax.seen(total, 0), 0))
         return dq + softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
 
@@ -144,13 +143,12 @@ def dkv_kernel(
             kept = factor(vectors, here, call)
             pairs = not_left_out(vectors.scores, added, pairs)
             total = softmax.mask(s if added is None else s + added, pairs)
+            slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
             p, ds = softmax.score_gradient(
-                total, lse, dp, delta, factor=kept, unit=call.unit
-            )
-            ds *= softmax.cap_slope(s, call.logits_soft_cap, call.unit)
+                total, lse, dp, delta,
+                factor=kept, slope=slope, unit=call.unit, careful=careful,
+            )  # fmt: skip
             if careful:
-                weight = p if kept is None else softmax.power(total - lse, call.unit)
-                ds = softmax.where_weighed(ds, weight)
                 there = jnp.squeeze(lse, 0) < softmax.ABSENT
                 q, do = rows_kept(q, there), rows_kept(do, there)
             dv = dv + softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
