@@ -167,8 +167,8 @@ class Kept(NamedTuple):
 class Cotangents(NamedTuple):
     """What a backward pass starts from; ``delta = rowsum(do * o) - dlse``.
 
-    Where ``lse == -inf``, ``delta`` is 0, and ``do`` may be anything. Both are divided
-    by the total of the weights of the row.
+    Both are divided by the total of the weights of the row, and 0 where ``lse ==
+    -inf``: nothing flows back through an empty row.
     """
 
     lse: Float[Array, "batch q_heads q"]  # the natural lse of the forward pass
@@ -182,8 +182,14 @@ def named(kept: Kept) -> Kept:
     return Kept(o, *(checkpoint_name(x, "attn_lse") for x in kept[1:]))
 
 
-def cotangents_of(kept: Kept, cotangent: Outputs) -> Cotangents:
-    """What a backward pass starts from, given what was kept and the cotangents."""
+def to_backward(
+    inputs: Inputs, kept: Kept, cotangent: Outputs
+) -> tuple[Inputs, Cotangents]:
+    """What a backward pass starts from; ``q`` is 0 for queries that see no key.
+
+    Its kernels multiply such rows of ``q`` and ``do`` by weights of 0, and ``0 * nan``
+    is NaN.
+    """
     o, lse, total = kept
     do, dlse = cotangent
     products = widened(o) * widened(do)
@@ -191,9 +197,12 @@ def cotangents_of(kept: Kept, cotangent: Outputs) -> Cotangents:
     ones = jnp.ones(o.shape[-1], products.dtype)
     delta = jnp.matmul(products, ones, precision="highest") - dlse
     do = (widened(do) / total[..., None]).astype(do.dtype)
-    delta = delta / total
-    # An empty row is constant: nothing flows back through it.
-    return Cotangents(lse, do, jnp.where(jnp.isneginf(lse), 0.0, delta))
+    absent = jnp.isneginf(lse)
+    q, do = (
+        jnp.where(absent[..., None], jnp.zeros((), x.dtype), x) for x in (inputs.q, do)
+    )
+    delta = jnp.where(absent, 0.0, delta / total)
+    return inputs._replace(q=q), Cotangents(lse, do, delta)
 
 
 class Backend(Protocol):

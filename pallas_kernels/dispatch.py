@@ -24,8 +24,8 @@ from pallas_kernels.call import (
     Outputs,
     ScoreValues,
     Vectors,
-    cotangents_of,
     named,
+    to_backward,
 )
 from pallas_kernels.varying import alike, vary
 from pallas_kernels.xla import derivatives
@@ -77,7 +77,7 @@ def _attend_fwd(
 
 def _attend_bwd(impl: str, call: Call, residuals: Any, cotangent: Kept) -> Any:
     inputs, vectors, plan, kept = residuals
-    cotangents = cotangents_of(kept, cotangent.outputs)
+    inputs, cotangents = to_backward(inputs, kept, cotangent.outputs)
     cotangents = vary(cotangents, inputs.q)
     gradients = _backward(impl, call, inputs, cotangents, vectors, plan)
     if not call.learned_scores:

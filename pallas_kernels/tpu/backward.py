@@ -190,7 +190,6 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
         scratch=((block_kv, head_dim), (block_kv, head_dim_v)),
         interpret=call.interpret,
         tiles=tile_operands(vectors, sizes, (batch, num_heads), group, by="kv"),
-        flags=jnp.isposinf(statistics[:, :, 0]).any(-1).reshape(-1).astype(jnp.int32),
     )
     of_scores = on_top(added, call, sizes, "kv")
     kernel = partial(_dkv_kernel, call=call, on_top=of_scores, last=group - 1)
@@ -215,14 +214,6 @@ def _dkv_kernel(
             ref[...] = jnp.zeros_like(ref)
 
     def visit(block: jax.Array, refs: tuple, tiles: tuple, full: bool) -> None:
-        if tested := not full or call.scores is not None:
-            # What absent queries hold reaches no product; hardly ever are there any.
-            @pl.when(step.flag == 1)
-            def _() -> None:
-                there = operands.to_column(refs[2][0:1] < softmax.ABSENT)
-                for ref in refs[:2]:
-                    ref[...] = operands.kept(ref[...], there)
-
         # The tile is [keys, queries]: no product needs a transposed left side.
         q, do, statistics, *vectors = (ref[...] for ref in refs)
         words, windows = on_top.split_tiles(tiles)
@@ -246,7 +237,8 @@ def _dkv_kernel(
         slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
         p, ds = softmax.score_gradient(
             total, lse, dp, delta,
-            factor=factor, slope=slope, unit=call.unit, careful=tested,
+            factor=factor, slope=slope, unit=call.unit,
+            careful=not full or call.scores is not None,
         )  # fmt: skip
         dv_ref[...] += softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
         dk_ref[...] += softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))

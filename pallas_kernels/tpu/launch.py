@@ -76,8 +76,6 @@ class Launch:
     scratch: tuple[tuple[int, int], ...]
     interpret: Any
     tiles: tuple[TileOperand, ...] = ()
-    # An int32 for each query head, or None.
-    flags: Any = None
 
 
 class Step(NamedTuple):
@@ -86,7 +84,6 @@ class Step(NamedTuple):
     row: Any  # the block that the row is
     member: Any
     test: Any
-    flag: Any  # of the query head, or None
     # walk(visit, test_all) calls visit(block, refs, tiles, full) on every block of the
     # row, where ``refs`` are of the streams, ``tiles`` of the tile operands, and
     # ``full`` is a Python bool: the two kinds of run have code of their own, unless all
@@ -105,7 +102,6 @@ class _Scalars(NamedTuple):
     first_row: Any
     row_ptr: Any
     runs: Any
-    flags: Any
 
     def at(self, query_head: Any) -> Any:
         """Where the lists of heads hold ``query_head``."""
@@ -116,9 +112,7 @@ def launch(
     kernel: Callable[[Step, tuple, tuple, tuple], None], of: Launch, lists: RowList
 ) -> tuple[jax.Array, ...]:
     """The outputs of ``kernel(step, row_refs, out_refs, scratch_refs)`` on all rows."""
-    scalars = _Scalars(
-        lists.test_of_head, lists.first_row, lists.row_ptr, lists.runs, of.flags
-    )
+    scalars = _Scalars(lists.test_of_head, lists.first_row, lists.row_ptr, lists.runs)
 
     def row_spec(x: Operand) -> pl.BlockSpec:
         def index(h: Any, i: Any, g: Any, _: Any) -> tuple:
@@ -202,8 +196,7 @@ def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
 
             _walk(begin, end, run_at, copies, at_slot, test_all)
 
-        flag = None if scalars.flags is None else scalars.flags[query_head]
-        step = Step(row, member, scalars.test_of_head[at], flag, walk)
+        step = Step(row, member, scalars.test_of_head[at], walk)
         kernel(step, rows, outs, scratch)
 
     return body

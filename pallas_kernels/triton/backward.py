@@ -148,9 +148,6 @@ def dkv_kernel(
                 total, lse, dp, delta,
                 factor=kept, slope=slope, unit=call.unit, careful=careful,
             )  # fmt: skip
-            if careful:
-                there = jnp.squeeze(lse, 0) < softmax.ABSENT
-                q, do = rows_kept(q, there), rows_kept(do, there)
             dv = dv + softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
             dk = dk + softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
             return dk, dv

@@ -28,8 +28,7 @@ class Gradients(NamedTuple):
 class Row(NamedTuple):
     """What the tiles of a row share, ``[batch, kv_heads, group * queries, ...]``.
 
-    ``q`` and ``do`` are 0 where a query sees no key, whatever was given there: that
-    nothing comes of it in products with gradients of 0. ``lse`` is that of ``softmax``.
+    ``lse`` is that of ``softmax.lse_for_backward``.
     """
 
     at: Int32[Array, ""]
@@ -45,8 +44,7 @@ def row_of(
     """The row ``at`` of arrays in blocks."""
     kv_heads = lse.shape[1]
     lse, delta = tile.row_of(lse, at), tile.row_of(delta, at)
-    there = ~jnp.isneginf(lse)[..., None]
-    q, do = (jnp.where(there, tile.queries_of(x, at, kv_heads), 0.0) for x in (q, do))
+    q, do = (tile.queries_of(x, at, kv_heads) for x in (q, do))
     return Row(at, q, do, softmax.lse_for_backward(lse, call.unit), delta)
 
 

@@ -36,8 +36,8 @@ from pallas_kernels.call import (
     Outputs,
     ScoreValues,
     Vectors,
-    cotangents_of,
     named,
+    to_backward,
 )
 from pallas_kernels.varying import alike, aval_like
 from pallas_kernels.xla.backward import backward
@@ -182,8 +182,8 @@ def over_blocks(
             u = _filled(u.inputs, x.inputs), moved
             return tangent(x.inputs, u, kept, vectors, lists, call)
         case "gradient":
-            c = cotangents_of(kept, _filled(linear[0], kept.outputs))
-            args = x.inputs, c, vectors, lists, call
+            cotangent = _filled(linear[0], kept.outputs)
+            args = *to_backward(x.inputs, kept, cotangent), vectors, lists, call
             scores = jax.tree.map(jnp.zeros_like, x.scores)
             if call.learned_scores:
                 scores = score_gradient(*args)
