@@ -23,9 +23,9 @@ from timing import machine, medians, stopwatch, table
 
 import sadsl as sa
 from sadsl import catalog
-from sadsl.maps import IndexMap
-from sadsl.summaries import Summaries
-from sadsl.term import Spec, Term
+from sadsl.maps.base import IndexMap
+from sadsl.terms.base import Spec, Term
+from sadsl.terms.summaries import Summaries
 
 HEADS, HEAD_DIM = 2, 64
 LENGTHS = (1024, 2048, 4096, 8192, 16384)

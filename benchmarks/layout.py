@@ -24,8 +24,9 @@ from catalog_cases import CASES, Case
 from timing import machine, medians, stopwatch, table
 
 import sadsl as sa
-from lowering import pipeline, relayout
-from lowering.counts import Plan
+from lowering import pipeline
+from lowering.facts.plan_counts import Plan
+from lowering.order import relayout
 
 ROUNDS = 3
 # Longer ones are not timed: in the given order some are as slow as dense attention.

@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 from timing import machine, medians, stopwatch, table  # noqa: E402
 
 import sadsl as sa  # noqa: E402
-from lowering import targets  # noqa: E402
+from lowering.cost import targets  # noqa: E402
 from pallas_kernels import linear  # noqa: E402
 
 HEADS, HEAD_DIM = 4, 64

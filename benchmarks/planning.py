@@ -23,7 +23,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from timing import machine, table
 
 import sadsl as sa
-from lowering import pipeline, relayout
+from lowering import pipeline
+from lowering.order import relayout
 
 BLOCK = 128
 ROUNDS = 5

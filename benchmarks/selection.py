@@ -21,7 +21,7 @@ import numpy as np
 from timing import machine, medians, stopwatch, table
 
 import sadsl as sa
-from lowering.peaks import PEAKS
+from lowering.cost.rooflines import PEAKS
 from sadsl import catalog
 from sadsl.selections import kmeans, lsh, topk
 

@@ -21,8 +21,8 @@ from timing import alternating, machine, medians, stopwatch, table
 
 import sadsl as sa
 from sadsl import catalog
-from sadsl.mixtures import Joint
-from sadsl.term import Spec, Term, read_by
+from sadsl.terms.base import Spec, Term, read_by
+from sadsl.terms.mixtures import Joint
 
 HEADS, HEAD_DIM = 2, 64
 LENGTHS = (4096, 16384)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from timing import table
 
 import sadsl as sa
-from lowering import targets
+from lowering.cost import targets
 
 N = 2048
 BLOCK = 512

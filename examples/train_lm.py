@@ -36,7 +36,7 @@ from rich.progress import (
 )
 
 import sadsl as sa
-from sadsl.selections.content import selections_of
+from sadsl.selections.base import selections_of
 
 DENSE = "causal()"
 

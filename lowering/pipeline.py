@@ -5,27 +5,21 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from lowering import fits, heads, ir, narrow, relayout
 from lowering import hoist as hoisting
-from lowering import simplify as simplification
-from lowering.orders import Layouts
+from lowering import ir
+from lowering.expr import fits, heads
+from lowering.expr import simplify as simplification
+from lowering.expr.printing import show
+from lowering.expr.static_range import Known, Span
+from lowering.order import relayout
+from lowering.order.candidates import Layouts
 from lowering.planning import Sizes, plan
-from lowering.printing import show
-from lowering.span import Known, Span
-from lowering.verify import verify
+from lowering.problem import Problem
+from lowering.ranges.verify import verify
+from lowering.solve import narrow
 from pallas_kernels.block_mask import Axis, BlockMask
 from pallas_kernels.call import Masks
 from pallas_kernels.config import Tile, Tiles
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The sizes that a map is lowered for; query ``i`` is at ``q_offset + i``."""
-
-    q_seq_len: int
-    kv_seq_len: int
-    num_heads: int = 1
-    q_offset: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lowering import ir, simplify
-from lowering.bounds import Analysis
-from lowering.envelope import envelope
-from lowering.ranges import Ranges, Rectangles, Sides
-from lowering.settle import settle
+from lowering import ir
+from lowering.expr import simplify
+from lowering.expr.assume import envelope
+from lowering.ranges.ranges import Ranges, Rectangles, Sides
+from lowering.ranges.refine import settle
+from lowering.ranges.verdicts import Analysis
 from pallas_kernels.block_mask import Axis, BlockMask, blank, from_runs
 
 SPLIT = 4

@@ -211,6 +211,12 @@ class Backend(Protocol):
     Lengths are those of the caller: a backend pads to its blocks and drops the padding.
     """
 
+    def default_tiles(
+        self, lengths: tuple[int, int], head_dim: int, head_dim_v: int, dtype: Any
+    ) -> Tiles:
+        """Good block sizes for queries and keys of these lengths and sizes."""
+        ...
+
     def prepare(self, masks: Masks, call: Call) -> Any:
         """The plan in the form that this backend walks: a pytree of arrays.
 

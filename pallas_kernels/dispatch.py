@@ -9,13 +9,13 @@ custom_vjp itself, never the raw kernel, so that a second derivative finds a rul
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 
 from pallas_kernels import dense, tpu, triton, xla
 from pallas_kernels.call import (
+    Backend,
     Call,
     Cotangents,
     Inputs,
@@ -28,10 +28,10 @@ from pallas_kernels.call import (
     to_backward,
 )
 from pallas_kernels.varying import alike, vary
-from pallas_kernels.xla import derivatives
+from pallas_kernels.xla import primitive
 from pallas_kernels.xla.score_gradient import score_gradient
 
-BACKENDS: dict[str, ModuleType] = {"xla": xla, "tpu": tpu, "triton": triton}
+BACKENDS: dict[str, Backend] = {"xla": xla, "tpu": tpu, "triton": triton}
 
 
 def attend(
@@ -46,7 +46,7 @@ def attend(
     lists = BACKENDS[impl].prepare(masks, call)
     tests = masks.forward.test_of_head
     if impl == "xla":
-        found = derivatives.attend(call, *alike((inputs, vectors, tests, lists)))
+        found = primitive.attend(call, *alike((inputs, vectors, tests, lists)))
         return found.outputs
     walk = xla.prepare(masks, call) if call.learned_scores else None
     plan = Plan(lists, tests, walk)

@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.patches import Patch
 
-from lowering.counts import Plan
+from lowering.facts.plan_counts import Plan
 from pallas_kernels.block_mask import expand
-from sadsl.attention import map_of
-from sadsl.properties import Properties
-from sadsl.term import Spec
+from sadsl.analysis.properties import Properties
+from sadsl.terms.base import Spec
+from sadsl.text.specs import map_of
 
 EMPTY, PARTIAL, FULL = "#f4f4f2", "#f2a65a", "#2e6f95"
 # A larger plan is drawn by the strongest kind of each group of blocks.

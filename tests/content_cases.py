@@ -26,7 +26,7 @@ from sadsl.selections import (
     vertical_slash,
     vertical_slash_mass,
 )
-from sadsl.term import Spec
+from sadsl.terms.base import Spec
 
 
 def nothing(q: np.ndarray, k: np.ndarray) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from lowering import hoist, pipeline
-from lowering.kernel_predicate import KernelPredicate
+from lowering.expr.kernel_test import KernelPredicate
 from pallas_kernels import dispatch, softmax
 from pallas_kernels.call import Call, Inputs, Vectors
 

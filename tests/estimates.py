@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from sadsl.attention import select
+from sadsl.run.call import select
 
 DIM = 8
 SCALE = DIM**-0.5

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import sadsl as sa
-from sadsl.bias import Alibi, KeyBias, PairBias, alibi_slopes
-from sadsl.mixtures import Average, Gated, Joint, Weighted
-from sadsl.terms import Heads, Softmax
+from sadsl.terms.biases import Alibi, KeyBias, PairBias, alibi_slopes
+from sadsl.terms.heads import Heads
+from sadsl.terms.mixtures import Average, Gated, Joint, Weighted
+from sadsl.terms.softmax import Softmax
 
 
 class Shared(ValueError):

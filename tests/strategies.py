@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from lowering import ir
-from sadsl import maps, named
-from sadsl.symbols import (
+from sadsl.maps import base, named
+from sadsl.maps.symbols import (
     Symbol,
     floor_log2,
     isin,
@@ -131,7 +131,7 @@ def composed(max_leaves: int = 8):
 def with_heads():
     """A composed map, or a choice of several by head."""
     several = st.lists(composed(3), min_size=2, max_size=3)
-    return st.one_of(composed(), several.map(lambda found: maps.per_head(*found)))
+    return st.one_of(composed(), several.map(lambda found: base.per_head(*found)))
 
 
 # Where 32 bits end, and where constants alone go beyond them.

@@ -12,7 +12,7 @@ from flax import nnx
 
 from sadsl.layers.nnx import RoutingAttention, SparseAttention
 from sadsl.layers.routing import Routing
-from sadsl.term import Spec as MapOrTerm
+from sadsl.terms.base import Spec as MapOrTerm
 
 # What a model is trained with: a map, a term, or clusters that it learns.
 Spec: TypeAlias = MapOrTerm | Routing

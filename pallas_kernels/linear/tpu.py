@@ -17,8 +17,8 @@ from pallas_kernels.linear import algebra, gradient
 from pallas_kernels.linear.algebra import Keys, Marks, Pair, State
 from pallas_kernels.linear.call import Call, Chunks, Rows
 from pallas_kernels.tpu.launch import block_index
-from pallas_kernels.tpu.lists import LANES
 from pallas_kernels.tpu.operands import to_column, to_row
+from pallas_kernels.tpu.runs import LANES
 from pallas_kernels.varying import shape_like
 
 # The grid is (head, chunk, member of the group).

@@ -15,7 +15,7 @@ from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import Launch, Operand, Step, launch
-from pallas_kernels.tpu.lists import Lists, RowList
+from pallas_kernels.tpu.runs import Lists, RowList
 from pallas_kernels.tpu.scores import OnTop, on_top, tile_operands
 from pallas_kernels.varying import shape_like
 

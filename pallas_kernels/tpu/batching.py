@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels.call import Vectors
-from pallas_kernels.tpu.lists import RowList
+from pallas_kernels.tpu.runs import RowList
 
 Arrays = tuple[jax.Array, ...]
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.lists import RowList
+from pallas_kernels.tpu.runs import RowList
 
 HeadOf = Callable[[Any, Any], Any]
 

@@ -13,7 +13,7 @@ from pallas_kernels import bits, dropout
 from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Inputs, PairBits, Vectors
 from pallas_kernels.tpu.launch import HeadOf, Operand, Step, TileOperand
-from pallas_kernels.tpu.lists import Sizes
+from pallas_kernels.tpu.runs import Sizes
 
 
 def prepared(inputs: Inputs) -> Inputs:

@@ -12,7 +12,7 @@ from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, PairValues, ScoreValues, Vectors
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.launch import Step, TileOperand
-from pallas_kernels.tpu.lists import Sizes
+from pallas_kernels.tpu.runs import Sizes
 
 # Rows of a vector register: so many copies of a strip travel, each a place further.
 SUBLANES = 8

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels.config import Tile, Tiles, even_block
-from pallas_kernels.tpu.lists import LANES
+from pallas_kernels.tpu.runs import LANES
 
 
 def default_tiles(

@@ -12,9 +12,9 @@ from pallas_kernels.loops import repeat
 from pallas_kernels.varying import vary
 from pallas_kernels.xla import tile
 from pallas_kernels.xla.heads import HeadGroup, add_up, head_groups, join, pick
-from pallas_kernels.xla.lists import Lists
-from pallas_kernels.xla.owners import Owner, add_group, for_owners, is_traced
 from pallas_kernels.xla.rows import Pass, fold_rows
+from pallas_kernels.xla.traced_walks import Owner, add_group, for_owners, is_traced
+from pallas_kernels.xla.walk_types import Lists
 
 
 class Gradients(NamedTuple):

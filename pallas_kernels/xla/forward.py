@@ -13,9 +13,9 @@ from pallas_kernels.precision import wide
 from pallas_kernels.varying import vary
 from pallas_kernels.xla import tile
 from pallas_kernels.xla.heads import HeadGroup, head_groups, join
-from pallas_kernels.xla.lists import Lists, Plan
-from pallas_kernels.xla.owners import Owner, for_owners, is_traced
 from pallas_kernels.xla.rows import Pass, fold_rows
+from pallas_kernels.xla.traced_walks import Owner, for_owners, is_traced
+from pallas_kernels.xla.walk_types import Lists, Plan
 
 
 def fold_tiles(unit: float, *args: Any) -> softmax.Carry:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from pallas_kernels.xla.lists import Chunks, Long, Short, Walk
 from pallas_kernels.xla.tile import Pairs, Shown, real_keys, shown
+from pallas_kernels.xla.walk_types import Chunks, Long, Short, Walk
 
 
 class Pass(NamedTuple):

@@ -19,12 +19,12 @@ from pallas_kernels.call import (
     Vectors,
 )
 from pallas_kernels.xla import tile
+from pallas_kernels.xla.added import Pieces
 from pallas_kernels.xla.backward import Row, gradient_of_added, row_of
 from pallas_kernels.xla.heads import HeadGroup, head_groups, pick
-from pallas_kernels.xla.lists import Lists, Plan
-from pallas_kernels.xla.owners import Owner, for_owners, is_traced
 from pallas_kernels.xla.rows import Pass, fold_rows
-from pallas_kernels.xla.scores import Pieces
+from pallas_kernels.xla.traced_walks import Owner, for_owners, is_traced
+from pallas_kernels.xla.walk_types import Lists, Plan
 
 
 def score_gradient(

@@ -15,12 +15,13 @@ from pallas_kernels import softmax
 from pallas_kernels.call import Call, Inputs, Kept, Outputs, ScoreValues, Vectors
 from pallas_kernels.precision import widened
 from pallas_kernels.varying import vary
-from pallas_kernels.xla import scores, tile
+from pallas_kernels.xla import added as scores
+from pallas_kernels.xla import tile
+from pallas_kernels.xla.added import Added, Pieces
 from pallas_kernels.xla.heads import HeadGroup, head_groups, join
-from pallas_kernels.xla.lists import Lists, Plan
-from pallas_kernels.xla.owners import Owner, for_owners, is_traced
 from pallas_kernels.xla.rows import Pass, fold_rows
-from pallas_kernels.xla.scores import Added, Pieces
+from pallas_kernels.xla.traced_walks import Owner, for_owners, is_traced
+from pallas_kernels.xla.walk_types import Lists, Plan
 
 
 class Row(NamedTuple):

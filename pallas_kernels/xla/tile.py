@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels import bits, dropout, softmax
 from pallas_kernels.call import Call, Inputs, PairBits, Vectors
 from pallas_kernels.precision import wide
+from pallas_kernels.xla.added import Added, added
 from pallas_kernels.xla.blocks import fold_heads as fold_heads
 from pallas_kernels.xla.blocks import fold_if_own, from_blocks, to_blocks
 from pallas_kernels.xla.heads import HeadGroup, pick
-from pallas_kernels.xla.lists import Plan
-from pallas_kernels.xla.scores import Added, added
+from pallas_kernels.xla.walk_types import Plan
 
 
 class Operands(NamedTuple):

@@ -73,4 +73,4 @@ from sadsl.catalog.sqa import sqa as sqa
 from sadsl.catalog.streaming import streaming as streaming
 from sadsl.catalog.swapped_window import swapped_window as swapped_window
 from sadsl.catalog.vmoba import vmoba as vmoba
-from sadsl.growing_spans import moa as moa
+from sadsl.maps.growing_spans import moa as moa

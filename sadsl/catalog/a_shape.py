@@ -1,7 +1,7 @@
 """A-shape and tri-shape heads of MInference."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import causal, sinks, where, window
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import causal, sinks, where, window
 
 
 def a_shape(num_init: int = 1024, num_local: int = 4096) -> IndexMap:

@@ -1,7 +1,7 @@
 """AnchorAttention: stripes that come near to the best of the first and local keys."""
 
-from sadsl.maps import IndexMap
-from sadsl.selections.anchor import stripes
+from sadsl.maps.base import IndexMap
+from sadsl.selections.stripes import stripes
 
 
 def anchor_attention(

@@ -1,7 +1,7 @@
 """Axial attention: one axis of a grid at a time."""
 
-from sadsl.grids import Grid
-from sadsl.maps import IndexMap, per_head
+from sadsl.maps.base import IndexMap, per_head
+from sadsl.maps.grids import Grid
 
 
 def axial(**sizes: int) -> IndexMap:

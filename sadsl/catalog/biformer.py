@@ -1,6 +1,6 @@
 """BiFormer: regions choose regions, tokens attend in them."""
 
-from sadsl.maps import IndexMap
+from sadsl.maps.base import IndexMap
 from sadsl.selections import tiles, topk
 
 

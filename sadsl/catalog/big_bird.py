@@ -5,9 +5,9 @@ from operator import or_
 
 import numpy as np
 
-from sadsl.maps import IndexMap
-from sadsl.named import sinks, where, window
-from sadsl.symbols import table
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import sinks, where, window
+from sadsl.maps.symbols import table
 
 
 def random_blocks(

@@ -1,7 +1,7 @@
 """The block-sparse heads of MInference."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import causal
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import causal
 from sadsl.selections import topk
 
 

@@ -8,22 +8,14 @@ visible key has a weight. Each function returns a term for self-attention.
 
 from typing import Literal
 
-from sadsl.maps import IndexMap
-from sadsl.mixtures import Average, Joint, average, joint
-from sadsl.named import blocks, offsets, where
-from sadsl.named import causal as causal_map
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import blocks, offsets, where
+from sadsl.maps.named import causal as causal_map
 from sadsl.selections.kmeans import Norm, kmeans
-from sadsl.summaries.clustered import clusters
-from sadsl.summaries.partitions import (
-    KeyOf,
-    columns,
-    rowmajor,
-    rows,
-    spans,
-    tower,
-)
-from sadsl.summaries.pools import Pool
-from sadsl.summaries.term import Phi, summaries
+from sadsl.terms.cluster_regions import clusters
+from sadsl.terms.mixtures import Average, Joint, average, joint
+from sadsl.terms.regions import KeyOf, Pool, columns, rowmajor, rows, spans, tower
+from sadsl.terms.summaries import Phi, summaries
 
 Form = Literal["paper", "code"]
 

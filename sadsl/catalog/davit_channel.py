@@ -1,6 +1,6 @@
 """The channel groups of DaViT's dual attention."""
 
-from sadsl.channels import Channel, channel
+from sadsl.terms.channel import Channel, channel
 
 
 def davit_channel(*, florence: bool = False) -> Channel:

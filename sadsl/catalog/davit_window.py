@@ -1,8 +1,8 @@
 """The spatial windows of DaViT's dual attention."""
 
-from sadsl.grids import Grid
-from sadsl.maps import IndexMap
-from sadsl.named import blocks
+from sadsl.maps.base import IndexMap
+from sadsl.maps.grids import Grid
+from sadsl.maps.named import blocks
 
 
 def davit_window(height: int = 56, width: int = 56, window: int = 7) -> IndexMap:

@@ -1,7 +1,7 @@
 """DHSA: chunks of any length compete for a budget of tokens."""
 
-from sadsl.maps import IndexMap
-from sadsl.selections.chunks import chunk_budget
+from sadsl.maps.base import IndexMap
+from sadsl.selections.chunk_budget import chunk_budget
 
 
 def dhsa(

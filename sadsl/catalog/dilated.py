@@ -1,7 +1,7 @@
 """Dilated sliding windows."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import dilated
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import dilated
 
 
 def dilated_window(

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sadsl.attention import attention
-from sadsl.bias import key_bias
-from sadsl.maps import IndexMap
-from sadsl.named import causal
-from sadsl.selections.key_ranks import key_topw
-from sadsl.terms import softmax
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import causal
+from sadsl.run.call import attention
+from sadsl.selections.key_topw import key_topw
+from sadsl.terms.biases import key_bias
+from sadsl.terms.softmax import softmax
 
 FORMS = ("linear", "exp")
 

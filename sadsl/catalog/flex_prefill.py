@@ -1,7 +1,7 @@
 """FlexPrefill in the form of The Sparse Frontier: budgets by mass, head by head."""
 
-from sadsl.maps import IndexMap
-from sadsl.selections.estimate import vertical_slash_mass
+from sadsl.maps.base import IndexMap
+from sadsl.selections.vertical_slash import vertical_slash_mass
 
 
 def flex_prefill(

@@ -1,7 +1,7 @@
 """HiP: a tree search for the keys of every block of queries."""
 
-from sadsl.maps import IndexMap
-from sadsl.selections.pruning import descent
+from sadsl.maps.base import IndexMap
+from sadsl.selections.descent import descent
 
 
 def hip(

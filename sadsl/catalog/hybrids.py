@@ -1,9 +1,9 @@
 """Hybrids: exact attention nearby, and a cheaper mechanism for all that is past."""
 
-from sadsl.linear import linear
-from sadsl.mixtures import Gated, gated
-from sadsl.named import causal
-from sadsl.named import window as near
+from sadsl.maps.named import causal
+from sadsl.maps.named import window as near
+from sadsl.terms.linear import linear
+from sadsl.terms.mixtures import Gated, gated
 
 
 def linear_and_window(

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from sadsl.attention import attention, select
-from sadsl.maps import at_least
-from sadsl.named import causal, full, where
-from sadsl.selections.hashing import Lsh, by_bucket, hashes, lsh, sorted_chunks
-from sadsl.symbols import operand
+from sadsl.maps.base import at_least
+from sadsl.maps.named import causal, full, where
+from sadsl.maps.symbols import operand
+from sadsl.run.call import attention, select
+from sadsl.selections.lsh import Lsh, by_bucket, hashes, lsh, sorted_chunks
 
 # An output of attention and its lse.
 Part = tuple[Array, Array]

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sadsl.maps import IndexMap
-from sadsl.named import causal, sinks, where, window
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import causal, sinks, where, window
 from sadsl.selections import topk
 
 

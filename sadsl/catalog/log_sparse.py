@@ -1,8 +1,8 @@
 """LogSparse attention: exponentially growing steps into the past."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import blocks, causal, where, window
-from sadsl.symbols import power_of_two
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import blocks, causal, where, window
+from sadsl.maps.symbols import power_of_two
 
 
 def log_sparse(local: int = 0, restart: int | None = None) -> IndexMap:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from sadsl.maps import IndexMap, per_head
-from sadsl.named import dilated, sinks
+from sadsl.maps.base import IndexMap, per_head
+from sadsl.maps.named import dilated, sinks
 
 
 def longformer(

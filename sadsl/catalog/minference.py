@@ -1,8 +1,8 @@
 """The vertical-slash heads of MInference, and what its search tries."""
 
 from sadsl.catalog.a_shape import a_shape
-from sadsl.maps import IndexMap
-from sadsl.selections.estimate import vertical_slash
+from sadsl.maps.base import IndexMap
+from sadsl.selections.vertical_slash import vertical_slash
 
 
 def minference(vertical: int = 1000, slash: int = 6096, *, last: int = 64) -> IndexMap:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from functools import reduce
 
 from sadsl.catalog.a_shape import a_shape
-from sadsl.maps import IndexMap
-from sadsl.named import causal, sinks, where, window
-from sadsl.selections.estimate import vertical_slash
-from sadsl.selections.modality import modalities
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import causal, sinks, where, window
+from sadsl.selections.modalities import modalities
+from sadsl.selections.vertical_slash import vertical_slash
 
 
 def mminference_q_boundary(

@@ -1,8 +1,8 @@
 """The grid heads of MMInference, and the order in which their lattice is contiguous."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import causal, sinks, where, window
-from sadsl.symbols import Symbol, Truth
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import causal, sinks, where, window
+from sadsl.maps.symbols import Symbol, Truth
 
 
 def mminference_grid(

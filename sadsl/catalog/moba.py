@@ -1,7 +1,7 @@
 """MoBA: mixture of block attention."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import blocks, causal
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import blocks, causal
 from sadsl.selections import topk
 
 

@@ -1,7 +1,7 @@
 """Modality-mutual attention of AKI: the image sees the question that follows it."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import causal, keys, queries
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import causal, keys, queries
 
 
 def modality_mutual(image: tuple[int, int], question: tuple[int, int]) -> IndexMap:

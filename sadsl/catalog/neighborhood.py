@@ -1,7 +1,7 @@
 """Neighbourhood attention on sequences, images and videos."""
 
-from sadsl.grids import Grid, PerAxis
-from sadsl.maps import IndexMap
+from sadsl.maps.base import IndexMap
+from sadsl.maps.grids import Grid, PerAxis
 
 AXES = ("t", "h", "w")
 

@@ -8,11 +8,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sadsl.catalog.nsa_topk import MEAN_KEYS, nsa_topk
-from sadsl.compression import Compressed, compressed, shortened
-from sadsl.mixtures import Gated, gated
-from sadsl.named import causal
-from sadsl.named import window as near
-from sadsl.selections.scores import in_steps, products, softmax
+from sadsl.maps.named import causal
+from sadsl.maps.named import window as near
+from sadsl.run.compressed import shortened
+from sadsl.selections.cell_scores import in_steps, products, softmax
+from sadsl.terms.compressed import Compressed, compressed
+from sadsl.terms.mixtures import Gated, gated
 
 
 def native_sparse_attention(

@@ -1,9 +1,9 @@
 """The selected blocks of native sparse attention."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import causal, sinks, where
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import causal, sinks, where
 from sadsl.selections import scored, topk
-from sadsl.selections.scores import Score
+from sadsl.selections.cell_scores import Score
 
 # Blocks compete by their mean keys once they are whole.
 MEAN_KEYS = scored("mean", normalise="whole_softmax")

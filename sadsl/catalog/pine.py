@@ -5,8 +5,8 @@ from functools import reduce
 from itertools import accumulate, pairwise
 from operator import or_
 
-from sadsl.maps import IndexMap
-from sadsl.named import causal, keys, queries
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import causal, keys, queries
 
 
 def pine(prefix: int, documents: Sequence[int]) -> IndexMap:

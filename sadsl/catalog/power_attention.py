@@ -1,8 +1,8 @@
 """PowerAttention: key blocks at power-of-two distances."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import causal, sinks, where, window
-from sadsl.symbols import power_of_two
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import causal, sinks, where, window
+from sadsl.maps.symbols import power_of_two
 
 
 def power_attention(block: int = 256, local: int = 5, sink: int = 1) -> IndexMap:

@@ -1,7 +1,7 @@
 """The prefix language model."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import causal, prefix
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import causal, prefix
 
 
 def prefix_lm(num_prefix: int) -> IndexMap:

@@ -1,7 +1,7 @@
 """Quest: the pages of a cache that may matter to the query at hand."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import blocks, causal
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import blocks, causal
 from sadsl.selections import tokens, topk
 
 

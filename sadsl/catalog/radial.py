@@ -3,9 +3,9 @@
 from functools import reduce
 from operator import or_
 
-from sadsl.grids import Grid
-from sadsl.maps import IndexMap
-from sadsl.named import full, keys, offsets, strided, window
+from sadsl.maps.base import IndexMap
+from sadsl.maps.grids import Grid
+from sadsl.maps.named import full, keys, offsets, strided, window
 
 
 def radial(

@@ -1,8 +1,8 @@
 """Reformer: buckets of similar tokens, cut into chunks."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import causal
-from sadsl.selections.hashing import lsh, sorted_chunks
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import causal
+from sadsl.selections.lsh import lsh, sorted_chunks
 
 
 def reformer(buckets: int, rounds: int = 8, chunk: int | None = 64) -> IndexMap:

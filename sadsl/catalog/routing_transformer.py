@@ -2,9 +2,10 @@
 
 from typing import Literal, get_args
 
-from sadsl.named import causal, where
+from sadsl.maps.named import causal, where
 from sadsl.selections.kmeans import Norm, kmeans
-from sadsl.terms import Heads, OwnKey, heads, scatter_mean
+from sadsl.terms.heads import Heads, heads
+from sadsl.terms.scatter_mean import OwnKey, scatter_mean
 
 Variant = Literal["official", "lucidrains"]
 

@@ -1,7 +1,7 @@
 """S2-Attention: a local band, and verticals whose phase differs by head."""
 
-from sadsl.maps import IndexMap, at_least, per_head
-from sadsl.named import causal, where, window
+from sadsl.maps.base import IndexMap, at_least, per_head
+from sadsl.maps.named import causal, where, window
 
 
 def s2_attention(

@@ -1,7 +1,7 @@
 """SeerAttention: blocks chosen by a learned gate."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import blocks, causal, where
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import blocks, causal, where
 from sadsl.selections import share, threshold, topk
 
 

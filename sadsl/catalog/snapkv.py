@@ -1,7 +1,7 @@
 """SnapKV: the keys of a prompt that stay in the cache."""
 
-from sadsl.maps import IndexMap
-from sadsl.selections.eviction import kept_keys
+from sadsl.maps.base import IndexMap
+from sadsl.selections.kept_keys import kept_keys
 
 
 def snapkv(

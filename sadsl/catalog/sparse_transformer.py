@@ -1,7 +1,7 @@
 """The factorised attention of Sparse Transformers."""
 
-from sadsl.maps import IndexMap, per_head
-from sadsl.named import blocks, causal, strided, where, window
+from sadsl.maps.base import IndexMap, per_head
+from sadsl.maps.named import blocks, causal, strided, where, window
 
 
 def sparse_transformer_strided(stride: int = 128, *, by_head: bool = True) -> IndexMap:

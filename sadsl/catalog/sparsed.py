@@ -1,7 +1,7 @@
 """SparseD: a plan made once, for many denoising steps."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import where
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import where
 from sadsl.selections import scored, share, topk
 
 

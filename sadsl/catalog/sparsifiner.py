@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sadsl.maps import IndexMap
-from sadsl.selections.factorised import Predictor, factorised_topk, predicted
+from sadsl.maps.base import IndexMap
+from sadsl.selections.factorised_topk import Predictor, factorised_topk, predicted
 
 
 def sparsifiner(

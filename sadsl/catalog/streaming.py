@@ -1,7 +1,7 @@
 """StreamingLLM: attention sinks and the most recent tokens."""
 
-from sadsl.maps import IndexMap
-from sadsl.named import causal, sinks, window
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import causal, sinks, window
 
 
 def streaming(num_sinks: int = 4, num_recent: int = 1020) -> IndexMap:

@@ -1,8 +1,8 @@
 """Swapped cross-attention of VideoFactory in windows of space and time."""
 
-from sadsl.grids import Grid
-from sadsl.maps import IndexMap
-from sadsl.named import blocks
+from sadsl.maps.base import IndexMap
+from sadsl.maps.grids import Grid
+from sadsl.maps.named import blocks
 
 
 def swapped_window(

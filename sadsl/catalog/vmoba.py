@@ -1,6 +1,6 @@
 """VMoBA: mixture of block attention for video, with chunks that change by layer."""
 
-from sadsl.maps import IndexMap
+from sadsl.maps.base import IndexMap
 from sadsl.selections import mass, rules, scored, tiles, topk, within
 from sadsl.selections.cells import Scope
 

@@ -18,9 +18,8 @@ from sadsl.catalog import combiner as published
 from sadsl.catalog.combiner import Form
 from sadsl.layers import linen as linen_layers
 from sadsl.layers import nnx as nnx_layers
-from sadsl.summaries.partitions import KeyOf
-from sadsl.summaries.pools import Pool
-from sadsl.term import Term
+from sadsl.terms.base import Term
+from sadsl.terms.regions import KeyOf, Pool
 
 Variant = Literal["fixed", "logsparse", "vertical", "horizontal", "rowmajor", "mixture"]
 Features = Literal["identity", "relu", "deepsets"]

@@ -11,12 +11,14 @@ from jaxtyping import Array, Float
 
 from lowering import ir
 from pallas_kernels.config import KernelConfig
-from sadsl.attention import any_term, attention
-from sadsl.linear import Linear
-from sadsl.named import causal
-from sadsl.selections.content import selections_of
-from sadsl.term import Spec, Term
-from sadsl.terms import ScatterMean, Softmax
+from sadsl.maps.named import causal
+from sadsl.run.call import attention
+from sadsl.selections.base import selections_of
+from sadsl.terms.base import Spec, Term
+from sadsl.terms.linear import Linear
+from sadsl.terms.scatter_mean import ScatterMean
+from sadsl.terms.softmax import Softmax
+from sadsl.text.specs import any_term
 
 # What Flax may hand over besides q, k and v, where any value but None asks for what an
 # attention without a weight matrix cannot do; with the way out.

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sadsl.selections.partitions import grouped, num_parts, pooled
-from sadsl.selections.scores import in_steps, products, softmax
+from sadsl.selections.cell_scores import in_steps, products, softmax
+from sadsl.selections.tiles import grouped, num_parts, pooled
 
 HEAD_INIT = nnx.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", batch_axis=0

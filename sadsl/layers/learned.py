@@ -13,7 +13,7 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.precision import widened
-from sadsl.term import Learned, Sizes, Term
+from sadsl.terms.base import Learned, Sizes, Term
 
 # The deviation of arrays that start "normal".
 STDDEV = 0.02

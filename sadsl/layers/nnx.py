@@ -11,14 +11,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.config import KernelConfig
-from sadsl.attention import attention
 from sadsl.layers.heads import head_sizes
 from sadsl.layers.learned import learned_of, operands_of, rate_checked, started, width
 from sadsl.layers.routing import Routing
 from sadsl.layers.stack import Specs, of_layer
 from sadsl.layers.state import Clusters, initial, lloyd
+from sadsl.run.call import attention
 from sadsl.selections.kmeans import normalized
-from sadsl.term import Learned, Sizes
+from sadsl.terms.base import Learned, Sizes
 
 DEFAULT_KERNEL_INIT = nnx.initializers.lecun_normal()
 POSITION_INIT = nnx.initializers.normal(0.02)

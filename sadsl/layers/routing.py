@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from sadsl.catalog.routing_transformer import Variant, routing_transformer
 from sadsl.layers.state import Clusters, commitment, update, update_means
 from sadsl.selections.kmeans import Norm, normalized
-from sadsl.terms import Heads
+from sadsl.terms.heads import Heads
 
 
 class Routed(NamedTuple):

@@ -5,8 +5,8 @@ from typing import TypeAlias
 
 from typing_extensions import TypeIs
 
-from sadsl.attention import any_term
-from sadsl.term import Spec, Term
+from sadsl.terms.base import Spec, Term
+from sadsl.text.specs import any_term
 
 # One spec for all layers, or one a layer; each may be text.
 Specs: TypeAlias = Spec | str | Sequence[Spec | str]

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from typing_extensions import override
 
-from sadsl.call_text import call_text
-from sadsl.maps import IndexMap, at_least
-from sadsl.selections import winners
+from sadsl.maps.base import IndexMap, at_least
+from sadsl.maps.call_text import call_text
+from sadsl.selections import ranking
+from sadsl.selections.cell_scores import Score
 from sadsl.selections.cells import NO_RULES, Cells, Rest, Rules, Scope
-from sadsl.selections.partitions import Partition, Tiles
-from sadsl.selections.scores import Score
+from sadsl.selections.tiles import Partition, Tiles
 
 # What keeps the masses of minmax below 1.
 EPS = 1e-6
@@ -108,7 +108,7 @@ class TopK(Cells):
         count = self._budget(rest)
         if self.rules.forced_counts:
             count = count - jnp.sum(rest.forced, axis=-1, dtype=jnp.int32)
-        return winners.top(values, competing, jnp.maximum(count, 0))
+        return ranking.top(values, competing, jnp.maximum(count, 0))
 
     def _budget(self, rest: Rest) -> Int[Array, "*sets"]:
         match self.k:
@@ -173,7 +173,7 @@ class Mass(Cells):
         if self.rules.forced_counts:
             forced = rest.forced & rest.valid
             target = target - jnp.sum(jnp.where(forced, values, 0.0), axis=-1)
-        return winners.heaviest(values, competing, target)
+        return ranking.heaviest(values, competing, target)
 
 
 def topk(

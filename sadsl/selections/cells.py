@@ -14,12 +14,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from typing_extensions import override
 
-from lowering.pipeline import Problem
-from sadsl.call_text import call_text
-from sadsl.maps import IndexMap, at_least
-from sadsl.selections import winners
-from sadsl.selections.content import Content, Leak, Selection
-from sadsl.selections.partitions import (
+from lowering.problem import Problem
+from sadsl.maps.base import IndexMap, at_least
+from sadsl.maps.call_text import call_text
+from sadsl.maps.symbols import Symbol, Truth
+from sadsl.selections import ranking
+from sadsl.selections.base import Content, Leak, Selection
+from sadsl.selections.cell_scores import MEAN, Score, Sides, in_steps, scorer, softmax
+from sadsl.selections.static_cells import check_static, heads_of, holding
+from sadsl.selections.tiles import (
     Partition,
     Tiles,
     check,
@@ -27,9 +30,6 @@ from sadsl.selections.partitions import (
     num_parts,
     part_of,
 )
-from sadsl.selections.regions import check_static, heads_of, holding
-from sadsl.selections.scores import MEAN, Score, Sides, in_steps, scorer, softmax
-from sadsl.symbols import Symbol, Truth
 
 Scope = Literal["query", "group", "shared", "head", "block", "overall"]
 # Scopes in which every row of cells has a budget of its own.
@@ -218,7 +218,7 @@ class Cells(Selection):
         kept = self.keep(weights, competing, rest)
         if self.rules.at_least:
             least = jnp.full(weights.shape[:-1], self.rules.at_least, jnp.int32)
-            kept = kept | winners.top(weights, competing, least)
+            kept = kept | ranking.top(weights, competing, least)
         return from_sets(kept | forced, self.scope, scores.shape)
 
 

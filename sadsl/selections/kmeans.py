@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int32
 from typing_extensions import override
 
 from pallas_kernels.precision import widened
-from sadsl.maps import at_least
-from sadsl.selections.content import Content, Leak, NamedSelection
-from sadsl.symbols import Symbol, Truth
+from sadsl.maps.base import at_least
+from sadsl.maps.symbols import Symbol, Truth
+from sadsl.selections.base import Content, Leak, NamedSelection
 
 Members = Literal["topw", "argmax"]
 Norm = Literal["layer", "unit", "none"]

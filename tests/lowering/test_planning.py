@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sadsl as sa
-from lowering import heads, pipeline, planning, settle
-from lowering.ranges import Rectangles
+from lowering import pipeline, planning
+from lowering.expr import heads
+from lowering.ranges import refine
+from lowering.ranges.ranges import Rectangles
 from pallas_kernels.block_mask import EMPTY, FULL, PARTIAL, check, expand
 
 COUNTS = {"maps": 0, "visited": 0, "needless": 0}
@@ -87,7 +89,7 @@ def test_past_the_budget_plans_stay_sound(spec, block):
     true = kinds_by_definition(spec.dense(64, 64), block, block)
     node = heads.per_head(spec.node, 1)[0]
     at = Rectangles(*(np.array([x]) for x in (0, 63, 0, 63)))
-    some, every = settle.settle(node, node, at, budget=0)
+    some, every = refine.settle(node, node, at, budget=0)
     assert some.all() or (true == EMPTY).all()
     assert not every.any() or (true == FULL).all()
 

@@ -10,7 +10,7 @@ import oracle
 import pytest
 from kernel_cases import Case
 
-from lowering import inspect_code, targets
+from lowering.cost import inspect_code, targets
 from pallas_kernels import bits, dispatch
 from pallas_kernels.block_mask import (
     EMPTY,

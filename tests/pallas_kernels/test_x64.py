@@ -10,7 +10,7 @@ import pytest
 from kernel_cases import Case, Pattern
 
 import sadsl as sa
-from lowering import targets
+from lowering.cost import targets
 from pallas_kernels import dispatch
 from pallas_kernels.config import Tile
 from pallas_kernels.loops import repeat

@@ -1,0 +1,348 @@
+"""Numbers added to scores: the nodes of a bias, and where each part is computed.
+
+A bias is a sum of products of integers of positions, constants and look-ups. What is an
+expression of positions alone is computed in the kernel, on every tile. A look-up is
+computed outside, in ordinary JAX, in the smallest layout that holds it: a vector over
+the queries or the keys, a vector over the diagonals if it depends on ``q - k`` alone,
+or an array of all pairs. Kernels multiply and add these up.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias, TypeGuard, assert_never
+
+import jax.numpy as jnp
+
+from lowering import ir
+from lowering.expr.evaluate import Jax, evaluate
+from lowering.expr.fits import is_plain, known_of
+from lowering.expr.printing import show
+from lowering.expr.simplify import integer
+from lowering.expr.static_range import Known
+from lowering.problem import Problem
+
+Layout = Literal["q", "k", "diagonal", "pairs"]
+LAYOUTS: tuple[Layout, ...] = ("q", "k", "diagonal", "pairs")
+
+
+@dataclass(frozen=True, slots=True)
+class Integer:
+    """An integer of positions as a number."""
+
+    expr: ir.Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A constant."""
+
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """``values[index]``: a constant table; the index lies within it."""
+
+    values: tuple[float, ...]
+    index: ir.Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A run-time array of floats at ``index``, one expression an axis.
+
+    An axis indexed by the bare query counts queries as given: ``q_offset`` does not
+    shift it. An axis of length one that is indexed by the head is shared by all heads.
+    """
+
+    name: str
+    index: tuple[ir.Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """``left + right``."""
+
+    left: "Score"
+    right: "Score"
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """``left * right``."""
+
+    left: "Score"
+    right: "Score"
+
+
+Atom: TypeAlias = Integer | Numbers | Weights
+Score: TypeAlias = Atom | Number | Sum | Product
+
+
+@dataclass(frozen=True)
+class Term:
+    """``factor`` times the product of ``atoms``."""
+
+    factor: float
+    atoms: tuple[Atom, ...] = ()
+
+
+@dataclass(frozen=True)
+class KernelTerm:
+    """``factor``, times integers of positions, times values made outside.
+
+    ``held`` are layouts, and which of the arrays of that layout.
+    """
+
+    factor: float
+    exprs: tuple[ir.Expr, ...] = ()
+    held: tuple[tuple[Layout, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class KernelScore:
+    """What a kernel adds to a tile of scores: hashable, and equal by content."""
+
+    terms: tuple[KernelTerm, ...]
+    num_diagonals: int = 0
+    dtype: Any = jnp.float32
+
+    def __call__(
+        self, q_ids: Any, k_ids: Any, q_vectors: tuple, kv_vectors: tuple, pairs: tuple
+    ) -> Any:
+        """Natural units, broadcasting over the ids: see ``call.Scores``."""
+        at = Jax(q_ids, k_ids)
+        arrays: dict[Layout, tuple] = {
+            "q": q_vectors,
+            "k": kv_vectors,
+            "diagonal": pairs[: self.num_diagonals],
+            "pairs": pairs[self.num_diagonals :],
+        }
+
+        def value(term: KernelTerm) -> Any:
+            parts = [
+                jnp.asarray(evaluate(expr, at)).astype(self.dtype)
+                for expr in term.exprs
+            ]
+            # Columns and rows before tiles: they are cheaper to multiply.
+            parts += [arrays[layout][slot] for layout, slot in term.held]
+            found = parts[0] if term.factor == 1 else parts[0] * term.factor
+            for part in parts[1:]:
+                found = found * part
+            return found
+
+        found = value(self.terms[0])
+        for term in self.terms[1:]:
+            found = found + value(term)
+        return found
+
+
+@dataclass(frozen=True)
+class LoweredScore:
+    """A bias as kernels take it: what they compute, and what is made for them.
+
+    ``outside`` has a tuple for each of ``LAYOUTS``; each entry is an array of that
+    layout, as the sum of some terms. ``learned``: whether any of it reads weights.
+    """
+
+    kernel: KernelScore
+    outside: tuple[tuple[tuple[Term, ...], ...], ...]
+    learned: bool
+
+
+@lru_cache(maxsize=256)
+def lower(score: Score, problem: Problem) -> LoweredScore:
+    """Splits a bias into what is computed in the kernel and what is made outside."""
+    arrays: dict[Layout, list[list[Term]]] = {layout: [] for layout in LAYOUTS}
+    shared: dict[tuple[Layout, tuple[ir.Expr, ...]], int] = {}
+    products: dict[KernelTerm, None] = {}
+    lengths = problem.q_seq_len, problem.kv_seq_len
+    known = known_of(*lengths, problem.num_heads)
+    for term in terms_of(resolved(score, problem)):
+        exprs, outside = _split(term, known)
+        if len(outside) == 1:
+            # Terms that differ in the array alone share one: the sum of both.
+            ((layout, atoms),) = outside.items()
+            slot = shared.setdefault((layout, exprs), len(arrays[layout]))
+            if slot == len(arrays[layout]):
+                arrays[layout].append([])
+            arrays[layout][slot].append(Term(term.factor, atoms))
+            products[KernelTerm(1.0, exprs, ((layout, slot),))] = None
+            continue
+        held = tuple((layout, len(arrays[layout])) for layout in outside)
+        for layout, atoms in outside.items():
+            arrays[layout].append([Term(1.0, atoms)])
+        products[KernelTerm(term.factor, exprs, held)] = None
+    kernel = KernelScore(tuple(products), len(arrays["diagonal"]))
+    made = tuple(tuple(map(tuple, arrays[layout])) for layout in LAYOUTS)
+    return LoweredScore(kernel, made, any(isinstance(n, Weights) for n in walk(score)))
+
+
+def resolved(score: Score, problem: Problem) -> Score:
+    """The bias in terms of array indices, with the number of keys for ``n``."""
+    position = ir.Add(ir.Q, ir.Const(problem.q_offset))
+
+    def at_positions(expr: ir.Expr) -> ir.Expr:
+        new: dict[ir.Axis, ir.Expr] = {"n": ir.Const(problem.kv_seq_len)}
+        expr = ir.substitute(expr, new)
+        return integer(_shifted(expr, position) if problem.q_offset else expr)
+
+    def change(node: Score) -> Score:
+        match node:
+            case Integer(expr):
+                return Integer(at_positions(expr))
+            case Number():
+                return node
+            case Numbers(values, index):
+                return Numbers(values, at_positions(index))
+            case Weights(name, index):
+                # An axis of queries has those that are passed, whatever their position.
+                at = tuple(i if i == ir.Q else at_positions(i) for i in index)
+                return Weights(name, at)
+            case Sum(a, b) | Product(a, b):
+                return type(node)(change(a), change(b))
+        assert_never(node)
+
+    return change(score)
+
+
+def _shifted(node: Any, position: ir.Expr) -> Any:
+    if node == ir.Q:
+        return position
+    if isinstance(node, ir.Operand):
+        index: Any = (
+            i if ir.axes(i) <= {"q", "h"} else _shifted(i, position) for i in node.index
+        )
+        return ir.Operand(node.name, tuple(index))
+    return ir.rebuild(node, lambda child: _shifted(child, position))
+
+
+def terms_of(score: Score) -> list[Term]:
+    """The bias as a sum of products; constants come together."""
+    match score:
+        case Number(value):
+            return [Term(value)]
+        case Integer(ir.Const(value)):
+            return [Term(float(value))]
+        case Integer() | Numbers() | Weights():
+            return [Term(1.0, (score,))]
+        case Sum(a, b):
+            return [*terms_of(a), *terms_of(b)]
+        case Product(a, b):
+            return [
+                Term(x.factor * y.factor, (*x.atoms, *y.atoms))
+                for x in terms_of(a)
+                for y in terms_of(b)
+            ]
+    assert_never(score)
+
+
+def _split(
+    term: Term, known: Known
+) -> tuple[tuple[ir.Expr, ...], dict[Layout, tuple[Atom, ...]]]:
+    """What a kernel computes of a term, and the rest by its layout."""
+    exprs = tuple(a.expr for a in term.atoms if _in_kernel(a, known))
+    rest = [a for a in term.atoms if not _in_kernel(a, known)]
+    both = tuple(a for a in rest if {"q", "k"} <= axes(a))
+    shared: Layout = "diagonal" if all(map(is_diagonal, both)) else "pairs"
+    parts: tuple[tuple[Layout, tuple[Atom, ...]], ...] = (
+        ("q", tuple(a for a in rest if axes(a) - {"h"} == {"q"})),
+        ("k", tuple(a for a in rest if axes(a) - {"h"} == {"k"})),
+        (shared, both),
+    )
+    found = {layout: atoms for layout, atoms in parts if atoms}
+    alone = tuple(a for a in rest if axes(a) <= {"h"})
+    if alone or not (exprs or found):
+        # What depends on the head alone goes with another part, if there is one; a
+        # constant is a vector like any other.
+        host: Layout = next(iter(found), "q")
+        found[host] = (*found.get(host, ()), *alone)
+    return exprs, found
+
+
+def _in_kernel(atom: Atom, known: Known) -> TypeGuard[Integer]:
+    """Whether it is arithmetic of positions in 32 bits: no look-up, no head."""
+    if not isinstance(atom, Integer) or "h" in ir.axes(atom.expr):
+        return False
+    return is_plain(atom.expr, known)
+
+
+def indices(atom: Atom) -> tuple[ir.Expr, ...]:
+    """The integers that an atom is made of."""
+    match atom:
+        case Integer(expr):
+            return (expr,)
+        case Numbers(_, index):
+            return (index,)
+        case Weights(_, index):
+            return index
+    assert_never(atom)
+
+
+def axes(atom: Atom) -> frozenset[ir.Axis]:
+    """The variables that it depends on."""
+    return frozenset().union(*(ir.axes(i) for i in indices(atom)))
+
+
+def is_diagonal(atom: Atom) -> bool:
+    """Whether it depends on ``q - k`` alone, beside the head."""
+    # Of a hoisted value nothing is known, its sign least of all.
+    distance = ir.Hoisted("q", 0)
+    new: dict[ir.Axis, ir.Expr] = {"q": ir.Add(distance, ir.K)}
+    found = [integer(ir.substitute(i, new)) for i in indices(atom)]
+    return not any("k" in ir.axes(i) or _reads(i) for i in found)
+
+
+def _reads(expr: ir.Expr) -> bool:
+    return any(isinstance(n, ir.Operand) for n in ir.walk(expr))
+
+
+def walk(score: Score) -> Iterator[Score]:
+    """The score and all below it."""
+    yield score
+    if isinstance(score, Sum | Product):
+        yield from walk(score.left)
+        yield from walk(score.right)
+
+
+def weights(score: Score) -> tuple[Weights, ...]:
+    """The learned look-ups, each once."""
+    found = {node: None for node in walk(score) if isinstance(node, Weights)}
+    return tuple(found)
+
+
+def integer_operands(score: Score) -> tuple[ir.Operand, ...]:
+    """The run-time integers that are read, each look-up once."""
+    atoms = [x for x in walk(score) if isinstance(x, Integer | Numbers | Weights)]
+    nodes = (n for atom in atoms for i in indices(atom) for n in ir.walk(i))
+    return tuple(dict.fromkeys(n for n in nodes if isinstance(n, ir.Operand)))
+
+
+def show_score(score: Score) -> str:
+    """The Python expression that builds the score again."""
+    match score:
+        case Integer(expr):
+            return show(expr)
+        case Number(value):
+            return repr(value)
+        case Numbers(values, index):
+            return f"table({values})[{show(index)}]"
+        case Weights(name, index):
+            at = f"[{', '.join(map(show, index))}]"
+            return f"weights({name!r}){at}"
+        case Sum(a, b):
+            return f"{show_score(a)} + {_tight(b)}"
+        case Product(a, b):
+            return f"{_tight(a)} * {_tight(b)}"
+    assert_never(score)
+
+
+def _tight(score: Score) -> str:
+    text = show_score(score)
+    atom = isinstance(score, Numbers | Weights)
+    if isinstance(score, Number):
+        atom = score.value >= 0
+    if isinstance(score, Integer):
+        atom = isinstance(score.expr, ir.Var | ir.Min | ir.Max | ir.Log2 | ir.Table)
+    return text if atom else f"({text})"

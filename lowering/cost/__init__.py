@@ -1,0 +1,1 @@
+"""Counts as FLOPs, bytes and time; chips, and the code made for them."""

@@ -1,0 +1,344 @@
+"""Cost: the plans of a call -> tiles, FLOPs and bytes.
+
+Tiles and FLOPs are exact: they are those that the kernels execute. Bytes follow a
+model: every row of blocks reads its own data once and each block that it visits once.
+Where a cache holds what rows share, memory sees less of it, at the least each array
+once. What predicates read and the lists of runs are left out: they are small.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowering import ir, planning
+from lowering.expr.simplify import simplify
+from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.call import Masks
+from pallas_kernels.triton.tiles import power_of_two
+from pallas_kernels.xla.heads import head_groups
+from pallas_kernels.xla.walks import CHUNK, SHORT, chunk_slots, similar
+
+# Bytes of an f32: statistics of rows, and sums of gradients.
+SINGLE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallSizes:
+    """The sizes of a call that its plans do not hold.
+
+    ``itemsize`` is that of q, k, v in the kernel: the TPU kernels widen float16 to 4.
+    """
+
+    batch: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    itemsize: int
+    impl: str
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """``head_dim, head_dim_v`` as the kernels multiply them."""
+        dims = self.head_dim, self.head_dim_v
+        if self.impl != "triton":
+            return dims
+        return power_of_two(dims[0]), power_of_two(dims[1])
+
+    @property
+    def exact_products(self) -> bool:
+        """Whether operands are multiplied in f32: "xla" widens all of them."""
+        return self.itemsize == SINGLE or self.impl == "xla"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a plan by distinct map, and how many heads have each map."""
+
+    full: tuple[int, ...]
+    partial: tuple[int, ...]
+    heads: tuple[int, ...]
+    num_blocks: int  # of one map
+    num_runs: int  # of all maps
+
+    @property
+    def visited(self) -> tuple[int, ...]:
+        """Full and partial blocks of each map."""
+        return tuple(a + b for a, b in zip(self.full, self.partial, strict=True))
+
+    @property
+    def empty(self) -> tuple[int, ...]:
+        """Blocks of each map that are never visited."""
+        return tuple(self.num_blocks - n for n in self.visited)
+
+    def over_heads(self, counts: Iterable[int]) -> int:
+        """The sum over heads of what each map has ``counts`` of."""
+        return sum(n * h for n, h in zip(counts, self.heads, strict=True))
+
+    def of_call(self, batch: int) -> tuple[int, int, int]:
+        """Full, partial and empty blocks over all batch rows and heads."""
+        full, partial, empty = (
+            batch * self.over_heads(x) for x in (self.full, self.partial, self.empty)
+        )
+        return full, partial, empty
+
+
+def blocks(mask: BlockMask) -> Blocks:
+    """Counts the blocks of a plan on host arrays."""
+    full, partial = (counts.sum(axis=1) for counts in _of_rows(mask))
+    heads = np.bincount(np.asarray(mask.map_of_head), minlength=mask.num_maps)
+    return Blocks(
+        full=tuple(full.tolist()),
+        partial=tuple(partial.tolist()),
+        heads=tuple(heads.tolist()),
+        num_blocks=mask.num_rows * mask.num_columns,
+        num_runs=len(mask.run_start),
+    )
+
+
+def _of_rows(mask: BlockMask) -> tuple[np.ndarray, np.ndarray]:
+    """Full and partial blocks of every row, ``[maps, rows]`` each."""
+    ptr = np.asarray(mask.row_ptr)
+    length = np.asarray(mask.run_stop).astype(np.int64) - np.asarray(mask.run_start)
+    full = np.asarray(mask.run_full) != 0
+    shape = mask.num_maps, mask.num_rows
+
+    def sums(x: np.ndarray) -> np.ndarray:
+        before = np.concatenate([[0], np.cumsum(x)])
+        return (before[ptr[1:]] - before[ptr[:-1]]).reshape(shape)
+
+    return sums(np.where(full, length, 0)), sums(np.where(full, 0, length))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one kernel does in a whole call: all batch rows, all heads.
+
+    Tiles are blocks that it folds. Padded ones only fill up a loop of equal steps, and
+    add nothing; empty blocks are no tiles, they are never visited. FLOPs are of the
+    matrix products, two for a multiplication and an addition. ``least_bytes`` has every
+    array once, ``bytes`` each block as often as it is visited.
+    """
+
+    name: str
+    num_full: int = 0
+    num_partial: int = 0
+    num_padded: int = 0
+    num_empty: int = 0
+    flops: int = 0
+    bytes: int
+    least_bytes: int
+
+    @property
+    def num_tiles(self) -> int:
+        """All tiles."""
+        return self.num_full + self.num_partial + self.num_padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a call does, forward and backward (the latter without the former).
+
+    ``permutation_bytes`` is the memory traffic of putting positions into another order
+    and back, once in the forward pass and, for their gradients, once in the backward.
+    """
+
+    forward: Work
+    backward: tuple[Work, ...]
+    exact_products: bool
+    permutation_bytes: int = 0
+
+    def works(self, backward: bool) -> tuple[Work, ...]:
+        """The kernels of one of the passes."""
+        return self.backward if backward else (self.forward,)
+
+    def flops(self, *, backward: bool = False) -> int:
+        """FLOPs of all products of a pass."""
+        return sum(work.flops for work in self.works(backward))
+
+    def bytes(self, *, backward: bool = False) -> int:
+        """Bytes that a pass moves, those of the permutation included."""
+        moved = sum(work.bytes for work in self.works(backward))
+        return moved + self.permutation_bytes
+
+    def least_bytes(self, *, backward: bool = False) -> int:
+        """Bytes that a pass moves if rows share what they read."""
+        moved = sum(work.least_bytes for work in self.works(backward))
+        return moved + self.permutation_bytes
+
+    def intensity(self, *, backward: bool = False) -> float:
+        """FLOPs per byte."""
+        return self.flops(backward=backward) / max(self.bytes(backward=backward), 1)
+
+
+def cost(masks: Masks, sizes: CallSizes, permutation_bytes: int = 0) -> Cost:
+    """The cost of a call over ``masks``, which are on host arrays."""
+    forward, *backward = (_xla if sizes.impl == "xla" else _pallas)(masks, sizes)
+    return Cost(
+        forward=forward,
+        backward=tuple(backward),
+        exact_products=sizes.exact_products,
+        permutation_bytes=permutation_bytes,
+    )
+
+
+def _pallas(masks: Masks, sizes: CallSizes) -> list[Work]:
+    """The kernels "tpu" and "triton": forward, dq, dkv; each head is on its own."""
+    d, dv = sizes.dims
+    both, item = d + dv, sizes.itemsize
+    of_row = {
+        "forward": both * item + SINGLE,  # q, o; lse
+        "dq": (d + both) * item + 2 * SINGLE,  # q, dq, do; lse, delta
+        "dkv": 2 * both * item,  # k, v, dk, dv
+    }
+    of_column = {
+        "forward": both * item,  # k, v
+        "dq": both * item,
+        "dkv": both * item + 2 * SINGLE,  # q, do; lse, delta
+    }
+    # The products: s, o; s, dp, dq; s, dp, dk, dv.
+    dims = {"forward": both, "dq": d + both, "dkv": 2 * both}
+    works = []
+    for name, mask in masks._asdict().items():
+        count = blocks(mask)
+        full, partial, empty = count.of_call(sizes.batch)
+        row, column = mask.block_q, mask.block_kv
+        row_heads, column_heads = sizes.num_q_heads, sizes.num_kv_heads
+        if mask.by == "kv":
+            row, column = column, row
+            row_heads, column_heads = column_heads, row_heads
+        rows = sizes.batch * row_heads * mask.num_rows * row
+        columns = sizes.batch * column_heads * mask.num_columns * column
+        tiles = full + partial
+        own, read = rows * of_row[name], tiles * column
+        work = Work(
+            name=name,
+            num_full=full,
+            num_partial=partial,
+            num_empty=empty,
+            flops=2 * tiles * row * column * dims[name],
+            bytes=own + read * of_column[name],
+            least_bytes=own + min(read, columns) * of_column[name],
+        )
+        works.append(work)
+    return [*works, _delta(masks, sizes)]
+
+
+def _delta(masks: Masks, sizes: CallSizes) -> Work:
+    """``rowsum(do * o)``, which the backward pass starts with."""
+    rows = sizes.batch * sizes.num_q_heads * masks.forward.q_seq_len
+    moved = rows * (2 * sizes.head_dim_v * sizes.itemsize + SINGLE)
+    return Work(name="delta", bytes=moved, least_bytes=moved)
+
+
+def _xla(masks: Masks, sizes: CallSizes) -> list[Work]:
+    """The loops of "xla": one sweep forward and one backward, both over query rows.
+
+    Query heads that read one key head with one map share what is read of it. The
+    backward sweep adds to the gradients of keys and values in memory, in f32.
+    """
+    d, dv = sizes.head_dim, sizes.head_dim_v
+    both, item = d + dv, sizes.itemsize
+    groups = head_groups(
+        tuple(np.asarray(masks.forward.map_of_head).tolist()),
+        tuple(range(masks.forward.num_maps)),
+        sizes.num_kv_heads,
+    )
+    reads = [(group.map_index, len(group.kv_heads)) for group in groups]
+
+    def sweep(name: str, mask: BlockMask) -> Work:
+        count, slots = blocks(mask), _slots(mask)
+        tiles = sizes.batch * count.over_heads(slots)
+        full, partial, empty = count.of_call(sizes.batch)
+        rows = sizes.batch * sizes.num_q_heads * mask.num_rows * mask.block_q
+        gathered = sizes.batch * mask.block_kv * sum(slots[m] * h for m, h in reads)
+        keys = sizes.batch * mask.block_kv * mask.num_columns * sum(h for _, h in reads)
+        # q, o; lse. k, v. The products s, o.
+        own, other, dims = rows * (both * item + SINGLE), both * item, both
+        if name == "backward":
+            # q, dq, do; lse, delta. The sums start from zeros, and are rounded at last.
+            own = rows * ((d + both) * item + 2 * SINGLE)
+            own += keys * both * (2 * SINGLE + item)
+            # k, v; the sums read and written. The products s, dp, dq, dk, dv.
+            other, dims = both * (item + 2 * SINGLE), d + 2 * both
+        return Work(
+            name=name,
+            num_full=full,
+            num_partial=partial,
+            num_padded=tiles - full - partial,
+            num_empty=empty,
+            flops=2 * tiles * mask.block_q * mask.block_kv * dims,
+            bytes=own + gathered * other,
+            least_bytes=own + min(gathered, keys) * other,
+        )
+
+    return [
+        sweep("forward", masks.forward),
+        sweep("backward", masks.dq),
+        _delta(masks, sizes),
+    ]
+
+
+def _slots(mask: BlockMask) -> tuple[int, ...]:
+    """Blocks that "xla" folds for each map: its rows padded to few equal shapes."""
+
+    def of_map(full: np.ndarray, partial: np.ndarray) -> int:
+        total = full + partial
+        short = (total > 0) & (total <= SHORT // mask.block_kv)
+        kinds = full[short], partial[short]
+        found = sum(
+            len(at) * sum(int(kind[at].max()) for kind in kinds)
+            for at in similar(*kinds)
+        )
+        far = total > SHORT // mask.block_kv
+        for count in (full[far], partial[far]) if far.any() else ():
+            width = chunk_slots(count, max(1, CHUNK // mask.block_kv))
+            found += int((-(-count // width)).sum()) * width
+        return found
+
+    return tuple(of_map(*rows) for rows in zip(*_of_rows(mask), strict=True))
+
+
+def permutation_bytes(
+    sizes: CallSizes, given: tuple[int, int], slots: tuple[int, int]
+) -> int:
+    """Bytes of reading and writing q, k, v, o and lse once, to put them in order.
+
+    ``given`` are the numbers of queries and of keys, ``slots`` those of the slots of
+    another order, some of which may be padding.
+    """
+    both = (sizes.head_dim + sizes.head_dim_v) * sizes.itemsize
+    queries, keys = (a + b for a, b in zip(given, slots, strict=True))
+    of_queries = sizes.num_q_heads * queries * (both + SINGLE)
+    return sizes.batch * (of_queries + sizes.num_kv_heads * keys * both)
+
+
+def dense(masks: Masks) -> Masks:
+    """Plans of all pairs with the blocks and the heads of ``masks``."""
+    return _same_blocks(masks, ir.Bool(True))
+
+
+def dense_causal(masks: Masks, q_offset: int = 0) -> Masks:
+    """Plans of ``k <= q + q_offset`` with the blocks and the heads of ``masks``."""
+    return _same_blocks(masks, ir.Le(ir.K, ir.Add(ir.Q, ir.Const(q_offset))))
+
+
+def _same_blocks(masks: Masks, node: ir.Pred) -> Masks:
+    def of(mask: BlockMask) -> BlockMask:
+        sizes = planning.Sizes(
+            mask.q_seq_len, mask.kv_seq_len, mask.block_q, mask.block_kv
+        )
+        map_of_head = (0,) * len(mask.map_of_head)
+        return planning.plan((simplify(node),), map_of_head, sizes, by=mask.by)
+
+    return Masks(*(of(mask) for mask in masks))
+
+
+def padding_waste(pairs: int, forward: Work, mask: BlockMask) -> float:
+    """The share of the pairs computed in the forward pass that do not attend.
+
+    ``pairs`` attend, over all batch rows and heads, and ``mask`` is the forward plan.
+    """
+    computed = forward.num_tiles * mask.block_q * mask.block_kv
+    return 1 - pairs / computed if computed else 0.0

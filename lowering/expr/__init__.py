@@ -1,0 +1,1 @@
+"""One expression: printed, simplified, evaluated, tested in a kernel."""

@@ -1,0 +1,80 @@
+"""The predicate as kernels call it: hashable, for all maps of a plan."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from lowering import ir
+from lowering.expr.evaluate import Jax, evaluate
+
+
+@dataclass(frozen=True)
+class KernelPredicate:
+    """Tests the pairs of one map on tiles of positions.
+
+    ``maps`` are hoisted nodes. Maps that differ in constants only (a window a head)
+    become one test whose constants are selected by the map index; others are branches.
+    """
+
+    maps: tuple[ir.Pred, ...]
+
+    def __call__(
+        self,
+        map_index: Any,
+        q_ids: Any,
+        k_ids: Any,
+        q_vectors: tuple,
+        kv_vectors: tuple,
+        bits: tuple = (),
+    ) -> Any:
+        """Bools that broadcast over ``q_ids`` and ``k_ids``: see ``call.Predicate``."""
+        vectors = (*q_vectors, *kv_vectors)
+        at = Jax(
+            q_ids, k_ids, map_index,
+            q_vectors=q_vectors, kv_vectors=kv_vectors, bits=bits,
+        )  # fmt: skip
+        if len(self.maps) == 1:
+            return evaluate(self.maps[0], at)
+        if isinstance(map_index, int):
+            return evaluate(self.maps[map_index], at)
+        joined = join(self.maps)
+        if joined is not None:
+            return evaluate(joined, at)
+        shape = jnp.broadcast_shapes(
+            *(jnp.shape(x) for x in (q_ids, k_ids, *vectors, *bits))
+        )
+
+        def branch(node: ir.Pred) -> Any:
+            # Branches return integers: not every backend can return bool vectors.
+            held = lambda: jnp.broadcast_to(evaluate(node, at), shape)
+            return lambda: held().astype(jnp.int32)
+
+        return lax.switch(map_index, [branch(node) for node in self.maps]) != 0
+
+
+@lru_cache(maxsize=256)
+def join(maps: tuple[ir.Node, ...]) -> ir.Node | None:
+    """One node for maps of one form, their constants in tables by ``h``; or None."""
+    first = maps[0]
+    if all(node == first for node in maps):
+        return first
+    if any(type(node) is not type(first) for node in maps):
+        return None
+    if isinstance(first, ir.Const):
+        values = tuple(node.value for node in maps if isinstance(node, ir.Const))
+        return ir.Table(values, ir.H)
+    if isinstance(first, ir.Hoisted | ir.Var | ir.Bool | ir.HoistedBits):
+        return None
+    below = [tuple(ir.children(node)) for node in maps]
+    if len({len(b) for b in below}) > 1:
+        return None
+    joined = [join(column) for column in zip(*below, strict=True)]
+    # What a node holds beside its children (a divisor, a set) must agree.
+    bare = {ir.rebuild(node, lambda _: ir.Const(0)) for node in maps}
+    if None in joined or len(bare) > 1:
+        return None
+    new = iter(joined)
+    return ir.rebuild(first, lambda _: next(new))

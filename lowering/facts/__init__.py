@@ -1,0 +1,1 @@
+"""Exact facts of a map: pairs, hops, live ranges of keys."""

@@ -1,0 +1,168 @@
+"""Hops between blocks of positions: bounds from "some pair" and from "all pairs"."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lowering import ir
+from lowering.expr.evaluate import NumPy, evaluate
+from lowering.expr.simplify import simplify
+from lowering.facts.doubling import Doubling, Hops, on_pairs, product, search, shares
+from lowering.facts.first_and_last import in_finite
+from lowering.ranges.ranges import Ranges, Rectangles
+from lowering.ranges.refine import settle
+from lowering.ranges.verdicts import Analysis
+from lowering.solve.eliminate import MIDDLE, exists, values_of
+
+MOST_BLOCKS = 512
+# Cuts between blocks that a map asks for.
+MOST_CUTS = 8
+# Rows of blocks that are looked into for "each query has some key there".
+MOST_ROWS = 1 << 22
+
+
+def hops_of_blocks(node: ir.Pred, n: int, *, causal: bool) -> Hops:
+    """Bounds of the hops of a map in normal form, from one or a few block sizes."""
+    best: Hops | None = None
+    for size in _block_sizes(node, n):
+        found = _on_blocks(node, n, size, causal=causal)
+        best = found if best is None else _both(best, found)
+        if best.exact:
+            break
+    assert best is not None
+    return best
+
+
+def special_cuts(node: ir.Pred, n: int) -> list[int]:
+    """Where keys or queries change their kind: ``k < 4`` gives 4."""
+    found = set()
+    for part in ir.walk(node):
+        match part:
+            case ir.Le(ir.Var(), ir.Const(value)):
+                found.add(value + 1)
+            case ir.Le(ir.Mul(ir.Var(), -1), ir.Const(value)):
+                found.add(-value)
+    return sorted(c for c in found if 0 < c < n)[:MOST_CUTS]
+
+
+class Blocks(NamedTuple):
+    """What is known of each block of pairs, bool ``[blocks, blocks]``.
+
+    ``rows``: each of its queries has some key in it. ``columns``: each of its keys has
+    some query. ``some`` and the two count a position as its own key; ``all`` does not.
+    """
+
+    some: np.ndarray
+    all: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+
+
+def _block_sizes(node: ir.Pred, n: int) -> list[int]:
+    """One size for the length, and those that the map itself divides positions by."""
+    plain = 4
+    while -(-n // plain) > MOST_BLOCKS:
+        plain *= 2
+    own = {p.divisor for p in ir.walk(node) if isinstance(p, ir.FloorDiv | ir.Mod)}
+    fitting = [s for s in own if s >= 4 and 8 <= -(-n // s) <= MOST_BLOCKS]
+    return sorted({plain, *sorted(fitting, reverse=True)[:2]}, reverse=True)
+
+
+def _on_blocks(node: ir.Pred, n: int, size: int, *, causal: bool) -> Hops:
+    edges = np.unique([*range(0, n, size), *special_cuts(node, n), n])
+    starts, lengths = edges[:-1], np.diff(edges)
+    num = len(starts)
+    at = _blocks(node, n, starts, lengths)
+    inner = _inside(node, starts, lengths) if causal else 1
+    target = np.tri(num, k=-1, dtype=bool) if causal else np.ones((num, num), bool)
+    weight = (target * np.outer(lengths, lengths)).astype(np.float64)
+    total = n * (n + 1) / 2 if causal else float(n) * n
+    rest = 1 - weight.sum() / total  # the pairs within a block, if they count apart
+
+    def share(state: tuple[np.ndarray, ...]) -> float:
+        return float(weight[state[0]].sum() / total)
+
+    def done(state: tuple[np.ndarray, ...]) -> bool:
+        return bool((state[0] | ~target).all())
+
+    least, upper = search(
+        Doubling((at.some,), lambda a, b: (product(a[0], b[0]),), done, share)
+    )
+    if least is None or inner is None:
+        return Hops(None, None, shares({}, upper, rest))
+    most, lower = search(Doubling((at.all, at.rows, at.columns), _further, done, share))
+    if most is not None:
+        most = max(most, inner)
+    return Hops(max(least, inner), most, shares(lower, upper, rest))
+
+
+def _further(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> tuple:
+    """All pairs after i + j hops: each query has a key in j hops from which all are
+    reached in i, or each key has such a query.
+    """
+    full = a[0] | product(b[1], a[0]) | product(a[0], b[2])
+    return full, product(a[1], b[1]), product(a[2], b[2])
+
+
+def _both(a: Hops, b: Hops) -> Hops:
+    """What two block sizes say together."""
+    if a.least is None or b.least is None:
+        return a if a.least is None else b
+    bounds = [x.most for x in (a, b) if x.most is not None]
+    most = min(bounds, default=None)
+    finer = b if b.exact or not a.exact else a
+    return Hops(max(a.least, b.least), most, finer.reach)
+
+
+def _inside(node: ir.Pred, starts: np.ndarray, lengths: np.ndarray) -> int | None:
+    """Hops within the blocks on the diagonal of a causal map, which no path leaves."""
+    inner = np.arange(lengths.max())
+    q = starts[:, None] + np.minimum(inner, lengths[:, None] - 1)
+    q, k = q[:, :, None], q[:, None, :]
+    pairs = evaluate(node, NumPy(q, k)) | (q == k)
+    pairs = np.broadcast_to(pairs, (*q.shape[:2], len(inner)))
+    different = {x.tobytes(): x for x in pairs}
+    return search(on_pairs(np.stack([*different.values()]), causal=True))[0]
+
+
+def _blocks(node: ir.Pred, n: int, starts: np.ndarray, lengths: np.ndarray) -> Blocks:
+    num = len(starts)
+    lasts = starts + lengths - 1
+    q, k = np.divmod(np.arange(num * num), num)
+    at = Rectangles(starts[q], lasts[q], starts[k], lasts[k])
+    verdict = Analysis(Ranges(at))(node)
+    some, full = ~verdict.none, verdict.all.copy()
+    # Bounds settle most; only what they leave open is looked into.
+    open_ = np.flatnonzero(~verdict.none & ~(verdict.all | verdict.hit & verdict.miss))
+    rest = Rectangles(*(x[open_] for x in at))
+    some[open_], full[open_] = settle(node, node, rest, budget=None)
+    some, full = some.reshape(num, num), full.reshape(num, num)
+    own = np.eye(num, dtype=bool)
+    rows, columns = full | own, full | own
+    i, j = np.nonzero(some & ~full)
+    if lengths[i].sum() + lengths[j].sum() <= MOST_ROWS:
+        node = in_finite(node, n)
+        rows[i, j] |= _each_row(node, starts, lengths, i, j)
+        columns[i, j] |= _each_row(ir.transpose(node), starts, lengths, j, i)
+    return Blocks(some | own, full, rows, columns)
+
+
+def _each_row(
+    node: ir.Pred, starts: np.ndarray, lengths: np.ndarray, i: np.ndarray, j: np.ndarray
+) -> np.ndarray:
+    """Whether every query of block row ``i`` has a key in block column ``j``."""
+    if not len(i):
+        return np.zeros(0, bool)
+    start, last = ir.Operand(" start", ()), ir.Operand(" last", ())
+    keys = ir.substitute(node, {"k": ir.Add(start, MIDDLE)})
+    try:
+        held = simplify(exists(keys, MIDDLE, last))
+    except NotImplementedError:
+        return np.zeros(len(i), bool)
+    count = lengths[i]
+    first = np.cumsum(count) - count
+    q = np.arange(count.sum()) - np.repeat(first - starts[i], count)
+    of_row = {start: starts[j], last: lengths[j] - 1}
+    env: dict[ir.Expr, np.ndarray] = {ir.Q: q}
+    env |= {x: np.repeat(v, count) for x, v in of_row.items()}
+    return np.logical_and.reduceat(values_of(held, env), first)

@@ -1,0 +1,1 @@
+"""Another order of the positions, and whether it pays."""

@@ -1,0 +1,209 @@
+"""Finds the order of positions in which a map is block-dense, and writes it in that.
+
+Candidates come from the digits that the expression reads: some of them first (residue
+classes of strides and dilations, columns before rows), the others in tiles. Each is
+judged by the blocks that a few rows would visit; the best is planned and kept if what
+it saves pays for moving the arrays.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from lowering import ir
+from lowering.order import candidates
+from lowering.order.candidates import Layouts
+from lowering.order.digits import (
+    Side,
+    digit,
+    in_digits,
+    in_slots,
+    read_sides,
+    replace_parts,
+)
+from lowering.order.layout import Layout, places
+from lowering.planning import Sizes, plan, widest
+from lowering.ranges.ranges import Ranges, Rectangles
+from lowering.ranges.verdicts import Analysis
+from pallas_kernels.block_mask import BlockMask
+
+# Saved pairs a position that pay for one more pass over q, k, v and o. The pass that
+# brings heads to the front is there anyway, and an order of digits can share it. On a
+# CPU 148 did not pay, and 212 did.
+PAYS = 192
+# Rows of blocks whose visits stand for all.
+SAMPLE = 8
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The distinct maps of the heads, simplified, and how many heads have each."""
+
+    nodes: tuple[ir.Pred, ...]
+    map_of_head: tuple[int, ...]
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Heads a map."""
+        return tuple(self.map_of_head.count(i) for i in range(len(self.nodes)))
+
+
+class Given(NamedTuple):
+    """Blocks of the order as given, over all heads."""
+
+    visited: int
+    partial: int
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """Maps in slots of ``layouts``."""
+
+    layouts: Layouts
+    nodes: tuple[ir.Pred, ...]
+
+
+@lru_cache(maxsize=256)
+def arrange(maps: Maps, sizes: Sizes, given: Given) -> Arranged | None:
+    """The best order of positions for blocks of these sizes, or None if it is as given.
+
+    The choice is the same for the same maps and sizes, and never visits more blocks
+    than the order as given.
+    """
+    area = sizes.block_q * sizes.block_kv
+    least_gain = PAYS * sizes.q_seq_len * len(maps.map_of_head)
+    # Full blocks are dense in any order. Where they are many, the partial ones are the
+    # edges of dense regions, and about half full.
+    edges = 4 * given.partial < given.visited
+    if area * given.partial < (2 if edges else 1) * least_gain:
+        return None
+    most = area * given.visited - least_gain
+    sides = read_sides(maps.nodes, sizes.q_seq_len, sizes.kv_seq_len)
+    best = next(iter(_ranked(maps, sides, sizes)), None)
+    if best is None:
+        return None
+    best.q.check()
+    best.kv.check()
+    arranged = write(maps, best)
+    found = plan(arranged.nodes, maps.map_of_head, slots_of(best, sizes))
+    return arranged if area * count(maps, found).visited <= most else None
+
+
+def write(maps: Maps, layouts: Layouts) -> Arranged:
+    """The maps in slots."""
+    nodes = tuple(in_slots(node, layouts.q, layouts.kv) for node in maps.nodes)
+    return Arranged(layouts, nodes)
+
+
+def slots_of(layouts: Layouts, sizes: Sizes) -> Sizes:
+    """The extent of a plan in slots."""
+    lengths = layouts.q.num_slots, layouts.kv.num_slots
+    return Sizes(*lengths, sizes.block_q, sizes.block_kv)
+
+
+def count(maps: Maps, mask: BlockMask) -> Given:
+    """The blocks that all heads visit."""
+    weights = np.asarray(maps.weights)
+    found = mask.visited_by_map() @ weights, mask.partial_by_map() @ weights
+    return Given(*(int(x) for x in found))
+
+
+def _ranked(maps: Maps, sides: tuple[Side, Side], sizes: Sizes) -> list[Layouts]:
+    """Candidates by the blocks that they seem to visit, the fewest first."""
+    judge = _Judge(maps, sides, sizes)
+    given = candidates.given(sides)
+    leading = sorted(dict.fromkeys(candidates.fronts(sides)), key=judge)
+    tile = min(sizes.block_q, sizes.block_kv)
+    found = dict.fromkeys(leading)
+    for layouts in (given, *leading[:1]):
+        if layouts is given or judge(layouts) < judge(given):
+            found |= dict.fromkeys(candidates.tiled(layouts, tile))
+    # Of equals the earlier, which is the simpler.
+    return sorted(found, key=judge)
+
+
+# --- judgement ---
+
+
+class _Judge:
+    """Estimates the blocks that a candidate visits, from some rows of blocks."""
+
+    def __init__(self, maps: Maps, sides: tuple[Side, Side], sizes: Sizes) -> None:
+        self.sides, self.sizes, self.weights = sides, sizes, maps.weights
+        self.nodes = [_open(in_digits(widest(n), sides), sides) for n in maps.nodes]
+        self.seen: dict[Layouts, float] = {}
+
+    def __call__(self, layouts: Layouts) -> float:
+        """Blocks over all heads, estimated."""
+        if layouts not in self.seen:
+            self.seen[layouts] = self._estimate(layouts)
+        return self.seen[layouts]
+
+    def _estimate(self, layouts: Layouts) -> float:
+        q, kv = self.sides
+        q_low, q_high = _digit_ranges(layouts.q, q, self.sizes.block_q)
+        k_low, k_high = _digit_ranges(layouts.kv, kv, self.sizes.block_kv)
+        num_rows, num_columns = q_low.shape[1], k_low.shape[1]
+        rows = np.unique(np.linspace(0, num_rows - 1, SAMPLE).astype(np.int64))
+        ranges: dict[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple] = {
+            _stand_in("q", i): (q_low[i, rows, None], q_high[i, rows, None])
+            for i in range(len(q_low))
+        }
+        ranges |= {
+            _stand_in("k", i): (k_low[i, None], k_high[i, None])
+            for i in range(len(k_low))
+        }
+        shape = (len(rows), num_columns)
+        zero = np.zeros(shape, np.int64)
+        at = Rectangles(zero, zero, zero, zero)
+        analysis = Analysis(Ranges(at, operands=ranges))
+        visited = 0.0
+        for node, weight in zip(self.nodes, self.weights, strict=True):
+            none = np.broadcast_to(analysis(node).none, shape)
+            visited += weight * float((~none).sum())
+        return visited * num_rows / len(rows)
+
+
+def _stand_in(name: ir.Side, i: int) -> ir.Operand:
+    """A digit as a number of which only a range is known."""
+    return ir.Operand(f"{name}{i}", ())
+
+
+def _open(node: ir.Pred, sides: Sequence[Side]) -> ir.Pred:
+    new = {
+        digit(side.name, i, radix): _stand_in(side.name, i)
+        for side in sides
+        for i, radix in enumerate(side.radices)
+    }
+    return replace_parts(node, new)
+
+
+def _digit_ranges(
+    layout: Layout, side: Side, block: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest of the digits in each block of slots, ``[digits, blocks]``."""
+    first = np.arange(0, layout.num_slots, block)
+    last = np.minimum(first + block, layout.num_slots) - 1
+    ordered = tuple(layout.radices[i] for i in layout.order)
+    bounds = {}
+    for i, radix, place in zip(layout.order, ordered, places(ordered), strict=True):
+        low, high = first // place, last // place
+        wraps = low // radix != high // radix
+        bounds[i] = (
+            np.where(wraps, 0, low % radix),
+            np.where(wraps, radix - 1, high % radix),
+        )
+    lows, highs, count = [], [], 0
+    for own, cut in zip(side.axes, layout.axes, strict=True):
+        parts = [(p, count + i) for i, p in enumerate(places(cut.radices))]
+        above = own.padded * cut.padded + 1
+        for place in places(own.radices):
+            inside = [(p // place, i) for p, i in parts if place <= p < above]
+            lows.append(sum(f * bounds[i][0] for f, i in inside))
+            highs.append(sum(f * bounds[i][1] for f, i in inside))
+            above = place
+        count += len(cut.radices)
+    return np.stack(lows), np.stack(highs)

@@ -1,0 +1,354 @@
+"""The values that integers of positions take on whole rectangles of pairs.
+
+Everything is an array with one entry a rectangle, written on an array namespace: NumPy
+when planning, at run time jnp where something is traced. Ranges are sound always, and
+exact where an expression sees each variable once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, assert_never
+
+import numpy as np
+from jax import lax
+
+from lowering import ir
+from lowering.expr.evaluate import floor_log2
+from lowering.host_first import is_known, look_up
+from lowering.ranges.digit_reads import (
+    Read,
+    Reads,
+    digit_read,
+    digits_differ,
+    is_box,
+    places_of,
+    shared_axes,
+)
+
+# What a run-time array may hold: any int32.
+ANYTHING = 1 << 31
+
+
+class Rectangles(NamedTuple):
+    """Inclusive bounds of queries and keys, int arrays with one entry a rectangle."""
+
+    q_min: Any
+    q_max: Any
+    k_min: Any
+    k_max: Any
+
+
+class Range(NamedTuple):
+    """The values of an expression: within ``low .. high``, all ``≡ low (mod step)``.
+
+    ``tight``: both ends are attained. ``dense``: every such value is attained.
+    ``covers``: in any leaf tile it takes at least this many consecutive values.
+    ``reads``: the positions and digits that it depends on.
+    """
+
+    low: Any
+    high: Any
+    step: int
+    tight: Any
+    dense: Any
+    covers: int
+    reads: Reads
+
+
+class Sides(NamedTuple):
+    """Rectangles of a grid: the bounds of its rows and columns, and whose each is."""
+
+    rows: Rectangles
+    row_of: Any
+    columns: Rectangles
+    column_of: Any
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The ranges on rectangles; build one a level and call it on expressions.
+
+    ``leaf`` is the smallest (queries, keys) of a leaf tile. ``operands`` gives the
+    range ``(low, high)`` of a run-time array (hoisted or not) over each rectangle,
+    where known; of hoisted bits, whether some may hold and whether all do. With
+    ``sides``, what reads one position alone is computed once a row, or a column.
+    """
+
+    at: Rectangles
+    leaf: tuple[int, int] = (1, 1)
+    xp: Any = np
+    operands: Mapping[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple] | None = None
+    sides: Sides | None = None
+    # Digits of positions occur in many comparisons; each is looked at once.
+    seen: dict[ir.Expr, Range] = field(default_factory=dict, compare=False)
+    boxes: dict[tuple[str, tuple[int, ...]], Any] = field(
+        default_factory=dict, compare=False
+    )
+
+    def __call__(self, node: ir.Expr) -> Range:
+        """The range of ``node`` on every rectangle."""
+        found = self.seen.get(node)
+        if found is None:
+            found = self.seen[node] = self._range(node)
+        return found
+
+    def free(self, a: Reads, b: Reads) -> Any:
+        """Whether two values vary independently, on each rectangle or on all."""
+        shared = shared_axes(a, b)
+        if not shared or not digits_differ(a, b):
+            return not shared
+        if not shared <= {"q", "k"}:
+            return False
+        found = True
+        for axis in sorted(shared):
+            key = axis, places_of(a | b, axis)
+            if key not in self.boxes:
+                self.boxes[key] = self._is_box(*key)
+            found = found & self.boxes[key]
+        return found
+
+    def _is_box(self, axis: str, places: tuple[int, ...]) -> Any:
+        at = self.at
+        low, high = (at.q_min, at.q_max) if axis == "q" else (at.k_min, at.k_max)
+        length = high - low + 1
+        if self.xp is np and length.size and length.min() == length.max():
+            # One length for all, as on most levels: one answer but for the alignment.
+            length = int(length.min())
+            if not is_box(0, length - 1, places):
+                return False
+            return _rem(low, length) == 0
+        return is_box(low, high, places)
+
+    @cached_property
+    def _by_side(self) -> "dict[frozenset[str], tuple[Ranges, Any]]":
+        if self.sides is None:
+            return {}
+        rows, row_of, columns, column_of = self.sides
+        return {
+            frozenset({"q"}): (
+                replace(self, at=rows, sides=None, seen={}, boxes={}),
+                row_of,
+            ),
+            frozenset({"k"}): (
+                replace(self, at=columns, sides=None, seen={}, boxes={}),
+                column_of,
+            ),
+        }
+
+    def _range(self, node: ir.Expr) -> Range:
+        if self._by_side and (side := self._by_side.get(ir.axes(node))):
+            ranges, of = side
+            found = ranges(node)
+            return found._replace(
+                low=found.low[of],
+                high=found.high[of],
+                tight=_take(found.tight, of),
+                dense=_take(found.dense, of),
+            )
+        read = digit_read(node)
+        found = self._combine(node)
+        return found if read is None else found._replace(reads=frozenset({read}))
+
+    def _combine(self, node: ir.Expr) -> Range:
+        match node:
+            case ir.Var("q"):
+                return self._position(self.at.q_min, self.at.q_max, self.leaf[0], "q")
+            case ir.Var("k"):
+                return self._position(self.at.k_min, self.at.k_max, self.leaf[1], "k")
+            case ir.Var(axis):
+                raise AssertionError(f"{axis} is resolved before bounds are taken")
+            case ir.Const(value):
+                at = self.at.q_min * 0 + value
+                return Range(at, at, 1, True, True, 1, frozenset())
+            case ir.Add(a, b):
+                return self._add(self(a), self(b))
+            case ir.Mul(a, n):
+                return self._mul(self(a), n)
+            case ir.FloorDiv(a, n):
+                return self._floor_div(self(a), n)
+            case ir.Mod(a, n):
+                return self._mod(self(a), n)
+            case ir.Min(a, b):
+                return self._pick(self.xp.minimum, self(a), self(b))
+            case ir.Max(a, b):
+                return self._pick(self.xp.maximum, self(a), self(b))
+            case ir.Log2(a):
+                return self._log2(self(a))
+            case ir.Within(a, _):
+                return self(a)
+            case ir.Table(values, index):
+                return self._table(values, self(index))
+            case ir.Operand() | ir.Hoisted():
+                return self._operand(node)
+        assert_never(node)
+
+    def _position(self, low: Any, high: Any, covers: int, axis: str) -> Range:
+        return Range(low, high, 1, True, True, covers, frozenset({Read(axis)}))
+
+    def _add(self, a: Range, b: Range) -> Range:
+        free = self.free(a.reads, b.reads)
+        if free is True:
+            return self._add_free(a, b)
+        tied = self._add_tied(a, b)
+        if free is False:
+            return tied
+        other = self._add_free(a, b)
+        if other.step != tied.step:
+            return tied._replace(tight=tied.tight | (free & other.tight))
+        return tied._replace(
+            tight=tied.tight | (free & other.tight),
+            dense=tied.dense | (free & other.dense),
+        )
+
+    def _add_tied(self, a: Range, b: Range) -> Range:
+        """The sum of two that may not take their ends at once."""
+        low, high = a.low + b.low, a.high + b.high
+        step = int(np.gcd(a.step, b.step))
+        still_a, still_b = a.low == a.high, b.low == b.high
+        tight = (still_a & b.tight) | (still_b & a.tight)
+        dense = still_a & still_b
+        if b.step == step:
+            dense = dense | (still_a & b.dense)
+        if a.step == step:
+            dense = dense | (still_b & a.dense)
+        return Range(low, high, step, tight, dense, 1, a.reads | b.reads)
+
+    def _add_free(self, a: Range, b: Range) -> Range:
+        """The sum of two that vary independently."""
+        low, high = a.low + b.low, a.high + b.high
+        reads = a.reads | b.reads
+        if not a.reads or not b.reads:
+            moving = a if a.reads else b
+            dense, tight = a.dense & b.dense, a.tight & b.tight
+            return Range(low, high, moving.step, tight, dense, moving.covers, reads)
+        step, wide = sorted((a.step, b.step))
+        fine, coarse = (a, b) if a.step <= b.step else (b, a)
+        # Copies of the finer range, ``wide`` apart, leave no gap if it is long enough.
+        fills = (fine.high - fine.low + step >= wide) | (coarse.low == coarse.high)
+        dense = a.dense & b.dense & (wide % step == 0) & fills
+        covers = a.covers + b.covers - 1 if a.step == b.step == 1 else 1
+        step = int(np.gcd(step, wide))
+        return Range(low, high, step, a.tight & b.tight, dense, covers, reads)
+
+    def _mul(self, a: Range, n: int) -> Range:
+        low, high = (a.low * n, a.high * n) if n >= 0 else (a.high * n, a.low * n)
+        covers = a.covers if abs(n) == 1 else 1
+        return a._replace(
+            low=low, high=high, step=max(a.step * abs(n), 1), covers=covers
+        )
+
+    def _floor_div(self, a: Range, n: int) -> Range:
+        low, high = _div(a.low, n), _div(a.high, n)
+        step = a.step // n if a.step % n == 0 else 1
+        close = a.step % n == 0 or a.step <= n
+        dense = a.dense & (close | (low == high))
+        covers = -(-a.covers // n) if a.step == 1 else 1
+        return a._replace(low=low, high=high, step=step, dense=dense, covers=covers)
+
+    def _mod(self, a: Range, n: int) -> Range:
+        same = _div(a.low, n) == _div(a.high, n)
+        step = int(np.gcd(a.step, n))
+        least = _rem(a.low, step)
+        low = self.xp.where(same, _rem(a.low, n), least)
+        high = self.xp.where(same, _rem(a.high, n), n - step + least)
+        # Values a.step apart reach every residue that they can within n / step of them.
+        wraps = a.high - a.low + a.step >= (n // step) * a.step
+        keeps_step = a.step == step
+        dense = a.dense & (wraps | (same & (keeps_step | (a.low == a.high))))
+        tight = a.dense & wraps | (same & a.tight)
+        covers = n if a.covers >= n else 1
+        return Range(low, high, step, tight, dense, covers, a.reads)
+
+    def _pick(self, pick: Any, a: Range, b: Range) -> Range:
+        low, high = pick(a.low, b.low), pick(a.high, b.high)
+        # One of them is the answer throughout, or the ends come from free variables.
+        apart = (a.high <= b.low) | (b.high <= a.low)
+        free = self.free(a.reads, b.reads)
+        tight = a.tight & b.tight & (apart | free)
+        step = a.step if a.step == b.step == 1 else 1
+        dense = a.dense & b.dense & (a.step == 1) & (b.step == 1)
+        dense = (dense & (apart | free)) | (tight & (low == high))
+        return Range(low, high, step, tight, dense, 1, a.reads | b.reads)
+
+    def _log2(self, a: Range) -> Range:
+        low, high = (self._floor_log2(x) for x in (a.low, a.high))
+        dense = a.dense & ((a.step == 1) | (low == high))
+        return Range(low, high, 1, a.tight, dense, 1, a.reads)
+
+    def _floor_log2(self, x: Any) -> Any:
+        if is_known(x):
+            return integers(self.xp, floor_log2(x))
+        return 31 - lax.clz(self.xp.maximum(x, 1))
+
+    def _table(self, values: tuple[int, ...], index: Range) -> Range:
+        low, high = _table_bounds(self.xp, values, index.low, index.high)
+        tight = index.dense & (index.step == 1)
+        dense = (low == high) | (tight & (high - low <= 1))
+        return Range(low, high, 1, tight, dense, 1, index.reads)
+
+    def _operand(self, node: ir.Operand | ir.Hoisted) -> Range:
+        axes = ir.axes(node) or frozenset({str(node)})
+        reads = frozenset(Read(axis) for axis in axes)
+        if self.operands is None or node not in self.operands:
+            at = self.at.q_min * 0
+            return Range(at - ANYTHING, at + (ANYTHING - 1), 1, False, False, 1, reads)
+        low, high = self.operands[node]
+        return Range(low, high, 1, True, (high - low) <= 1, 1, reads)
+
+    def with_entry(self, table: ir.Table, entry: Any) -> "Ranges":
+        """The ranges where the table is looked up at ``entry`` alone."""
+        inside = self.xp.clip(entry, 0, len(table.values) - 1)
+        value = integers(self.xp, table.values)[inside]
+        reads = self(table.index).reads
+        fixed = Range(value, value, 1, True, True, 1, reads)
+        return replace(self, seen={table: fixed}, sides=None)
+
+
+def integers(xp: Any, values: Any) -> Any:
+    """An array of 64 bits when planning, and of 32, as all is there, at run time."""
+    return np.asarray(values, np.int64) if xp is np else xp.asarray(values, np.int32)
+
+
+def _take(x: Any, of: Any) -> Any:
+    return x[of] if np.ndim(x) else x
+
+
+def _div(x: Any, n: int) -> Any:
+    """``x // n``: a shift where it can be, which is several times faster."""
+    return x // n if n & (n - 1) else x >> (n.bit_length() - 1)
+
+
+def _rem(x: Any, n: int) -> Any:
+    """``x % n``, likewise."""
+    return x % n if n & (n - 1) else x & (n - 1)
+
+
+@lru_cache(maxsize=64)
+def _sparse_table(values: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Minima and maxima over every power of two of entries, ``[levels, entries]``."""
+    low = [np.asarray(values, np.int64)]
+    high = [low[0]]
+    width = 1
+    while 2 * width <= len(values):
+        for rows, pick in ((low, np.minimum), (high, np.maximum)):
+            row = rows[-1].copy()
+            row[:-width] = pick(row[:-width], rows[-1][width:])
+            rows.append(row)
+        width *= 2
+    return np.stack(low), np.stack(high)
+
+
+def _table_bounds(
+    xp: Any, values: tuple[int, ...], first: Any, last: Any
+) -> tuple[Any, Any]:
+    """The least and greatest of ``values[first .. last]``, in two look-ups each."""
+    low, high = (integers(xp, t) for t in _sparse_table(values))
+    first, last = (xp.clip(i, 0, len(values) - 1) for i in (first, last))
+    floor_log2 = integers(xp, np.frexp(np.arange(1, len(values) + 1))[1] - 1)
+    level = look_up(floor_log2, last - first)
+    other = last - 2**level + 1
+    return (
+        xp.minimum(look_up(low, level, first), look_up(low, level, other)),
+        xp.maximum(look_up(high, level, first), look_up(high, level, other)),
+    )

@@ -1,0 +1,264 @@
+"""What a predicate does on whole rectangles of pairs, by intervals and congruences.
+
+The analysis is sound always, and exact where a comparison sees each variable once; what
+it cannot settle, ``planning`` splits.
+"""
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import and_, or_
+from typing import Any, NamedTuple, assert_never
+
+import numpy as np
+
+from lowering import ir
+from lowering.ranges.digit_reads import Read, Reads
+from lowering.ranges.ranges import Range, Ranges, Rectangles, integers
+
+POWERS_OF_TWO = tuple(1 << i for i in range(42))
+# A table that a rectangle looks up at no more than these entries is tried with each.
+FEW_ENTRIES = 8
+
+
+class Verdict(NamedTuple):
+    """What is known of a predicate on each rectangle.
+
+    ``none`` and ``all`` are exact statements about all pairs; ``hit`` says that some
+    pair surely holds and ``miss`` that some surely does not. ``hits`` and ``misses``
+    say so of every leaf tile inside the rectangle. What is neither is not known.
+    ``reads`` are the positions and digits that the predicate depends on.
+    """
+
+    none: Any
+    all: Any
+    hit: Any
+    miss: Any
+    hits: Any
+    misses: Any
+    reads: Reads
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The verdicts on rectangles; build one a level and call it on predicates."""
+
+    ranges: Ranges
+
+    @property
+    def at(self) -> Rectangles:
+        """The rectangles."""
+        return self.ranges.at
+
+    def __call__(self, node: ir.Pred) -> Verdict:
+        """The verdict on ``node``, whose heads are resolved."""
+        table = _table_of(node)
+        if table is not None and self._is_narrow(table):
+            return self._by_entry(node, table)
+        match node:
+            case ir.Bool(value):
+                return self._known(value)
+            case ir.Le(a, ir.Const(value)):
+                return self._le(a, value)
+            case ir.Le(a, b):
+                return self._ordered(self.ranges(a), self.ranges(b))
+            case ir.Eq(a, ir.Const(value)):
+                return self._in(a, (value,))
+            case ir.Eq(a, b):
+                return self._equal(self.ranges(a), self.ranges(b))
+            case ir.In(a, values):
+                return self._in(a, values)
+            case ir.PowerOfTwo(a):
+                return self._members(self.ranges(a), POWERS_OF_TWO)
+            case ir.And(terms):
+                return self._every([self(t) for t in terms])
+            case ir.Or(terms):
+                return negate(self._every([negate(self(t)) for t in terms]))
+            case ir.Not(term):
+                return negate(self(term))
+            case ir.HoistedBits():
+                return self._bits(node)
+            case ir.ByHead():
+                raise AssertionError("heads are resolved before bounds are taken")
+        assert_never(node)
+
+    # --- predicates ---
+
+    def _known(self, value: bool) -> Verdict:
+        yes = self.at.q_min == self.at.q_min
+        no = ~yes
+        return (
+            Verdict(no, yes, yes, no, yes, no, frozenset())
+            if value
+            else negate(self._known(True))
+        )
+
+    def _bits(self, node: ir.HoistedBits) -> Verdict:
+        assert self.ranges.operands is not None
+        some, every = self.ranges.operands[node]
+        reads = frozenset({Read("q"), Read("k")})
+        return Verdict(~some, every, every, ~some, every, ~some, reads)
+
+    def _every(self, verdicts: list[Verdict]) -> Verdict:
+        """The conjunction; what reads little comes first, and the same together."""
+        groups: dict[Reads, list[Verdict]] = {}
+        for verdict in sorted(verdicts, key=lambda v: len(v.reads)):
+            groups.setdefault(verdict.reads, []).append(verdict)
+        return reduce(self._and, [reduce(self._and, g) for g in groups.values()])
+
+    def _and(self, a: Verdict, b: Verdict) -> Verdict:
+        hit = (a.all & b.hit) | (b.all & a.hit)
+        hits = (a.all & b.hits) | (b.all & a.hits)
+        free = self.ranges.free(a.reads, b.reads)
+        if free is not False:  # a pair of each is a pair of both
+            hit = hit | (free & a.hit & b.hit)
+        if free is True:
+            hits = a.hits & b.hits
+        return Verdict(
+            none=a.none | b.none,
+            all=a.all & b.all,
+            hit=hit,
+            miss=a.miss | b.miss,
+            hits=hits,
+            misses=a.misses | b.misses,
+            reads=a.reads | b.reads,
+        )
+
+    def _is_narrow(self, table: ir.Table) -> bool:
+        """Whether rectangles look up few entries, and not just one that is tried."""
+        if self.ranges.xp is not np:  # how many is not known while tracing
+            return False
+        return table not in self.ranges.seen and self._width(table) <= FEW_ENTRIES
+
+    def _width(self, table: ir.Table) -> int:
+        """The most entries that any rectangle looks up."""
+        index = self.ranges(table.index)
+        return 1 + int(np.max(index.high - index.low, initial=0))
+
+    def _by_entry(self, node: ir.Pred, table: ir.Table) -> Verdict:
+        """The verdict from one on each entry, which the rest does not depend on."""
+        index = self.ranges(table.index)
+        found = [
+            Analysis(
+                self.ranges.with_entry(table, np.minimum(index.low + i, index.high))
+            )(node)
+            for i in range(self._width(table))
+        ]
+        none, every = (reduce(and_, [v[i] for v in found]) for i in (0, 1))
+        # Which entries occur is known where the index takes every value.
+        sure = index.dense & (index.step == 1)
+        hit = sure & reduce(or_, [v.hit for v in found])
+        miss = sure & reduce(or_, [v.miss for v in found])
+        reads = found[0].reads | index.reads
+        return Verdict(none, every, hit | every, miss | none, every, none, reads)
+
+    def _le(self, expr: ir.Expr, value: int) -> Verdict:
+        r = self.ranges(expr)
+        none, everything = r.low > value, r.high <= value
+        hits, misses = everything, none
+        cycle = _cycle(expr, r)
+        if cycle is not None:
+            low, high = cycle
+            hits, misses = hits | (low <= value), misses | (high > value)
+        hit = (r.tight & ~none) | hits
+        miss = (r.tight & ~everything) | misses
+        return Verdict(none, everything, hit, miss, hits, misses, r.reads)
+
+    def _ordered(self, a: Range, b: Range) -> Verdict:
+        """``a <= b`` without their difference, which 32 bits may not hold."""
+        none, everything = a.low > b.high, a.high <= b.low
+        ends = self.ranges.free(a.reads, b.reads) & a.tight & b.tight
+        hit, miss = everything | (ends & ~none), none | (ends & ~everything)
+        return Verdict(none, everything, hit, miss, everything, none, a.reads | b.reads)
+
+    def _equal(self, a: Range, b: Range) -> Verdict:
+        """``a == b``, likewise."""
+        none = (a.low > b.high) | (b.low > a.high)
+        everything = (a.low == b.high) & (b.low == a.high)
+        reads = a.reads | b.reads
+        return Verdict(none, everything, everything, none, everything, none, reads)
+
+    def _in(self, expr: ir.Expr, values: tuple[int, ...]) -> Verdict:
+        if isinstance(expr, ir.Mod) and len(values) == 1:
+            return self._congruent(expr, values[0])
+        return self._members(self.ranges(expr), values)
+
+    def _members(self, r: Range, values: tuple[int, ...]) -> Verdict:
+        members = self._num_members(r, values)
+        # At run time the width of a range may wrap around, to less than 1.
+        found = members > 0
+        everything = found & (members == (r.high - r.low) // r.step + 1)
+        hit = everything | (r.dense & found)
+        miss = ~found | (r.dense & ~everything)
+        if len(values) == 1:  # both ends are attained, and one is not the value
+            miss = miss | (r.tight & (r.low != r.high))
+        return Verdict(~found, everything, hit, miss, everything, ~found, r.reads)
+
+    def _num_members(self, r: Range, values: tuple[int, ...]) -> Any:
+        """How many of ``values`` lie in the range, at its residue."""
+        array = np.asarray(values, np.int64)
+        total = r.low * 0
+        for residue in np.unique(array % r.step):
+            same = array[array % r.step == residue]
+            inside = _count(self.ranges.xp, same, r.low, r.high)
+            mine = r.low % r.step == int(residue)
+            total = total + self.ranges.xp.where(mine, inside, 0)
+        return total
+
+    def _congruent(self, expr: ir.Mod, residue: int) -> Verdict:
+        """``inner % divisor == residue``: exact where ``inner`` has no gaps."""
+        inner, divisor = self.ranges(expr.expr), expr.divisor
+        if inner.step != 1:
+            return self._members(self.ranges(expr), (residue,))
+        first = inner.low + (residue - inner.low) % divisor
+        found = first <= inner.high
+        everything = (first == inner.low) & ((inner.low == inner.high) | (divisor == 1))
+        periodic = inner.covers >= divisor
+        hits = everything | (found & periodic)
+        misses = ~found | ((inner.covers > 1) & (divisor > 1) & ~everything)
+        return Verdict(
+            ~found,
+            everything,
+            (inner.dense & found) | everything | hits,
+            ~found | (inner.dense & ~everything) | misses,
+            hits,
+            misses,
+            inner.reads,
+        )
+
+
+def negate(v: Verdict) -> Verdict:
+    """The verdict on the negation."""
+    return Verdict(v.all, v.none, v.miss, v.hit, v.misses, v.hits, v.reads)
+
+
+def _table_of(node: ir.Pred) -> ir.Table | None:
+    """A table beside which a comparison reads other axes only, or none."""
+    if not isinstance(node, ir.Le | ir.Eq | ir.In):
+        return None
+    tables = {n for n in ir.walk(node) if isinstance(n, ir.Table)}
+    if len(tables) != 1:
+        return None
+    (table,) = tables
+
+    def bare(child: ir.Node) -> ir.Node:
+        return ir.Const(0) if child == table else ir.rebuild(child, bare)
+
+    apart = not ir.axes(ir.rebuild(node, bare)) & ir.axes(table)
+    return table if apart else None
+
+
+def _cycle(expr: ir.Expr, r: Range) -> tuple[int, int] | None:
+    """The values that a residue surely takes in every leaf tile, if all of them."""
+    match expr:
+        case ir.Mod(_, n) if r.covers >= n:
+            return 0, n - 1
+        case ir.Mul(ir.Mod(_, n), -1) if r.covers >= n:
+            return 1 - n, 0
+    return None
+
+
+def _count(xp: Any, members: np.ndarray, low: Any, high: Any) -> Any:
+    """How many of the ascending ``members`` lie in ``low .. high``."""
+    sorted_members = integers(xp, members)
+    above = xp.searchsorted(sorted_members, high, side="right")
+    return above - xp.searchsorted(sorted_members, low, side="left")

@@ -1,0 +1,274 @@
+"""Bits of pairs as kernels read them: packed words a query and a block of keys.
+
+A comparison that looks up a pair in a run-time array is evaluated outside of the
+kernel, once for every query and every group of keys of a block that it cannot tell
+apart, or, where it depends on ``q - k`` alone, once for every difference.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowering import ir
+from lowering.expr.evaluate import NumPy, evaluate
+from lowering.expr.fits import INT32, known_of
+from lowering.expr.printing import show
+from lowering.expr.simplify import sum_of
+from lowering.expr.static_range import Known, Span
+from lowering.run_time.vectors import AtPositions, evaluate_outside
+from pallas_kernels.call import WORD, PairBits
+
+
+def pack(
+    preds: tuple[ir.Pred, ...],
+    lengths: tuple[int, int],
+    block_kv: int,
+    num_heads: int,
+    operands: Mapping[str, jax.Array],
+) -> tuple[PairBits, ...]:
+    """The bits of hoisted comparisons for ``lengths`` of queries and keys.
+
+    Raises:
+      NotImplementedError: an index mixes the query and the key, but not as ``q - k``.
+    """
+    found = []
+    for pred in preds:
+        build = _of_differences if _is_difference(pred) else _of_groups
+        found.append(build(pred, lengths, block_kv, num_heads, operands))
+    return tuple(found)
+
+
+def _is_difference(pred: ir.Pred) -> bool:
+    """Whether the comparison depends on ``q - k`` and nothing else of a pair.
+
+    Raises:
+      NotImplementedError: it mixes query and key in another way.
+    """
+    mixed = [
+        i
+        for n in ir.walk(pred)
+        if isinstance(n, ir.Operand)
+        for i in n.index
+        if {"q", "k"} <= ir.axes(i)
+    ]
+    if not mixed:
+        return False
+    if all(_reads_difference(child) for child in ir.children(pred)):
+        return True
+    raise NotImplementedError(
+        f"`{show(pred)}` looks up a run-time array at `{show(mixed[0])}`: kernels take "
+        "an index of the query alone, of the key alone, or, where the whole comparison "
+        "depends on nothing else, of q - k; use impl='reference' for others"
+    )
+
+
+def _reads_difference(node: ir.Node) -> bool:
+    axes = ir.axes(node) & {"q", "k"}
+    if not axes:
+        return True
+    if isinstance(node, ir.Add | ir.Mul | ir.Var):
+        terms, _ = sum_of(node)
+        factors = terms.get(ir.Q, 0) + terms.get(ir.K, 0)
+        others = [atom for atom in terms if atom not in (ir.Q, ir.K)]
+        return factors == 0 and all(_reads_difference(atom) for atom in others)
+    return all(_reads_difference(child) for child in ir.children(node))
+
+
+def _of_groups(
+    pred: ir.Pred, lengths: tuple[int, int], block_kv: int, num_heads: int,
+    operands: Mapping[str, jax.Array],
+) -> PairBits:  # fmt: skip
+    q_seq_len, kv_seq_len = lengths
+    found = key_groups(pred, kv_seq_len, block_kv)
+    planes, count = found.member.shape
+    num_words, bits = -(-count // WORD), min(count, WORD)
+    spare = num_words * bits - count
+    member = np.pad(found.member, ((0, 0), (0, spare)), mode="edge")
+    # [batch, heads, planes, words, bits, queries]
+    at = AtPositions(
+        jnp.arange(q_seq_len, dtype=jnp.int32).reshape(1, 1, 1, 1, 1, -1),
+        jnp.asarray(member, jnp.int32).reshape(1, 1, planes, num_words, bits, 1),
+        h=jnp.arange(num_heads, dtype=jnp.int32).reshape(1, -1, 1, 1, 1, 1),
+        operands=operands,
+    )
+    known = known_of(q_seq_len, kv_seq_len, num_heads)
+    words = _word(evaluate_outside(pred, at, known), 4)
+    words = jnp.broadcast_to(words, (*words.shape[:4], q_seq_len))
+    return PairBits(words, found.group, block_kv, blocks_per_plane=found.blocks)
+
+
+class KeyGroups(NamedTuple):
+    """Keys that no index tells apart, numbered from 0 in every plane of blocks."""
+
+    group: np.ndarray  # int32 [kv_seq_len]
+    member: np.ndarray  # [planes, most groups]: a key of each; fewer repeat one
+    blocks: int  # of keys, in a plane
+
+
+def key_groups(pred: ir.Pred, kv_seq_len: int, block_kv: int) -> KeyGroups:
+    """The groups of as many blocks a plane as one word has bits for, or one block."""
+    k = np.arange(kv_seq_len)
+    reads = [n for n in _outermost(pred) if "k" in ir.axes(n)]
+    if any(isinstance(n, ir.Operand) for node in reads for n in ir.walk(node)):
+        reads = [ir.K]
+    at = NumPy(np.zeros_like(k), k)
+    values = [np.broadcast_to(evaluate(node, at), k.shape) for node in reads]
+    best = _grouped(k // block_kv, values, 1)
+    while best.blocks * block_kv < kv_seq_len:
+        wider = _grouped(k // block_kv, values, 2 * best.blocks)
+        if wider.member.shape[1] > WORD:
+            break
+        best = wider
+    return best
+
+
+def _grouped(block: np.ndarray, values: list[np.ndarray], blocks: int) -> KeyGroups:
+    columns = np.stack([block // blocks, *values])
+    found = np.unique(columns, axis=1, return_index=True, return_inverse=True)
+    key, label = found[1], found[2].reshape(-1)
+    plane = columns[0][key]
+    start = np.searchsorted(plane, np.arange(columns[0][-1] + 1))
+    group = label - start[columns[0]]
+    member = np.repeat(key[start][:, None], group.max() + 1, axis=1)
+    member[plane, np.arange(len(key)) - start[plane]] = key
+    return KeyGroups(group.astype(np.int32), member, blocks)
+
+
+def _outermost(node: ir.Node) -> list[ir.Expr]:
+    """The largest expressions that read the key without the query, static ones."""
+    if isinstance(node, ir.Expr) and ir.axes(node) - {"h"} == {"k"}:
+        return [node]
+    return [found for child in ir.children(node) for found in _outermost(child)]
+
+
+def _of_differences(
+    pred: ir.Pred, lengths: tuple[int, int], block_kv: int, num_heads: int,
+    operands: Mapping[str, jax.Array],
+) -> PairBits:  # fmt: skip
+    q_seq_len, kv_seq_len = lengths
+    start = (-(-kv_seq_len // block_kv) - 1) * block_kv
+    num_words = -(-block_kv // WORD)
+    before = num_words * WORD - 1
+    # Of all x, the differences x - start down to x - start - before, each of them once.
+    difference = np.arange(-before, q_seq_len + start, dtype=np.int32) - start
+    at = AtPositions(
+        jnp.asarray(difference).reshape(1, 1, -1),
+        jnp.zeros((1,) * 3, jnp.int32),
+        h=jnp.arange(num_heads, dtype=jnp.int32).reshape(1, -1, 1),
+        operands=operands,
+    )
+    # The key is 0, and the query goes as far as differences do.
+    most = q_seq_len + kv_seq_len + 2 * block_kv
+    axes: dict[ir.Axis, Span] = {"q": (-most, most), "k": (0, 0), "h": (0, num_heads)}
+    held = evaluate_outside(pred, at, Known(axes, INT32))
+    held = jnp.broadcast_to(held, (*held.shape[:2], len(difference)))
+    words = _windows(held, num_words)[:, :, None]
+    key = np.arange(kv_seq_len, dtype=np.int32) % block_kv
+    return PairBits(words, key, block_kv, diagonal=True)
+
+
+def _windows(held: jax.Array, num_words: int) -> jax.Array:
+    """Bit ``i`` of word ``w`` at ``x``: ``held[..., before + x - 32 w - i]``.
+
+    ``before`` is the last of all bits; words are an axis in front of ``x``.
+    """
+    words, width = held.astype(jnp.uint32), 1
+    while width < WORD:
+        # The bits of two windows, one of which ends where the other begins.
+        later, earlier = words[..., width:], words[..., :-width]
+        words = later | (earlier << jnp.uint32(width))
+        width *= 2
+    length = words.shape[-1] - (num_words - 1) * WORD
+    ends = [words.shape[-1] - length - w * WORD for w in range(num_words)]
+    found = jnp.stack([words[..., i : i + length] for i in ends], axis=-2)
+    return jax.lax.bitcast_convert_type(found, jnp.int32)
+
+
+def _word(held: jax.Array, axis: int) -> jax.Array:
+    """Bools as bits along ``axis``, which goes."""
+    shape = [1] * held.ndim
+    shape[axis] = held.shape[axis]
+    place = jnp.arange(held.shape[axis], dtype=jnp.uint32).reshape(shape)
+    place = jnp.left_shift(jnp.ones_like(place), place)
+    bits = jnp.where(held, place, jnp.zeros_like(place))
+    total = jnp.sum(bits, axis=axis, dtype=jnp.uint32)
+    return jax.lax.bitcast_convert_type(total, jnp.int32)
+
+
+def held_in_blocks(bits: PairBits, block_q: int, q_seq_len: int) -> tuple[Any, Any]:
+    """Whether some pair may hold its bit, and whether every pair does, block by block.
+
+    Two bools ``[batch or 1, heads or 1, q blocks, kv blocks]``.
+    """
+    windows = _sliding if bits.diagonal else _standing
+    some = windows(bits, block_q, q_seq_len, (jax.lax.bitwise_or, 0))
+    every = windows(bits, block_q, q_seq_len, (jax.lax.bitwise_and, -1))
+    used = _used(bits)
+    # [batch, heads, kv blocks, words, q blocks]
+    held = jnp.any(some & used != 0, axis=3), jnp.all(~every & used == 0, axis=3)
+    some, every = (jnp.swapaxes(x, 2, 3) for x in held)
+    return some, every
+
+
+def _used(bits: PairBits) -> jax.Array:
+    """The bits that some key of a block has, ``[1, 1, blocks, words, 1]``."""
+    bit = np.asarray(bits.bit)
+    blocks = -(-len(bit) // bits.block_kv)
+    used = np.zeros((blocks, bits.words.shape[3] * WORD), bool)
+    used[np.arange(len(bit)) // bits.block_kv, bit] = True
+    place = np.uint32(1) << np.arange(WORD, dtype=np.uint32)
+    words = (used.reshape(blocks, -1, WORD) * place).sum(axis=-1, dtype=np.uint32)
+    return jnp.asarray(words.view(np.int32))[None, None, :, :, None]
+
+
+Fold = tuple[Any, int]
+
+
+def _folded(words: jax.Array, size: int, length: int, fold: Fold) -> jax.Array:
+    """The last axis in blocks of ``size``, as many as ``length`` has, each folded."""
+    _, neutral = fold
+    blocks = -(-length // size)
+    widths = [(0, 0)] * (words.ndim - 1) + [(0, blocks * size - words.shape[-1])]
+    words = jnp.pad(words, widths, constant_values=neutral)
+    return _combined(words.reshape(*words.shape[:-1], blocks, size), fold)
+
+
+def _combined(words: jax.Array, fold: Fold) -> jax.Array:
+    """The last axis folded into one, half of it at a time.
+
+    XLA cannot reduce by bits what is sharded over devices: "UNIMPLEMENTED: reduction".
+    """
+    combine, neutral = fold
+    while (size := words.shape[-1]) > 1:
+        half = -(-size // 2)
+        odd = [(0, 0)] * (words.ndim - 1) + [(0, 2 * half - size)]
+        words = jnp.pad(words, odd, constant_values=neutral)
+        words = combine(words[..., :half], words[..., half:])
+    return words[..., 0]
+
+
+def _standing(bits: PairBits, block_q: int, q_seq_len: int, fold: Fold) -> jax.Array:
+    folded = _folded(bits.words, block_q, q_seq_len, fold)
+    block = np.arange(-(-len(bits.bit) // bits.block_kv))
+    return folded[:, :, block // bits.blocks_per_plane]
+
+
+def _sliding(bits: PairBits, block_q: int, q_seq_len: int, fold: Fold) -> jax.Array:
+    """As ``_standing``, for the windows that a plane shows to each block of keys.
+
+    The last queries' overhang shows differences of other pairs, which is sound.
+    """
+    blocks = -(-len(bits.bit) // bits.block_kv)
+    start = (blocks - 1) * bits.block_kv
+    rows = -(-q_seq_len // block_q)
+    # Windows start at multiples of ``step``, and are several steps long.
+    step = math.gcd(block_q, bits.block_kv)
+    steps = _folded(bits.words[:, :, 0], step, rows * block_q + start, fold)
+    window = np.arange(block_q // step)
+    first = np.arange(rows) * block_q - np.arange(blocks)[:, None] * bits.block_kv
+    at = ((first + start) // step)[..., None] + window
+    return _combined(jnp.moveaxis(steps[..., at], 2, 3), fold)

@@ -1,0 +1,1 @@
+"""Unknowns eliminated from an expression: the first, the last, whether there is one."""

@@ -1,0 +1,43 @@
+"""A map as a product of maps of digits: rows and columns of a grid, each by itself."""
+
+from itertools import pairwise
+from typing import Any
+
+from lowering import ir
+from lowering.solve.eliminate import by_digits, cuts_of
+
+
+def factors(node: ir.Pred, n: int) -> list[tuple[ir.Pred, int]] | None:
+    """A map of ``n`` positions as the product of maps of digits, or None.
+
+    Each factor is a predicate of ``q`` and ``k`` on so many positions; the pair
+    fulfils the node iff the digits of each weight fulfil their factor.
+    """
+    cuts = cuts_of(node, ir.Q) | cuts_of(node, ir.K)
+    by_q = by_digits(node, ir.Q, ir.Const(n - 1), cuts)
+    by_k = by_digits(by_q.node, ir.K, ir.Const(n - 1), cuts) if by_q else None
+    if by_q is None or by_k is None or n % by_q.weights[-1]:
+        return None
+    assert by_q.weights == by_k.weights
+    terms = by_k.node.terms if isinstance(by_k.node, ir.And) else (by_k.node,)
+    parts: list[list[ir.Pred]] = [[] for _ in by_q.names]
+    for term in terms:
+        names = ir.operand_names(term)
+        digits = {
+            i
+            for i, (q, k) in enumerate(zip(by_q.names, by_k.names, strict=True))
+            if {q.name, k.name} & {*names}
+        }
+        if len(digits) > 1 or ir.axes(term):
+            return None
+        parts[min(digits, default=0)].append(_as_pair(term))
+    sizes = [*(b // a for a, b in pairwise(by_q.weights)), n // by_q.weights[-1]]
+    nodes = [ir.And((ir.Bool(True), *found)) for found in parts]
+    return list(zip(nodes, sizes, strict=True))
+
+
+def _as_pair(node: Any) -> Any:
+    """Digits of a query and a key, by their names, as ``q`` and ``k``."""
+    if isinstance(node, ir.Operand):
+        return ir.Var("q" if node.name.startswith("q") else "k")
+    return ir.rebuild(node, _as_pair)

@@ -1,0 +1,209 @@
+"""A predicate by the digits of its positions: every test reads one level of them.
+
+A level is one digit of the query and the digit of the key that weighs as much. A
+comparison of positions becomes one of their highest digits and, where these decide
+nothing, one of the others.
+"""
+
+from collections.abc import Callable, Iterator
+from math import gcd
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lowering import ir
+from lowering.expr.evaluate import NumPy, evaluate
+from lowering.expr.simplify import simplify, sum_of
+from lowering.expr.static_range import span
+from lowering.solve.eliminate import by_digits, cuts_of
+
+# Pairs of digits of one level that are tried, and classes that they may fall into.
+MOST_TRIED = 1 << 20
+MOST_CLASSES = 256
+# Tests that are told apart, a bit each.
+MOST_TESTS = 62
+# Values of the higher digits between which the lower ones decide.
+MOST_CARRIES = 8
+
+
+class Level(NamedTuple):
+    """The digits of one weight: their names, and how many there are of either."""
+
+    q: ir.Operand
+    k: ir.Operand
+    num_q: int
+    num_k: int
+
+    @property
+    def size(self) -> int:
+        """Pairs of digits."""
+        return self.num_q * self.num_k
+
+
+def in_levels(
+    node: ir.Pred, q_seq_len: int, kv_seq_len: int
+) -> tuple[ir.Pred, tuple[Level, ...]]:
+    """A predicate of ``q`` and ``k`` in tests of one level each, lowest level first.
+
+    Raises:
+      NotImplementedError: it reads no digits, or mixes them.
+    """
+    cuts = cuts_of(node, ir.Q) | cuts_of(node, ir.K)
+    by_q = by_digits(node, ir.Q, ir.Const(q_seq_len - 1), cuts)
+    by_k = by_digits(by_q.node, ir.K, ir.Const(kv_seq_len - 1), cuts) if by_q else None
+    if by_q is None or by_k is None or by_q.weights != by_k.weights:
+        raise NotImplementedError("queries and keys are not read by the same digits")
+    sides = zip(by_q.names, by_k.names, by_q.last, by_k.last, strict=True)
+    levels = tuple(Level(q, k, _count(a), _count(b)) for q, k, a, b in sides)
+    return simplify(_apart(by_k.node, levels)), levels
+
+
+def _count(last: ir.Expr) -> int:
+    assert isinstance(last, ir.Const)
+    return last.value + 1
+
+
+def levels_of(node: ir.Node, levels: tuple[Level, ...]) -> tuple[Level, ...]:
+    """The levels that a node reads."""
+    names = {*ir.operand_names(node)}
+    return tuple(x for x in levels if {x.q.name, x.k.name} & names)
+
+
+def as_pairs(node: ir.Pred, level: Level) -> ir.Pred:
+    """A node that reads one level as a predicate of ``q`` and ``k``."""
+    new: dict[ir.Node, ir.Expr] = {level.q: ir.Q, level.k: ir.K}
+    return simplify(_replaced(node, new))
+
+
+def _replaced(node: Any, new: dict[ir.Node, ir.Expr]) -> Any:
+    if node in new:
+        return new[node]
+    return ir.rebuild(node, lambda child: _replaced(child, new))
+
+
+# --- tests of one level ---
+
+
+def _apart(node: ir.Pred, levels: tuple[Level, ...]) -> ir.Pred:
+    """The node, in normal form, in tests of one level each."""
+    if len(levels_of(node, levels)) <= 1:
+        return node
+    match node:
+        case ir.And() | ir.Or() | ir.Not():
+            return ir.rebuild(node, lambda term: _apart(term, levels))
+        case ir.Le(left, ir.Const(bound)):
+            return _compared(left, bound, levels, equal=False)
+        case ir.Eq(left, ir.Const(bound)):
+            return _compared(left, bound, levels, equal=True)
+        case ir.In(expr, values) if len(values) <= MOST_TESTS:
+            tests = [simplify(ir.Eq(expr, ir.Const(value))) for value in values]
+            return ir.Or(tuple(_apart(test, levels) for test in tests))
+    raise NotImplementedError("a test mixes digits of several levels")
+
+
+def _compared(
+    left: ir.Expr, bound: int, levels: tuple[Level, ...], *, equal: bool
+) -> ir.Pred:
+    """``left <= bound``, or ``left == bound``, by the level that weighs most."""
+    total, constant = sum_of(left)
+    parts: dict[Level, dict[ir.Expr, int]] = {}
+    for atom, factor in total.items():
+        read = levels_of(atom, levels)
+        if len(read) != 1:
+            raise NotImplementedError("a number mixes digits of several levels")
+        parts.setdefault(read[0], {})[atom] = factor
+    weights = {level: gcd(*terms.values()) for level, terms in parts.items()}
+    top = max(weights, key=weights.__getitem__)
+    weight = weights.pop(top)
+    high = _sum({x: f // weight for x, f in parts[top].items()}, 0)
+    rest = {x: f for level in weights for x, f in parts[level].items()}
+    low = _sum(rest, constant)
+    least, most = _range(low, levels)
+    # weight * high + low <= bound, for a low between least and most.
+    surely, last = (bound - most) // weight, (bound - least) // weight
+    if last - surely > MOST_CARRIES:
+        raise NotImplementedError("digits overlap")
+    kind = ir.Eq if equal else ir.Le
+    found: list[ir.Pred] = [] if equal else [ir.Le(high, ir.Const(surely))]
+    for value in range(surely if equal else surely + 1, last + 1):
+        test = simplify(kind(low, ir.Const(bound - weight * value)))
+        found.append(ir.And((ir.Eq(high, ir.Const(value)), _apart(test, levels))))
+    return simplify(ir.Or(tuple(found)))
+
+
+def _range(expr: ir.Expr, levels: tuple[Level, ...]) -> tuple[int, int]:
+    """Bounds of an expression of digits."""
+    new: dict[ir.Node, ir.Expr] = {}
+    for level in levels:
+        new[level.q] = ir.Mod(level.q, level.num_q)
+        new[level.k] = ir.Mod(level.k, level.num_k)
+    low, high = span(_replaced(expr, new))
+    if low is None or high is None:
+        raise NotImplementedError("a number is not bounded by its digits")
+    return low, high
+
+
+def _sum(terms: dict[ir.Expr, int], constant: int) -> ir.Expr:
+    total: ir.Expr = ir.Const(constant)
+    for atom, factor in terms.items():
+        total = ir.Add(total, ir.Mul(atom, factor))
+    return total
+
+
+# --- classes of one level ---
+
+
+def classes(
+    node: ir.Pred, level: Level, levels: tuple[Level, ...]
+) -> Iterator[tuple[ir.Pred, int]]:
+    """What pairs of digits of one level leave of a node, and how many leave it.
+
+    Raises:
+      NotImplementedError: there are too many pairs, tests or classes.
+    """
+    tests: dict[ir.Pred, int] = {}
+
+    def note(test: ir.Pred) -> ir.Pred:
+        tests.setdefault(test, len(tests))
+        return test
+
+    _filled(node, level, levels, note)
+    if level.size > MOST_TRIED or len(tests) > MOST_TESTS:
+        raise NotImplementedError("a digit has too many values, or too many tests")
+    q, k = np.arange(level.num_q)[:, None], np.arange(level.num_k)[None, :]
+    at = NumPy(q, k, 0, {level.q.name: q, level.k.name: k})
+    codes = np.zeros((level.num_q, level.num_k), np.int64)
+    for test, bit in tests.items():
+        codes |= np.asarray(evaluate(test, at), np.int64) << bit
+    values, counts = np.unique(codes, return_counts=True)
+    if len(values) > MOST_CLASSES:
+        raise NotImplementedError("pairs of a digit fall into too many classes")
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+
+        def held(test: ir.Pred, value: int = value) -> ir.Pred:
+            return ir.Bool(bool(value >> tests[test] & 1))
+
+        yield simplify(_filled(node, level, levels, held)), count
+
+
+def _filled(
+    node: ir.Pred,
+    level: Level,
+    levels: tuple[Level, ...],
+    change: Callable[[ir.Pred], ir.Pred],
+) -> ir.Pred:
+    """The node with ``change`` applied to the largest parts that read this level."""
+    read = levels_of(node, levels)
+    if level not in read:
+        return node
+    if len(read) == 1:
+        return change(node)
+    match node:
+        case ir.And(terms) | ir.Or(terms):
+            kind = type(node)
+            own = tuple(t for t in terms if levels_of(t, levels) == (level,))
+            others = [_filled(t, level, levels, change) for t in terms if t not in own]
+            return kind((*others, change(kind(own)))) if own else kind(tuple(others))
+        case ir.Not(term):
+            return ir.Not(_filled(term, level, levels, change))
+    raise AssertionError("tests read one level each")

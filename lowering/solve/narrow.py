@@ -1,0 +1,271 @@
+"""Predicates that 32 bits can test: nothing that a kernel computes may wrap around.
+
+A comparison with a part that 32 bits may not hold is written otherwise: one side of it
+is computed outside of the kernel, in 64 bits, and clipped to where the answer changes.
+What no rule covers stays as it is, and becomes bits that are computed outside
+(``hoist``).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import assert_never
+
+from lowering import ir
+from lowering.expr.evaluate import intervals
+from lowering.expr.fits import bounded, ends, fits, is_plain
+from lowering.expr.simplify import Sum, integer, simplify
+from lowering.expr.static_range import Known
+from lowering.solve.solve import linear, log2_le, minus
+
+# A set beyond 32 bits becomes at most so many comparisons.
+MOST_INTERVALS = 16
+
+
+def narrow(node: ir.Pred, known: Known) -> ir.Pred:
+    """An equal predicate, of one in normal form, whose comparisons fit if they can."""
+    if is_plain(node, known):
+        return node
+    match node:
+        case ir.And(terms) | ir.Or(terms):
+            return _joined(type(node), [narrow(term, known) for term in terms])
+        case ir.ByHead() | ir.Not():
+            return ir.rebuild(node, lambda term: narrow(term, known))
+        case ir.Bool() | ir.HoistedBits():
+            return node
+        case ir.Le() | ir.Eq() | ir.In() | ir.PowerOfTwo():
+            if fits(node, known) or _looks_up_pairs(node):
+                return node
+            found = _Comparison(known)(node)
+            return node if found is None or not fits(found, known) else found
+    assert_never(node)
+
+
+def _joined(kind: type[ir.And] | type[ir.Or], terms: list[ir.Pred]) -> ir.Pred:
+    """The terms as one, those of the same kind taken apart."""
+    flat = [t.terms if isinstance(t, kind) else (t,) for t in terms]
+    found = tuple(dict.fromkeys(x for part in flat for x in part))
+    return found[0] if len(found) == 1 else kind(found)
+
+
+def _looks_up_pairs(node: ir.Pred) -> bool:
+    return any(
+        isinstance(n, ir.Operand) and {"q", "k"} <= ir.axes(n) for n in ir.walk(node)
+    )
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Rewrites one comparison in normal form; None where no rule covers it."""
+
+    known: Known
+
+    def __call__(self, node: ir.Pred) -> ir.Pred | None:
+        match bounded(node, self.known):
+            case ir.Le(a, ir.Const(value)):
+                return self.le(a, value)
+            case ir.Eq(a, ir.Const(value)):
+                return self.eq(a, value)
+            case ir.In(a, values):
+                return self.one_of(a, values)
+            case ir.And(terms) | ir.Or(terms) as both:
+                return self.each(type(both), terms)
+            case ir.Bool() as truth:
+                return truth
+        return None
+
+    def each(
+        self, kind: type[ir.And] | type[ir.Or], terms: tuple[ir.Pred, ...]
+    ) -> ir.Pred | None:
+        """The terms rewritten, or None if one cannot be."""
+        found = [t if fits(t, self.known) else self(t) for t in terms]
+        new = [t for t in found if t is not None]
+        return _joined(kind, new) if len(new) == len(found) else None
+
+    def both(self, kind: type[ir.And] | type[ir.Or], *terms: ir.Pred) -> ir.Pred | None:
+        """The same of terms that are not in normal form yet."""
+        return self.each(kind, tuple(simplify(term) for term in terms))
+
+    # --- a <= value ---
+
+    def le(self, a: ir.Expr, value: int) -> ir.Pred | None:
+        a = self.reduced(a)
+        if fits(whole := ir.Le(a, ir.Const(value)), self.known):
+            return whole
+        found: list[tuple[int, ir.Pred]] = []
+        for left, right in self.sides(a, value):
+            # left <= right  iff  not right + 1 <= left
+            one = ir.Const(1)
+            for at_least, (x, y) in (
+                (False, (left, right)),
+                (True, (integer(ir.Add(right, one)), left)),
+                (True, (right, minus(left, one))),
+            ):
+                node = self.ordered(x, y)
+                if node is not None:
+                    cost = 2 * _minuses(x, y) + at_least
+                    node = ir.Not(node) if at_least else node
+                    if not cost:
+                        return node
+                    found.append((cost, node))
+        if found:
+            return min(found, key=lambda each: each[0])[1]
+        return self.le_by_parts(a, value) or self.le_in_two(a, value)
+
+    def ordered(self, left: ir.Expr, right: ir.Expr) -> ir.Pred | None:
+        """``left <= right``, with one of them clipped to the other, or one beyond."""
+        if fits(left, self.known):
+            low, high = ends(left, self.known)
+            right = self.clipped(right, low - 1, high)
+        elif fits(right, self.known):
+            low, high = ends(right, self.known)
+            left = self.clipped(left, low, high + 1)
+        node = ir.Le(left, right)
+        return node if fits(node, self.known) else None
+
+    def le_by_parts(self, a: ir.Expr, value: int) -> ir.Pred | None:
+        """A minimum is at most a value if one of the two is, a maximum if both are."""
+        terms, _ = linear(a)
+        for atom, f in terms.items():
+            match atom:
+                case ir.Min(x, y) | ir.Max(x, y):
+                    kind = ir.And if (f > 0) == isinstance(atom, ir.Max) else ir.Or
+                    rest = minus(a, ir.Mul(atom, f))
+                    parts = (ir.Add(rest, ir.Mul(part, f)) for part in (x, y))
+                    bound = ir.Const(value)
+                    return self.both(kind, *(ir.Le(part, bound) for part in parts))
+                case ir.Log2(x) if len(terms) == 1:
+                    return self.both(ir.And, log2_le(x, f, value))
+        return None
+
+    def le_in_two(self, a: ir.Expr, value: int) -> ir.Pred | None:
+        """``left <= right`` where right goes beyond both ends of what left can be."""
+        for left, right in self.sides(a, value):
+            if fits(left, self.known):
+                low, high = ends(left, self.known)
+                near = ir.Le(left, self.clipped(right, low, high))
+                return self.both_fit(near, self.le(integer(ir.Mul(right, -1)), -low))
+            if fits(right, self.known):
+                low, high = ends(right, self.known)
+                near = ir.Le(self.clipped(left, low, high), right)
+                return self.both_fit(near, self.le(left, high))
+        return None
+
+    def both_fit(self, a: ir.Pred, b: ir.Pred | None) -> ir.Pred | None:
+        """Both, if kernels can compute both."""
+        if b is None or not fits(a, self.known):
+            return None
+        return ir.And((a, b))
+
+    # --- a == value, a in values ---
+
+    def eq(self, a: ir.Expr, value: int) -> ir.Pred | None:
+        reduced = self.reduced(a)
+        if fits(whole := ir.Eq(reduced, ir.Const(value)), self.known):
+            return whole
+        found: list[tuple[int, ir.Pred]] = []
+        for left, right in self.sides(reduced, value):
+            if fits(left, self.known):
+                low, high = ends(left, self.known)
+                node = ir.Eq(left, self.clipped(right, low - 1, high + 1))
+                if fits(node, self.known):
+                    cost = _minuses(left, right)
+                    if not cost:
+                        return node
+                    found.append((cost, node))
+        if found:
+            return min(found, key=lambda each: each[0])[1]
+        low, high = ir.Le(a, ir.Const(value)), ir.Le(ir.Const(value), a)
+        return self.both(ir.And, low, high)
+
+    def one_of(self, a: ir.Expr, values: tuple[int, ...]) -> ir.Pred | None:
+        a = self.reduced(a)
+        if fits(whole := ir.In(a, values), self.known):
+            return whole
+        for side, rest in self.split(a):
+            low, high = ends(rest, self.known)
+            clipped = self.clipped(side, values[0] - high - 1, values[-1] - low + 1)
+            node = ir.In(integer(ir.Add(clipped, rest)), values)
+            if fits(node, self.known):
+                return node
+        found = intervals(values)
+        if len(found) > MOST_INTERVALS:
+            return None
+        parts = [
+            ir.And((ir.Le(ir.Const(low), a), ir.Le(a, ir.Const(high))))
+            for low, high in found
+        ]
+        return self.both(ir.Or, *parts)
+
+    # --- the two sides of a comparison ---
+
+    def split(self, a: ir.Expr) -> Iterator[tuple[ir.Expr, ir.Expr]]:
+        """A sum as what reads one side alone, and the rest."""
+        terms, constant = linear(a)
+        axes = {atom: ir.axes(atom) - {"h"} for atom in terms}
+        # What reads no position goes with either; alone, it is a side.
+        for side in ("q", "k") if any(axes.values()) else ("q",):
+            mine = {x: f for x, f in terms.items() if axes[x] <= {side}}
+            others = {x: f for x, f in terms.items() if x not in mine}
+            if any(axes[x] for x in mine) or not others:
+                yield _sum(mine, 0), _sum(others, constant)
+
+    def sides(self, a: ir.Expr, value: int) -> Iterator[tuple[ir.Expr, ir.Expr]]:
+        """Expressions ``(left, right)`` with ``left <= right`` iff ``a <= value``."""
+        bound, zero = ir.Const(value), ir.Const(0)
+        for x, rest in self.split(a):
+            # What is added goes left first: most often that reads best.
+            parts = (x, rest) if not _minuses(x) else (rest, x)
+            for one, other in (parts, parts[::-1]):
+                yield one, minus(bound, other)
+                yield minus(one, bound), minus(zero, other)
+
+    def clipped(self, a: ir.Expr, low: int, high: int) -> ir.Expr:
+        """``a`` no less than ``low`` and no more than ``high``, if 32 bits need it."""
+        if fits(a, self.known):
+            return a
+        least, most = ends(a, self.known)
+        if least < low:
+            a = ir.Max(a, ir.Const(low))
+        return ir.Min(a, ir.Const(high)) if most > high else a
+
+    def reduced(self, a: ir.Expr) -> ir.Expr:
+        """An equal sum whose quotients and remainders kernels can compute, if any."""
+        terms, constant = linear(a)
+        if all(fits(atom, self.known) for atom in terms):
+            return a
+        total: ir.Expr = ir.Const(constant)
+        for atom, f in terms.items():
+            total = ir.Add(total, ir.Mul(self.reduced_atom(atom), f))
+        return integer(total)
+
+    def reduced_atom(self, atom: ir.Expr) -> ir.Expr:
+        match atom:
+            case ir.Mod(x, n) if not fits(atom, self.known):
+                # (a + b) % n == (a % n + b) % n
+                x = self.reduced(x)
+                for side, _ in self.split(x):
+                    x = ir.Add(minus(x, side), integer(ir.Mod(side, n)))
+                return ir.Mod(integer(x), n)
+            case ir.FloorDiv(x, n) if not fits(atom, self.known):
+                # (a + b) // n == a // n + (a % n + b) // n
+                x = self.reduced(x)
+                whole: ir.Expr = ir.Const(0)
+                for side, _ in self.split(x):
+                    whole = ir.Add(whole, ir.FloorDiv(side, n))
+                    x = ir.Add(minus(x, side), integer(ir.Mod(side, n)))
+                return ir.Add(whole, ir.FloorDiv(integer(x), n))
+        return atom
+
+
+def _sum(terms: Sum, constant: int) -> ir.Expr:
+    """Some terms of a sum in normal form, in their order."""
+    parts = [x if f == 1 else ir.Mul(x, f) for x, f in terms.items()]
+    if constant or not parts:
+        parts.append(ir.Const(constant))
+    return reduce(ir.Add, parts)
+
+
+def _minuses(*nodes: ir.Expr) -> int:
+    """How many terms are subtracted."""
+    return sum(f < 0 for node in nodes for f in linear(node)[0].values())

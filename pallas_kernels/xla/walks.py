@@ -1,0 +1,239 @@
+"""From runs to the lists of this backend, on the host or, for traced runs, in JAX."""
+
+from itertools import combinations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+
+from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.call import Call, Masks
+from pallas_kernels.xla.walk_types import Chunks, Lists, Long, Plan, Short, Walk
+
+# Keys that are folded at once. A row of up to SHORT keys takes one softmax; a longer
+# one is folded CHUNK keys at a time, so that its scores stay in the cache.
+SHORT = 2048
+CHUNK = 1024
+# How many a traced row takes at once: its padding is not known to the planner.
+TRACED_CHUNK = 512
+
+# A further shape of short rows is a further loop to compile: it has to save this part
+# of all blocks.
+WORTH_A_LOOP = 0.05
+MOST_LOOPS = 3
+
+# What a chunk costs beside its blocks, in blocks.
+CHUNK_OVERHEAD = 6
+
+
+def prepare(masks: Masks, call: Call) -> Lists:
+    """Padded query rows; the gradients of keys come from the rows of ``dq`` as well."""
+    del call
+    forward = plan(masks.forward)
+    backward = forward if masks.dq is masks.forward else plan(masks.dq)
+    maps = head_maps(masks.forward)
+    tests = masks.forward.test_of_map
+    tests = range(masks.forward.num_maps) if tests is None else np.asarray(tests)
+    return Lists(forward, backward, maps, tuple(int(t) for t in tests))
+
+
+def head_maps(mask: BlockMask) -> tuple[int, ...]:
+    """The map of every head, which has to be known when the call is traced."""
+    (num_heads,) = mask.map_of_head.shape
+    if mask.num_maps == 1:
+        return (0,) * num_heads
+    if isinstance(mask.map_of_head, jax.core.Tracer):
+        raise NotImplementedError(
+            "map_of_head is traced: impl='xla' needs to know the map of every head "
+            "when it is traced; pass a NumPy array"
+        )
+    return tuple(np.asarray(mask.map_of_head).tolist())
+
+
+def plan(mask: BlockMask) -> Plan:
+    """The walks of a ``by="q"`` mask."""
+    arrays = (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        slots = max(1, min(mask.max_blocks, TRACED_CHUNK // mask.block_kv))
+        walks = (traced_walk(mask, slots),)
+    else:
+        walks = host_walks(mask)
+    return Plan(walks, mask.block_q, mask.block_kv)
+
+
+class Blocks:
+    """The blocks of one kind on the host, row after row."""
+
+    def __init__(self, mask: BlockMask, *, full: bool) -> None:
+        ptr, start, stop, kind = (
+            np.asarray(x)
+            for x in (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
+        )
+        rows = len(ptr) - 1
+        keep = (kind != 0) == full
+        start, length = start[keep], (stop - start)[keep]
+        run_row = np.repeat(np.arange(rows), np.diff(ptr))[keep]
+        before = np.cumsum(length) - length
+        total = int(length.sum())
+        self.block = np.repeat(start - before, length) + np.arange(total)
+        self.count = np.bincount(run_row, weights=length, minlength=rows).astype(int)
+        self.begin = np.cumsum(self.count) - self.count
+
+    def table(self, rows: np.ndarray, slots: int) -> np.ndarray:
+        """The blocks of ``rows``, padded with -1 to ``slots`` columns."""
+        slot = np.arange(slots)
+        real = slot < self.count[rows][:, None]
+        at = np.where(real, self.begin[rows][:, None] + slot, 0)
+        return np.where(real, self.block[at], -1) if self.block.size else at - 1
+
+    def chunks(self, rows: np.ndarray, most: int) -> Chunks:
+        """The blocks of ``rows``, some at a time and at most ``most``."""
+        count = self.count[rows]
+        slots = chunk_slots(count, most)
+        of_row = -(-count // slots)
+        end = np.cumsum(of_row)
+        at = np.arange(end[-1]) - np.repeat(end - of_row, of_row)
+        left = np.repeat(count, of_row) - at * slots
+        real = np.minimum(left, slots)
+        slot = np.minimum(np.arange(slots), real[:, None] - 1)
+        first = np.repeat(self.begin[rows], of_row) + at * slots
+        block = self.block[first[:, None] + slot]
+        if not len(block):
+            # A table must not be empty, although no row points into it.
+            block, real = np.zeros((1, slots), int), np.zeros(1, int)
+        return Chunks(*map(int32, (block, real, end - of_row, end)))
+
+
+def int32(x: np.ndarray) -> Int32[np.ndarray, "..."]:
+    """Indices as the device holds them."""
+    return x.astype(np.int32)
+
+
+def chunk_slots(count: np.ndarray, most: int) -> int:
+    """The chunk size at which rows of ``count`` blocks cost the least."""
+    sizes = np.arange(1, max(1, min(most, count.max(initial=1))) + 1)
+    chunks = -(-count[:, None] // sizes)
+    return int(sizes[np.argmin(chunks.sum(axis=0) * (sizes + CHUNK_OVERHEAD))])
+
+
+def host_walks(mask: BlockMask) -> tuple[Walk, ...]:
+    """The rows of every map, sorted into short and long ones."""
+    full, partial = Blocks(mask, full=True), Blocks(mask, full=False)
+    total = full.count + partial.count
+    most = SHORT // mask.block_kv
+
+    def walk(index: int) -> Walk:
+        rows = np.arange(mask.num_rows) + index * mask.num_rows
+        short = rows[(total[rows] > 0) & (total[rows] <= most)]
+        far = rows[total[rows] > most]
+        groups = similar(full.count[short], partial.count[short])
+        parts = tuple(short_rows(short[at], full, partial, mask) for at in groups)
+        return Walk(parts, long_rows(far, full, partial, mask) if len(far) else None)
+
+    return tuple(walk(index) for index in range(mask.num_maps))
+
+
+def short_rows(
+    rows: np.ndarray, full: Blocks, partial: Blocks, mask: BlockMask
+) -> Short:
+    """``rows`` in one table, as wide as the widest."""
+    num_full, num_partial = full.count[rows], partial.count[rows]
+    slots = int(num_full.max()), int(num_partial.max())
+    block = np.concatenate(
+        [full.table(rows, slots[0]), partial.table(rows, slots[1])], axis=1
+    )
+    own = block.max(axis=1, keepdims=True)
+    block = np.where(block < 0, own, block)
+    arrays = map(int32, (rows % mask.num_rows, block, num_full, num_partial))
+    return Short(*arrays, full_slots=slots[0])
+
+
+def long_rows(rows: np.ndarray, full: Blocks, partial: Blocks, mask: BlockMask) -> Long:
+    """``rows`` in chunks."""
+    most = max(1, CHUNK // mask.block_kv)
+    chunks = full.chunks(rows, most), partial.chunks(rows, most)
+    return Long(int32(rows % mask.num_rows), *chunks)
+
+
+def similar(full: np.ndarray, partial: np.ndarray) -> list[np.ndarray]:
+    """Splits rows into few groups such that padding each to its widest costs little."""
+    if not len(full):
+        return []
+    keys = np.stack([full + partial, full], axis=1)
+    kinds, kind_of_row, rows = np.unique(
+        keys, axis=0, return_inverse=True, return_counts=True
+    )
+    kind_of_row = kind_of_row.reshape(-1)
+    n = len(kinds)
+    cost = np.zeros((n + 1, n + 1))
+    for first in range(n):
+        tail = kinds[first:]
+        widest = np.maximum.accumulate(tail[:, 1])
+        widest += np.maximum.accumulate(tail[:, 0] - tail[:, 1])
+        cost[first, first + 1 :] = widest * np.cumsum(rows[first:])
+
+    def best(loops: int) -> tuple[float, tuple[int, ...]]:
+        cuts = [(0, *inner, n) for inner in combinations(range(1, n), loops - 1)]
+        costs = cost[np.array(cuts)[:, :-1], np.array(cuts)[:, 1:]].sum(axis=1)
+        at = int(np.argmin(costs))
+        return float(costs[at]), cuts[at]
+
+    worth = WORTH_A_LOOP * float(kinds[:, 0] @ rows)
+    choices = [best(loops) for loops in range(1, min(MOST_LOOPS, n) + 1)]
+    costs = [value + worth * i for i, (value, _) in enumerate(choices)]
+    _, cuts = choices[int(np.argmin(costs))]
+    group = np.searchsorted(np.array(cuts), kind_of_row, side="right")
+    return [np.flatnonzero(group == g) for g in range(1, len(cuts))]
+
+
+def traced_walk(mask: BlockMask, slots: int) -> Walk:
+    """The rows of every map, all of them in chunks of ``slots`` blocks.
+
+    Every array has the maps as its first axis.
+    """
+    if not mask.max_blocks:
+        return Walk((), None)
+    rows = jnp.arange(mask.num_rows, dtype=jnp.int32)
+
+    def walk(index: jax.Array) -> Walk:
+        at = rows + index * mask.num_rows
+        full, partial = (_chunks(mask, at, slots, full=x) for x in (True, False))
+        return Walk((), Long(rows, full, partial))
+
+    return jax.vmap(walk)(jnp.arange(mask.num_maps, dtype=jnp.int32))
+
+
+def _chunks(mask: BlockMask, rows: jax.Array, slots: int, *, full: bool) -> Chunks:
+    """The blocks of one kind of ``rows``, in as many chunks as the capacity needs."""
+    ptr, start, stop, kind = (
+        jnp.asarray(x)
+        for x in (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
+    )
+    per_row = -(-mask.max_blocks // slots)
+    run = ptr[rows][:, None] + jnp.arange(mask.max_runs, dtype=jnp.int32)[None, :]
+    inside = run < ptr[rows + 1][:, None]
+    run = jnp.where(inside, run, 0)
+    length = jnp.where(inside & ((kind[run] != 0) == full), (stop - start)[run], 0)
+    end = jnp.cumsum(length, axis=1, dtype=jnp.int32)
+    count = end[:, -1]
+
+    slot = jnp.arange(per_row * slots, dtype=jnp.int32)[None, :]
+    slot = jnp.clip(slot, 0, jnp.maximum(count - 1, 0)[:, None])
+    # The run that holds a slot is the first whose end lies beyond it.
+    holder = jax.vmap(lambda e, s: jnp.searchsorted(e, s, side="right"))(end, slot)
+    holder = jnp.minimum(holder, mask.max_runs - 1)
+
+    def of_holder(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, holder, axis=1)
+
+    block = of_holder(start[run]) + slot - of_holder(end - length)
+    begin = jnp.arange(len(rows), dtype=jnp.int32) * per_row
+    chunk = jnp.arange(per_row, dtype=jnp.int32) * slots
+    real = jnp.clip(count[:, None] - chunk[None, :], 0, slots)
+    return Chunks(
+        block.reshape(-1, slots).astype(jnp.int32),
+        real.reshape(-1).astype(jnp.int32),
+        begin,
+        (begin + -(-count // slots)).astype(jnp.int32),
+    )

@@ -1,0 +1,1 @@
+"""What can be said of a spec without running it: plans, costs, properties, caches."""

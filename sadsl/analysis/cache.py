@@ -1,0 +1,211 @@
+"""The cache that a causal map needs when it is decoded token by token."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int64
+
+from lowering import ir
+from lowering.expr import heads
+from lowering.expr.simplify import simplify
+from lowering.facts.first_and_last import first_and_last
+from lowering.planning import Sizes, plan
+from lowering.ranges import verify
+from sadsl.selections.base import widest
+from sadsl.terms.base import Spec
+from sadsl.text.specs import as_term
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """What of the keys and values a decoder has to keep, for ``n`` tokens.
+
+    At step ``t`` the query ``t`` is answered; key ``k`` has to be there for
+    ``k <= t <= last_use[k]``. One cache serves all heads: a position is kept as long as
+    some head needs it; ``size_by_map`` says what each distinct map needs by itself.
+
+    Attributes:
+      n: tokens in all.
+      size: the most positions that have to be there at once: no cache is smaller.
+      pinned, slots: a cache that is simple: the first ``pinned`` positions for good,
+        and a ring of ``slots`` for the last ones.
+      last_use: the last query that sees each key, over all heads; -1 for none.
+      size_by_map, map_of_head: sizes of the distinct maps, and who has which.
+      length_note: why the map depends on the length, or None if it does not: then the
+        row of a query is the same however many tokens follow.
+    """
+
+    n: int
+    size: int
+    pinned: int
+    slots: int
+    last_use: Int64[np.ndarray, " n"]
+    size_by_map: tuple[int, ...]
+    map_of_head: tuple[int, ...]
+    length_note: str | None
+
+    @property
+    def kind(self) -> str:
+        """``"everything"``, ``"ring"``, or ``"ring with waste"``."""
+        if self.size == self.n:
+            return "everything"
+        if self.pinned + self.slots == self.size:
+            return "ring"
+        return "ring with waste"
+
+    def __str__(self) -> str:
+        lines = [self._sentence()]
+        if len(self.size_by_map) > 1:
+            sizes = ", ".join(f"{x:,}" for x in self.size_by_map)
+            lines.append(f"the distinct maps of the heads need {sizes} by themselves")
+        if self.length_note:
+            lines.append(f"the map depends on the length: {self.length_note}")
+        return "\n".join(lines)
+
+    def _sentence(self) -> str:
+        of = f"{self.size:,} of {self.n:,} positions"
+        if self.kind == "everything":
+            return f"everything: nothing can be dropped before token {self.n:,}"
+        parts = []
+        if self.pinned:
+            parts.append(f"the first {self.pinned:,} for good")
+        if self.slots:
+            parts.append(f"a ring of {self.slots:,}")
+        ring = " and ".join(parts) or "nothing"
+        if self.kind == "ring":
+            return f"{of}: {ring}"
+        held = self.pinned + self.slots
+        more = "everything" if held == self.n else f"{held:,} ({ring})"
+        return (
+            f"{of} at once, if each is dropped after its last use; a ring buffer "
+            f"would hold {more}"
+        )
+
+
+def cache(spec: Spec | str, n: int, num_heads: int = 1) -> Cache:
+    """The smallest cache that decodes a causal map, from its expression.
+
+    Of a map decided by content, it holds what some content may choose.
+
+    Args:
+      spec: an index map, a term, or text; causal for ``n`` positions.
+      n: tokens in all, the prompt included.
+      num_heads: heads.
+
+    Raises:
+      ValueError: the map lets a query see a later key, or reads run-time arrays.
+    """
+    node = widest(as_term(spec).map)
+    maps, map_of_head = head_maps(node, n, num_heads)
+    offence = first_offence(maps, map_of_head, n)
+    if offence is not None:
+        head, q, k = offence
+        raise ValueError(
+            f"the map is not causal: in head {head}, query {q} sees key {k}, which is "
+            "not there yet when it is decoded: use `causal() & map`"
+        )
+    uses = np.stack([last_use(m, n) for m in maps])
+    last = uses.max(axis=0)
+    pinned, slots = ring(last)
+    return Cache(
+        n=n,
+        size=most_live(last),
+        pinned=pinned,
+        slots=slots,
+        last_use=last,
+        size_by_map=tuple(most_live(row) for row in uses),
+        map_of_head=map_of_head,
+        length_note=length_note(node, n, num_heads),
+    )
+
+
+def head_maps(
+    node: ir.Pred, n: int, num_heads: int
+) -> tuple[tuple[ir.Pred, ...], tuple[int, ...]]:
+    """The distinct maps of the heads on ``n`` positions, and who has which.
+
+    Raises:
+      ValueError: they read run-time arrays, or are made for another length.
+    """
+    for name, value in (("n", n), ("num_heads", num_heads)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+    names = ir.operand_names(node)
+    if names:
+        raise ValueError(
+            f"the map reads the run-time arrays {list(names)}, so that its properties "
+            "are not known before they are: put constants in their place (blocks(size) "
+            "for segments(), a number for an operand)"
+        )
+    every = heads.per_head(ir.substitute(node, {"n": ir.Const(n)}), num_heads)
+    verify.verify(every, n, n)
+    return heads.distinct(every)
+
+
+def first_offence(
+    maps: tuple[ir.Pred, ...], map_of_head: tuple[int, ...], n: int
+) -> tuple[int, int, int] | None:
+    """The first pair ``(head, q, k)`` with ``k > q``: least q, then k, then head."""
+    found = []
+    for m, node in enumerate(maps):
+        later = ir.And((node, ir.Le(ir.Add(ir.Q, ir.Const(1)), ir.K)))
+        least, _ = first_and_last(later, ir.K, n)
+        if (least >= 0).any():
+            q = int(np.argmax(least >= 0))
+            found.append((q, int(least[q]), map_of_head.index(m)))
+    if not found:
+        return None
+    q, k, head = min(found)
+    return head, q, k
+
+
+def last_use(node: ir.Pred, n: int) -> np.ndarray:
+    """The last query that sees each key, int ``[n]``; -1 for none."""
+    return first_and_last(node, ir.Q, n)[1]
+
+
+def most_live(last: np.ndarray) -> int:
+    """The most keys that are live at one step: key k is in k .. last[k]."""
+    n = len(last)
+    used = last >= 0
+    starts = np.bincount(np.flatnonzero(used), minlength=n)
+    stops = np.bincount(last[used] + 1, minlength=n + 1)[:n]
+    return int(np.cumsum(starts - stops).max())
+
+
+def ring(last: np.ndarray) -> tuple[int, int]:
+    """Pinned positions and ring slots, of the smallest such cache; few pinned."""
+    n = len(last)
+    life = np.where(last >= 0, last - np.arange(n) + 1, 0)
+    longest = np.append(np.maximum.accumulate(life[::-1])[::-1], 0)
+    pinned = int(np.argmin(np.arange(n + 1) + longest))
+    return pinned, int(longest[pinned])
+
+
+def length_note(node: ir.Pred, n: int, num_heads: int) -> str | None:
+    """Why the row of a query depends on how many tokens follow, or None.
+
+    A map on a grid exists at one length only. One that reads the number of keys is
+    compared, row by row, with itself when the query is the last token.
+    """
+    for part in ir.walk(node):
+        if isinstance(part, ir.Within):
+            return (
+                f"it is made for exactly {part.size:,} positions (a grid), and its "
+                "rows are those of that length; decode with the whole length known"
+            )
+    if "n" not in ir.axes(node):
+        return None
+    now = ir.substitute(node, {"n": ir.Const(n)})
+    then = ir.substitute(node, {"n": ir.Add(ir.Q, ir.Const(1))})
+    differs = ir.Or((ir.And((now, ir.Not(then))), ir.And((then, ir.Not(now)))))
+    seen = ir.And((differs, ir.Le(ir.K, ir.Q)))
+    for head, part in enumerate(heads.per_head(seen, num_heads)):
+        mask = plan((simplify(part),), (0,), Sizes(n, n, 64, 64), exact=True)
+        if len(mask.run_start):
+            return (
+                f"in head {head}, a query sees other keys when it is the last token "
+                f"than when {n:,} tokens are there; a prefill of another length is "
+                "another map"
+            )
+    return None

@@ -1,0 +1,1 @@
+"""Index maps: which keys a query sees."""

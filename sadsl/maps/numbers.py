@@ -1,0 +1,137 @@
+"""Numbers as symbols: what the function given to ``bias`` returns."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lowering import ir
+from lowering.bias import nodes
+from sadsl.maps.traced import NotTraced, TracedValue, integer
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Real(TracedValue):
+    """A number added to a score; ``+ - *`` of numbers and integers are traced."""
+
+    node: nodes.Score
+
+    way_out: ClassVar[str] = (
+        "a traced map takes integers; of numbers, + - and * are traced, and they can "
+        "only be added to scores: use them in a bias"
+    )
+
+    def __add__(self, other: Any) -> "Real":
+        return Real(nodes.Sum(self.node, score_node(other)))
+
+    def __radd__(self, other: Any) -> "Real":
+        return Real(nodes.Sum(score_node(other), self.node))
+
+    def __sub__(self, other: Any) -> "Real":
+        return Real(nodes.Sum(self.node, _negative(score_node(other))))
+
+    def __rsub__(self, other: Any) -> "Real":
+        return other + -self
+
+    def __neg__(self) -> "Real":
+        return Real(_negative(self.node))
+
+    def __mul__(self, other: Any) -> "Real":
+        return Real(nodes.Product(self.node, score_node(other)))
+
+    def __rmul__(self, other: Any) -> "Real":
+        return Real(nodes.Product(score_node(other), self.node))
+
+    def __pos__(self) -> "Real":
+        return self
+
+    def __repr__(self) -> str:
+        return nodes.show_score(self.node)
+
+
+@dataclass(frozen=True, eq=False)
+class TableNumbers(TracedValue):
+    """A constant table of floats; ``table((0.5, 0.25))[h]`` looks one up."""
+
+    values: tuple[float, ...]
+
+    way_out: ClassVar[str] = "look up a number of the table, as in table(values)[h]"
+
+    def __getitem__(self, index: Any) -> Real:
+        return Real(nodes.Numbers(self.values, _expr(index)))
+
+
+@dataclass(frozen=True, eq=False)
+class WeightsArray(TracedValue):
+    """A run-time array of floats by name; ``weights("b")[h, q - k]`` looks one up."""
+
+    name: str
+
+    way_out: ClassVar[str] = "look up a number of the array, as in weights(name)[h, q]"
+
+    def __getitem__(self, index: Any) -> Real:
+        parts = index if isinstance(index, tuple) else (index,)
+        return Real(nodes.Weights(self.name, tuple(_expr(part) for part in parts)))
+
+
+def weights(name: str) -> WeightsArray:
+    """A run-time array of floats that a bias looks up: learned, or computed before.
+
+    Pass it as ``attention(..., operands={name: array})``: an axis an index, with an
+    optional leading batch axis. Gradients reach it. An axis indexed by ``h`` alone may
+    have length one, which all heads share; one indexed by the bare ``q`` counts queries
+    from the first that is passed, whatever ``q_offset`` is.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"weights({name!r}): the name must be a Python identifier")
+    return WeightsArray(name)
+
+
+def score_node(value: Any) -> nodes.Score:
+    """The score of a number, an integer of positions or a constant."""
+    if isinstance(value, Real):
+        return value.node
+    node = getattr(value, "node", None)
+    return nodes.Integer(node) if isinstance(node, ir.Expr) else constant(value)
+
+
+def _negative(score: nodes.Score) -> nodes.Score:
+    # As text, `-1.0 * 0.5` would be one number of Python's.
+    if isinstance(score, nodes.Number):
+        return nodes.Number(-score.value)
+    return nodes.Product(nodes.Number(-1.0), score)
+
+
+def constant(value: Any) -> nodes.Number:
+    """A Python number as a score."""
+    return nodes.Number(number(value))
+
+
+def number(value: Any) -> float:
+    """A finite constant as a float."""
+    known = int | float | np.integer | np.floating
+    if isinstance(value, bool) or not isinstance(value, known):
+        raise NotTraced(
+            f"a bias is made of numbers of positions, not of {value!r}: write float(x) "
+            "for a constant, use table(values)[h] for constants by position, or "
+            "weights(name)[h, q] for an array that is passed as operands={name: array}"
+        )
+    if not math.isfinite(value):
+        raise ValueError(
+            f"a bias takes finite constants, not {value}: to leave pairs out, use a map"
+        )
+    return float(value)
+
+
+def numbers(values: Iterable[float]) -> tuple[float, ...]:
+    """Finite constants as a tuple of floats."""
+    return tuple(number(value) for value in values)
+
+
+def _expr(index: Any) -> ir.Expr:
+    node = getattr(index, "node", None)
+    if isinstance(node, ir.Expr):
+        return node
+    return ir.Const(integer(index, "[...]"))

@@ -1,0 +1,13 @@
+"""A checked call on arrays, one file for each kind of term.
+
+Importing this package registers the rule of every kind of term with ``attend``.
+"""
+
+from sadsl.run import channel as channel
+from sadsl.run import compressed as compressed
+from sadsl.run import heads as heads
+from sadsl.run import linear as linear
+from sadsl.run import mixtures as mixtures
+from sadsl.run import scatter_mean as scatter_mean
+from sadsl.run import softmax as softmax
+from sadsl.run import summaries as summaries

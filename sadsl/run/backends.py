@@ -1,0 +1,39 @@
+"""Which backends there are, and which one a call runs on."""
+
+from typing import Any
+
+import jax
+
+from pallas_kernels import dispatch
+
+IMPLS = ("reference", *dispatch.BACKENDS)
+
+
+PLATFORMS = {"xla": ("cpu", "gpu", "tpu"), "tpu": ("tpu",), "triton": ("gpu",)}
+
+
+DEFAULT_IMPL = {"cpu": "xla", "tpu": "tpu", "gpu": "triton"}
+
+
+def choose_impl(impl: str | None, interpret: Any, *arrays: Any) -> str:
+    """The backend of a call.
+
+    Raises:
+      ValueError: it does not exist, or concrete arrays lie where it cannot run.
+    """
+    if impl is None:
+        impl = DEFAULT_IMPL.get(jax.default_backend(), "xla")
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r}: must be None or one of {', '.join(IMPLS)}")
+    concrete = not any(isinstance(x, jax.core.Tracer) for x in arrays)
+    platform = jax.default_backend()
+    runs_on = PLATFORMS.get(impl, (platform,))
+    real = all(isinstance(x, jax.Array) for x in arrays)
+    if concrete and real and not interpret and platform not in runs_on:
+        raise ValueError(
+            f"impl={impl!r} cannot run on the default device, which is of platform "
+            f"{platform!r}: pass interpret=True to run its kernels in an interpreter, "
+            "impl=None for a backend that fits, or use sadsl.lower(..., target=...) to "
+            "compile it for another chip"
+        )
+    return impl

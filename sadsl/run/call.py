@@ -1,0 +1,167 @@
+"""``attention`` and ``select``: what a user calls."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Array, Float, Integer
+
+from pallas_kernels.config import KernelConfig
+from pallas_kernels.precision import wide
+from sadsl.run import checks
+from sadsl.run.attend import attend, choose
+from sadsl.run.backends import choose_impl
+from sadsl.run.types import Setting
+from sadsl.terms.base import DROPOUT_KEY, Spec, Term
+from sadsl.terms.scatter_mean import ScatterMean
+from sadsl.terms.softmax import Softmax
+from sadsl.text.specs import any_term
+
+
+def attention(
+    q: Float[Array, "batch q_seq num_q_heads head_dim"],
+    k: Float[Array, "batch kv_seq num_kv_heads head_dim"],
+    v: Float[Array, "batch kv_seq num_kv_heads head_dim_v"],
+    spec: Spec | str,
+    *,
+    q_segment_ids: Integer[Array, "..."] | None = None,
+    kv_segment_ids: Integer[Array, "..."] | None = None,
+    operands: Mapping[str, Any] | None = None,
+    sm_scale: float | Array | None = None,
+    q_offset: int = 0,
+    return_lse: bool = False,
+    impl: str | None = None,
+    interpret: Any = False,
+    config: KernelConfig | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+) -> (
+    Float[Array, "batch q_seq num_q_heads head_dim_v"]
+    | tuple[
+        Float[Array, "batch q_seq num_q_heads head_dim_v"],
+        Float[Array, "batch num_q_heads q_seq"],
+    ]
+):
+    """Attention over the pairs that ``spec`` selects.
+
+    ``jit``, ``grad``, ``vmap``, ``jax.checkpoint`` and ``shard_map`` over batch or
+    heads work (with ``interpret`` as ``shard_map(check_vma=False)``), and with "xla"
+    forward mode and any second derivative. A query that selects no key yields 0, and
+    ``lse == -inf``. Lengths need not be multiples of a block.
+
+    A key that no query sees, such as padding or an unused slot of a cache, and a query
+    that sees no key may hold anything, NaN too. A value (or a cotangent) that is not
+    finite and that some query sees may reach other queries of its block, and their
+    gradients. A score of ``-inf`` has no weight; any finite score counts.
+
+    Args:
+      q, k, v: float32, bfloat16 or float16, all of one dtype; the number of heads of q
+        is a multiple of that of k and v. Products accumulate in float32. With "xla" and
+        "reference" also float64, which everything but a choice is then computed in;
+        without ``jax_enable_x64``, JAX itself makes float32 of it.
+      spec: an index map, a term such as ``softmax(map, ...)`` or ``joint(a, b)``, or
+        their text.
+      q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``. Those
+        that int32 does not hold (NumPy int64) are ranked, and keep their order.
+      operands: what the spec reads by name: integers for maps made of
+        ``operand(name)``; what a selection asks for, or parts that ``select`` chose
+        before; biases, sinks, gates and decays, which have gradients; functions, where
+        a term names a feature map. What ``a | full()`` and its like leave without a
+        reader may be passed all the same, and need not be.
+      sm_scale: factor before the softmax; ``head_dim ** -0.5`` if None. It may be
+        traced, and has a gradient: then q, k and v are multiplied in float32.
+      q_offset: the position of the first query, as decoding needs.
+      return_lse: also return the natural log-sum-exp, f32 (f64 for f64); it has a
+        gradient.
+      impl: "xla", "tpu", "triton", "reference" (dense), or None for the default device.
+      interpret: run Pallas kernels in an interpreter (True, or its parameters).
+      config: block sizes and pipelining; never changes the result.
+      dropout_rate: the part of the attention weights that is dropped; the others grow
+        by ``1 / (1 - dropout_rate)``, and the lse is that of all.
+      dropout_key: what decides on it, a key of ``jax.random``; the same weights are
+        dropped on every backend. Parts of a spec that may weigh one pair twice drop it
+        apart: part ``i`` of ``average``, ``gated`` and ``heads`` draws from
+        ``jax.random.fold_in(dropout_key, i)``, a part of that part likewise, and a
+        ``joint`` as it says. Under ``shard_map``, fold the shard into it.
+
+    Raises:
+      ValueError: the arrays, the spec and the options do not fit together.
+      NotImplementedError: this backend cannot do it; nothing falls back silently.
+    """
+    term = any_term(spec)
+    checks.problem(q, k, v, q_offset)
+    given = _given(operands, q_segment_ids, kv_segment_ids)
+    rate = checks.dropout(dropout_rate, dropout_key)
+    if rate:
+        given[DROPOUT_KEY] = dropout_key
+    _check_read(term, given)
+    setting = Setting(
+        sm_scale=checks.scale(sm_scale, q.shape[-1]),
+        q_offset=int(q_offset),
+        impl=choose_impl(impl, interpret, q, k, v),
+        interpret=interpret,
+        config=config or KernelConfig(),
+        dropout_rate=rate,
+    )
+    checks.precision(q.dtype, setting.impl)
+    out, lse = attend(term, (q, k, v), given, setting)
+    if not return_lse:
+        return out
+    if lse is None:
+        raise NotImplementedError(
+            f"return_lse=True: {term!r} has more than one normaliser, so that no "
+            "single log-sum-exp belongs to a query: leave it False"
+        )
+    return out, lse.astype(wide(q.dtype))
+
+
+def _given(
+    operands: Mapping[str, Any] | None,
+    q_segment_ids: Any,
+    kv_segment_ids: Any,
+) -> dict[str, Any]:
+    """All run-time arrays of a call by name.
+
+    Raises:
+      ValueError: one kind of segment ids without the other.
+    """
+    ids = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+    named = {name: x for name, x in ids.items() if x is not None}
+    if len(named) == 1:
+        (name,), (other,) = named, set(ids) - set(named)
+        raise ValueError(f"{name} was given without {other}: pass both")
+    if named:
+        named = dict(zip(ids, checks.segment_ids(*ids.values()), strict=True))
+    return {**(operands or {}), **named}
+
+
+def _check_read(term: Term, given: Mapping[str, Any]) -> None:
+    """Refuses arrays that no part of a mixture reads; maps check their own."""
+    if isinstance(term, Softmax | ScatterMean):
+        return
+    for name in given:
+        if not term.reads(name):
+            raise ValueError(
+                f"{name!r} was given, but no part of {term!r} reads it: drop it"
+            )
+
+
+def select(
+    spec: Spec | str,
+    q: Float[Array, "batch q_seq num_q_heads head_dim"],
+    k: Float[Array, "batch kv_seq num_kv_heads head_dim"],
+    *,
+    operands: Mapping[str, Any] | None = None,
+    sm_scale: float | None = None,
+    q_offset: int = 0,
+) -> dict[str, Array]:
+    """What the selections of ``spec`` choose for these queries and keys, by name.
+
+    Pass it as ``operands=`` to ``attention`` to use one choice for several calls, and
+    an entry of its batch to ``IndexMap.dense``, to look at it. Empty for a static map.
+    """
+    term = any_term(spec)
+    checks.problem(q, k, k, q_offset)
+    given = dict(operands or {})
+    _check_read(term, given)
+    setting = Setting(checks.scale(sm_scale, q.shape[-1]), q_offset, "reference")
+    return choose(term, (q, k), given, setting)

@@ -1,0 +1,58 @@
+"""What the selections of a call choose, given its arrays."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sadsl.run.operands import check_operands
+from sadsl.run.options import Options
+from sadsl.run.symbolic_batch import entry_by_entry, is_symbolic
+from sadsl.selections.base import Content, choose, operands_of
+from sadsl.terms.base import TRACED_SCALE
+
+
+def with_parts(
+    q: Array, k: Array, arrays: Mapping[str, Array], options: Options
+) -> Mapping[str, Array]:
+    """The arrays that the map reads, what content decides among them.
+
+    A choice that simplification has removed from the map is not made.
+    """
+    if not options.selections:
+        return arrays
+    read = options.read
+    needed = tuple(s for s in options.selections if any(map(s.owns, read)))
+    arrays = {**arrays, **choose(needed, content_of(q, k, arrays, options))}
+    known = operands_of(options.term.map)
+    arrays = {name: x for name, x in arrays.items() if name in known}
+    mine = {name: x for name, x in arrays.items() if name in read}
+    check_operands(mine, options.stages)
+    return arrays
+
+
+def chosen_parts(
+    q: Array, k: Array, arrays: Mapping[str, Array], options: Options
+) -> dict[str, Array]:
+    """What the selections of a call choose, by the names that its map reads."""
+
+    def chosen(q: Array, k: Array, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return choose(options.selections, content_of(q, k, arrays, options))
+
+    if is_symbolic(q):
+        return entry_by_entry(chosen, q, k, arrays)
+    return chosen(q, k, arrays)
+
+
+def content_of(
+    q: Array, k: Array, arrays: Mapping[str, Array], options: Options
+) -> Content:
+    """What selections may look at."""
+    scale = options.setting.sm_scale
+    return Content(
+        q=jnp.swapaxes(q, 1, 2),
+        k=jnp.swapaxes(k, 1, 2),
+        given=arrays,
+        sm_scale=arrays[TRACED_SCALE] if scale is None else scale,
+        q_offset=options.problem.q_offset,
+    )

@@ -1,0 +1,94 @@
+"""Dropout on attention weights: from a key to the seeds of queries and keys."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from lowering.order.candidates import Layouts
+from lowering.problem import Problem
+from lowering.run_time.sort import Orders
+from pallas_kernels import dropout
+from pallas_kernels.call import Vectors
+from sadsl.terms.base import DROPOUT_KEY
+
+# Which entry of the batch the first one is, where a call has a part of the batch.
+ENTRY = "dropout.entry"
+
+
+def key_words(key: Any) -> Int32[Array, " words"]:
+    """The words of a key of ``jax.random``, new style or old, as int32.
+
+    Raises:
+      ValueError: it is none, or an array of several.
+    """
+    key = jnp.asarray(key)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    data = jax.random.key_data(key) if typed else key
+    if data.dtype != jnp.uint32 or data.ndim != 1:
+        raise ValueError(
+            f"dropout_key has dtype {key.dtype} and shape {key.shape}: pass one key, "
+            "as jax.random.key(0) makes it"
+        )
+    return jax.lax.bitcast_convert_type(data, jnp.int32)
+
+
+def of_part(given: Mapping[str, Any], part: int) -> Mapping[str, Any]:
+    """The arrays of a part of a spec, whose dropout has a key of its own.
+
+    It is ``jax.random.fold_in(key, part)``, so that it follows from the key of the call
+    and the place of the part in the spec, on every backend.
+    """
+    if DROPOUT_KEY not in given:
+        return given
+    key = given[DROPOUT_KEY]
+    key_words(key)  # Refuses what is no key.
+    return {**given, DROPOUT_KEY: jax.random.fold_in(key, part)}
+
+
+def with_seeds(
+    vectors: Vectors,
+    arrays: Mapping[str, Array],
+    batch: int,
+    problem: Problem,
+    order: Layouts | Orders | None,
+) -> Vectors:
+    """The vectors with seeds as the last of queries and keys, in slots.
+
+    A seed belongs to the position that is in the slot, so that no order changes what
+    is dropped.
+    """
+    q, kv = (x[None, None] for x in _positions(problem))
+    match order:
+        case Layouts():
+            q, kv = order.q.to_slots(q, 2), order.kv.to_slots(kv, 2)
+        case Orders():
+            q, kv = order.q + problem.q_offset, order.kv
+    seeds = _query_seeds(arrays, q, batch, problem)
+    keys = dropout.key_seeds(kv)
+    return vectors._replace(q=(*vectors.q, seeds), kv=(*vectors.kv, keys))
+
+
+def of_all_pairs(
+    arrays: Mapping[str, Array], batch: int, problem: Problem, rate: float, dtype: Any
+) -> Float[Array, "batch heads q kv"]:
+    """What every weight is multiplied by: 0 or ``1 / (1 - rate)``."""
+    q, kv = (x[None, None] for x in _positions(problem))
+    seeds = _query_seeds(arrays, q, batch, problem)
+    keys = dropout.key_seeds(kv)
+    return dropout.factor(seeds[..., :, None], keys[..., None, :], rate, dtype)
+
+
+def _query_seeds(
+    arrays: Mapping[str, Array], positions: Array, batch: int, problem: Problem
+) -> Array:
+    words, heads = arrays[DROPOUT_KEY], problem.num_heads
+    first = arrays[ENTRY][0] if ENTRY in arrays else 0
+    return dropout.query_seeds(words, positions, batch, heads, first)
+
+
+def _positions(problem: Problem) -> tuple[Array, Array]:
+    q = jnp.arange(problem.q_seq_len, dtype=jnp.int32) + problem.q_offset
+    return q, jnp.arange(problem.kv_seq_len, dtype=jnp.int32)

@@ -1,0 +1,80 @@
+"""``heads``: every part of the heads is a call of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sadsl.run import dropout_seeds
+from sadsl.run.attend import attend, choose
+from sadsl.run.types import QKV, Outcome, Setting
+from sadsl.terms.base import Spec, read_by
+from sadsl.terms.heads import Heads
+
+
+def slices(
+    inputs: tuple[Array, ...], term: Heads
+) -> list[tuple[tuple[Array, ...], Spec]]:
+    """The heads of every part, of q and of what has the heads of k.
+
+    Raises:
+      ValueError: the numbers do not add up to the heads, or split a group of them.
+    """
+    q, *others = inputs
+    heads, group = q.shape[2], q.shape[2] // others[0].shape[2]
+    if term.num_heads != heads:
+        raise ValueError(
+            f"{term!r} is for {term.num_heads} heads, and q has {heads}: make the "
+            "numbers add up to the heads of q"
+        )
+    found, start = [], 0
+    for spec, count in term.shares:
+        if count % group:
+            raise ValueError(
+                f"{term!r}: {count} heads of {spec!r} split a group of {group} that "
+                "reads one key head: give a multiple of it"
+            )
+        stop = start + count
+        mine = tuple(x[:, :, start // group : stop // group] for x in others)
+        found.append(((q[:, :, start:stop], *mine), spec))
+        start = stop
+    return found
+
+
+@attend.register
+def _(term: Heads, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> Outcome:
+    """The outcomes of all parts, side by side; an lse if every part has one."""
+    found = []
+    for i, ((q, k, v), spec) in enumerate(slices(inputs, term)):
+        # Else the first heads of all parts would drop the same pairs.
+        mine = dropout_seeds.of_part(read_by(spec, given), i)
+        found.append(attend(spec, (q, k, v), mine, setting))
+    lses = [lse for _, lse in found if lse is not None]
+    lse = jnp.concatenate(lses, axis=1) if len(lses) == len(found) else None
+    return Outcome(jnp.concatenate([out for out, _ in found], axis=2), lse)
+
+
+@choose.register
+def _(
+    term: Heads,
+    inputs: tuple[Array, Array],
+    given: Mapping[str, Any],
+    setting: Setting,
+) -> dict[str, Array]:
+    """What the selections of all parts choose, each for its own heads.
+
+    Raises:
+      ValueError: two parts have the same selection, whose arrays have one name.
+    """
+    found: dict[str, Array] = {}
+    for (q, k), spec in slices(inputs, term):
+        made = choose(spec, (q, k), read_by(spec, given), setting)
+        twice = sorted(set(found) & set(made))
+        if twice:
+            raise ValueError(
+                f"{term!r} chooses {twice[0]!r} for two parts: give their operands "
+                "different names, so that the selections differ"
+            )
+        found |= made
+    return found

@@ -1,0 +1,162 @@
+"""Packed documents in a linear recurrence: tokens of one id brought together.
+
+A recurrence empties its state where a document starts, so the tokens of a document must
+follow each other. Where they do not, or where queries and keys are those of other
+positions, all are sorted by document, and by position within it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+from lowering.run_time import sort
+from pallas_kernels.linear.marks import GRAIN, STRONGEST
+from sadsl.run.linear_operands import clipped
+
+# Log-decays whose sum is below this are forgotten: far from both ends of what f32 and
+# wrapped int32 sums can tell apart.
+FORGOTTEN = 16 * STRONGEST
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What is known of the documents of a call before it runs.
+
+    ``in_order``: each document is in one piece, and a query has the id of the key at
+    its position, or one that no key has; None where the ids are traced. ``same_ids``:
+    every query is known to have the id of the key at its position, so that a sort by
+    document takes both at once: a few percent of the time of a call.
+    """
+
+    in_order: bool | None
+    same_ids: bool
+
+
+def documents(ids: tuple[Array, Array], q_offset: int, *, same_ids: bool) -> Documents:
+    """What the ids ``[batch, seq]`` of queries and keys tell; ``same_ids`` if known."""
+    q, kv = ids
+    if q_offset or q.shape[1] != kv.shape[1]:
+        return Documents(in_order=False, same_ids=False)
+    if any(isinstance(x, jax.core.Tracer) for x in ids):
+        return Documents(None, same_ids)
+    q, kv = np.asarray(q), np.asarray(kv)
+    return Documents(bool(in_order(q, kv, np)), bool((q == kv).all()))
+
+
+def in_order(q_ids: Any, kv_ids: Any, xp: Any = jnp) -> Any:
+    """Whether each document is in one piece, and queries beside their keys.
+
+    A query whose id no key has sees nothing, wherever it is.
+    """
+    together = xp.sort(kv_ids, axis=1)
+    pieces, fewest = (
+        xp.count_nonzero(xp.diff(x, axis=1), axis=1) for x in (kv_ids, together)
+    )
+    apart = q_ids != kv_ids
+    if xp is np:
+        has_keys = [np.isin(q, kv) for q, kv in zip(q_ids, kv_ids, strict=True)]
+        return (pieces == fewest).all() and not (apart & has_keys).any()
+    return (pieces == fewest).all() & ~apart.any()
+
+
+class Sorted(NamedTuple):
+    """Which token is in every slot of the order by document, and the slot of each.
+
+    The tokens are those of the keys, then those of the queries, unless ``paired``: then
+    each is a key and a query. ``at`` is the position of the token in every slot.
+    """
+
+    order: Int32[Array, "batch 1 slots"]
+    slots: Int32[Array, "batch 1 tokens"]
+    at: Int32[Array, "batch slots"]
+    starts: Bool[Array, "batch slots"]
+    paired: bool
+
+    def placed(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """The arrays ``[batch, seq, heads, dim]`` in slots."""
+        if not self.paired:
+            q_seq, kv_seq = q.shape[1], k.shape[1]
+            q, k, v = padded(q, kv_seq, 0), padded(k, 0, q_seq), padded(v, 0, q_seq)
+        q, k, v = (sort.permute(x, self.order, self.slots) for x in (q, k, v))
+        return q, k, v
+
+    def between(self, log_decay: Array | None) -> Array | None:
+        """Log-decays ``[batch, heads, positions]`` from slot to slot."""
+        if log_decay is None:
+            return None
+        return _between(log_decay, self.at, self.starts)
+
+    def of_queries(self, x: Array, q_seq: int) -> Array:
+        """What the queries of ``x [batch, slots, ...]`` have, in the given order."""
+        x = sort.permute(x, self.slots, self.order)
+        return x[:, x.shape[1] - q_seq :]
+
+
+def by_document(
+    ids: tuple[Array, Array], q_offset: int, *, causal: bool, paired: bool
+) -> Sorted:
+    """The order by document, and by position in it: a key before a query there.
+
+    If not ``causal``, all keys of a document come before its queries.
+    """
+    q_ids, kv_ids = ids
+    labels, at = kv_ids, np.arange(kv_ids.shape[1])
+    if not paired:
+        labels = jnp.concatenate([kv_ids, q_ids], axis=1)
+        at = np.concatenate([at, q_offset + np.arange(q_ids.shape[1])])
+    # The sort by id is stable: it keeps what comes first here.
+    first = np.argsort(at, kind="stable") if causal else np.arange(len(at))
+    order = jnp.argsort(labels[:, first], axis=1, stable=True)
+    order = jnp.asarray(first, jnp.int32)[order]
+    slots = jnp.argsort(order, axis=1).astype(jnp.int32)
+    starts = starts_of(jnp.take_along_axis(labels, order, axis=1))
+    at = jnp.asarray(at, jnp.int32)[order]
+    return Sorted(order[:, None], slots[:, None], at, starts, paired)
+
+
+def starts_of(ids: Array) -> Array:
+    """Where a document starts, bool ``[batch, seq]``."""
+    first = jnp.ones_like(ids[:, :1], bool)
+    return jnp.concatenate([first, ids[:, 1:] != ids[:, :-1]], axis=1)
+
+
+def padded(x: Array, before: int, after: int) -> Array:
+    """``[batch, seq, ...]`` with zeros before and after along the sequence."""
+    if not before and not after:
+        return x
+    widths = [(0, 0), (before, after), *[(0, 0)] * (x.ndim - 2)]
+    return jnp.pad(x, widths)
+
+
+def _between(
+    log_decay: Float[Array, "batch heads positions"],
+    at: Int32[Array, "batch slots"],
+    starts: Bool[Array, "batch slots"],
+) -> Float[Array, "batch heads slots"]:
+    """The log-decays of all positions after the token before, up to the token itself.
+
+    0 where a document starts. The steps in between count, whatever their document.
+    """
+    decay = clipped(log_decay)
+    # A difference of two sums over the whole sequence must be as exact as a sum over
+    # the steps between: whole grains are added as integers, where a wrapped sum has the
+    # right differences, and what is left of each is small.
+    grains = jax.lax.stop_gradient(jnp.round(decay / GRAIN))
+    fine = jnp.cumsum(decay - grains * GRAIN, axis=2)
+    coarse = jnp.cumsum(grains.astype(jnp.int32), axis=2)
+    rough = jax.lax.stop_gradient(jnp.cumsum(decay, axis=2))
+
+    def steps(total: Array) -> Array:
+        spread = (at.shape[0], *total.shape[1:])
+        here = jnp.take_along_axis(
+            jnp.broadcast_to(total, spread), at[:, None], axis=2, mode="clip"
+        )
+        return jnp.diff(here, axis=2, prepend=here[:, :, :1])
+
+    found = steps(coarse).astype(decay.dtype) * GRAIN + steps(fine)
+    found = jnp.where(steps(rough) < FORGOTTEN, STRONGEST, found)
+    return jnp.where(starts[:, None], 0.0, found)

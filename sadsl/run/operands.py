@@ -1,0 +1,113 @@
+"""The run-time arrays of a call, checked against what its spec reads."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lowering import ir
+from lowering.bias.verify import verify_scores
+from lowering.pipeline import Stages
+from lowering.ranges import verify
+from sadsl.maps.integers import integers
+from sadsl.run.options import Options
+from sadsl.selections.base import Selection, operands_of
+
+
+def call_arrays(
+    options: Options, operands: Mapping[str, Any] | None, batch: int
+) -> dict[str, Array]:
+    """The run-time arrays of a call with a batch axis, checked against its map."""
+    arrays = operand_arrays(operands, floats=frozenset(options.asked))
+    ranks = operand_ranks(options, arrays)
+    fitted = with_batch_axis(arrays, ranks, batch)
+    check_given(fitted, options)
+    return fitted
+
+
+def check_given(arrays: Mapping[str, Any], options: Options) -> None:
+    """Checks the arrays of a caller, but for what selections check or make."""
+    chosen = options.selections
+    known = {*options.asked, *options.of_bias, *operands_of(options.term.map)}
+    if options.score is not None:
+        shapes = {n: x.shape[1:] for n, x in arrays.items() if n in options.of_bias}
+        verify_scores(options.score, options.problem, shapes)
+    mine = {
+        name: x
+        for name, x in arrays.items()
+        if name in options.read or name not in known
+        if not any(s.owns(name) for s in chosen)
+    }
+    check_operands(mine, options.stages, made=chosen)
+
+
+def operand_ranks(options: Options, arrays: Mapping[str, Any]) -> dict[str, int]:
+    """The axes of each array beside the batch: as many as it is indexed by.
+
+    The map is taken as it was written: simplification may remove what reads an array,
+    which a caller passes all the same. An array that nothing reads is refused later.
+    """
+    unread = {name: x.ndim for name, x in arrays.items()}
+    written = operands_of(options.term.map)
+    return {**unread, **written, **options.asked, **options.of_bias}
+
+
+def check_operands(
+    arrays: Mapping[str, Any], stages: Stages, made: tuple[Selection, ...] = ()
+) -> None:
+    """Checks arrays ``[batch or 1, ...]`` against what the map reads.
+
+    The parts of the selections ``made`` need not be there yet.
+    """
+    program = stages["simplify"]
+    problem = program.problem
+    shapes = {name: tuple(x.shape[1:]) for name, x in arrays.items()}
+    needed = {
+        n
+        for node in program.maps
+        for n in ir.walk(node)
+        if isinstance(n, ir.Operand) and not any(s.owns(n.name) for s in made)
+    }
+    lengths = problem.q_seq_len, problem.kv_seq_len
+    verify.verify_operands(needed, *lengths, shapes, problem.num_heads)
+
+
+def operand_arrays(
+    operands: Mapping[str, Any] | None, *, floats: frozenset[str] = frozenset()
+) -> dict[str, jax.Array]:
+    """The run-time arrays of a call by name, as int32 or bools.
+
+    Those named in ``floats`` are what selections look at: they keep their dtype.
+
+    Raises:
+      ValueError: not integers.
+    """
+    return {
+        name: jnp.asarray(x) if name in floats else integers(name, x)
+        for name, x in (operands or {}).items()
+    }
+
+
+def with_batch_axis(
+    arrays: Mapping[str, jax.Array], ranks: Mapping[str, int], batch: int
+) -> dict[str, jax.Array]:
+    """Each array as ``[batch or 1, ...]``; ``ranks`` are those without the batch.
+
+    Raises:
+      ValueError: the leading axis is not the batch.
+    """
+    found = {}
+    for name, x in arrays.items():
+        rank = ranks.get(name, 1)
+        if x.ndim == rank:
+            found[name] = x[None]
+        elif x.ndim == rank + 1 and x.shape[0] in (1, batch):
+            found[name] = x
+        else:
+            raise ValueError(
+                f"operand {name!r} has shape {x.shape}: it must have {rank} axes, or a "
+                f"batch axis of {batch} (or 1) in front of them"
+            )
+    return found

@@ -1,0 +1,142 @@
+"""The plan of one content: which blocks a call visits, for given queries and keys."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from lowering import pipeline
+from lowering.facts.plan_counts import Plan
+from lowering.pipeline import Stages
+from lowering.problem import Problem
+from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.config import KernelConfig, Tile, Tiles
+from sadsl.run import checks
+from sadsl.run.content import with_parts
+from sadsl.run.operands import call_arrays
+from sadsl.run.options import Options
+from sadsl.run.softmax import prepare
+from sadsl.run.types import Setting
+from sadsl.terms.base import Spec
+from sadsl.text.specs import as_term
+
+
+def plan_for(
+    spec: Spec | str,
+    q: Float[Array, "batch q_seq num_q_heads head_dim"],
+    k: Float[Array, "batch kv_seq num_kv_heads head_dim"],
+    *,
+    block_q: int = 128,
+    block_kv: int = 128,
+    operands: Mapping[str, Any] | None = None,
+    sm_scale: float | None = None,
+    q_offset: int = 0,
+    relayout: bool = True,
+) -> Plan:
+    """Which blocks a call visits for these queries and keys, as the kernels plan it.
+
+    Has one map for each entry of the batch and head whose plans may differ, the heads
+    of an entry together; counts are over all of them. Where the call sorts its
+    positions by a label, the blocks are those of the sorted order.
+
+    Args:
+      spec: a map, ``softmax(map)``, or text.
+      q, k: arrays, not traced.
+      block_q, block_kv: block sizes.
+      operands: the run-time arrays of the call, segment ids by their names among them.
+      sm_scale, q_offset: as in ``attention``; selections may depend on them.
+      relayout: False keeps the given order of positions.
+    """
+    problem = checks.problem(q, k, k, q_offset)
+    setting = Setting(
+        sm_scale=float(checks.scale(sm_scale, q.shape[-1])),
+        q_offset=q_offset,
+        config=KernelConfig(relayout=None if relayout else False),
+    )
+    options = Options(as_term(spec), problem, setting)
+    arrays = call_arrays(options, operands, q.shape[0])
+    tile = Tile(block_q=block_q, block_kv=block_kv)
+    tiles = Tiles(forward=tile, dq=tile, dkv=tile)
+    mask = _forward_mask(q, k, arrays, options=options, tiles=tiles)
+    planned = options.arranged(tiles).planned
+    return Plan(planned.maps, on_host(mask), problem.num_heads, planned.layouts)
+
+
+@partial(jax.jit, static_argnames=("options", "tiles"))
+def _forward_mask(
+    q: Array, k: Array, arrays: Mapping[str, Array], *, options: Options, tiles: Tiles
+) -> BlockMask:
+    found = with_parts(q, k, arrays, options)
+    return prepare(found, options, tiles).masks.forward
+
+
+def on_host(mask: BlockMask) -> BlockMask:
+    """A run-time plan as NumPy arrays, without the room that it did not need."""
+    held = jax.tree.map(np.asarray, mask)
+    count = int(held.row_ptr[-1])
+    names = "run_start", "run_stop", "run_full"
+    return replace(held, **{name: getattr(held, name)[:count] for name in names})
+
+
+def plan(
+    spec: Spec | str,
+    q_seq_len: int,
+    kv_seq_len: int | None = None,
+    *,
+    block_q: int = 128,
+    block_kv: int = 128,
+    num_heads: int = 1,
+    q_offset: int = 0,
+    exact: bool = False,
+    relayout: bool = True,
+) -> Plan:
+    """Which blocks a spec visits, computed from its expression: no arrays, no jit.
+
+    The plan never misses a pair and never calls a block full that is not. Blocks that
+    the analysis leaves open are looked into up to a budget; past it they count as
+    partial, and ``exact=True`` looks into all of them. Where another order of the
+    positions visits enough fewer blocks to pay for it, the plan is in that order, and
+    ``plan.layouts`` says which.
+
+    Args:
+      spec: an index map, a term, or text.
+      q_seq_len, kv_seq_len: numbers of queries and keys (``q_seq_len`` if None).
+      block_q, block_kv: block sizes, any positive integers.
+      num_heads: heads; maps that differ by head are planned once each.
+      q_offset: the position of the first query.
+      exact: settle every block, whatever it costs.
+      relayout: look for a better order of positions; False keeps the given one.
+    """
+    kv_seq_len = q_seq_len if kv_seq_len is None else kv_seq_len
+    sizes = {"q_seq_len": q_seq_len, "kv_seq_len": kv_seq_len, "block_q": block_q}
+    sizes |= {"block_kv": block_kv, "num_heads": num_heads}
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+    problem = Problem(q_seq_len, kv_seq_len, num_heads, q_offset)
+    given = pipeline.run(as_term(spec).map.node, problem)
+    stages = pipeline.arrange(given, block_q, block_kv) if relayout else given
+    return plan_of(stages, given, block_q, block_kv, exact=exact)
+
+
+def plan_of(
+    stages: Stages, given: Stages, block_q: int, block_kv: int, *, exact: bool = False
+) -> Plan:
+    """The plan of lowered stages, beside the counts of the given order."""
+    found = _counted(stages, block_q, block_kv, exact)
+    if stages.layouts is None:
+        return found
+    plain = _counted(given, block_q, block_kv, exact)
+    counts = plain.num_full, plain.num_partial
+    return replace(found, layouts=stages.layouts, given=counts, given_maps=plain.maps)
+
+
+def _counted(stages: Stages, block_q: int, block_kv: int, exact: bool) -> Plan:
+    # Spelt as the other callers do, so that all share one cached plan.
+    options = (True,) if exact else ()
+    mask = pipeline.block_mask(stages, block_q, block_kv, "q", *options)
+    return Plan(stages.planned.maps, mask, stages.planned.problem.num_heads)

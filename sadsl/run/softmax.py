@@ -1,0 +1,307 @@
+"""How a checked call runs: what content decides, the order, the plan, the kernels."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lowering import ir, pipeline
+from lowering.bias.nodes import resolved
+from lowering.expr.kernel_test import KernelPredicate
+from lowering.pipeline import Stages
+from lowering.run_time import bias_values, pair_bits, plans, sort
+from lowering.run_time.vectors import vectors_of
+from pallas_kernels import dispatch
+from pallas_kernels.call import Call, Inputs, Masks, Vectors
+from pallas_kernels.config import Tiles
+from pallas_kernels.precision import wide, widened
+from sadsl.maps.base import IndexMap
+from sadsl.run import dropout_seeds, merging, reference
+from sadsl.run.attend import attend, choose
+from sadsl.run.content import chosen_parts, with_parts
+from sadsl.run.operands import call_arrays
+from sadsl.run.options import Options, options_of, traced_scale
+from sadsl.run.symbolic_batch import KNOWN_SIZES, entry_by_entry, is_symbolic
+from sadsl.run.types import QKV, Outcome, Setting
+from sadsl.terms.base import DROPOUT_KEY, TRACED_SCALE, reads
+from sadsl.terms.softmax import Softmax
+
+
+@attend.register
+def _(
+    term: IndexMap, inputs: QKV, given: Mapping[str, Any], setting: Setting
+) -> Outcome:
+    """A map stands for the softmax over its pairs."""
+    return attend(Softmax(term), inputs, given, setting)
+
+
+@attend.register
+def _(
+    term: Softmax, inputs: QKV, given: Mapping[str, Any], setting: Setting
+) -> Outcome:
+    """One softmax over the pairs of a map.
+
+    Raises:
+      ValueError: arrays are missing, unknown or of another shape.
+    """
+    options = options_of(inputs, term, setting)
+    apart = (term.sink, DROPOUT_KEY)
+    operands = {name: x for name, x in given.items() if name not in apart}
+    arrays = call_arrays(options, operands, inputs[0].shape[0])
+    if setting.dropout_rate:
+        arrays[DROPOUT_KEY] = dropout_seeds.key_words(given[DROPOUT_KEY])
+    arrays |= traced_scale(setting)
+    out, lse = traced(*inputs, arrays, options=options)
+    if term.sink is None:
+        return Outcome(out, lse)
+    return merging.with_sink(out, lse, sinks_of(term, given, inputs[0]))
+
+
+@choose.register
+def _(
+    term: IndexMap, inputs: tuple[Array, Array], given: Mapping[str, Any],
+    setting: Setting,
+) -> dict[str, Array]:  # fmt: skip
+    """What the selections in a map choose."""
+    return choose(Softmax(term), inputs, given, setting)
+
+
+@choose.register
+def _(
+    term: Softmax, inputs: tuple[Array, Array], given: Mapping[str, Any],
+    setting: Setting,
+) -> dict[str, Array]:  # fmt: skip
+    """What the selections in the map of a softmax choose."""
+    q, k = inputs
+    options = options_of((q, k), Softmax(term.map), setting)
+    extra = [name for name in term.operands if not reads(term.map, name)]
+    mine = {name: x for name, x in given.items() if name not in extra}
+    arrays = call_arrays(options, mine, q.shape[0])
+    arrays |= traced_scale(setting)
+    return chosen_parts(q, k, arrays, options)
+
+
+def sinks_of(term: Softmax, given: Mapping[str, Any], q: Array) -> Array:
+    """The sink of every head, ``[batch or 1, heads]``.
+
+    Raises:
+      ValueError: it was not given, or in another shape.
+    """
+    batch, _, heads, _ = q.shape
+    if term.sink not in given:
+        raise ValueError(
+            f"{term!r} reads its sinks from {term.sink!r}, which was not given: pass "
+            f"operands={{{term.sink!r}: array}} with a float for each of {heads} heads"
+        )
+    sinks = jnp.asarray(given[term.sink])
+    if sinks.shape not in ((heads,), (1, heads), (batch, heads)):
+        raise ValueError(
+            f"operand {term.sink!r} has shape {sinks.shape}: the sinks of {term!r} "
+            f"must be ({heads},), one a head, perhaps with the batch of {batch} in "
+            "front"
+        )
+    return sinks.reshape(-1, heads)
+
+
+@partial(jax.jit, static_argnames=("options",))
+def traced(
+    q: Array, k: Array, v: Array, arrays: Mapping[str, Array], *, options: Options
+) -> tuple[Array, Array]:
+    """Output and lse of a checked call; ``arrays`` have a batch axis.
+
+    With dropout, the words of its key are among them.
+    """
+    differ = options.selections or options.setting.dropout_rate
+    differ = differ or any(x.ndim and is_symbolic(x) for x in arrays.values())
+    if is_symbolic(q) and (differ or options.setting.impl in KNOWN_SIZES):
+        if options.setting.dropout_rate:
+            entry = jnp.arange(q.shape[0], dtype=jnp.int32)
+            arrays = {**arrays, dropout_seeds.ENTRY: entry}
+        return entry_by_entry(partial(_run, options=options), q, k, v, arrays)
+    return _run(q, k, v, arrays, options=options)
+
+
+def _run(
+    q: Array, k: Array, v: Array, arrays: Mapping[str, Array], *, options: Options
+) -> tuple[Array, Array]:
+    known = {*options.of_bias, DROPOUT_KEY, dropout_seeds.ENTRY}
+    own = {name: x for name, x in arrays.items() if name in known}
+    chosen = {**with_parts(q, k, arrays, options), **own}
+    run = _dense if options.setting.impl == "reference" else _kernels
+    if options.setting.sm_scale is not None:
+        return run(q, k, v, chosen, options)
+    # Kernels have their scale as a constant. All three are widened: the product of q
+    # and the scale is not rounded, and kernels take arrays of one dtype.
+    dtype, scale = q.dtype, arrays[TRACED_SCALE]
+    q, k, v = map(widened, (q, k, v))
+    q = q * scale.astype(q.dtype)
+    out, lse = run(q, k, v, chosen, options.with_scale(1.0))
+    return out.astype(dtype), lse
+
+
+def _dense(
+    q: Array, k: Array, v: Array, arrays: Mapping[str, Array], options: Options
+) -> tuple[Array, Array]:
+    problem = options.problem
+    program = options.stages["resolve_heads"]
+    maps = tuple(without_missing(node, arrays) for node in program.maps)
+    # An operand indexed by the head reads the head at hand.
+    nodes = tuple(
+        ir.substitute(maps[m], {"h": ir.Const(head)})
+        for head, m in enumerate(program.map_of_head)
+    )
+    allowed = reference.pairs(nodes, problem.q_seq_len, problem.kv_seq_len, arrays)
+    factor, rate = None, options.setting.dropout_rate
+    if rate:
+        dtype = wide(q.dtype)
+        factor = dropout_seeds.of_all_pairs(arrays, q.shape[0], problem, rate, dtype)
+    return reference.attention(
+        q, k, v, allowed,
+        sm_scale=options.setting.sm_scale, logits_soft_cap=options.term.logits_soft_cap,
+        bias=_dense_bias(arrays, options, q.dtype), factor=factor,
+    )  # fmt: skip
+
+
+def without_missing(node: ir.Pred, arrays: Mapping[str, Array]) -> ir.Pred:
+    """The map as it is written, with 0 for the arrays that are not there.
+
+    ``check_operands`` has made sure that the map does not depend on those.
+    """
+
+    def change(part: Any) -> Any:
+        if isinstance(part, ir.Operand) and part.name not in arrays:
+            return ir.Const(0)
+        return ir.rebuild(part, change)
+
+    return change(node)
+
+
+def _dense_bias(
+    arrays: Mapping[str, Array], options: Options, dtype: Any
+) -> Array | None:
+    """The bias of every pair, straight from its expression."""
+    if options.score is None:
+        return None
+    problem = options.problem
+    places = bias_values.Places(
+        jnp.arange(problem.q_seq_len, dtype=jnp.int32)[None, None, :, None],
+        jnp.arange(problem.kv_seq_len, dtype=jnp.int32)[None, None, None, :],
+        problem,
+        arrays,
+        dtype=wide(dtype),
+    )
+    return bias_values.dense(resolved(options.score, problem), places)
+
+
+def _kernels(
+    q: Array, k: Array, v: Array, arrays: Mapping[str, Array], options: Options
+) -> tuple[Array, Array]:
+    tiles = choose_tiles(options, q.shape[-1], v.shape[-1], q.dtype)
+    dtype = wide(q.dtype)
+    ready = prepare(arrays, options, tiles, dtype)
+    layouts, orders = ready.stages.layouts, ready.orders
+    if layouts is not None:
+        # Before the heads come to the front: the two are one change of layout.
+        q = layouts.q.to_slots(q, 1)
+        k, v = (layouts.kv.to_slots(x, 1) for x in (k, v))
+    if orders is not None:
+        q, k, v = orders.to_slots(q, k, v)
+    inputs = Inputs(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
+    call, vectors = kernel_call(options, ready.stages, tiles, dtype), ready.vectors
+    if options.setting.dropout_rate:
+        order, problem = layouts or orders, options.problem
+        vectors = dropout_seeds.with_seeds(vectors, arrays, q.shape[0], problem, order)
+    o, lse = dispatch.attend(
+        inputs, vectors, ready.masks, call, impl=options.setting.impl
+    )
+    o = jnp.swapaxes(o, 1, 2)
+    if layouts is not None:
+        o, lse = layouts.q.to_positions(o, 1), layouts.q.to_positions(lse, 2)
+    if orders is not None:
+        o, lse = orders.to_positions(o, lse)
+    return o, lse
+
+
+class Prepared(NamedTuple):
+    """A call but for q, k and v: the map in its order, what it reads, its plans."""
+
+    stages: Stages
+    vectors: Vectors
+    masks: Masks
+    orders: sort.Orders | None
+
+
+def prepare(
+    arrays: Mapping[str, Array],
+    options: Options,
+    tiles: Tiles,
+    dtype: Any = jnp.float32,
+) -> Prepared:
+    """The order, the vectors and the plans, made at run time where content decides."""
+    stages, orders = options.arranged(tiles), None
+    if options.sorted_by is not None:
+        orders = sort.orders(options.sorted_by, options.stages["simplify"], arrays)
+        arrays = {**arrays, **orders.operands}
+    vectors = call_vectors(stages, arrays, tiles)
+    lowered = options.lowered_score
+    if lowered is not None:
+        added = bias_values.values(lowered, options.problem, arrays, dtype)
+        vectors = vectors._replace(scores=added)
+    if plans.is_run_time(stages):
+        masks = plans.masks(stages, tiles, vectors)
+    else:
+        masks = pipeline.masks(stages, tiles)
+    return Prepared(stages, vectors, masks, orders)
+
+
+def call_vectors(stages: Stages, arrays: Mapping[str, Array], tiles: Tiles) -> Vectors:
+    """The vectors and bits that the predicate reads, computed from the operands."""
+    program = stages["hoist"]
+    lengths = program.problem.q_seq_len, program.problem.kv_seq_len
+    heads_, block_kv = program.problem.num_heads, tiles.forward.block_kv
+    return Vectors(
+        vectors_of(program.q_vectors, lengths[0], heads_, arrays),
+        vectors_of(program.kv_vectors, lengths[1], heads_, arrays),
+        pair_bits.pack(program.bits, lengths, block_kv, heads_, arrays),
+    )
+
+
+def kernel_call(
+    options: Options, stages: Stages, tiles: Tiles, dtype: Any = jnp.float32
+) -> Call:
+    """The static part of the kernel call."""
+    score = options.lowered_score
+    return Call(
+        predicate=KernelPredicate(stages["hoist"].maps),
+        sm_scale=options.setting.sm_scale,
+        tiles=tiles,
+        logits_soft_cap=options.term.logits_soft_cap,
+        interpret=options.setting.interpret,
+        scores=None if score is None else replace(score.kernel, dtype=dtype),
+        learned_scores=score is not None and score.learned,
+        dropout_rate=options.setting.dropout_rate,
+    )
+
+
+def choose_tiles(options: Options, head_dim: int, head_dim_v: int, dtype: Any) -> Tiles:
+    """The block sizes of a call: the config's, else the backend's for these sizes."""
+    backend, problem = dispatch.BACKENDS[options.setting.impl], options.problem
+    lengths = problem.q_seq_len, problem.kv_seq_len
+    defaults = backend.default_tiles(lengths, head_dim, head_dim_v, dtype)
+    if not options.stages["hoist"].bits:
+        return options.setting.config.resolve(defaults)
+    # Bits are packed for blocks of keys: the smallest fits the registers of all three.
+    smallest = min(t.block_kv for t in (defaults.forward, defaults.dq, defaults.dkv))
+    tiles = options.setting.config.resolve(defaults.with_block_kv(smallest))
+    sizes = tiles.forward.block_kv, tiles.dq.block_kv, tiles.dkv.block_kv
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"config: block_kv is {sizes[0]} in the forward kernel, {sizes[1]} in dq "
+            f"and {sizes[2]} in dkv, but {options.term!r} looks up pairs in a run-time "
+            "array, which is packed for one block_kv: name the same in all three"
+        )
+    return tiles

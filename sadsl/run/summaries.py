@@ -1,0 +1,221 @@
+"""How summaries run: pools, the values of the regions, and who reads them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sadsl.maps.named import where
+from sadsl.maps.symbols import OperandArray
+from sadsl.run import pools
+from sadsl.run.attend import attend
+from sadsl.run.content import chosen_parts
+from sadsl.run.operands import call_arrays
+from sadsl.run.options import options_of
+from sadsl.run.types import QKV, Outcome, Setting
+from sadsl.terms import cluster_regions
+from sadsl.terms.base import DROPOUT_KEY
+from sadsl.terms.cluster_regions import Clusters
+from sadsl.terms.regions import Rowmajor
+from sadsl.terms.softmax import Softmax
+from sadsl.terms.summaries import PLAIN, Summaries
+
+# Names that no operand of a caller can have.
+VALID, SOME = "regions.valid", "regions.some"
+
+
+@attend.register
+def _(
+    term: Summaries, inputs: QKV, given: Mapping[str, Any], setting: Setting
+) -> Outcome:
+    """Output and lse of every query over the regions that it reads.
+
+    Two calls on a short sequence: the regions attend to their members, once each, and
+    the queries to the regions. Gradients flow through both and through the pools.
+
+    Raises:
+      ValueError: the sizes do not fit the partition, or operands are missing.
+      NotImplementedError: queries and keys are not those of the same tokens.
+    """
+    q, k, _ = inputs
+    n = k.shape[1]
+    if q.shape[1] != n or setting.q_offset:
+        raise NotImplementedError(
+            f"{term!r} with {q.shape[1]} queries at offset {setting.q_offset} and {n} "
+            "keys: regions pool the queries of their tokens, so that queries and keys "
+            "must be those of the same tokens; pass all queries, with q_offset=0"
+        )
+    term.partition.check(n)
+    valid = _valid(term, given, inputs)
+    if isinstance(term.partition, Clusters):
+        return _of_clusters(term, inputs, given, setting)
+    members, seen = term.partition.members(n), term.partition.seen(n)
+    of_members: dict[str, Array] = {}
+    of_seen = _dropped_by(given)
+    if valid is not None:
+        members &= where(lambda q, k: OperandArray(VALID)[k] != 0)
+        seen &= where(lambda q, k: OperandArray(SOME)[k] != 0)
+        of_members[VALID] = valid
+        of_seen[SOME] = pools.counted(valid, partition=term.partition) > 0
+    once = replace(setting, dropout_rate=0.0)
+
+    def within(asked: Array, values: Array) -> Array:
+        return attend(members, (asked, k, values), of_members, once).out
+
+    if isinstance(term.partition, Rowmajor):
+        keys, values = _of_tokens(inputs, term.partition, given, within)
+    else:
+        asked, keys = (
+            pools.pooled(x, valid, partition=term.partition, pool=term.pool)
+            for x in _features(inputs, term, given)
+        )
+        values = within(asked, inputs[2])
+    return attend(seen, (q, _for_heads(keys, q), values), of_seen, setting)
+
+
+def _of_clusters(
+    term: Summaries, inputs: QKV, given: Mapping[str, Any], setting: Setting
+) -> Outcome:
+    """The same for regions that content decides, a partition a head."""
+    partition = term.partition
+    assert isinstance(partition, Clusters)
+    q, k, v = inputs
+    mine, other = labels(q, k, partition, given, setting)
+    valid = _valid(term, given, inputs)
+    if valid is not None:
+        other = jnp.where(valid[:, None, :], other, -2)
+    order = cluster_regions.order_of(other)
+    queries, keys = (
+        cluster_regions.pooled(
+            _for_heads(x, q), other, order, partition=partition, pool=term.pool
+        )
+        for x in _features(inputs, term, given)
+    )
+    n, once = k.shape[1], replace(setting, dropout_rate=0.0)
+    of_members = cluster_regions.operands_of_members(partition, other)
+    members, seen = partition.members(n), partition.seen(n)
+    values = attend(members, (queries, k, v), of_members, once).out
+    at = cluster_regions.tokens_read(other, partition=partition)
+    of_seen = cluster_regions.operands_of_seen(partition, (mine, other), order, at)
+    of_seen = {**of_seen, **_dropped_by(given)}
+    if partition.causal:
+        keys, values = (cluster_regions.taken(x, at) for x in (keys, values))
+    return attend(seen, (q, keys, values), of_seen, setting)
+
+
+def labels(
+    q: Array, k: Array, partition: Clusters, given: Mapping[str, Any], setting: Setting
+) -> tuple[Array, Array]:
+    """The clusters of queries and of keys, int32 ``[batch, heads, n]``; < 0: none."""
+    kmeans = partition.kmeans
+    alone = replace(setting, impl="reference", dropout_rate=0.0)
+    options = options_of((q, k), Softmax(kmeans), alone)
+    read = {n: x for n, x in given.items() if n in kmeans.operands or kmeans.owns(n)}
+    arrays = call_arrays(options, read, q.shape[0])
+    found = chosen_parts(q, k, arrays, options)
+    shape = (q.shape[0], q.shape[2], k.shape[1])
+    mine, other = (
+        jnp.broadcast_to(found[kmeans.key(name)], shape)
+        for name in ("q_label", "k_label")
+    )
+    return mine, other
+
+
+def _of_tokens(
+    inputs: QKV,
+    partition: Rowmajor,
+    given: Mapping[str, Any],
+    within: Callable[[Array, Array], Array],
+) -> tuple[Array, Array]:
+    """The keys and values of the regions that ask with the query of a token."""
+    q, k, v = inputs
+    if partition.key == "none":
+        return k, within(q, v)
+    if partition.key == "proj":
+        values = within(q, v)
+        return _called(partition.proj, given, values, q.shape), values
+    both = within(q, jnp.concatenate([k, v], axis=-1))
+    keys, values = both[..., : k.shape[-1]], both[..., k.shape[-1] :]
+    if partition.key == "wsum_proj":
+        keys = _called(partition.proj, given, keys, q.shape)
+    return keys, values
+
+
+def _features(
+    inputs: QKV, term: Summaries, given: Mapping[str, Any]
+) -> tuple[Array, Array]:
+    """Queries and keys as they are pooled."""
+    found = [
+        _feature(name, x, given)
+        for name, x in zip(term.features, inputs[:2], strict=True)
+    ]
+    return found[0], found[1]
+
+
+def _feature(name: str, x: Array, given: Mapping[str, Any]) -> Array:
+    if name not in PLAIN:
+        return _called(name, given, x, x.shape)
+    return jax.nn.relu(x) if name == "relu" else x
+
+
+def _called(
+    name: str, given: Mapping[str, Any], x: Array, shape: tuple[int, ...]
+) -> Array:
+    """What the callable operand makes of ``x``, in its dtype.
+
+    Raises:
+      ValueError: it was not given, or makes another shape.
+      TypeError: it is no function.
+    """
+    if name not in given:
+        raise ValueError(
+            f"summaries read {name!r}, a function of arrays [batch, seq, heads, dim], "
+            f"which was not given: pass operands={{{name!r}: function}}"
+        )
+    function = given[name]
+    if not callable(function):
+        raise TypeError(
+            f"operand {name!r} must be a function of arrays [batch, seq, heads, dim], "
+            f"not a value of type {type(function).__name__}"
+        )
+    found = function(x)
+    if found.shape != shape:
+        raise ValueError(
+            f"operand {name!r} made {found.shape} of {x.shape}, but {shape} is needed: "
+            "batch, seq and heads as they are, and head_dim features"
+        )
+    return found.astype(x.dtype)
+
+
+def _valid(term: Summaries, given: Mapping[str, Any], inputs: QKV) -> Array | None:
+    """Which keys exist, bool ``[batch or 1, n]``; None for all.
+
+    Raises:
+      ValueError: it was not given, or in another shape.
+    """
+    if term.valid is None:
+        return None
+    batch, n = inputs[1].shape[:2]
+    found = given.get(term.valid)
+    if found is None or jnp.shape(found) not in ((n,), (1, n), (batch, n)):
+        shape = None if found is None else jnp.shape(found)
+        raise ValueError(
+            f"{term!r} reads {term.valid!r}, which has shape {shape}: pass operands="
+            f"{{{term.valid!r}: array}} of shape {(n,)} or {(batch, n)}, 0 at keys "
+            "that do not exist"
+        )
+    return jnp.asarray(found).astype(bool).reshape(-1, n)
+
+
+def _for_heads(x: Array, q: Array) -> Array:
+    """With the heads of the queries: each key head once a query head that reads it."""
+    group = q.shape[2] // x.shape[2]
+    return x if group == 1 else jnp.repeat(x, group, axis=2)
+
+
+def _dropped_by(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What dropout is drawn from: it falls on the weights of the regions."""
+    return {n: x for n, x in given.items() if n == DROPOUT_KEY}

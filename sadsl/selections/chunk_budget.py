@@ -1,0 +1,186 @@
+"""Chunks of keys of any length, ranked by a block of queries: a budget of tokens.
+
+Xiong et al., Long-context modeling with dynamic hierarchical sparse attention for
+on-device LLMs, 2025, section 3.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+from typing_extensions import override
+
+from sadsl.maps.base import at_least
+from sadsl.maps.symbols import Symbol, Truth
+from sadsl.selections.base import Content, Leak, NamedSelection
+
+FLAGS = "integers or bools [batch or 1, keys], not 0 where a chunk begins"
+
+
+class Ranges(NamedTuple):
+    """Chunks of one batch entry: keys ``start <= k < stop``; empty past the last."""
+
+    start: Int32[Array, " chunks"]
+    stop: Int32[Array, " chunks"]
+
+
+@dataclass(frozen=True, repr=False)
+class ChunkBudget(NamedSelection):
+    """See ``chunk_budget``."""
+
+    leak: ClassVar[Leak] = "all"
+
+    budget: int
+    block: int = 128
+    first: int = 128
+    local: int = 64
+    last: int = 64
+    max_chunks: int | None = None
+    by_block: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "first", "local", "last"):
+            at_least("chunk_budget", name, getattr(self, name), 0)
+        at_least("chunk_budget", "block", self.block, 1)
+        if self.max_chunks is not None:
+            at_least("chunk_budget", "max_chunks", self.max_chunks, 1)
+
+    @property
+    @override
+    def operands(self) -> Mapping[str, int]:
+        return {"boundaries": 1}
+
+    @override
+    def choose(self, content: Content) -> Mapping[str, Array]:
+        """Whole chunks by rank, and a part of the next one: ints without heads.
+
+        ``rank [batch, query blocks, chunks]``, ``chunk [batch, keys]``, and numbers for
+        each query: ranks below ``limit`` are seen, keys from ``start`` to ``stop``,
+        and, for blocks, those from ``near`` on.
+        Memory: a block of queries times the chunks, and the result.
+        """
+        batch, _, length, _ = content.q.shape
+        num_keys = content.k.shape[2]
+        flags = content.operand("boundaries", FLAGS)
+        if flags.shape[-1] != num_keys:
+            raise ValueError(
+                f"operand 'boundaries' has {flags.shape[-1]} entries for {num_keys} "
+                f"keys: pass {FLAGS}"
+            )
+        flags = jnp.broadcast_to(flags.astype(bool), (batch, num_keys))
+        num_chunks = min(self.max_chunks or num_keys, num_keys)
+        spare = -length % self.block
+        q = jnp.pad(content.queries().mean(axis=1), ((0, 0), (0, spare), (0, 0)))
+        q = q.reshape(batch, -1, self.block, q.shape[-1])
+        row = jnp.arange(length + spare).reshape(-1, self.block)
+        k = content.k.astype(jnp.float32).mean(axis=1)
+
+        def of_entry(q: Array, k: Array, flags: Array) -> dict[str, Array]:
+            chunk = jnp.minimum(jnp.cumsum(flags.at[0].set(True)), num_chunks) - 1
+            every = jnp.arange(num_chunks)
+            ranges = Ranges(
+                jnp.searchsorted(chunk, every, side="left").astype(jnp.int32),
+                jnp.searchsorted(chunk, every, side="right").astype(jnp.int32),
+            )
+            pooled = pool(k, ranges, chunk)
+            # A short last block is padded with zeros, so that its sum is of real rows.
+            count = jnp.sum(row < length, axis=1, keepdims=True).astype(jnp.float32)
+            scores = (q.sum(axis=1) / jnp.sqrt(count)) @ pooled.T
+            scores = jnp.where((ranges.stop > ranges.start)[None], scores, jnp.nan)
+            found = jax.lax.map(
+                lambda x: self._block(x[0], x[1], ranges, (length, num_keys), content),
+                (scores, row),
+            )
+            rows = (x.reshape(-1)[:length] for x in found[1:])
+            parts = dict(zip(("limit", "start", "stop", "near"), rows, strict=True))
+            return parts | {"rank": found[0], "chunk": chunk.astype(jnp.int32)}
+
+        return jax.vmap(of_entry)(q, k, flags)
+
+    def _block(
+        self,
+        scores: Float[Array, " chunks"],
+        row: Array,
+        ranges: Ranges,
+        lengths: tuple[int, int],
+        content: Content,
+    ) -> tuple[Array, ...]:
+        """The rank of every chunk for a query block; ``limit, start, stop, near``."""
+        length, num_keys = lengths
+        num_chunks = len(scores)
+        valid = jnp.isfinite(scores)
+        order = jnp.argsort(jnp.where(valid, -scores, jnp.inf), stable=True)
+        rank = jnp.zeros(num_chunks, jnp.int32).at[order].set(jnp.arange(num_chunks))
+        rank = jnp.where(valid, rank, num_chunks)
+        position = content.q_offset + row
+        frontier = position + 1
+        if self.by_block:
+            last = content.q_offset + jnp.minimum(row[-1] + 1, length)
+            frontier = jnp.broadcast_to(last, row.shape)
+        end = jnp.minimum(frontier, num_keys)
+        near = jnp.clip(frontier - self.local, 0, end)
+        forced = jnp.minimum(self.first, near) + (end - near)
+        room = jnp.maximum(self.budget - forced, 0)
+        # Keys of each chunk that compete, in the order of rank: [rows, chunks].
+        low = jnp.maximum(ranges.start[order], self.first)[None]
+        high = jnp.minimum(ranges.stop[order][None], near[:, None])
+        count = jnp.where(valid[order][None], jnp.maximum(high - low, 0), 0)
+        total = jnp.cumsum(count, axis=1)
+        limit = jnp.sum(total <= room[:, None], axis=1)
+        at = jnp.minimum(limit, num_chunks - 1)
+        before = jnp.take_along_axis(total - count, at[:, None], axis=1)[:, 0]
+        part = jnp.where(limit < num_chunks, room - before, 0)
+        start = jnp.broadcast_to(low, count.shape)
+        start = jnp.take_along_axis(start, at[:, None], axis=1)[:, 0]
+        # Ranks end at num_chunks, which stands for no chunk to be seen but by all.
+        limit = jnp.where(position >= num_keys - self.last, num_chunks + 1, limit)
+        return rank, limit, start, start + part, near
+
+    @override
+    def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
+        rank = self.part("rank")[q // self.block, self.part("chunk")[k]]
+        seen = rank < self.part("limit")[q]
+        seen |= (k >= self.part("start")[q]) & (k < self.part("stop")[q])
+        # Both say the same of single queries; the first is planned beforehand.
+        local = k >= self.part("near")[q] if self.by_block else q - k < self.local
+        return (k <= q) & (seen | (k < self.first) | local)
+
+
+def pool(
+    k: Float[Array, "keys head_dim"], ranges: Ranges, chunk: Int32[Array, " keys"]
+) -> Float[Array, "chunks head_dim"]:
+    """The mean of every chunk times the root of its length; 0 of an empty one."""
+    total = jax.ops.segment_sum(k, chunk, num_segments=len(ranges.start))
+    size = jnp.maximum(ranges.stop - ranges.start, 1).astype(jnp.float32)
+    return total / jnp.sqrt(size)[:, None]
+
+
+def chunk_budget(
+    budget: int,
+    *,
+    block: int = 128,
+    first: int = 128,
+    local: int = 64,
+    last: int = 64,
+    max_chunks: int | None = None,
+    by_block: bool = False,
+) -> ChunkBudget:
+    """A query sees ``budget`` keys: those of the chunks that its block ranks highest.
+
+    Xiong et al., DHSA, 2025, section 3: ``operands={"boundaries": flags [keys]}`` marks
+    where chunks begin, as ``teacher_boundaries`` or a trained predictor finds them. A
+    chunk, and a block of queries, is the mean over its tokens and the heads times the
+    root of its length; their products rank the chunks, for all heads alike. The
+    ``first`` keys and the ``local`` last ones are seen and count; then come whole
+    chunks by rank, and of the next as many keys as are left, the first first. The last
+    ``last`` positions see all.
+
+    ``by_block`` counts the budget, and the local keys, from the end of the query block,
+    as the authors' code does. Chunks past ``max_chunks`` (None: any number) are one
+    with the last; fewer take less memory. The bits of the pairs take ``q_seq_len *
+    kv_seq_len / 8`` bytes, for all heads.
+    """
+    return ChunkBudget(budget, block, first, local, last, max_chunks, by_block)

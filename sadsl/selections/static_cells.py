@@ -1,0 +1,155 @@
+"""Which cells hold a pair of a static map, from its expression."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from lowering import ir, pipeline
+from lowering.expr import heads
+from lowering.expr.fits import bounded, known_of
+from lowering.expr.simplify import simplify
+from lowering.expr.static_range import Known
+from lowering.problem import Problem
+from lowering.run_time.vectors import AtPositions, evaluate_outside
+from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.loops import repeat
+from sadsl.maps.base import IndexMap
+from sadsl.selections.tiles import Partition, Tiles, Within, part_of, positions
+
+# Pairs that are looked at in one step, where a partition is not one of blocks.
+STEP = 1 << 20
+
+
+def check_static(map_name: str, name: str, value: IndexMap | None) -> None:
+    """Refuses what is not a map, or reads run-time arrays.
+
+    Raises:
+      TypeError: not an index map.
+      ValueError: it depends on run-time arrays or on content.
+    """
+    if value is None:
+        return
+    if not isinstance(value, IndexMap):
+        raise TypeError(f"{map_name}: {name}={value!r} must be an index map or None")
+    names = sorted(ir.operand_names(value.node))
+    if names:
+        raise ValueError(
+            f"{map_name}: {name}={value!r} reads the run-time arrays {names}: which "
+            f"cells are {name} must be known from positions; combine the maps by & or "
+            "| instead"
+        )
+
+
+def holding(
+    a: IndexMap, rows: Partition, columns: Partition, problem: Problem
+) -> Bool[Array, "heads_or_1 rows columns"]:
+    """Whether a cell holds some pair of ``a``, exactly.
+
+    Cells of blocks come from the plan of the map; cells of tiles are looked into.
+
+    Raises:
+      ValueError: the map does not fit the problem (heads, tables, grids).
+    """
+    if rows == 1 and isinstance(a, Within) and a.partition == columns:
+        return _own(columns, problem)
+    if isinstance(rows, Tiles) or isinstance(columns, Tiles):
+        return _looked_into(a, rows, columns, problem)
+    stages = pipeline.run(a.node, problem)
+    mask = pipeline.block_mask(stages, rows, columns, "q", True)
+    found = _expanded(mask)
+    whose = np.asarray(mask.map_of_head)
+    return found if mask.num_maps == 1 else found[whose]
+
+
+def _own(columns: Partition, problem: Problem) -> Bool[Array, "1 rows columns"]:
+    at = np.arange(problem.q_seq_len) + problem.q_offset
+    _, real = positions(columns, problem.kv_seq_len)
+    mine = jnp.asarray(part_of(columns, at).astype(np.int32))
+    part = jnp.arange(len(real), dtype=jnp.int32)
+    return (mine[:, None] == part[None, :])[None]
+
+
+def _expanded(mask: BlockMask) -> Bool[Array, "maps rows columns"]:
+    """The blocks of a plan on host arrays, as bools made where they are used."""
+    ptr = np.asarray(mask.row_ptr)
+    length = np.diff(ptr)
+    most = max(1, int(length.max(initial=0)))
+    slot = np.arange(most)
+    held = slot < length[:, None]
+    at = np.minimum(ptr[:-1, None] + slot, max(0, len(mask.run_start) - 1))
+    ends = np.zeros((2, *held.shape), np.int32)
+    if len(mask.run_start):
+        runs = np.stack([np.asarray(mask.run_start), np.asarray(mask.run_stop)])
+        ends = np.where(held, runs[:, at], 0).astype(np.int32)
+    start, stop = jnp.asarray(ends)
+    column = jnp.arange(mask.num_columns, dtype=jnp.int32)[None]
+
+    def add(i: Int[Array, ""], found: Bool[Array, "r c"]) -> Bool[Array, "r c"]:
+        low, high = (jax.lax.dynamic_slice_in_dim(x, i, 1, 1) for x in (start, stop))
+        return found | (column >= low) & (column < high)
+
+    none = jnp.zeros((len(length), mask.num_columns), bool)
+    found = repeat(most, add, none)
+    return found.reshape(mask.num_maps, -1, mask.num_columns)
+
+
+def of_heads(a: IndexMap, problem: Problem) -> tuple[ir.Pred, ...]:
+    """The predicate of every head; of one, where all have the same."""
+    node = ir.substitute(a.node, {"n": ir.Const(problem.kv_seq_len)})
+    every, known = heads.per_head(node, problem.num_heads), _known(problem)
+    nodes = tuple(bounded(simplify(node), known) for node in every)
+    return nodes[:1] if len(set(nodes)) == 1 else nodes
+
+
+def pairs_at(
+    nodes: tuple[ir.Pred, ...],
+    q: Int[Array, "..."],
+    k: Int[Array, "..."],
+    problem: Problem,
+) -> Bool[Array, "..."]:
+    """Which pairs hold for positions that broadcast, a node each on the first axis."""
+    zero = jnp.zeros((1,) * max(q.ndim, k.ndim), jnp.int32)
+    shape = jnp.broadcast_shapes(q.shape, k.shape)
+    at, known = AtPositions(q, k, h=zero, operands={}), _known(problem)
+    found = [evaluate_outside(node, at, known) for node in nodes]
+    return jnp.stack([jnp.broadcast_to(x, shape) for x in found])
+
+
+def _known(problem: Problem) -> Known:
+    return known_of(problem.q_offset + problem.q_seq_len, problem.kv_seq_len)
+
+
+def _looked_into(
+    a: IndexMap, rows: Partition, columns: Partition, problem: Problem
+) -> Bool[Array, "heads_or_1 rows columns"]:
+    nodes = of_heads(a, problem)
+    q, q_real = positions(rows, problem.q_seq_len)
+    k, k_real = positions(columns, problem.kv_seq_len)
+    key, keys_real = jnp.asarray(k, jnp.int32)[None], jnp.asarray(k_real)[None]
+    step = max(1, STEP // (q.shape[1] * k.size))
+
+    def look(at: tuple[Array, Array]) -> Bool[Array, "nodes columns"]:
+        query, real = at
+        held = pairs_at(nodes, query[:, None, None] + problem.q_offset, key, problem)
+        held &= (real[:, None, None] & keys_real)[None]
+        return jnp.any(held, axis=(1, 3))
+
+    found = jax.lax.map(
+        look, (jnp.asarray(q, jnp.int32), jnp.asarray(q_real)), batch_size=step
+    )
+    return jnp.moveaxis(found, 0, 1)
+
+
+def heads_of(*maps: IndexMap | None) -> int:
+    """A number of heads that all of the maps can have."""
+    sizes = [
+        len(n.terms)
+        for a in maps
+        if a is not None
+        for n in ir.walk(a.node)
+        if isinstance(n, ir.ByHead)
+    ]
+    return math.lcm(*sizes)

@@ -1,0 +1,1 @@
+"""Terms: how pairs are scored and normalised, and how terms combine. Values only."""

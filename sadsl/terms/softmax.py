@@ -1,0 +1,93 @@
+"""Terms: how the pairs of a map are scored and normalised, and by which heads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sadsl.maps.base import IndexMap
+from sadsl.maps.call_text import call_text
+from sadsl.terms.base import Learned, Sizes, Spec, Term, together
+from sadsl.terms.biases import Bias
+
+
+@dataclass(frozen=True, repr=False)
+class Softmax(Term):
+    """Softmax over the keys that ``map`` selects: reducer R1, one softmax over the set.
+
+    See ``softmax``, which makes it.
+    """
+
+    map: IndexMap
+    logits_soft_cap: float | None = None
+    bias: Bias | None = None
+    sink: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.map, IndexMap):
+            raise TypeError(f"softmax takes an index map, not {self.map!r}")
+        if self.sink is not None and not (
+            isinstance(self.sink, str) and self.sink.isidentifier()
+        ):
+            raise ValueError(
+                f"softmax: sink={self.sink!r} must be True, False or the name of an "
+                "operand, a Python identifier; the array is passed as operands="
+                "{name: array}"
+            )
+        if not isinstance(self.bias, Bias | None):
+            raise TypeError(
+                f"softmax: bias={self.bias!r} must be one such as alibi(), or None; an "
+                "array is the operand of pair_bias(name)"
+            )
+        cap = self.logits_soft_cap
+        if cap is not None and not cap > 0:
+            raise ValueError(
+                f"softmax: logits_soft_cap={cap} must be positive, or None"
+            )
+
+    @property
+    def parts(self) -> tuple[Spec, ...]:
+        """The map."""
+        return (self.map,)
+
+    @property
+    def operands(self) -> Mapping[str, int]:
+        """The arrays of the bias, and the sinks."""
+        bias = self.bias
+        of_bias = {} if bias is None else {**bias.operands, **bias.integer_operands}
+        return {**of_bias, **({} if self.sink is None else {self.sink: 1})}
+
+    @property
+    def support(self) -> IndexMap:
+        """The map."""
+        return self.map
+
+    def learned(self, sizes: Sizes) -> dict[str, Learned]:
+        """The arrays of the bias, and a sink a head, which starts at 0."""
+        found = {} if self.bias is None else self.bias.learned(sizes)
+        if self.sink is None:
+            return found
+        return together(self, found, {self.sink: Learned((sizes.num_q_heads,))})
+
+    def __repr__(self) -> str:
+        return call_text(self)
+
+
+def softmax(
+    map: IndexMap,
+    logits_soft_cap: float | None = None,
+    bias: Bias | None = None,
+    sink: bool | str = False,
+) -> Softmax:
+    """The term of a map with options; a bare map means ``softmax(map)``.
+
+    Args:
+      map: the pairs that attend.
+      logits_soft_cap: replaces each scaled score ``s`` by ``cap * tanh(s / cap)``
+        (Gemma Team, Gemma 2, 2024, section 2).
+      bias: what is added to the capped scores: ``alibi()``, ``t5_bias()``, ...
+      sink: a learned logit a head, to which no value belongs, joins each softmax: the
+        floats ``[num_q_heads]`` of the operand "sink", or of the name given here
+        (OpenAI, gpt-oss, 2025). The lse includes it, so that no query is empty.
+    """
+    cap = None if logits_soft_cap is None else float(logits_soft_cap)
+    name = ("sink" if sink else None) if isinstance(sink, bool) else sink
+    return Softmax(map, cap, bias, name)

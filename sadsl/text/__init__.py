@@ -1,0 +1,1 @@
+"""Specs as text, as JSON and as files."""

@@ -1,0 +1,279 @@
+"""Specs and plans in files: specs as JSON, plans as compressed NumPy archives.
+
+A file says of itself which format it has and holds a hash of its content. Loading
+never runs anything from a file: specs are read by ``parse``, arrays without pickle.
+"""
+
+import hashlib
+import io
+import json
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import numpy as np
+
+from lowering import ir
+from lowering.facts.plan_counts import Plan
+from lowering.order.candidates import Layouts
+from lowering.order.layout import Axis, Layout
+from pallas_kernels.block_mask import BlockMask, check
+from sadsl.terms.base import Spec
+from sadsl.text.parsing import parse
+
+# Raised whenever an older reader would misunderstand a file.
+SPEC_FORMAT = 1
+PLAN_FORMAT = 2
+
+# What the fields of a plan are made of beside numbers, by name.
+KINDS = {
+    kind.__name__: kind
+    for kind in (*get_args(ir.Expr), *get_args(ir.Pred), Axis, Layout, Layouts)
+}
+# A plan on the host takes a test a map: ``test_of_map`` is for those made at run time.
+ARRAYS = tuple(
+    f.name
+    for f in fields(BlockMask)
+    if not f.metadata.get("static") and f.name != "test_of_map"
+)
+STATICS = tuple(f.name for f in fields(BlockMask) if f.metadata.get("static"))
+
+# What the readers of an archive raise where it is none, or torn. RuntimeError: a flag
+# says that it is encrypted, or compressed in another way.
+UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, struct.error, ValueError, EOFError, OSError,
+    RuntimeError,
+)  # fmt: skip
+
+
+def to_json(spec: Spec | str) -> str:
+    """The JSON text of a spec.
+
+    Raises:
+      ValueError: the spec has no text of its own, as a map of a class of the caller's.
+    """
+    spec = parse(spec) if isinstance(spec, str) else spec
+    text = repr(spec)
+    if not _is_text_of(text, spec):
+        raise ValueError(
+            f"spec={text} is not what parse reads from that text: only maps of this "
+            "library have one, so write a map of your own as where(lambda q, k: ...)"
+        )
+    content = {
+        "format": SPEC_FORMAT,
+        "sadsl": version("sadsl"),
+        "spec": text,
+        "sha256": _sha256(text.encode()),
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _is_text_of(text: str, spec: Spec) -> bool:
+    try:
+        return parse(text) == spec
+    except ValueError:
+        return False
+
+
+def from_json(text: str) -> Spec:
+    """The spec of a JSON text that ``to_json`` wrote.
+
+    Raises:
+      ValueError: the text is something else, of another format, or has been changed.
+    """
+    return _spec(text, "the text")
+
+
+def save(spec: Spec | str, path: str | PathLike) -> None:
+    """Writes a spec to a file, as JSON that people can read.
+
+    Raises:
+      ValueError: the spec has no text of its own (see ``to_json``).
+    """
+    Path(path).write_text(to_json(spec), encoding="utf-8")
+
+
+def load(path: str | PathLike) -> Spec:
+    """The spec that ``save`` wrote to a file.
+
+    Raises:
+      ValueError: the file is something else, of another format, or has been changed.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        _not_ours(f"{str(path)!r}", "a spec", "save", str(error), error)
+    return _spec(text, f"{str(path)!r}")
+
+
+def _spec(text: str, where: str) -> Spec:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        _not_ours(where, "a spec", "save", f"it is not JSON ({error})", error)
+    _check_fields(content, where, "a spec", "save", {"spec": str, "sha256": str})
+    _check_format(content["format"], SPEC_FORMAT, where, "save")
+    _check_hash(_sha256(content["spec"].encode()), content["sha256"], where)
+    return parse(content["spec"])
+
+
+def save_plan(plan: Plan, path: str | PathLike) -> None:
+    """Writes a plan to a file: its runs, its sizes and its maps, compressed."""
+    meta = json.dumps(plan_meta(plan), separators=(",", ":")).encode()
+    arrays = {name: np.asarray(getattr(plan.mask, name)) for name in ARRAYS}
+    digest = _plan_hash(meta, arrays).encode()
+    held: dict[str, Any] = {"meta": np.frombuffer(meta, np.uint8)}
+    held |= {"sha256": np.frombuffer(digest, np.uint8), **arrays}
+    found = io.BytesIO()
+    np.savez_compressed(found, **held)
+    Path(path).write_bytes(found.getvalue())
+
+
+def load_plan(path: str | PathLike) -> Plan:
+    """The plan that ``save_plan`` wrote to a file; it counts as the one saved did.
+
+    Raises:
+      ValueError: the file is something else, of another format, or has been changed.
+    """
+    where, kind = f"{str(path)!r}", ("a plan", "save_plan")
+    held = _archive(Path(path).read_bytes(), where)
+    missing = [x for x in ("meta", "sha256", *ARRAYS) if x not in held]
+    if missing:
+        _not_ours(where, *kind, f"it lacks {', '.join(missing)}")
+    text = {name: held[name].tobytes() for name in ("meta", "sha256")}
+    arrays = {name: held[name] for name in ARRAYS}
+    try:
+        meta = json.loads(text["meta"])
+    except (ValueError, RecursionError) as error:
+        _not_ours(where, *kind, f"its sizes are not JSON ({error})", error)
+    _check_fields(meta, where, *kind, {"num_heads": int, "mask": dict, "maps": list})
+    # First the format: that of the hash depends on it.
+    _check_format(meta["format"], PLAN_FORMAT, where, "save_plan")
+    actual = _plan_hash(text["meta"], arrays)
+    _check_hash(actual, text["sha256"].decode("ascii", "replace"), where)
+    try:
+        return plan_from_meta(meta, arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        _not_ours(where, *kind, f"its fields do not make a plan ({error})", error)
+
+
+def plan_meta(plan: Plan) -> dict[str, Any]:
+    """All of a plan but its arrays, as JSON has it."""
+    return {
+        "format": PLAN_FORMAT,
+        "sadsl": version("sadsl"),
+        "num_heads": plan.num_heads,
+        "mask": {name: getattr(plan.mask, name) for name in STATICS},
+        "maps": _encoded(plan.maps),
+        "layouts": _encoded(plan.layouts),
+        "given": _encoded(plan.given),
+        "given_maps": _encoded(plan.given_maps),
+    }
+
+
+def plan_from_meta(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Plan:
+    """The plan of ``plan_meta`` and the arrays of its runs."""
+    held: dict[str, Any] = {name: arrays[name] for name in ARRAYS}
+    held |= {name: meta["mask"][name] for name in STATICS}
+    mask = BlockMask(**held)
+    check(mask)
+    names = ("layouts", "given", "given_maps")
+    orders = {name: _decoded(meta[name]) for name in names}
+    return Plan(_decoded(meta["maps"]), mask, meta["num_heads"], **orders)
+
+
+def _encoded(value: Any) -> Any:
+    """One of ``KINDS`` as ``[kind, field, ...]``; a tuple as the list of its items.
+
+    Not as the text of a map: ``parse`` takes what a user writes, and the maps of a plan
+    have been lowered since (an operand may be read at ``q - 3``).
+    """
+    if is_dataclass(value):
+        held = [getattr(value, f.name) for f in fields(value)]
+    elif isinstance(value, tuple):
+        held = list(value)
+    else:
+        return value
+    named = [type(value).__name__] if type(value) is not tuple else []
+    return [*named, *map(_encoded, held)]
+
+
+def _decoded(value: Any) -> Any:
+    match value:
+        case [str(kind), *held]:
+            return KINDS[kind](*(_decoded(item) for item in held))
+        case list():
+            return tuple(_decoded(item) for item in value)
+    return value
+
+
+def _archive(data: bytes, where: str) -> dict[str, np.ndarray]:
+    """The arrays of an npz file."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            torn = archive.testzip()
+        if torn is not None:
+            raise zipfile.BadZipFile(f"its part {torn!r} is damaged")
+        with np.load(io.BytesIO(data), allow_pickle=False) as found:
+            return {name: np.asarray(found[name]) for name in found.files}
+    except UNREADABLE as error:
+        _not_ours(where, "a plan", "save_plan", str(error) or "it is torn", error)
+
+
+def _sha256(*parts: bytes) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
+
+
+def _plan_hash(meta: bytes, arrays: Mapping[str, np.ndarray]) -> str:
+    # Names, types and shapes keep the bytes of one array apart from those of the next.
+    parts = [meta]
+    for name in ARRAYS:
+        x = arrays[name]
+        parts += [f"{name} {x.dtype.str} {x.shape}".encode(), x.tobytes()]
+    return _sha256(*parts)
+
+
+def _check_fields(
+    content: Any, where: str, what: str, writer: str, kinds: Mapping[str, type]
+) -> None:
+    if not isinstance(content, dict):
+        _not_ours(where, what, writer, "it holds no named fields")
+    for name, kind in {"format": int, **kinds}.items():
+        if not isinstance(content.get(name), kind):
+            found = f"{name}={content[name]!r}" if name in content else f"no {name!r}"
+            _not_ours(where, what, writer, f"it has {found}")
+
+
+def _check_format(found: int, known: int, where: str, writer: str) -> None:
+    if found != known:
+        raise ValueError(
+            f"{where} has format {found}, and sadsl {version('sadsl')} reads format "
+            f"{known}: read it with the version that wrote it, or write it again by "
+            f"{writer}"
+        )
+
+
+def _check_hash(actual: str, stored: str, where: str) -> None:
+    if actual != stored:
+        raise ValueError(
+            f"{where} has been changed or damaged: the sha256 of its content is "
+            f"{actual[:12]}…, and it says {stored[:12]}…: restore the file, or write "
+            "it again"
+        )
+
+
+def _not_ours(
+    where: str, what: str, writer: str, why: str, cause: Exception | None = None
+) -> NoReturn:
+    raise ValueError(
+        f"{where} does not hold {what} as {writer} writes it: {why}"
+    ) from cause

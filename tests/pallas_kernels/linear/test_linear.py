@@ -1,0 +1,373 @@
+"""Linear recurrences on every backend, held against one token after the other."""
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.test_util import check_grads
+
+from lowering.cost import inspect_code, targets
+from pallas_kernels import linear
+from pallas_kernels.config import KernelConfig
+from pallas_kernels.linear import algebra, marks
+
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
+
+EPS = 1e-10
+BACKENDS = ("xla", "tpu", "triton")
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    """An interpreted kernel takes far longer to compile than to run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes of a call, and what it has: "d" decays, "s" starts, "n" normaliser."""
+
+    seq: int = 45
+    has: str = "dsn"
+    group: int = 1
+    dim: int = 8
+    dim_v: int = 6
+    dtype: str = "float32"
+    chunk: int = 16
+    batch: int = 2
+    heads: int = 2
+
+    @property
+    def eps(self):
+        return EPS if "n" in self.has else None
+
+    def inputs(self, seed=0):
+        rng = np.random.default_rng(seed)
+        lead = self.batch, self.heads
+
+        def array(x, dtype=self.dtype):
+            return jnp.asarray(x, "float32").astype(dtype)
+
+        # Positive features where they are divided by their sum.
+        sign = np.abs if "n" in self.has else np.asarray
+        q = sign(rng.normal(size=(*lead, self.group, self.seq, self.dim)))
+        k = sign(rng.normal(size=(*lead, self.seq, self.dim)))
+        v = rng.normal(size=(*lead, self.seq, self.dim_v))
+        decay = starts = None
+        if "d" in self.has:
+            # Weak for the most part, with a few that forget nearly everything.
+            decay = -np.exp(rng.normal(size=(*lead, self.seq)) - 2)
+            decay[rng.random(decay.shape) < 0.05] = -40
+            decay = array(decay, "float32")
+        if "s" in self.has:
+            starts = jnp.asarray(rng.random((self.batch, self.seq)) < 0.08)
+        return linear.Inputs(array(q), array(k), array(v), decay, starts)
+
+    def call(self, impl):
+        interpret = impl != "xla"
+        return linear.Call(linear.scalar(self.eps), self.chunk, interpret)
+
+
+slow = pytest.mark.slow
+ALL = Case(130, group=2)
+CASES = [
+    *(pytest.param(Case(13, "dn", dim=5, dtype="bfloat16"), i) for i in BACKENDS),
+    *(pytest.param(ALL, impl) for impl in BACKENDS),
+    pytest.param(Case(1), "xla"),
+    pytest.param(Case(257, "", chunk=32), "xla"),
+    *(pytest.param(Case(1), impl, marks=slow) for impl in BACKENDS[1:]),
+    *(pytest.param(Case(257, "", chunk=32), i, marks=slow) for i in BACKENDS[1:]),
+    pytest.param(Case(45, "dn", dtype="bfloat16", dim=16), "tpu", marks=slow),
+    pytest.param(Case(45, "dn", dtype="bfloat16", dim=16), "xla", marks=slow),
+    pytest.param(Case(45, "dn", dtype="bfloat16", dim=16), "triton", marks=slow),
+    # Summed in f32.
+    pytest.param(Case(33, "n", dtype="float16"), "tpu", marks=slow),
+]
+MOST_SLOW = ["xla", *(pytest.param(impl, marks=slow) for impl in BACKENDS[1:])]
+
+
+def expected(case, inputs, do, dlog):
+    """Out, the logarithm of its normaliser, and gradients: token by token, float64."""
+    q, k, v, do, dlog = (np.asarray(x, np.float64) for x in (*inputs[:3], do, dlog))
+    decay, starts = inputs.log_decay, inputs.starts
+    kept = np.exp(np.zeros(k.shape[:3]) if decay is None else np.float64(decay))
+    if starts is not None:
+        kept = np.where(np.asarray(starts)[:, None], 0, kept)
+    v = v if case.eps is None else np.append(v, np.ones((*v.shape[:3], 1)), axis=3)
+
+    s = np.zeros((*k.shape[:2], k.shape[3], v.shape[3]))
+    before, rows = [], []
+    for t in range(case.seq):
+        before.append(s)
+        s = kept[:, :, t, None, None] * s + k[:, :, t, :, None] * v[:, :, t, None, :]
+        rows.append(q[:, :, :, t] @ s)
+    out = read = np.stack(rows, axis=3)
+    log, dread = np.zeros(out.shape[:-1]), do
+    if case.eps is not None:
+        total = read[..., -1:] + case.eps
+        out, log = read[..., :-1] / total, np.log(total[..., 0])
+        dtotal = (dlog - (do * out).sum(axis=-1))[..., None] / total
+        dread = np.append(do / total, dtotal, axis=-1)
+
+    dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
+    ddecay, ds = np.zeros_like(kept), np.zeros_like(s)
+    for t in reversed(range(case.seq)):
+        ds = ds + np.swapaxes(q[:, :, :, t], 2, 3) @ dread[:, :, :, t]
+        s = kept[:, :, t, None, None] * before[t]
+        here = s + k[:, :, t, :, None] * v[:, :, t, None, :]
+        dq[:, :, :, t] = dread[:, :, :, t] @ np.swapaxes(here, 2, 3)
+        dk[:, :, t] = (ds @ v[:, :, t, :, None])[..., 0]
+        dv[:, :, t] = (k[:, :, t, None, :] @ ds)[..., 0, :]
+        ddecay[:, :, t] = (ds * s).sum(axis=(2, 3))
+        ds = kept[:, :, t, None, None] * ds
+    return (out, log), (dq, dk, dv[..., : case.dim_v], ddecay)
+
+
+def found(case, impl, inputs, do, dlog):
+    """The same of a backend: the logarithm of the normaliser is 0 without one."""
+
+    def f(q, k, v, decay):
+        out, total = linear.attend(
+            linear.Inputs(q, k, v, decay, inputs.starts), case.call(impl), impl=impl
+        )
+        log = jnp.zeros(out.shape[:-1]) if total is None else jnp.log(total)
+        return out, log
+
+    @jax.jit
+    def run(*arrays):
+        out, pull = jax.vjp(f, *arrays)
+        return out, pull((do.astype(out[0].dtype), dlog))
+
+    return run(*inputs[:4])
+
+
+def check(case, impl):
+    inputs = case.inputs()
+    rng = np.random.default_rng(7)
+    shape = case.batch, case.heads, case.group, case.seq
+    do = jnp.asarray(rng.normal(size=(*shape, case.dim_v)), "float32")
+    dlog = jnp.asarray(rng.normal(size=shape), "float32")
+    dlog = dlog if "n" in case.has else dlog * 0
+    (o, log), grads = found(case, impl, inputs, do, dlog)
+    (o_, log_), grads_ = expected(case, inputs, do, dlog)
+    names = ["out", "log", "dq", "dk", "dv", "ddecay"]
+    for name, a, b in zip(names, (o, log, *grads), (o_, log_, *grads_), strict=True):
+        if a is not None:
+            oracle.assert_close(a, b, case.dtype, f"{impl} {case} {name}")
+
+
+@pytest.mark.parametrize(("case", "impl"), CASES, ids=str)
+def test_values_and_gradients(case, impl):
+    check(case, impl)
+
+
+@pytest.mark.parametrize("impl", MOST_SLOW)
+def test_features_of_zero(impl):
+    case = Case(20, "dsn")
+    inputs = case.inputs()
+    # No query before the tenth sees a key whose features are not all zero.
+    k = inputs.k.at[:, :, :10].set(0)
+    q = inputs.q.at[:, :, :, 12].set(0)
+
+    def f(q, k, v):
+        made = linear.Inputs(q, k, v, inputs.log_decay, inputs.starts)
+        out, total = linear.attend(made, case.call(impl), impl=impl)
+        return jnp.sum(jnp.sin(out)), (out, total)
+
+    run = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))
+    (_, (out, total)), grads = run(q, k, inputs.v)
+    for dead in (slice(0, 10), 12):
+        assert not out[:, :, :, dead].any()
+        assert not total[:, :, :, dead].any()
+        assert not grads[0][:, :, :, dead].any()
+    assert all(np.isfinite(x).all() for x in (out, *grads))
+
+
+class TestNormaliser:
+    def test_signed_weights_that_cancel(self):
+        total = jnp.asarray([[0.0], [-EPS], [1e-12], [-2.0], [3.0]])
+        f = lambda out, total: algebra.normalised(out, total, EPS)
+        (out, kept), pull = jax.vjp(f, jnp.ones((5, 2)), total)
+        np.testing.assert_allclose(out[:, 0], [0, 0, 1 / (EPS + 1e-12), -0.5, 1 / 3])
+        np.testing.assert_allclose(kept[:, 0], [0, 0, EPS + 1e-12, -2, 3])
+        assert all(np.isfinite(x).all() for x in pull((out, kept)))
+
+    def test_no_epsilon(self):
+        total = jnp.asarray([[0.0], [1e-20], [2.0]])
+        out, _ = algebra.normalised(jnp.ones((3, 1)), total, 0.0)
+        np.testing.assert_array_equal(out[:, 0], [0, 0, 0.5])
+
+
+class TestMarks:
+    def test_differences_have_no_rounding_error_to_speak_of(self):
+        rng = np.random.default_rng(0)
+        decay = np.where(rng.random(512) < 0.5, -59.9, -rng.random(512) * 1e-3)
+        decay = decay.astype("float32")
+        fine, coarse, run = marks.of_chunks(jnp.asarray(decay)[None], None, 512)
+        fine, coarse = np.asarray(fine)[0, 0], np.asarray(coarse)[0, 0]
+        past = (coarse[:, None] - coarse) + (fine[:, None] - fine)
+        exact = np.cumsum(decay.astype(np.float64))
+        exact = exact[:, None] - exact
+        near = np.abs(exact) < 1
+        assert near.sum() > 1000
+        assert np.abs(past - exact)[near].max() < 2e-7
+        assert run is None
+
+    def test_forgetting_everything(self):
+        decay = jnp.asarray([[-0.5, -jnp.inf, -1e9, -0.5]], "float32")
+        fine, coarse, _ = marks.of_chunks(decay, None, 4)
+        np.testing.assert_allclose((fine + coarse)[0, 0], [-0.5, -60.5, -120.5, -121])
+
+
+class TestDerivatives:
+    CASE = Case(21, "dsn", dim=3, dim_v=2, chunk=16, batch=1, heads=1)
+
+    def loss(self, impl, arrays):
+        inputs = linear.Inputs(*arrays, self.CASE.inputs().starts)
+        out, total = linear.attend(inputs, self.CASE.call(impl), impl=impl)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.log(total))
+
+    def test_forward_over_reverse(self):
+        """A Hessian times a vector, against a difference of gradients."""
+        arrays = self.CASE.inputs()[:4]
+        turn = jax.tree.map(jnp.cos, arrays)
+        gradient = jax.grad(partial(self.loss, "xla"))
+
+        @jax.jit
+        def both(arrays, turn):
+            product = jax.jvp(gradient, (arrays,), (turn,))[1]
+            steps = jnp.asarray([-1e-2, 1e-2])
+            at = lambda h: jax.tree.map(lambda x, u: x + h * u, arrays, turn)
+            ends = jax.lax.map(lambda h: gradient(at(h)), steps)
+            return product, jax.tree.map(lambda x: (x[1] - x[0]) / 2e-2, ends)
+
+        for a, b in zip(*both(arrays, turn), strict=True):
+            assert np.abs(a).max() > 0.1
+            np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-2 * np.abs(b).max())
+
+    @slow
+    def test_second_order(self):
+        f = jax.jit(partial(self.loss, "xla"))
+        arrays = *self.CASE.inputs()[:3], jnp.full((1, 1, 21), -0.3)
+        check_grads(f, (arrays,), order=2, rtol=2e-2, eps=1e-2)
+
+    @slow
+    def test_second_order_of_a_kernel(self):
+        arrays = self.CASE.inputs()[:4]
+
+        def second(impl):
+            gradient = jax.grad(partial(self.loss, impl))
+            inner = lambda x: sum(jnp.sum(jnp.sin(g)) for g in gradient(x))
+            return jax.jit(jax.grad(inner))(arrays)
+
+        for a, b in zip(second("tpu"), second("xla"), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+    @slow
+    @pytest.mark.parametrize("impl", ["tpu", "triton"])
+    def test_vmap_of_a_gradient(self, impl):
+        arrays = self.CASE.inputs()[:4]
+        two = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), arrays)
+        together = jax.jit(jax.vmap(jax.grad(partial(self.loss, impl))))(two)
+        alone = jax.jit(jax.grad(partial(self.loss, "xla")))
+        for i in range(2):
+            one = alone(jax.tree.map(lambda x, i=i: x[i], two))
+            for a, b in zip(together, one, strict=True):
+                np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("has", ["n", "dn"])
+def test_a_long_sequence(has):
+    """131,072 tokens, at rows of the recurrence in float64."""
+    case = Case(131_072, has, dim=2, dim_v=2, chunk=256, batch=1, heads=1)
+    q, k, v, decay, _ = inputs = case.inputs()
+    call = case.call("xla")
+    out, total = jax.jit(partial(linear.attend, call=call, impl="xla"))(inputs)
+    assert np.isfinite(out).all()
+    # For every row, the keys of the last 40,000, which hold all that it knows of.
+    q, k, v = (np.asarray(x, np.float64) for x in (q[0, 0, 0], k[0, 0], v[0, 0]))
+    steps = np.zeros(case.seq) if decay is None else np.asarray(decay[0, 0], np.float64)
+    for row in (0, 1, 255, 256, 65_537, 131_071):
+        past = np.cumsum(np.append(0, steps[row:0:-1]))[::-1]
+        weights = (k[: row + 1] @ q[row]) * np.exp(past)
+        want = weights @ v[: row + 1] / (weights.sum() + EPS)
+        np.testing.assert_allclose(out[0, 0, 0, row], want, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(total[0, 0, 0, row], weights.sum() + EPS, rtol=2e-5)
+
+
+def test_memory_grows_as_the_length():
+    def temporaries(seq):
+        case = Case(seq, "n", chunk=64, dim=16, dim_v=16, batch=1)
+        shapes = jax.eval_shape(case.inputs)
+        loss = lambda x: jnp.sum(linear.attend(x, case.call("xla"), impl="xla").out)
+        compiled = jax.jit(jax.grad(loss)).lower(shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporaries(1024), temporaries(4096)
+    assert large < 4.2 * small
+
+
+# --- chips that are not there ---
+
+
+def program(case, impl):
+    """Value and gradient of a case, and the shapes that it takes."""
+    call = replace(case.call(impl), interpret=False)
+    starts = jax.ShapeDtypeStruct((case.batch, case.seq), bool)
+    shapes = jax.eval_shape(case.inputs)[:4]
+
+    def loss(arrays, starts):
+        made = linear.Inputs(*arrays, starts if "s" in case.has else None)
+        out, total = linear.attend(made, call, impl=impl)
+        some = 0.0 if total is None else jnp.sum(jnp.log(total))
+        return jnp.sum(out.astype(jnp.float32)) + some
+
+    return jax.value_and_grad(loss), (shapes, starts)
+
+
+CHIP = Case(600, "dsn", group=2, dim=128, dim_v=128, dtype="bfloat16", chunk=256)
+
+
+@pytest.mark.parametrize("target", ["tpu-v5e", pytest.param("tpu-v6e", marks=slow)])
+def test_machine_code(target):
+    compiled = targets.compile_for(*program(CHIP, "tpu"), target)
+    assert compiled.as_text().count("tpu_custom_call") >= 3
+
+
+@pytest.mark.parametrize("has", ["dsn", ""])
+def test_lowers_for_a_gpu(has):
+    case = replace(CHIP, has=has, chunk=64, dim=100, dim_v=64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
+        lowered = targets.lower_for(*program(case, "triton"), "h200")
+    names = [kernel.name for kernel in inspect_code.triton_kernels(lowered)]
+    assert sorted(names) == [
+        "sadsl_linear_backward_kv",
+        "sadsl_linear_backward_q",
+        "sadsl_linear_forward",
+    ]
+
+
+class TestErrors:
+    def test_a_chunk_that_is_no_whole_registers(self):
+        f, shapes = program(replace(CHIP, chunk=96), "tpu")
+        with pytest.raises(ValueError, match=r"chunk of 96.*multiple of 128.* 128"):
+            jax.eval_shape(f, *shapes)
+
+    def test_a_chunk_that_is_no_power_of_two(self):
+        f, shapes = program(replace(CHIP, chunk=96), "triton")
+        with pytest.raises(ValueError, match=r"chunk of 96.*power of two.* 128"):
+            jax.eval_shape(f, *shapes)
+
+    def test_a_chunk_that_is_too_long(self):
+        rule, config = linear.scalar(None), KernelConfig(block_kv=1024)
+        with pytest.raises(ValueError, match=r"1024 positions.*at most 512"):
+            linear.default_call(rule, "xla", (64, 64, 64), "float32", config)
