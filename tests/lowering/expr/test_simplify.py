@@ -17,7 +17,7 @@ from lowering.expr.simplify import simplify
 from lowering.hoist import hoist
 from lowering.ranges.ranges import Ranges, Rectangles
 from lowering.ranges.verdicts import Analysis
-from lowering.run_time.vectors import vectors
+from lowering.run_time.vectors import vectors_of
 
 Q, K = np.arange(41)[:, None], np.arange(37)[None, :]
 
@@ -103,8 +103,8 @@ def test_the_kernel_predicate_selects_the_same_pairs(specs):
     nodes = tuple(simplify(heads.per_head(spec.node, 1)[0]) for spec in specs)
     found = hoist(nodes, known_of(41, 37))
     predicate = KernelPredicate(found.maps)
-    q_vectors = tuple(x[0, 0][:, None] for x in vectors(found.q, 41, 1, {}))
-    kv_vectors = tuple(x[0, 0][None, :] for x in vectors(found.kv, 37, 1, {}))
+    q_vectors = tuple(x[0, 0][:, None] for x in vectors_of(found.q, 41, 1, {}))
+    kv_vectors = tuple(x[0, 0][None, :] for x in vectors_of(found.kv, 37, 1, {}))
     q, k = Q.astype(np.int32), K.astype(np.int32)
     for m, node in enumerate(nodes):
         for index in (m, np.int32(m)):
