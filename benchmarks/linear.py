@@ -142,11 +142,11 @@ def program(n: int, dim: int, chunk: int, decay: bool) -> tuple[Callable, tuple]
     q = jax.ShapeDtypeStruct((1, HEADS, 1, n, dim), dtype)
     k = jax.ShapeDtypeStruct(shape, dtype)
     g = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
-    call = linear.Call(linear.scalar(1e-10), chunk)
+    call = linear.LinearCall(linear.scalar(1e-10), chunk)
 
     def loss(arrays: tuple) -> jax.Array:
         q, k, v, g = arrays
-        inputs = linear.Inputs(q, k, v, g if decay else None)
+        inputs = linear.LinearInputs(q, k, v, g if decay else None)
         out = linear.attend(inputs, call, impl="tpu").out
         return jnp.sum(out.astype(jnp.float32))
 

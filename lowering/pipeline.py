@@ -13,7 +13,7 @@ from lowering.expr.printing import show
 from lowering.expr.static_range import Known, Span
 from lowering.order import relayout
 from lowering.order.candidates import Layouts
-from lowering.planning import Sizes, plan
+from lowering.planning import BlockSizes, plan
 from lowering.problem import Problem
 from lowering.ranges.verify import verify
 from lowering.solve import narrow
@@ -40,10 +40,10 @@ class Program:
     bits: tuple[ir.Pred, ...] = ()
     layouts: Layouts | None = None
 
-    def sizes_in(self, block_q: int, block_kv: int) -> Sizes:
+    def sizes_in(self, block_q: int, block_kv: int) -> BlockSizes:
         """The extent of a plan with such blocks."""
         lengths = self.problem.q_seq_len, self.problem.kv_seq_len
-        return Sizes(*lengths, block_q, block_kv)
+        return BlockSizes(*lengths, block_q, block_kv)
 
     def __str__(self) -> str:
         lines = []

@@ -23,7 +23,7 @@ BUDGET = 1 << 18
 
 
 @dataclass(frozen=True)
-class Sizes:
+class BlockSizes:
     """The extent of a plan and its blocks."""
 
     q_seq_len: int
@@ -73,7 +73,7 @@ class Squares:
 def plan(
     maps: tuple[ir.Pred, ...],
     map_of_head: tuple[int, ...],
-    sizes: Sizes,
+    sizes: BlockSizes,
     *,
     by: Axis = "q",
     exact: bool = False,
@@ -103,7 +103,7 @@ def plan(
     )
 
 
-def cover(node: ir.Pred, sizes: Sizes, *, exact: bool) -> Squares:
+def cover(node: ir.Pred, sizes: BlockSizes, *, exact: bool) -> Squares:
     """Disjoint squares of blocks that hold all pairs: each full, or partial throughout.
 
     Run-time operands are unknown here: a block is visited if some value of them gives
@@ -160,7 +160,7 @@ def _assume(node: ir.Pred, *, held: bool) -> ir.Pred:
     return simplify.simplify(envelope(node, lambda _: True, held=held))
 
 
-def _roots(sizes: Sizes) -> tuple[np.ndarray, np.ndarray, int]:
+def _roots(sizes: BlockSizes) -> tuple[np.ndarray, np.ndarray, int]:
     like = blank(sizes.q_seq_len, sizes.kv_seq_len, sizes.block_q, sizes.block_kv)
     size = 1
     while size < max(like.num_q_blocks, like.num_kv_blocks):
@@ -170,7 +170,7 @@ def _roots(sizes: Sizes) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def _split(
-    i: np.ndarray, j: np.ndarray, size: int, sizes: Sizes
+    i: np.ndarray, j: np.ndarray, size: int, sizes: BlockSizes
 ) -> tuple[np.ndarray, np.ndarray]:
     """The children, ``size`` wide, that begin inside the sequences."""
     steps = np.arange(SPLIT) * size
@@ -184,7 +184,7 @@ def _split(
 
 
 def _runs(
-    found: Squares, sizes: Sizes, by: Axis
+    found: Squares, sizes: BlockSizes, by: Axis
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Squares -> runs ``(row, start, stop, full)``, merged and sorted."""
     num_q = -(-sizes.q_seq_len // sizes.block_q)
@@ -215,7 +215,7 @@ def _runs(
     return row[first], start[first], stop[last], full[first]
 
 
-def _cut_overhang(found: Squares, sizes: Sizes, num_kv: int) -> tuple:
+def _cut_overhang(found: Squares, sizes: BlockSizes, num_kv: int) -> tuple:
     """Splits the last key blocks off full squares if they overhang: as partial ones."""
     i, j, full = found.i, found.j, found.full
     i_stop, j_stop = i + found.size, np.minimum(j + found.size, num_kv)

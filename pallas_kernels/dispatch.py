@@ -49,11 +49,11 @@ def attend(
         found = primitive.attend(call, *alike((inputs, vectors, tests, lists)))
         return found.outputs
     walk = xla.prepare(masks, call) if call.learned_scores else None
-    plan = Plan(lists, tests, walk)
+    plan = CallPlan(lists, tests, walk)
     return _attend(impl, call, *alike((inputs, vectors, plan))).outputs
 
 
-class Plan(NamedTuple):
+class CallPlan(NamedTuple):
     """The lists of a backend, the tests of the heads, and a walk for learned scores."""
 
     lists: Any
@@ -63,13 +63,13 @@ class Plan(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(
-    impl: str, call: Call, inputs: Inputs, vectors: Vectors, plan: Plan
+    impl: str, call: Call, inputs: Inputs, vectors: Vectors, plan: CallPlan
 ) -> Kept:
     return BACKENDS[impl].forward(inputs, vectors, plan.lists, call)
 
 
 def _attend_fwd(
-    impl: str, call: Call, inputs: Inputs, vectors: Vectors, plan: Plan
+    impl: str, call: Call, inputs: Inputs, vectors: Vectors, plan: CallPlan
 ) -> tuple[Kept, Any]:
     kept = named(_attend(impl, call, inputs, vectors, plan))
     return kept, (inputs, vectors, plan, kept)
@@ -98,14 +98,14 @@ def _of_scores(scores: ScoreValues) -> Any:
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _backward(
     impl: str, call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors,
-    plan: Plan,
+    plan: CallPlan,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     return BACKENDS[impl].backward(inputs, cotangents, vectors, plan.lists, call)
 
 
 def _backward_fwd(
     impl: str, call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors,
-    plan: Plan,
+    plan: CallPlan,
 ) -> tuple[Any, Any]:  # fmt: skip
     gradients = _backward(impl, call, inputs, cotangents, vectors, plan)
     return gradients, (inputs, cotangents, vectors, plan.tests)
@@ -121,13 +121,13 @@ _backward.defvjp(_backward_fwd, _backward_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _score_gradient(
-    call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: Plan
+    call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: CallPlan
 ) -> ScoreValues:
     return score_gradient(inputs, cotangents, vectors, plan.walk, call)
 
 
 def _score_gradient_fwd(
-    call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: Plan
+    call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: CallPlan
 ) -> tuple[Any, Any]:
     found = _score_gradient(call, inputs, cotangents, vectors, plan)
     return found, (inputs, cotangents, vectors, plan.tests)

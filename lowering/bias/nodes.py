@@ -69,7 +69,7 @@ class Sum:
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class ScoreProduct:
     """``left * right``."""
 
     left: "Score"
@@ -77,11 +77,11 @@ class Product:
 
 
 Atom: TypeAlias = Integer | Numbers | Weights
-Score: TypeAlias = Atom | Number | Sum | Product
+Score: TypeAlias = Atom | Number | Sum | ScoreProduct
 
 
 @dataclass(frozen=True)
-class Term:
+class ScoreTerm:
     """``factor`` times the product of ``atoms``."""
 
     factor: float
@@ -147,14 +147,14 @@ class LoweredScore:
     """
 
     kernel: KernelScore
-    outside: tuple[tuple[tuple[Term, ...], ...], ...]
+    outside: tuple[tuple[tuple[ScoreTerm, ...], ...], ...]
     learned: bool
 
 
 @lru_cache(maxsize=256)
 def lower(score: Score, problem: Problem) -> LoweredScore:
     """Splits a bias into what is computed in the kernel and what is made outside."""
-    arrays: dict[Layout, list[list[Term]]] = {layout: [] for layout in LAYOUTS}
+    arrays: dict[Layout, list[list[ScoreTerm]]] = {layout: [] for layout in LAYOUTS}
     shared: dict[tuple[Layout, tuple[ir.Expr, ...]], int] = {}
     products: dict[KernelTerm, None] = {}
     lengths = problem.q_seq_len, problem.kv_seq_len
@@ -167,12 +167,12 @@ def lower(score: Score, problem: Problem) -> LoweredScore:
             slot = shared.setdefault((layout, exprs), len(arrays[layout]))
             if slot == len(arrays[layout]):
                 arrays[layout].append([])
-            arrays[layout][slot].append(Term(term.factor, atoms))
+            arrays[layout][slot].append(ScoreTerm(term.factor, atoms))
             products[KernelTerm(1.0, exprs, ((layout, slot),))] = None
             continue
         held = tuple((layout, len(arrays[layout])) for layout in outside)
         for layout, atoms in outside.items():
-            arrays[layout].append([Term(1.0, atoms)])
+            arrays[layout].append([ScoreTerm(1.0, atoms)])
         products[KernelTerm(term.factor, exprs, held)] = None
     kernel = KernelScore(tuple(products), len(arrays["diagonal"]))
     made = tuple(tuple(map(tuple, arrays[layout])) for layout in LAYOUTS)
@@ -200,7 +200,7 @@ def resolved(score: Score, problem: Problem) -> Score:
                 # An axis of queries has those that are passed, whatever their position.
                 at = tuple(i if i == ir.Q else at_positions(i) for i in index)
                 return Weights(name, at)
-            case Sum(a, b) | Product(a, b):
+            case Sum(a, b) | ScoreProduct(a, b):
                 return type(node)(change(a), change(b))
         assert_never(node)
 
@@ -218,20 +218,20 @@ def _shifted(node: Any, position: ir.Expr) -> Any:
     return ir.rebuild(node, lambda child: _shifted(child, position))
 
 
-def terms_of(score: Score) -> list[Term]:
+def terms_of(score: Score) -> list[ScoreTerm]:
     """The bias as a sum of products; constants come together."""
     match score:
         case Number(value):
-            return [Term(value)]
+            return [ScoreTerm(value)]
         case Integer(ir.Const(value)):
-            return [Term(float(value))]
+            return [ScoreTerm(float(value))]
         case Integer() | Numbers() | Weights():
-            return [Term(1.0, (score,))]
+            return [ScoreTerm(1.0, (score,))]
         case Sum(a, b):
             return [*terms_of(a), *terms_of(b)]
-        case Product(a, b):
+        case ScoreProduct(a, b):
             return [
-                Term(x.factor * y.factor, (*x.atoms, *y.atoms))
+                ScoreTerm(x.factor * y.factor, (*x.atoms, *y.atoms))
                 for x in terms_of(a)
                 for y in terms_of(b)
             ]
@@ -239,7 +239,7 @@ def terms_of(score: Score) -> list[Term]:
 
 
 def _split(
-    term: Term, known: Known
+    term: ScoreTerm, known: Known
 ) -> tuple[tuple[ir.Expr, ...], dict[Layout, tuple[Atom, ...]]]:
     """What a kernel computes of a term, and the rest by its layout."""
     exprs = tuple(a.expr for a in term.atoms if _in_kernel(a, known))
@@ -301,7 +301,7 @@ def _reads(expr: ir.Expr) -> bool:
 def walk(score: Score) -> Iterator[Score]:
     """The score and all below it."""
     yield score
-    if isinstance(score, Sum | Product):
+    if isinstance(score, Sum | ScoreProduct):
         yield from walk(score.left)
         yield from walk(score.right)
 
@@ -333,7 +333,7 @@ def show_score(score: Score) -> str:
             return f"weights({name!r}){at}"
         case Sum(a, b):
             return f"{show_score(a)} + {_tight(b)}"
-        case Product(a, b):
+        case ScoreProduct(a, b):
             return f"{_tight(a)} * {_tight(b)}"
     assert_never(score)
 

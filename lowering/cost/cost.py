@@ -53,7 +53,7 @@ class CallSizes:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockCounts:
     """The blocks of a plan by distinct map, and how many heads have each map."""
 
     full: tuple[int, ...]
@@ -84,11 +84,11 @@ class Blocks:
         return full, partial, empty
 
 
-def blocks(mask: BlockMask) -> Blocks:
+def blocks(mask: BlockMask) -> BlockCounts:
     """Counts the blocks of a plan on host arrays."""
     full, partial = (counts.sum(axis=1) for counts in _of_rows(mask))
     heads = np.bincount(np.asarray(mask.map_of_head), minlength=mask.num_maps)
-    return Blocks(
+    return BlockCounts(
         full=tuple(full.tolist()),
         partial=tuple(partial.tolist()),
         heads=tuple(heads.tolist()),
@@ -326,7 +326,7 @@ def dense_causal(masks: Masks, q_offset: int = 0) -> Masks:
 
 def _same_blocks(masks: Masks, node: ir.Pred) -> Masks:
     def of(mask: BlockMask) -> BlockMask:
-        sizes = planning.Sizes(
+        sizes = planning.BlockSizes(
             mask.q_seq_len, mask.kv_seq_len, mask.block_q, mask.block_kv
         )
         map_of_head = (0,) * len(mask.map_of_head)

@@ -45,7 +45,7 @@ def special_cuts(node: ir.Pred, n: int) -> list[int]:
     return sorted(c for c in found if 0 < c < n)[:MOST_CUTS]
 
 
-class Blocks(NamedTuple):
+class BlockGraph(NamedTuple):
     """What is known of each block of pairs, bool ``[blocks, blocks]``.
 
     ``rows``: each of its queries has some key in it. ``columns``: each of its keys has
@@ -125,7 +125,9 @@ def _inside(node: ir.Pred, starts: np.ndarray, lengths: np.ndarray) -> int | Non
     return search(on_pairs(np.stack([*different.values()]), causal=True))[0]
 
 
-def _blocks(node: ir.Pred, n: int, starts: np.ndarray, lengths: np.ndarray) -> Blocks:
+def _blocks(
+    node: ir.Pred, n: int, starts: np.ndarray, lengths: np.ndarray
+) -> BlockGraph:
     num = len(starts)
     lasts = starts + lengths - 1
     q, k = np.divmod(np.arange(num * num), num)
@@ -144,7 +146,7 @@ def _blocks(node: ir.Pred, n: int, starts: np.ndarray, lengths: np.ndarray) -> B
         node = in_finite(node, n)
         rows[i, j] |= _each_row(node, starts, lengths, i, j)
         columns[i, j] |= _each_row(ir.transpose(node), starts, lengths, j, i)
-    return Blocks(some | own, full, rows, columns)
+    return BlockGraph(some | own, full, rows, columns)
 
 
 def _each_row(

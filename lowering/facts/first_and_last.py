@@ -8,7 +8,7 @@ import numpy as np
 from lowering import ir
 from lowering.expr.evaluate import NumPy, evaluate
 from lowering.expr.simplify import simplify
-from lowering.planning import Sizes, plan
+from lowering.planning import BlockSizes, plan
 from lowering.ranges.verify import index_range
 from lowering.solve.eliminate import extremes
 
@@ -50,7 +50,7 @@ def in_finite(node: ir.Pred, n: int) -> ir.Pred:
 
 def _walk(node: ir.Pred, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The least and the greatest key of each query, from the ends of its blocks."""
-    mask = plan((node,), (0,), Sizes(n, n, BLOCK, BLOCK), exact=True)
+    mask = plan((node,), (0,), BlockSizes(n, n, BLOCK, BLOCK), exact=True)
     length = np.asarray(mask.run_stop) - np.asarray(mask.run_start)
     total = np.concatenate([[0], np.cumsum(length)])
     ends = total[np.asarray(mask.row_ptr)]

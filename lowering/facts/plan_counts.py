@@ -8,7 +8,7 @@ import numpy as np
 from lowering import ir
 from lowering.facts.count_pairs import count_by_form
 from lowering.order.candidates import Layouts
-from lowering.planning import Sizes
+from lowering.planning import BlockSizes
 from lowering.ranges.ranges import Rectangles
 from lowering.ranges.refine import count_within
 from pallas_kernels.block_mask import BlockMask
@@ -108,7 +108,7 @@ class Plan:
         row = np.repeat(np.arange(mask.num_rows), np.diff(ptr))
         runs = slice(int(ptr[0]), int(ptr[-1]))
         start, stop = mask.run_start[runs], mask.run_stop[runs]
-        sizes = Sizes(mask.q_seq_len, mask.kv_seq_len, mask.block_q, mask.block_kv)
+        sizes = BlockSizes(mask.q_seq_len, mask.kv_seq_len, mask.block_q, mask.block_kv)
         # A run is one rectangle: a full one counts at once, a partial one by descent.
         left = sizes.elements(row.astype(np.int64), start.astype(np.int64), 1)
         right = sizes.elements(row.astype(np.int64), stop.astype(np.int64) - 1, 1)

@@ -25,7 +25,7 @@ from lowering.order.digits import (
     replace_parts,
 )
 from lowering.order.layout import Layout, places
-from lowering.planning import Sizes, plan, widest
+from lowering.planning import BlockSizes, plan, widest
 from lowering.ranges.ranges import Ranges, Rectangles
 from lowering.ranges.verdicts import Analysis
 from pallas_kernels.block_mask import BlockMask
@@ -67,7 +67,7 @@ class Arranged:
 
 
 @lru_cache(maxsize=256)
-def arrange(maps: Maps, sizes: Sizes, given: Given) -> Arranged | None:
+def arrange(maps: Maps, sizes: BlockSizes, given: Given) -> Arranged | None:
     """The best order of positions for blocks of these sizes, or None if it is as given.
 
     The choice is the same for the same maps and sizes, and never visits more blocks
@@ -98,10 +98,10 @@ def write(maps: Maps, layouts: Layouts) -> Arranged:
     return Arranged(layouts, nodes)
 
 
-def slots_of(layouts: Layouts, sizes: Sizes) -> Sizes:
+def slots_of(layouts: Layouts, sizes: BlockSizes) -> BlockSizes:
     """The extent of a plan in slots."""
     lengths = layouts.q.num_slots, layouts.kv.num_slots
-    return Sizes(*lengths, sizes.block_q, sizes.block_kv)
+    return BlockSizes(*lengths, sizes.block_q, sizes.block_kv)
 
 
 def count(maps: Maps, mask: BlockMask) -> Given:
@@ -111,7 +111,7 @@ def count(maps: Maps, mask: BlockMask) -> Given:
     return Given(*(int(x) for x in found))
 
 
-def _ranked(maps: Maps, sides: tuple[Side, Side], sizes: Sizes) -> list[Layouts]:
+def _ranked(maps: Maps, sides: tuple[Side, Side], sizes: BlockSizes) -> list[Layouts]:
     """Candidates by the blocks that they seem to visit, the fewest first."""
     judge = _Judge(maps, sides, sizes)
     given = candidates.given(sides)
@@ -131,7 +131,7 @@ def _ranked(maps: Maps, sides: tuple[Side, Side], sizes: Sizes) -> list[Layouts]
 class _Judge:
     """Estimates the blocks that a candidate visits, from some rows of blocks."""
 
-    def __init__(self, maps: Maps, sides: tuple[Side, Side], sizes: Sizes) -> None:
+    def __init__(self, maps: Maps, sides: tuple[Side, Side], sizes: BlockSizes) -> None:
         self.sides, self.sizes, self.weights = sides, sizes, maps.weights
         self.nodes = [_open(in_digits(widest(n), sides), sides) for n in maps.nodes]
         self.seen: dict[Layouts, float] = {}

@@ -16,7 +16,7 @@ from jax.interpreters import ad, batching, mlir
 from pallas_kernels.varying import alike, aval_like
 
 
-class Rule(NamedTuple):
+class LinearRule(NamedTuple):
     """The static part of the primitive; the functions are those of a module.
 
     ``axes`` has an entry for each ``vmap`` around it, the innermost first: its size,
@@ -46,14 +46,14 @@ def linear(
     """
     leaves, tree = jax.tree.flatten(fixed)
     x, leaves = alike((x, leaves))
-    rule = Rule(run, transpose, tree, jnp.dtype(dtype or x.dtype))
+    rule = LinearRule(run, transpose, tree, jnp.dtype(dtype or x.dtype))
     return linear_p.bind(x, *leaves, rule=rule)
 
 
 linear_p = Primitive("with_adjoint")
 
 
-def _run(x: Any, *leaves: Any, rule: Rule) -> jax.Array:
+def _run(x: Any, *leaves: Any, rule: LinearRule) -> jax.Array:
     def run(x: Any, *leaves: Any) -> jax.Array:
         fixed = jax.tree.unflatten(rule.fixed, leaves)
         return rule.run(x, *fixed).astype(rule.dtype)
@@ -64,13 +64,13 @@ def _run(x: Any, *leaves: Any, rule: Rule) -> jax.Array:
     return run(x, *leaves)
 
 
-def _abstract(x: Any, *leaves: Any, rule: Rule) -> jax.core.ShapedArray:
+def _abstract(x: Any, *leaves: Any, rule: LinearRule) -> jax.core.ShapedArray:
     like = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in (x, *leaves)]
     found = jax.eval_shape(lambda *y: _run(*y, rule=rule), *like)
     return aval_like(found.shape, found.dtype, x)
 
 
-def _jvp(primals: Any, tangents: Any, *, rule: Rule) -> tuple[Any, Any]:
+def _jvp(primals: Any, tangents: Any, *, rule: LinearRule) -> tuple[Any, Any]:
     x, *leaves = primals
     result = linear_p.bind(x, *leaves, rule=rule)
     change = tangents[0]
@@ -79,7 +79,7 @@ def _jvp(primals: Any, tangents: Any, *, rule: Rule) -> tuple[Any, Any]:
     return result, linear_p.bind(change, *leaves, rule=rule)
 
 
-def _transpose(cotangent: Any, x: Any, *leaves: Any, rule: Rule) -> list[Any]:
+def _transpose(cotangent: Any, x: Any, *leaves: Any, rule: LinearRule) -> list[Any]:
     nothing = [None] * len(leaves)
     if isinstance(cotangent, ad.Zero):
         return [None, *nothing]
@@ -87,7 +87,7 @@ def _transpose(cotangent: Any, x: Any, *leaves: Any, rule: Rule) -> list[Any]:
     return [linear_p.bind(cotangent, *leaves, rule=turned), *nothing]
 
 
-def _batch(operands: Any, dims: Any, *, rule: Rule) -> tuple[jax.Array, int]:
+def _batch(operands: Any, dims: Any, *, rule: LinearRule) -> tuple[jax.Array, int]:
     pairs = list(zip(operands, dims, strict=True))
     size = next(x.shape[d] for x, d in pairs if d is not None)
     x, *leaves = (x if d is None else jnp.moveaxis(x, d, 0) for x, d in pairs)

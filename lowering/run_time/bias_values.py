@@ -26,7 +26,7 @@ MOST = 1 << 36
 
 
 @dataclass(frozen=True)
-class Places:
+class BiasPlaces:
     """Where a bias is evaluated: positions and heads of rank ``[batch, head, ...]``.
 
     ``operands`` are the run-time arrays, ``[batch or 1, ...]``. Queries are positions
@@ -90,10 +90,10 @@ def values(
 
     def made(layout: nodes.Layout) -> list[jax.Array]:
         q, k = at[layout]
-        places = Places(q, k, problem, operands, dtype=dtype)
+        places = BiasPlaces(q, k, problem, operands, dtype=dtype)
         lengths = np.broadcast_shapes(q.shape, k.shape)[2:]
 
-        def of(terms: tuple[nodes.Term, ...]) -> jax.Array:
+        def of(terms: tuple[nodes.ScoreTerm, ...]) -> jax.Array:
             found = reduce(jnp.add, [_term(term, places) for term in terms])
             return jnp.broadcast_to(found, (*found.shape[:2], *lengths))
 
@@ -104,7 +104,7 @@ def values(
     return ScoreValues(tuple(made("q")), tuple(made("k")), (*diagonals, *pairs))
 
 
-def dense(score: nodes.Score, places: Places) -> jax.Array:
+def dense(score: nodes.Score, places: BiasPlaces) -> jax.Array:
     """The bias of all places, as it was written: ``[batch or 1, heads or 1, ...]``."""
     match score:
         case nodes.Number(value):
@@ -113,17 +113,17 @@ def dense(score: nodes.Score, places: Places) -> jax.Array:
             return _atom(score, places)
         case nodes.Sum(a, b):
             return dense(a, places) + dense(b, places)
-        case nodes.Product(a, b):
+        case nodes.ScoreProduct(a, b):
             return dense(a, places) * dense(b, places)
     assert_never(score)
 
 
-def _term(term: nodes.Term, places: Places) -> jax.Array:
+def _term(term: nodes.ScoreTerm, places: BiasPlaces) -> jax.Array:
     factor = jnp.full((1,) * places.rank, term.factor, places.dtype)
     return reduce(jnp.multiply, [_atom(a, places) for a in term.atoms], factor)
 
 
-def _atom(atom: nodes.Atom, places: Places) -> jax.Array:
+def _atom(atom: nodes.Atom, places: BiasPlaces) -> jax.Array:
     match atom:
         case nodes.Integer(expr):
             return places.integer(expr, places.dtype)
@@ -144,7 +144,7 @@ class Index(NamedTuple):
     whole: bool = False
 
 
-def _index(expr: ir.Expr, size: int, places: Places) -> Index:
+def _index(expr: ir.Expr, size: int, places: BiasPlaces) -> Index:
     if expr == ir.H and size == 1:
         return Index(jnp.zeros((1,) * places.rank, jnp.int32))
     # On a diagonal, where positions do not count from 0, nothing reads q or k bare.

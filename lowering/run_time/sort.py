@@ -24,14 +24,14 @@ ORDER: Mapping[ir.Side, str] = {"q": " order of q", "k": " order of k"}
 
 
 @dataclass(frozen=True)
-class Keys:
+class SortKeys:
     """What to sort by: an expression of the query's label, one of the key's."""
 
     q: ir.Expr
     kv: ir.Expr
 
 
-def keys(program: Program, orders: Collection[tuple[str, str]]) -> Keys | None:
+def keys(program: Program, orders: Collection[tuple[str, str]]) -> SortKeys | None:
     """The labels to sort by, if every map has a conjunct that compares a pair of them.
 
     ``orders`` are pairs of names of run-time arrays, of the queries and of the keys.
@@ -43,7 +43,7 @@ def keys(program: Program, orders: Collection[tuple[str, str]]) -> Keys | None:
     return None
 
 
-def _labels(node: ir.Pred, q_name: str, k_name: str) -> Keys | None:
+def _labels(node: ir.Pred, q_name: str, k_name: str) -> SortKeys | None:
     terms = node.terms if isinstance(node, ir.And) else (node,)
     for term in terms:
         comparison = isinstance(term, ir.Le | ir.Eq | ir.In)
@@ -53,7 +53,7 @@ def _labels(node: ir.Pred, q_name: str, k_name: str) -> Keys | None:
         q = [n for n in parts if n.name == q_name and "q" in ir.axes(n)]
         k = [n for n in parts if n.name == k_name and "k" in ir.axes(n)]
         if len(q) == len(k) == 1:
-            return Keys(q[0], k[0])
+            return SortKeys(q[0], k[0])
     return None
 
 
@@ -111,7 +111,7 @@ class Orders:
         return permute(o, self.q_slots, self.q), jnp.swapaxes(lse, 1, 2)
 
 
-def orders(by: Keys, program: Program, arrays: Mapping[str, Array]) -> Orders:
+def orders(by: SortKeys, program: Program, arrays: Mapping[str, Array]) -> Orders:
     """Sorts by the labels, positions of one label in their order."""
     problem = program.problem
 

@@ -1,11 +1,11 @@
 """Chunked linear recurrences: one algebra on values, three backends."""
 
-from pallas_kernels.linear.algebra import Rule as Rule
+from pallas_kernels.linear.algebra import Recurrence as Recurrence
 from pallas_kernels.linear.algebra import State as State
 from pallas_kernels.linear.algebra import scalar as scalar
-from pallas_kernels.linear.call import Call as Call
-from pallas_kernels.linear.call import Inputs as Inputs
-from pallas_kernels.linear.call import Outputs as Outputs
+from pallas_kernels.linear.call import LinearCall as LinearCall
+from pallas_kernels.linear.call import LinearInputs as LinearInputs
+from pallas_kernels.linear.call import LinearOutputs as LinearOutputs
 from pallas_kernels.linear.dispatch import attend as attend
 from pallas_kernels.linear.dispatch import final_state as final_state
 from pallas_kernels.linear.marks import STRONGEST as STRONGEST

@@ -7,7 +7,7 @@ Network, 2023, section 2). For a chunk of tokens that is three products: what it
 queries get from its own keys, ``scores @ v``; from the state at its start, ``reads @
 S``; and the state after it, ``carry S + writes.T @ v``.
 
-A ``Rule`` says what these four are, so that a kernel knows nothing of decays. Its
+A ``Recurrence`` says what these four are, so that a kernel knows nothing of decays. Its
 gradient is never written down: backends differentiate ``read`` and ``write`` by
 ``jax.vjp`` inside of their kernels. A gate for every feature (Gated Linear Attention,
 LightNet) is a rule whose ``reads``, ``writes`` and ``carry`` scale features. A delta
@@ -58,7 +58,7 @@ class Marks(NamedTuple):
     run: Any = None
 
 
-class Keys(NamedTuple):
+class ChunkKeys(NamedTuple):
     """The keys of a chunk."""
 
     k: Any  # [chunk, features]
@@ -74,7 +74,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rule:
+class Recurrence:
     """A linear recurrence, as pure functions on the values of a chunk.
 
     ``scores(dot, q, keys)`` are the weights ``[chunk, chunk]`` of the chunk's own keys;
@@ -84,7 +84,7 @@ class Rule:
     ``eps`` an output is divided by the sum of its weights, plus ``eps``.
     """
 
-    scores: Callable[[Dot, Any, Keys], Any]
+    scores: Callable[[Dot, Any, ChunkKeys], Any]
     reads: Callable[[Any, Marks], Any]
     writes: Callable[[Any, Marks], Any]
     carry: Callable[[Marks], Pair | None]
@@ -92,7 +92,7 @@ class Rule:
 
 
 def read(
-    rule: Rule, dot: Dot, q: Any, keys: Keys, state: State
+    rule: Recurrence, dot: Dot, q: Any, keys: ChunkKeys, state: State
 ) -> tuple[Any, Any | None]:
     """What the queries of a chunk get, ``[chunk, head_dim_v]``, and their normaliser.
 
@@ -134,7 +134,7 @@ def number(value: int | float, like: Any) -> Any:
     return like.dtype.type(value)
 
 
-def write(rule: Rule, dot: Dot, keys: Keys, state: State) -> State:
+def write(rule: Recurrence, dot: Dot, keys: ChunkKeys, state: State) -> State:
     """The state at the end of a chunk, from that at its start."""
     writes, carry = rule.writes(keys.k, keys.marks), rule.carry(keys.marks)
     v, run = keys.v, keys.marks.run
@@ -156,7 +156,7 @@ def carried(factor: Any, state: Any) -> Any:
 # --- the scalar rule: no decay, or one factor a step, and resets ---
 
 
-def _scores(dot: Dot, q: Any, keys: Keys) -> Any:
+def _scores(dot: Dot, q: Any, keys: ChunkKeys) -> Any:
     marks, shape = keys.marks, (q.shape[0], keys.k.shape[0])
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -207,9 +207,9 @@ def _last(row: Any) -> Any:
     return jnp.sum(jnp.where(end, row, number(0.0, row)), axis=1, keepdims=True)
 
 
-def scalar(eps: float | None) -> Rule:
+def scalar(eps: float | None) -> Recurrence:
     """The rule of linear attention: a decay a step, the same for all features."""
-    return Rule(_scores, _reads, _writes, _carry, eps)
+    return Recurrence(_scores, _reads, _writes, _carry, eps)
 
 
 # --- products ---

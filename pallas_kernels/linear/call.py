@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.linear.algebra import Marks, Rule
+from pallas_kernels.linear.algebra import Marks, Recurrence
 
 
-class Inputs(NamedTuple):
+class LinearInputs(NamedTuple):
     """The arrays of a call; ``group`` queries share a key head.
 
     ``log_decay`` is at most 0 and f32: the state is multiplied by its exponential
@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
     starts: Bool[Array, "_batch seq"] | None = None
 
 
-class Outputs(NamedTuple):
+class LinearOutputs(NamedTuple):
     """What a call yields; ``total`` is None without a normaliser.
 
     ``total`` is the sum of weights plus ``eps``, 0 where it vanishes.
@@ -34,17 +34,17 @@ class Outputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Call:
+class LinearCall:
     """The static part of a call."""
 
-    rule: Rule
+    rule: Recurrence
     chunk: int
     interpret: Hashable = False
     num_warps: int = 4
     num_stages: int = 2
 
 
-class Chunks(NamedTuple):
+class ChunkInputs(NamedTuple):
     """The arrays as backends see them: heads flat, the sequence padded to chunks.
 
     What is padded has keys and values of 0, so that no state knows of it. ``marks``
@@ -58,8 +58,8 @@ class Chunks(NamedTuple):
     marks: Marks
 
 
-class Rows(NamedTuple):
-    """What a backend yields for the queries of ``Chunks``, or takes as cotangents."""
+class ChunkOutputs(NamedTuple):
+    """What a backend yields for the queries of a call, or takes as cotangents."""
 
     out: Any  # [heads, group, padded, head_dim_v]
     total: Any  # f32 [heads, group, padded], or None

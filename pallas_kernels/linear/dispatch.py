@@ -14,14 +14,20 @@ import jax.numpy as jnp
 
 from pallas_kernels.linear import marks, tpu, triton, xla
 from pallas_kernels.linear.algebra import Marks, State
-from pallas_kernels.linear.call import Call, Chunks, Inputs, Outputs, Rows
+from pallas_kernels.linear.call import (
+    ChunkInputs,
+    ChunkOutputs,
+    LinearCall,
+    LinearInputs,
+    LinearOutputs,
+)
 from pallas_kernels.precision import wide
 from pallas_kernels.varying import alike
 
 KERNELS: dict[str, ModuleType] = {"tpu": tpu, "triton": triton}
 
 
-def attend(inputs: Inputs, call: Call, *, impl: str) -> Outputs:
+def attend(inputs: LinearInputs, call: LinearCall, *, impl: str) -> LinearOutputs:
     """What every query reads from the state at its position.
 
     ``jit``, ``grad``, ``vmap`` and ``jax.checkpoint`` hold on every backend; ``jvp`` on
@@ -35,17 +41,17 @@ def attend(inputs: Inputs, call: Call, *, impl: str) -> Outputs:
         return x[:, :, :seq].reshape(batch, heads, group, seq, *rest)
 
     total = None if rows.total is None else shaped(rows.total)
-    return Outputs(shaped(rows.out, rows.out.shape[-1]), total)
+    return LinearOutputs(shaped(rows.out, rows.out.shape[-1]), total)
 
 
-def final_state(inputs: Inputs, call: Call) -> State:
+def final_state(inputs: LinearInputs, call: LinearCall) -> State:
     """What is kept of all keys, f32, each array ``[batch, heads, ...]``."""
     batch, heads = inputs.k.shape[:2]
     state = xla.final_state(alike(chunked(inputs, call.chunk)), call)
     return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), state)
 
 
-def chunked(inputs: Inputs, chunk: int) -> Chunks:
+def chunked(inputs: LinearInputs, chunk: int) -> ChunkInputs:
     """The arrays with flat heads, filled up to whole chunks."""
     batch, heads, _, seq, _ = inputs.q.shape
 
@@ -64,7 +70,7 @@ def chunked(inputs: Inputs, chunk: int) -> Chunks:
     decay, starts = inputs.log_decay, inputs.starts
     decay = None if decay is None else per_head(decay)
     starts = None if starts is None else per_head(starts[:, None])
-    return Chunks(
+    return ChunkInputs(
         flat(inputs.q, 3),
         flat(inputs.k, 2),
         flat(inputs.v, 2),
@@ -73,36 +79,42 @@ def chunked(inputs: Inputs, chunk: int) -> Chunks:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(impl: str, call: Call, chunks: Chunks) -> Rows:
+def _attend(impl: str, call: LinearCall, chunks: ChunkInputs) -> ChunkOutputs:
     return KERNELS[impl].forward(chunks, call)
 
 
-def _attend_fwd(impl: str, call: Call, chunks: Chunks) -> tuple[Rows, Chunks]:
+def _attend_fwd(
+    impl: str, call: LinearCall, chunks: ChunkInputs
+) -> tuple[ChunkOutputs, ChunkInputs]:
     return _attend(impl, call, chunks), chunks
 
 
 def _attend_bwd(
-    impl: str, call: Call, chunks: Chunks, cotangent: Rows
-) -> tuple[Chunks]:
+    impl: str, call: LinearCall, chunks: ChunkInputs, cotangent: ChunkOutputs
+) -> tuple[ChunkInputs]:
     dq, dk, dv, dfine = _backward(impl, call, chunks, cotangent)
-    return (Chunks(dq, dk, dv, Marks(fine=dfine)),)
+    return (ChunkInputs(dq, dk, dv, Marks(fine=dfine)),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _backward(impl: str, call: Call, chunks: Chunks, cotangent: Rows) -> tuple:
+def _backward(
+    impl: str, call: LinearCall, chunks: ChunkInputs, cotangent: ChunkOutputs
+) -> tuple:
     return KERNELS[impl].backward(chunks, cotangent, call)
 
 
 def _backward_fwd(
-    impl: str, call: Call, chunks: Chunks, cotangent: Rows
+    impl: str, call: LinearCall, chunks: ChunkInputs, cotangent: ChunkOutputs
 ) -> tuple[tuple, Any]:
     return _backward(impl, call, chunks, cotangent), (chunks, cotangent)
 
 
-def _backward_bwd(impl: str, call: Call, residuals: Any, cotangent: tuple) -> tuple:
+def _backward_bwd(
+    impl: str, call: LinearCall, residuals: Any, cotangent: tuple
+) -> tuple:
     del impl
     _, pull = jax.vjp(partial(_twin, call), *residuals)
     return pull(cotangent)
@@ -111,7 +123,7 @@ def _backward_bwd(impl: str, call: Call, residuals: Any, cotangent: tuple) -> tu
 _backward.defvjp(_backward_fwd, _backward_bwd)
 
 
-def _twin(call: Call, chunks: Chunks, cotangent: Rows) -> tuple:
+def _twin(call: LinearCall, chunks: ChunkInputs, cotangent: ChunkOutputs) -> tuple:
     """What a backward kernel computes, in plain JAX."""
     _, pull = jax.vjp(partial(xla.forward, call=call), chunks)
     (found,) = pull(cotangent)

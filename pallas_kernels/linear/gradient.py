@@ -4,7 +4,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels.linear.algebra import Dot, Keys, Pair, Rule, State, read, write
+from pallas_kernels.linear.algebra import (
+    ChunkKeys,
+    Dot,
+    Pair,
+    Recurrence,
+    State,
+    read,
+    write,
+)
 
 
 class KeyGradients(NamedTuple):
@@ -20,13 +28,18 @@ class KeyGradients(NamedTuple):
 
 
 def of_read(
-    rule: Rule, dot: Dot, q: Any, keys: Keys, state: State, cotangents: tuple[Any, Any]
+    rule: Recurrence,
+    dot: Dot,
+    q: Any,
+    keys: ChunkKeys,
+    state: State,
+    cotangents: tuple[Any, Any],
 ) -> tuple[Any, KeyGradients, State]:
     """The cotangents of ``q``, the keys and the state, from those of what is read."""
 
     def f(q: Any, k: Any, v: Any, fine: Any, state: State) -> Any:
         marks = keys.marks._replace(fine=fine)
-        return read(rule, dot, q, Keys(k, v, marks), state)
+        return read(rule, dot, q, ChunkKeys(k, v, marks), state)
 
     _, pull = jax.vjp(f, q, keys.k, keys.v, keys.marks.fine, state)
     dq, dk, dv, dfine, dstate = pull(cotangents)
@@ -34,13 +47,13 @@ def of_read(
 
 
 def of_write(
-    rule: Rule, dot: Dot, keys: Keys, state: State, cotangent: State
+    rule: Recurrence, dot: Dot, keys: ChunkKeys, state: State, cotangent: State
 ) -> tuple[KeyGradients, State]:
     """The cotangents of the keys and the old state, from that of the new one."""
 
     def f(k: Any, v: Any, fine: Any, state: State) -> State:
         marks = keys.marks._replace(fine=fine)
-        return write(rule, dot, Keys(k, v, marks), state)
+        return write(rule, dot, ChunkKeys(k, v, marks), state)
 
     _, pull = jax.vjp(f, keys.k, keys.v, keys.marks.fine, state)
     dk, dv, dfine, dstate = pull(cotangent)

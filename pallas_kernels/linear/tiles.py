@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.config import KernelConfig, even_block
-from pallas_kernels.linear.algebra import Rule
-from pallas_kernels.linear.call import Call
+from pallas_kernels.linear.algebra import Recurrence
+from pallas_kernels.linear.call import LinearCall
 from pallas_kernels.linear.marks import LONGEST_CHUNK
 from pallas_kernels.tpu.runs import LANES
 from pallas_kernels.triton.tiles import power_of_two
@@ -17,13 +17,13 @@ CHUNKS = {"xla": 64, "tpu": 256}
 
 
 def default_call(
-    rule: Rule,
+    rule: Recurrence,
     impl: str,
     sizes: tuple[int, int, int],
     dtype: jax.typing.DTypeLike,
     config: KernelConfig,
     interpret: Hashable = False,
-) -> Call:
+) -> LinearCall:
     """The static part of a call; ``sizes``: the length, those of features and values.
 
     ``block_kv`` of the config, or else ``block_q``, is the length of a chunk; one that
@@ -48,7 +48,7 @@ def default_call(
             f"be at most {LONGEST_CHUNK}, so that the log-decays of a chunk keep their "
             "precision: leave it None for one that fits"
         )
-    return Call(
+    return LinearCall(
         rule=rule,
         chunk=chunk,
         interpret=interpret,

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear import algebra, gradient
-from pallas_kernels.linear.algebra import Keys, Marks, Pair, State
-from pallas_kernels.linear.call import Call, Chunks, Rows
+from pallas_kernels.linear.algebra import ChunkKeys, Marks, Pair, State
+from pallas_kernels.linear.call import ChunkInputs, ChunkOutputs, LinearCall
 from pallas_kernels.tpu.launch import block_index
 from pallas_kernels.tpu.operands import to_column, to_row
 from pallas_kernels.tpu.runs import LANES
@@ -25,7 +25,7 @@ from pallas_kernels.varying import shape_like
 ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"))
 
 
-def forward(chunks: Chunks, call: Call) -> Rows:
+def forward(chunks: ChunkInputs, call: LinearCall) -> ChunkOutputs:
     """Output and normaliser of all queries."""
     chunks, dtype = _ready(chunks, call)
     heads, group, padded, _ = chunks.q.shape
@@ -43,10 +43,10 @@ def forward(chunks: Chunks, call: Call) -> Rows:
         interpret=call.interpret,
         name="sadsl_linear_forward",
     )(chunks)
-    return Rows(out, None if total is None else total.reshape(*out.shape[:3]))
+    return ChunkOutputs(out, None if total is None else total.reshape(*out.shape[:3]))
 
 
-def backward(chunks: Chunks, cotangent: Rows, call: Call) -> tuple:
+def backward(chunks: ChunkInputs, cotangent: ChunkOutputs, call: LinearCall) -> tuple:
     """The cotangents of q, k, v and the fine marks (None where there are none)."""
     dtypes = [x.dtype for x in chunks[:3]]
     chunks, _ = _ready(chunks, call)
@@ -76,7 +76,7 @@ def backward(chunks: Chunks, cotangent: Rows, call: Call) -> tuple:
         in_specs=[
             specs,
             _state_specs(states, last),
-            Rows(_row_spec(dout, call, last), of_totals),
+            ChunkOutputs(_row_spec(dout, call, last), of_totals),
         ],
         out_specs=[(specs.q, specs.k, specs.v, specs.marks.fine)],
         out_shape=[(*shapes, dfine)],
@@ -84,12 +84,12 @@ def backward(chunks: Chunks, cotangent: Rows, call: Call) -> tuple:
         compiler_params=ORDER,
         interpret=call.interpret,
         name="sadsl_linear_backward",
-    )(chunks, states, Rows(dout, dtotal))
+    )(chunks, states, ChunkOutputs(dout, dtotal))
     dq, dk, dv, dfine = found
     return dq, dk, dv, None if dfine is None else dfine[:, :, 0]
 
 
-def _states(chunks: Chunks, call: Call) -> State:
+def _states(chunks: ChunkInputs, call: LinearCall) -> State:
     """The state at the start of every chunk, ``[heads, chunks, ...]``."""
     heads, _, padded, features = chunks.q.shape
     lead = heads, padded // call.chunk
@@ -117,8 +117,8 @@ def _states(chunks: Chunks, call: Call) -> State:
 
 
 def _forward_kernel(
-    refs: Chunks, out_ref: Any, total_ref: Any, state_ref: State,
-    *, call: Call, group: int,
+    refs: ChunkInputs, out_ref: Any, total_ref: Any, state_ref: State,
+    *, call: LinearCall, group: int,
 ) -> None:  # fmt: skip
     _zero_at_first(state_ref)
     dot = algebra.plain_dot(refs.v.dtype)
@@ -136,7 +136,7 @@ def _forward_kernel(
 
 def _states_kernel(
     k_ref: Any, v_ref: Any, marks: Marks, out_ref: State, state_ref: State,
-    *, call: Call,
+    *, call: LinearCall,
 ) -> None:  # fmt: skip
     _zero_at_first(state_ref)
     dot = algebra.plain_dot(v_ref.dtype)
@@ -147,8 +147,8 @@ def _states_kernel(
 
 
 def _backward_kernel(
-    refs: Chunks, states: State, cotangent: Rows, outs: tuple,
-    dstate_ref: State, sums: tuple, *, call: Call, group: int,
+    refs: ChunkInputs, states: State, cotangent: ChunkOutputs, outs: tuple,
+    dstate_ref: State, sums: tuple, *, call: LinearCall, group: int,
 ) -> None:  # fmt: skip
     _zero_at_first(dstate_ref)
     dot = algebra.kernel_dot(refs.v.dtype)
@@ -186,7 +186,7 @@ def _backward_kernel(
 # --- what kernels see ---
 
 
-def _ready(chunks: Chunks, call: Call) -> tuple[Chunks, Any]:
+def _ready(chunks: ChunkInputs, call: LinearCall) -> tuple[ChunkInputs, Any]:
     """The arrays as the kernels take them, and the dtype of the output.
 
     Raises:
@@ -203,7 +203,7 @@ def _ready(chunks: Chunks, call: Call) -> tuple[Chunks, Any]:
         # The chip has no f16 arithmetic, and bf16 would lose three bits.
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     marks = jax.tree.map(lambda x: x[:, :, None], marks)
-    return Chunks(q, k, v, marks), dtype
+    return ChunkInputs(q, k, v, marks), dtype
 
 
 def _same(c: Any) -> Any:
@@ -211,8 +211,8 @@ def _same(c: Any) -> Any:
 
 
 def _chunk_specs(
-    chunks: Chunks, call: Call, at: Callable[[Any], Any] = _same
-) -> Chunks:
+    chunks: ChunkInputs, call: LinearCall, at: Callable[[Any], Any] = _same
+) -> ChunkInputs:
     """A chunk of the queries of a member, and of the keys."""
 
     def keys(x: Any) -> pl.BlockSpec:
@@ -223,28 +223,34 @@ def _chunk_specs(
         (None, None, 1, call.chunk), lambda h, c, g: block_index(h, at(c), 0, 0)
     )
     marks = jax.tree.map(lambda _: row, chunks.marks)
-    return Chunks(_row_spec(chunks.q, call, at), keys(chunks.k), keys(chunks.v), marks)
+    return ChunkInputs(
+        _row_spec(chunks.q, call, at), keys(chunks.k), keys(chunks.v), marks
+    )
 
 
-def _row_spec(x: Any, call: Call, at: Callable[[Any], Any] = _same) -> pl.BlockSpec:
+def _row_spec(
+    x: Any, call: LinearCall, at: Callable[[Any], Any] = _same
+) -> pl.BlockSpec:
     shape = None, None, call.chunk, x.shape[-1]
     return pl.BlockSpec(shape, lambda h, c, g: block_index(h, g, at(c), 0))
 
 
-def _total_shape(chunks: Chunks, call: Call) -> Any:
+def _total_shape(chunks: ChunkInputs, call: LinearCall) -> Any:
     heads, group, padded, _ = chunks.q.shape
     shape = heads, group, padded // call.chunk, 1, call.chunk
     return None if call.rule.eps is None else shape_like(shape, jnp.float32, chunks.q)
 
 
-def _total_spec(call: Call, at: Callable[[Any], Any] = _same) -> pl.BlockSpec | None:
+def _total_spec(
+    call: LinearCall, at: Callable[[Any], Any] = _same
+) -> pl.BlockSpec | None:
     if call.rule.eps is None:
         return None
     shape = None, None, None, 1, call.chunk
     return pl.BlockSpec(shape, lambda h, c, g: block_index(h, g, at(c), 0, 0))
 
 
-def _fitting(state: State, call: Call) -> State:
+def _fitting(state: State, call: LinearCall) -> State:
     return state._replace(z=None) if call.rule.eps is None else state
 
 
@@ -257,18 +263,18 @@ def _state_specs(states: State, at: Callable[[Any], Any]) -> State:
     return jax.tree.map(spec, states)
 
 
-def _state_scratch(chunks: Chunks, call: Call) -> State:
+def _state_scratch(chunks: ChunkInputs, call: LinearCall) -> State:
     features, head_dim_v = chunks.k.shape[-1], chunks.v.shape[-1]
     s, z = (features, head_dim_v), (1, features)
     return _fitting(State(pltpu.VMEM(s, jnp.float32), pltpu.VMEM(z, jnp.float32)), call)
 
 
-def _keys(k_ref: Any, v_ref: Any, marks: Marks) -> Keys:
+def _keys(k_ref: Any, v_ref: Any, marks: Marks) -> ChunkKeys:
     def pair(ref: Any) -> Pair | None:
         return None if ref is None else Pair(to_column(ref[...]), ref[...])
 
     k, v = k_ref[...].astype(jnp.float32), v_ref[...].astype(jnp.float32)
-    return Keys(k, v, Marks(*map(pair, marks)))
+    return ChunkKeys(k, v, Marks(*map(pair, marks)))
 
 
 def _values(refs: State) -> State:

@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.linear import algebra, gradient, marks
-from pallas_kernels.linear.algebra import Keys, Marks, Pair, State
-from pallas_kernels.linear.call import Call, Chunks, Rows
+from pallas_kernels.linear.algebra import ChunkKeys, Marks, Pair, State
+from pallas_kernels.linear.call import ChunkInputs, ChunkOutputs, LinearCall
 from pallas_kernels.linear.xla import by_chunk, empty, keys_of
 from pallas_kernels.loops import repeat
 from pallas_kernels.triton.launch import pad
@@ -25,7 +25,7 @@ from pallas_kernels.triton.tiles import SMALLEST, power_of_two
 from pallas_kernels.varying import shape_like
 
 
-def forward(chunks: Chunks, call: Call) -> Rows:
+def forward(chunks: ChunkInputs, call: LinearCall) -> ChunkOutputs:
     """Output and normaliser of all queries."""
     head_dim_v, dtype = chunks.v.shape[-1], chunks.q.dtype
     chunks = _ready(chunks, call)
@@ -36,7 +36,7 @@ def forward(chunks: Chunks, call: Call) -> Rows:
     total = None
     if call.rule.eps is not None:
         total = shape_like(row, jnp.float32, chunks.q)
-    rows = Rows(out, total)
+    rows = ChunkOutputs(out, total)
     out, total = pl.pallas_call(
         partial(_forward_kernel, call=call),
         grid=(padded // call.chunk, heads, group),
@@ -47,10 +47,10 @@ def forward(chunks: Chunks, call: Call) -> Rows:
         interpret=call.interpret,
         name="sadsl_linear_forward",
     )(chunks, states)
-    return Rows(out[..., :head_dim_v], total)
+    return ChunkOutputs(out[..., :head_dim_v], total)
 
 
-def backward(chunks: Chunks, cotangent: Rows, call: Call) -> tuple:
+def backward(chunks: ChunkInputs, cotangent: ChunkOutputs, call: LinearCall) -> tuple:
     """The cotangents of q, k, v and the fine marks (None where there are none)."""
     shapes, dtypes = [x.shape for x in chunks[:3]], [x.dtype for x in chunks[:3]]
     chunks = _ready(chunks, call)
@@ -58,7 +58,7 @@ def backward(chunks: Chunks, cotangent: Rows, call: Call) -> tuple:
     states = _before(updates, carry)
     heads, group, padded, _ = chunks.q.shape
     dout = pad(cotangent.out.astype(chunks.v.dtype), 3, chunks.v.shape[-1])
-    cotangent = Rows(dout, cotangent.total)
+    cotangent = ChunkOutputs(dout, cotangent.total)
     inputs = chunks, states, cotangent
     spec, state_spec = _chunk_specs(chunks, call, group), _state_specs(states)
     specs = [spec, state_spec, _row_specs(cotangent, call, group)]
@@ -99,14 +99,14 @@ def backward(chunks: Chunks, cotangent: Rows, call: Call) -> tuple:
 # --- states, in plain JAX ---
 
 
-def _updates(chunks: Chunks, call: Call) -> tuple[State, Pair | None]:
+def _updates(chunks: ChunkInputs, call: LinearCall) -> tuple[State, Pair | None]:
     """What each chunk adds to the state, ``[heads, chunks, ...]``, and its factor."""
     rule, dot = call.rule, algebra.plain_dot(chunks.v.dtype)
     heads, _, features = chunks.k.shape
     start = empty(rule, heads, features, chunks.v.shape[-1], jnp.float32)
     start = jax.tree.map(lambda x: x[0], start)
 
-    def of_chunk(keys: Keys) -> tuple[State, Pair | None]:
+    def of_chunk(keys: ChunkKeys) -> tuple[State, Pair | None]:
         return algebra.write(rule, dot, keys, start), rule.carry(keys.marks)
 
     # Axes of chunks and of heads.
@@ -147,7 +147,7 @@ def _before(states: State, carry: Pair | None, *, reverse: bool = False) -> Stat
 
 
 def _forward_kernel(
-    refs: Chunks, states: State, out_ref: Any, total_ref: Any, *, call: Call
+    refs: ChunkInputs, states: State, out_ref: Any, total_ref: Any, *, call: LinearCall
 ) -> None:
     dot = algebra.plain_dot(refs.v.dtype)
     q = refs.q[0].astype(jnp.float32)
@@ -158,8 +158,8 @@ def _forward_kernel(
 
 
 def _queries_kernel(
-    refs: Chunks, states: State, cotangent: Rows, dq_ref: Any, dstate_ref: State,
-    *, call: Call,
+    refs: ChunkInputs, states: State, cotangent: ChunkOutputs, dq_ref: Any,
+    dstate_ref: State, *, call: LinearCall,
 ) -> None:  # fmt: skip
     """The cotangents of the queries, and of the state at the start of the chunk."""
     dot = algebra.kernel_dot(refs.v.dtype)
@@ -180,8 +180,8 @@ def _queries_kernel(
 
 
 def _keys_kernel(
-    refs: Chunks, states: State, cotangent: Rows, dstates: State,
-    dk_ref: Any, dv_ref: Any, dfine_ref: Any, *, call: Call,
+    refs: ChunkInputs, states: State, cotangent: ChunkOutputs, dstates: State,
+    dk_ref: Any, dv_ref: Any, dfine_ref: Any, *, call: LinearCall,
 ) -> None:  # fmt: skip
     """The cotangents of the keys: of what is read in the chunk, and of the state."""
     dot = algebra.kernel_dot(refs.v.dtype)
@@ -217,17 +217,17 @@ def _summed(of: Callable[[Any], Any], members: int) -> Any:
     )
 
 
-def _keys(refs: Chunks) -> Keys:
+def _keys(refs: ChunkInputs) -> ChunkKeys:
     values = Marks(*(None if ref is None else ref[...] for ref in refs.marks))
     k, v = refs.k[...].astype(jnp.float32), refs.v[...].astype(jnp.float32)
-    return Keys(k, v, marks.pairs(values))
+    return ChunkKeys(k, v, marks.pairs(values))
 
 
 def _values(refs: State) -> State:
     return jax.tree.map(lambda ref: ref[...], refs)
 
 
-def _member(cotangent: Rows, g: Any) -> tuple[Any, Any]:
+def _member(cotangent: ChunkOutputs, g: Any) -> tuple[Any, Any]:
     """The cotangents of what a member of the group reads."""
     total = None if cotangent.total is None else cotangent.total[g][:, None]
     return cotangent.out[g].astype(jnp.float32), total
@@ -236,7 +236,7 @@ def _member(cotangent: Rows, g: Any) -> tuple[Any, Any]:
 # --- what kernels see ---
 
 
-def _ready(chunks: Chunks, call: Call) -> Chunks:
+def _ready(chunks: ChunkInputs, call: LinearCall) -> ChunkInputs:
     """The arrays as the kernels take them: sizes that Triton multiplies.
 
     Raises:
@@ -254,10 +254,10 @@ def _ready(chunks: Chunks, call: Call) -> Chunks:
         return pad(x, x.ndim - 1, power_of_two(x.shape[-1]))
 
     q, k, v, of_positions = chunks
-    return Chunks(array(q), array(k), array(v), of_positions)
+    return ChunkInputs(array(q), array(k), array(v), of_positions)
 
 
-def _chunk_specs(chunks: Chunks, call: Call, members: int) -> Chunks:
+def _chunk_specs(chunks: ChunkInputs, call: LinearCall, members: int) -> ChunkInputs:
     """A chunk of the keys of a head, and of the queries of ``members`` of its group."""
 
     def keys(x: Any) -> pl.BlockSpec:
@@ -265,17 +265,17 @@ def _chunk_specs(chunks: Chunks, call: Call, members: int) -> Chunks:
         return pl.BlockSpec(shape, lambda c, h, g: (h, c, 0))
 
     mark = pl.BlockSpec((None, None, call.chunk), lambda c, h, g: (h, c, 0))
-    q = _row_specs(Rows(chunks.q, None), call, members).out
+    q = _row_specs(ChunkOutputs(chunks.q, None), call, members).out
     of_positions = jax.tree.map(lambda _: mark, chunks.marks)
-    return Chunks(q, keys(chunks.k), keys(chunks.v), of_positions)
+    return ChunkInputs(q, keys(chunks.k), keys(chunks.v), of_positions)
 
 
-def _row_specs(rows: Rows, call: Call, members: int) -> Rows:
+def _row_specs(rows: ChunkOutputs, call: LinearCall, members: int) -> ChunkOutputs:
     """A chunk of ``members`` of the group."""
     shape = None, members, call.chunk
     out = pl.BlockSpec((*shape, rows.out.shape[-1]), lambda c, h, g: (h, g, c, 0))
     total = pl.BlockSpec(shape, lambda c, h, g: (h, g, c))
-    return Rows(out, None if rows.total is None else total)
+    return ChunkOutputs(out, None if rows.total is None else total)
 
 
 def _state_specs(states: State) -> State:
@@ -285,5 +285,5 @@ def _state_specs(states: State) -> State:
     return jax.tree.map(spec, states)
 
 
-def _options(call: Call) -> plgpu.CompilerParams:
+def _options(call: LinearCall) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(num_warps=call.num_warps, num_stages=call.num_stages)

@@ -12,25 +12,25 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear import algebra
-from pallas_kernels.linear.algebra import Keys, Marks, Rule, State
-from pallas_kernels.linear.call import Call, Chunks, Rows
+from pallas_kernels.linear.algebra import ChunkKeys, Marks, Recurrence, State
+from pallas_kernels.linear.call import ChunkInputs, ChunkOutputs, LinearCall
 from pallas_kernels.linear.marks import pairs
 from pallas_kernels.precision import wide, widened
 from pallas_kernels.varying import vary
 
 
-def forward(chunks: Chunks, call: Call) -> Rows:
+def forward(chunks: ChunkInputs, call: LinearCall) -> ChunkOutputs:
     """Output and normaliser of all queries."""
     rule, dtype = call.rule, chunks.q.dtype
     heads, group, padded, features = chunks.q.shape
     head_dim_v = chunks.v.shape[-1]
 
-    def body(state: State, x: Chunks) -> tuple[State, Rows]:
+    def body(state: State, x: ChunkInputs) -> tuple[State, ChunkOutputs]:
         q, keys = widened(x.q), keys_of(x)
         out, total = _read(rule, q, keys, state)
         if total is not None:
             total = total[..., 0]
-        return _write(rule, keys, state), Rows(out.astype(dtype), total)
+        return _write(rule, keys, state), ChunkOutputs(out.astype(dtype), total)
 
     # The body of a scan is compiled by itself: nothing there to keep apart.
     body = jax.checkpoint(body, prevent_cse=False)
@@ -39,16 +39,16 @@ def forward(chunks: Chunks, call: Call) -> Rows:
     out = jnp.moveaxis(out, 0, 2).reshape(heads, group, padded, head_dim_v)
     if total is not None:
         total = jnp.moveaxis(total, 0, 2).reshape(heads, group, padded)
-    return Rows(out, total)
+    return ChunkOutputs(out, total)
 
 
-def final_state(chunks: Chunks, call: Call) -> State:
+def final_state(chunks: ChunkInputs, call: LinearCall) -> State:
     """What is kept of all keys, with a leading axis of heads."""
     heads, _, features = chunks.k.shape
     sizes = heads, features, chunks.v.shape[-1]
     state = vary(empty(call.rule, *sizes, wide(chunks.k.dtype)), chunks.k)
 
-    def body(state: State, x: Chunks) -> tuple[State, None]:
+    def body(state: State, x: ChunkInputs) -> tuple[State, None]:
         return _write(call.rule, keys_of(x), state), None
 
     body = jax.checkpoint(body, prevent_cse=False)
@@ -56,7 +56,7 @@ def final_state(chunks: Chunks, call: Call) -> State:
 
 
 def _read(
-    rule: Rule, q: jax.Array, keys: Keys, state: State
+    rule: Recurrence, q: jax.Array, keys: ChunkKeys, state: State
 ) -> tuple[jax.Array, jax.Array | None]:
     """``algebra.read`` for all heads, and the queries of a group of each."""
     member = jax.vmap(
@@ -65,24 +65,26 @@ def _read(
     return jax.vmap(member)(q, keys, state)
 
 
-def _write(rule: Rule, keys: Keys, state: State) -> State:
+def _write(rule: Recurrence, keys: ChunkKeys, state: State) -> State:
     dot = algebra.plain_dot(keys.k.dtype)
     return jax.vmap(partial(algebra.write, rule, dot))(keys, state)
 
 
-def empty(rule: Rule, heads: Any, features: int, head_dim_v: int, dtype: Any) -> State:
+def empty(
+    rule: Recurrence, heads: Any, features: int, head_dim_v: int, dtype: Any
+) -> State:
     """The state of no key, with a leading axis of heads."""
     s = jnp.zeros((heads, features, head_dim_v), dtype)
     z = jnp.zeros((heads, 1, features), dtype)
     return State(s, None if rule.eps is None else z)
 
 
-def keys_of(x: Chunks) -> Keys:
+def keys_of(x: ChunkInputs) -> ChunkKeys:
     """The keys of a chunk of every head, or of all chunks, in the dtype of sums."""
-    return Keys(widened(x.k), widened(x.v), pairs(x.marks))
+    return ChunkKeys(widened(x.k), widened(x.v), pairs(x.marks))
 
 
-def by_chunk(chunks: Chunks, chunk: int) -> Chunks:
+def by_chunk(chunks: ChunkInputs, chunk: int) -> ChunkInputs:
     """The arrays with an axis of chunks in front."""
 
     def split(x: jax.Array) -> jax.Array:
@@ -91,4 +93,4 @@ def by_chunk(chunks: Chunks, chunk: int) -> Chunks:
         return jnp.moveaxis(x, -3, 0)
 
     marks = Marks(*(None if x is None else x.swapaxes(0, 1) for x in chunks.marks))
-    return Chunks(split(chunks.q), split(chunks.k), split(chunks.v), marks)
+    return ChunkInputs(split(chunks.q), split(chunks.k), split(chunks.v), marks)

@@ -14,8 +14,8 @@ from pallas_kernels import softmax
 from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
-from pallas_kernels.tpu.launch import Launch, Operand, Step, launch
-from pallas_kernels.tpu.runs import Lists, RowList
+from pallas_kernels.tpu.launch import BlockOperand, Launch, Step, launch
+from pallas_kernels.tpu.runs import RowList, TpuLists
 from pallas_kernels.tpu.scores import OnTop, on_top, tile_operands
 from pallas_kernels.varying import shape_like
 
@@ -24,7 +24,7 @@ def backward(
     inputs: Inputs,
     cotangents: Cotangents,
     vectors: Vectors,
-    lists: Lists,
+    lists: TpuLists,
     call: Call,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``dq, dk, dv`` over the blocks of ``lists.dq`` and ``lists.dkv``."""
@@ -65,7 +65,7 @@ def _run_dq(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> 
     def kv_head(h: jax.Array, _: jax.Array) -> jax.Array:
         return lax.div(h, jnp.int32(group))
 
-    def vector(x: jax.Array, block: int) -> Operand:
+    def vector(x: jax.Array, block: int) -> BlockOperand:
         return operands.vector_operand(x, block, (batch, num_heads), 1)
 
     of = Launch(
@@ -75,17 +75,17 @@ def _run_dq(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> 
         row_block=block_q,
         stream_block=block_kv,
         rows=(
-            Operand(operands.flat(q, block_q), own),
-            Operand(operands.flat(do, block_q), own),
-            Operand(_statistics(statistics, block_q), own, axis=2),
+            BlockOperand(operands.flat(q, block_q), own),
+            BlockOperand(operands.flat(do, block_q), own),
+            BlockOperand(_statistics(statistics, block_q), own, axis=2),
             *(vector(x, block_q) for x in (*vectors.q, *added.q)),
         ),
         streams=(
-            Operand(operands.flat(k, block_kv), kv_head),
-            Operand(operands.flat(v, block_kv), kv_head),
+            BlockOperand(operands.flat(k, block_kv), kv_head),
+            BlockOperand(operands.flat(v, block_kv), kv_head),
             *(vector(x, block_kv) for x in (*vectors.kv, *added.kv)),
         ),
-        outs=(Operand(shape_like((heads, seq, head_dim), q.dtype, q), own),),
+        outs=(BlockOperand(shape_like((heads, seq, head_dim), q.dtype, q), own),),
         scratch=((block_q, head_dim),),
         interpret=call.interpret,
         tiles=tile_operands(vectors, sizes, (batch, num_heads), 1, by="q"),
@@ -163,7 +163,7 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
     def query_head(h: jax.Array, member: jax.Array) -> jax.Array:
         return h * group + member
 
-    def vector(x: jax.Array, block: int) -> Operand:
+    def vector(x: jax.Array, block: int) -> BlockOperand:
         return operands.vector_operand(x, block, (batch, num_heads), group)
 
     of = Launch(
@@ -173,19 +173,19 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
         row_block=block_kv,
         stream_block=block_q,
         rows=(
-            Operand(operands.flat(k, block_kv), own),
-            Operand(operands.flat(v, block_kv), own),
+            BlockOperand(operands.flat(k, block_kv), own),
+            BlockOperand(operands.flat(v, block_kv), own),
             *(vector(x, block_kv) for x in (*vectors.kv, *added.kv)),
         ),
         streams=(
-            Operand(operands.flat(q, block_q), query_head),
-            Operand(operands.flat(do, block_q), query_head),
-            Operand(_statistics(statistics, block_q), query_head, axis=2),
+            BlockOperand(operands.flat(q, block_q), query_head),
+            BlockOperand(operands.flat(do, block_q), query_head),
+            BlockOperand(_statistics(statistics, block_q), query_head, axis=2),
             *(vector(x, block_q) for x in (*vectors.q, *added.q)),
         ),
         outs=(
-            Operand(shape_like((heads, seq, head_dim), k.dtype, q), own),
-            Operand(shape_like((heads, seq, head_dim_v), v.dtype, q), own),
+            BlockOperand(shape_like((heads, seq, head_dim), k.dtype, q), own),
+            BlockOperand(shape_like((heads, seq, head_dim_v), v.dtype, q), own),
         ),
         scratch=((block_kv, head_dim), (block_kv, head_dim_v)),
         interpret=call.interpret,

@@ -11,13 +11,13 @@ from pallas_kernels import bits, softmax
 from pallas_kernels.call import Call, Inputs, Kept, Vectors
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
-from pallas_kernels.tpu.launch import Launch, Operand, Step, launch
-from pallas_kernels.tpu.runs import LANES, Lists, RowList
+from pallas_kernels.tpu.launch import BlockOperand, Launch, Step, launch
+from pallas_kernels.tpu.runs import LANES, RowList, TpuLists
 from pallas_kernels.tpu.scores import OnTop, on_top, tile_operands
 from pallas_kernels.varying import shape_like
 
 
-def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Kept:
+def forward(inputs: Inputs, vectors: Vectors, lists: TpuLists, call: Call) -> Kept:
     """Attention over the blocks of ``lists.forward``."""
     q_seq_len, dtype = inputs.q.shape[2], inputs.q.dtype
     bits.check(vectors.bits, *(x.sizes.block_kv for x in lists))
@@ -46,7 +46,7 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
     def kv_head(h: jax.Array, _: jax.Array) -> jax.Array:
         return lax.div(h, jnp.int32(group))
 
-    def vector(x: jax.Array, block: int) -> Operand:
+    def vector(x: jax.Array, block: int) -> BlockOperand:
         return operands.vector_operand(x, block, (batch, num_heads), 1)
 
     of = Launch(
@@ -56,18 +56,18 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
         row_block=sizes.block_q,
         stream_block=sizes.block_kv,
         rows=(
-            Operand(operands.flat(q, sizes.block_q), own),
+            BlockOperand(operands.flat(q, sizes.block_q), own),
             *(vector(x, sizes.block_q) for x in (*vectors.q, *added.q)),
         ),
         streams=(
-            Operand(operands.flat(k, sizes.block_kv), kv_head),
-            Operand(operands.flat(v, sizes.block_kv), kv_head),
+            BlockOperand(operands.flat(k, sizes.block_kv), kv_head),
+            BlockOperand(operands.flat(v, sizes.block_kv), kv_head),
             *(vector(x, sizes.block_kv) for x in (*vectors.kv, *added.kv)),
         ),
         outs=(
-            Operand(shape_like((heads, seq, head_dim_v), q.dtype, q), own),
-            Operand(shape_like((heads, 1, seq), jnp.float32, q), own, axis=2),
-            Operand(shape_like((heads, 1, seq), jnp.float32, q), own, axis=2),
+            BlockOperand(shape_like((heads, seq, head_dim_v), q.dtype, q), own),
+            BlockOperand(shape_like((heads, 1, seq), jnp.float32, q), own, axis=2),
+            BlockOperand(shape_like((heads, 1, seq), jnp.float32, q), own, axis=2),
         ),
         scratch=((sizes.block_q, head_dim_v), statistics, statistics),
         interpret=call.interpret,

@@ -24,7 +24,7 @@ def block_index(*index: Any) -> tuple:
     return tuple(jnp.asarray(i, jnp.int32) for i in index)
 
 
-class Operand(NamedTuple):
+class BlockOperand(NamedTuple):
     """An array ``[heads, seq, dim]`` (``axis=1``) or ``[heads, n, seq]`` (``axis=2``).
 
     ``head_of(head, member)`` is the head that a grid step reads.
@@ -70,9 +70,9 @@ class Launch:
     members: int
     row_block: int
     stream_block: int
-    rows: tuple[Operand, ...]
-    streams: tuple[Operand, ...]
-    outs: tuple[Operand, ...]
+    rows: tuple[BlockOperand, ...]
+    streams: tuple[BlockOperand, ...]
+    outs: tuple[BlockOperand, ...]
     scratch: tuple[tuple[int, int], ...]
     interpret: Any
     tiles: tuple[TileOperand, ...] = ()
@@ -114,7 +114,7 @@ def launch(
     """The outputs of ``kernel(step, row_refs, out_refs, scratch_refs)`` on all rows."""
     scalars = _Scalars(lists.test_of_head, lists.first_row, lists.row_ptr, lists.runs)
 
-    def row_spec(x: Operand) -> pl.BlockSpec:
+    def row_spec(x: BlockOperand) -> pl.BlockSpec:
         def index(h: Any, i: Any, g: Any, _: Any) -> tuple:
             at = x.head_of(h, g)
             return block_index(at, i, 0) if x.axis == 1 else block_index(at, 0, i)

@@ -12,8 +12,8 @@ from jax import lax
 from pallas_kernels import bits, dropout
 from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Inputs, PairBits, Vectors
-from pallas_kernels.tpu.launch import HeadOf, Operand, Step, TileOperand
-from pallas_kernels.tpu.runs import Sizes
+from pallas_kernels.tpu.launch import BlockOperand, HeadOf, Step, TileOperand
+from pallas_kernels.tpu.runs import TpuSizes
 
 
 def prepared(inputs: Inputs) -> Inputs:
@@ -38,12 +38,12 @@ def flat(x: jax.Array, block: int) -> jax.Array:
 
 def vector_operand(
     x: jax.Array, block: int, batch_and_heads: tuple[int, int], members: int
-) -> Operand:
+) -> BlockOperand:
     """A vector ``[batch or 1, heads or 1, seq]`` as an operand of rows ``[1, seq]``."""
     own_batch, own_heads, _ = x.shape
     head_of = head_of_array((own_batch, own_heads), batch_and_heads, members)
     x = padded(x, block, 2)
-    return Operand(x.reshape(own_batch * own_heads, 1, -1), head_of, axis=2)
+    return BlockOperand(x.reshape(own_batch * own_heads, 1, -1), head_of, axis=2)
 
 
 def head_of_array(
@@ -75,7 +75,7 @@ def with_numbers(vectors: Vectors) -> Vectors:
 
 def word_operand(
     x: PairBits,
-    sizes: Sizes,
+    sizes: TpuSizes,
     batch_and_heads: tuple[int, int],
     members: int,
     *,
@@ -147,7 +147,7 @@ def to_row(column: jax.Array) -> jax.Array:
 
 
 def allowed(
-    call: Call, sizes: Sizes, step: Step, ids: tuple[Any, Any], vectors: tuple
+    call: Call, sizes: TpuSizes, step: Step, ids: tuple[Any, Any], vectors: tuple
 ) -> jax.Array:
     """The pairs of a partial tile; ids are ``(queries, keys)``.
 

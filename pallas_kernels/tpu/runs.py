@@ -17,7 +17,7 @@ LANES = 128
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TpuSizes:
     """The static sizes of a plan; a row is a query block, or a key block for dkv."""
 
     q_seq_len: int
@@ -46,10 +46,10 @@ class RowList:
     row_ptr: Any  # [rows + 1] or None
     runs: Any  # [2 * runs] or None
     table: Any  # [rows, 1, 1 + 2 * max_runs] or None
-    sizes: Sizes = field(metadata={"static": True})
+    sizes: TpuSizes = field(metadata={"static": True})
 
 
-class Lists(NamedTuple):
+class TpuLists(NamedTuple):
     """The rows of the three kernels."""
 
     forward: RowList
@@ -57,12 +57,12 @@ class Lists(NamedTuple):
     dkv: RowList
 
 
-def prepare(masks: Masks, call: Call) -> Lists:
+def prepare(masks: Masks, call: Call) -> TpuLists:
     """The run lists of the three kernels; traced plans take the form of a table."""
     if call.interpret is False:
         for name, mask in masks._asdict().items():
             _check_blocks(name, mask)
-    return Lists(*(_row_list(mask) for mask in masks))
+    return TpuLists(*(_row_list(mask) for mask in masks))
 
 
 def _check_blocks(name: str, mask: BlockMask) -> None:
@@ -76,7 +76,7 @@ def _check_blocks(name: str, mask: BlockMask) -> None:
 
 
 def _row_list(mask: BlockMask) -> RowList:
-    sizes = Sizes(
+    sizes = TpuSizes(
         mask.q_seq_len, mask.kv_seq_len, mask.block_q, mask.block_kv, mask.num_rows
     )
     lists = (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)

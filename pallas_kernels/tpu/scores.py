@@ -12,7 +12,7 @@ from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, PairValues, ScoreValues, Vectors
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.launch import Step, TileOperand
-from pallas_kernels.tpu.runs import Sizes
+from pallas_kernels.tpu.runs import TpuSizes
 
 # Rows of a vector register: so many copies of a strip travel, each a place further.
 SUBLANES = 8
@@ -26,7 +26,7 @@ class OnTop:
     """
 
     call: Call
-    sizes: Sizes
+    sizes: TpuSizes
     by: Axis
     num_q: int
     num_kv: int
@@ -79,7 +79,7 @@ class OnTop:
         return added, kept if allowed is None else kept & allowed
 
 
-def on_top(values: ScoreValues, call: Call, sizes: Sizes, by: Axis) -> OnTop:
+def on_top(values: ScoreValues, call: Call, sizes: TpuSizes, by: Axis) -> OnTop:
     """What a kernel has to know of the values."""
     diagonal = tuple(x.diagonal for x in values.pairs)
     return OnTop(call, sizes, by, len(values.q), len(values.kv), diagonal)
@@ -87,7 +87,7 @@ def on_top(values: ScoreValues, call: Call, sizes: Sizes, by: Axis) -> OnTop:
 
 def tile_operands(
     vectors: Vectors,
-    sizes: Sizes,
+    sizes: TpuSizes,
     batch_and_heads: tuple[int, int],
     members: int,
     *,
@@ -103,7 +103,7 @@ def tile_operands(
 
 def _operand(
     x: PairValues,
-    sizes: Sizes,
+    sizes: TpuSizes,
     batch_and_heads: tuple[int, int],
     members: int,
     *,

@@ -22,10 +22,10 @@ from pallas_kernels.triton.launch import (
     whole,
 )
 from pallas_kernels.triton.runs import (
-    Lists,
-    Plan,
     Runs,
-    Sizes,
+    TritonLists,
+    TritonPlan,
+    TritonSizes,
     allowed,
     along,
     bit_tiles,
@@ -42,7 +42,7 @@ from pallas_kernels.varying import shape_like
 
 def dq_kernel(
     runs: Runs, inputs: Inputs, cotangents: Cotangents, vectors: Vectors, dq_ref: Any,
-    *, sizes: Sizes, call: Call, num_heads: int,
+    *, sizes: TritonSizes, call: Call, num_heads: int,
 ) -> None:  # fmt: skip
     """Writes one query block of ``dq``."""
     q_ref, k_ref, v_ref = inputs
@@ -105,7 +105,7 @@ def dq_kernel(
 
 def dkv_kernel(
     runs: Runs, inputs: Inputs, cotangents: Cotangents, vectors: Vectors,
-    dk_ref: Any, dv_ref: Any, *, sizes: Sizes, call: Call, num_heads: int,
+    dk_ref: Any, dv_ref: Any, *, sizes: TritonSizes, call: Call, num_heads: int,
 ) -> None:  # fmt: skip
     """Writes one key block of ``dk`` and ``dv``, summed over its query heads.
 
@@ -193,7 +193,7 @@ def backward(
     inputs: Inputs,
     cotangents: Cotangents,
     vectors: Vectors,
-    lists: Lists,
+    lists: TritonLists,
     call: Call,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``dq, dk, dv`` in the shapes and dtypes of the inputs."""
@@ -205,7 +205,11 @@ def backward(
 
 
 def _dq(
-    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: Plan, call: Call
+    inputs: Inputs,
+    cotangents: Cotangents,
+    vectors: Vectors,
+    plan: TritonPlan,
+    call: Call,
 ) -> jax.Array:
     batch, num_q_heads, q_seq_len, head_dim = inputs.q.shape
     padded, vectors = pad_inputs(inputs, plan.sizes), pad_vectors(vectors, plan.sizes)
@@ -229,7 +233,11 @@ def _dq(
 
 
 def _dkv(
-    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: Plan, call: Call
+    inputs: Inputs,
+    cotangents: Cotangents,
+    vectors: Vectors,
+    plan: TritonPlan,
+    call: Call,
 ) -> tuple[jax.Array, jax.Array]:
     batch, num_kv_heads, kv_seq_len, head_dim = inputs.k.shape
     head_dim_v = inputs.v.shape[-1]

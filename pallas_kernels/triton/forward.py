@@ -20,9 +20,9 @@ from pallas_kernels.triton.launch import (
     whole,
 )
 from pallas_kernels.triton.runs import (
-    Lists,
     Runs,
-    Sizes,
+    TritonLists,
+    TritonSizes,
     allowed,
     along,
     bit_tiles,
@@ -39,7 +39,7 @@ from pallas_kernels.varying import shape_like
 
 def forward_kernel(
     runs: Runs, inputs: Inputs, vectors: Vectors, o_ref: Any, lse_ref: Any,
-    total_ref: Any, *, sizes: Sizes, call: Call, num_heads: int,
+    total_ref: Any, *, sizes: TritonSizes, call: Call, num_heads: int,
 ) -> None:  # fmt: skip
     """Writes one query block of ``o``, ``lse`` and ``total``."""
     q_ref, k_ref, v_ref = inputs
@@ -101,7 +101,7 @@ def forward_kernel(
     total_ref[rows] = jnp.squeeze(found.total, 1)
 
 
-def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Kept:
+def forward(inputs: Inputs, vectors: Vectors, lists: TritonLists, call: Call) -> Kept:
     """Attention over the blocks of ``lists``."""
     plan, tile = lists.forward, call.tiles.forward
     bits.check(vectors.bits, *(x.sizes.block_kv for x in lists))

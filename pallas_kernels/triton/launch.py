@@ -12,7 +12,7 @@ from pallas_kernels import bits, softmax
 from pallas_kernels.call import Cotangents, Inputs, PairBits, Vectors
 from pallas_kernels.config import Tile
 from pallas_kernels.triton import scores
-from pallas_kernels.triton.runs import Sizes
+from pallas_kernels.triton.runs import TritonSizes
 from pallas_kernels.triton.tiles import power_of_two
 
 
@@ -93,7 +93,7 @@ def heads_first(x: jax.Array, seq_len: int, dim: int) -> jax.Array:
     return jnp.swapaxes(x[:, :seq_len, :, :dim], 1, 2)
 
 
-def pad_inputs(inputs: Inputs, sizes: Sizes) -> Inputs:
+def pad_inputs(inputs: Inputs, sizes: TritonSizes) -> Inputs:
     """The inputs as the kernels read them."""
     return Inputs(
         rows_first(inputs.q, sizes.padded_q),
@@ -102,7 +102,7 @@ def pad_inputs(inputs: Inputs, sizes: Sizes) -> Inputs:
     )
 
 
-def pad_vectors(vectors: Vectors, sizes: Sizes) -> Vectors:
+def pad_vectors(vectors: Vectors, sizes: TritonSizes) -> Vectors:
     """Whole blocks; what a predicate makes of the padding is masked or dropped."""
     return Vectors(
         tuple(pad(x, 2, sizes.padded_q) for x in vectors.q),
@@ -112,14 +112,14 @@ def pad_vectors(vectors: Vectors, sizes: Sizes) -> Vectors:
     )
 
 
-def _pad_bits(x: PairBits, sizes: Sizes) -> PairBits:
+def _pad_bits(x: PairBits, sizes: TritonSizes) -> PairBits:
     seq_lens = sizes.q_seq_len, sizes.kv_seq_len
     length = bits.padded_length(x, sizes.block_q, *seq_lens)
     bit = jnp.asarray(x.bit, jnp.int32)
     return replace(x, words=pad(x.words, 4, length), bit=pad(bit, 0, sizes.padded_kv))
 
 
-def pad_cotangents(cotangents: Cotangents, sizes: Sizes) -> Cotangents:
+def pad_cotangents(cotangents: Cotangents, sizes: TritonSizes) -> Cotangents:
     """The cotangents as the kernels read them."""
     # Padded queries have do == 0, delta == 0 and p == 0: they add exactly nothing.
     return Cotangents(

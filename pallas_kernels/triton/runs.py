@@ -33,7 +33,7 @@ class Runs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TritonSizes:
     """What a kernel knows of its plan before it runs."""
 
     q_seq_len: int
@@ -61,30 +61,30 @@ class Sizes:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Plan:
+class TritonPlan:
     """The runs of one kernel and their sizes."""
 
     runs: Runs
-    sizes: Sizes = field(metadata={"static": True})
+    sizes: TritonSizes = field(metadata={"static": True})
 
 
-class Lists(NamedTuple):
+class TritonLists(NamedTuple):
     """The plans of the three kernels."""
 
-    forward: Plan
-    dq: Plan
-    dkv: Plan
+    forward: TritonPlan
+    dq: TritonPlan
+    dkv: TritonPlan
 
 
-def prepare(masks: Masks, call: Call) -> Lists:
+def prepare(masks: Masks, call: Call) -> TritonLists:
     """The plans of a call; traced run lists are taken as they are."""
     chosen = call.tiles.forward, call.tiles.dq, call.tiles.dkv
     for mask, tile in zip(masks, chosen, strict=True):
         tiles.check(mask, tile)
-    return Lists(*(_plan(mask) for mask in masks))
+    return TritonLists(*(_plan(mask) for mask in masks))
 
 
-def _plan(mask: BlockMask) -> Plan:
+def _plan(mask: BlockMask) -> TritonPlan:
     host = all(isinstance(x, np.ndarray) for x in jax.tree.leaves(mask))
     np_or_jnp = np if host else jnp
     count = mask.run_start.shape[0]
@@ -104,7 +104,7 @@ def _plan(mask: BlockMask) -> Plan:
         order=_order(mask, np_or_jnp),
         test_of_head=mask.test_of_head if test is None and given else None,
     )
-    sizes = Sizes(
+    sizes = TritonSizes(
         q_seq_len=mask.q_seq_len,
         kv_seq_len=mask.kv_seq_len,
         block_q=mask.block_q,
@@ -115,7 +115,7 @@ def _plan(mask: BlockMask) -> Plan:
         has_partial=not np.all(mask.run_full) if host else True,
         test=test,
     )
-    return Plan(runs, sizes)
+    return TritonPlan(runs, sizes)
 
 
 def _single_test(mask: BlockMask) -> int | None:
@@ -137,7 +137,7 @@ def _order(mask: BlockMask, np_or_jnp: Any) -> Int32s:
     return np_or_jnp.argsort(-blocks, stable=True).astype(np.int32)
 
 
-def first_of_batch(runs: Any, sizes: Sizes, num_heads: int) -> Any:
+def first_of_batch(runs: Any, sizes: TritonSizes, num_heads: int) -> Any:
     """Where the lists of heads start for the batch entry of a program; None: at 0."""
     if sizes.num_maps == 1 or runs.map_of_head.shape[0] == num_heads:
         return None
@@ -145,7 +145,7 @@ def first_of_batch(runs: Any, sizes: Sizes, num_heads: int) -> Any:
 
 
 def map_and_test(
-    runs: Any, sizes: Sizes, head: Any, first: Any
+    runs: Any, sizes: TritonSizes, head: Any, first: Any
 ) -> tuple[jax.Array, jax.Array]:
     """The map of a query head and its test; ``first`` is of ``first_of_batch``."""
     at = head if first is None else first + head
@@ -156,7 +156,7 @@ def map_and_test(
 
 
 def walk(
-    runs: Any, sizes: Sizes, row: Any, *, full: Any, partial: Any, carry: Any
+    runs: Any, sizes: TritonSizes, row: Any, *, full: Any, partial: Any, carry: Any
 ) -> Any:
     """Folds the blocks of a row: ``carry = full(block, carry)``, or ``partial``.
 
@@ -180,7 +180,9 @@ def walk(
     return jax.lax.fori_loop(runs.row_ptr[row], runs.row_ptr[row + 1], run, carry)
 
 
-def walk_tested(runs: Any, sizes: Sizes, row: Any, partial: Any, carry: Any) -> Any:
+def walk_tested(
+    runs: Any, sizes: TritonSizes, row: Any, partial: Any, carry: Any
+) -> Any:
     """``walk`` with every block taken as a partial one."""
 
     def run(r: Any, carry: Any) -> Any:
@@ -206,8 +208,8 @@ def rows_kept(x: jax.Array, where: jax.Array) -> jax.Array:
 
 
 def bit_tiles(
-    vectors: Vectors, sizes: Sizes, q_block: Any, kv_block: Any, *, transposed: bool,
-    member: Any = None,
+    vectors: Vectors, sizes: TritonSizes, q_block: Any, kv_block: Any, *,
+    transposed: bool, member: Any = None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """The tiles of the bits, ``[q, k]``, or ``[k, q]`` if transposed.
 
@@ -233,7 +235,7 @@ def bit_tiles(
 
 
 def allowed(
-    sizes: Sizes, predicate: Callable, test: Any, q: Any, kv: Any, vectors: Any
+    sizes: TritonSizes, predicate: Callable, test: Any, q: Any, kv: Any, vectors: Any
 ) -> jax.Array:
     """The pairs of a partial tile, from the positions of its queries and keys.
 

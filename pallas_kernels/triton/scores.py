@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dropout
 from pallas_kernels.call import Call, PairValues, ScoreValues, Vectors
-from pallas_kernels.triton.runs import Sizes, along
+from pallas_kernels.triton.runs import TritonSizes, along
 
 
 class Here(NamedTuple):
@@ -26,7 +26,7 @@ class Here(NamedTuple):
 
 
 def added_scores(
-    values: ScoreValues, here: Here, sizes: Sizes, call: Call
+    values: ScoreValues, here: Here, sizes: TritonSizes, call: Call
 ) -> jax.Array | None:
     """What the call adds to the capped scores of a tile; None for nothing."""
     if call.scores is None:
@@ -86,7 +86,7 @@ def _lead(ref: Any, member: Any) -> tuple:
     return () if member is None else (0 if ref.shape[0] == 1 else member,)
 
 
-def padded(values: ScoreValues, sizes: Sizes) -> ScoreValues:
+def padded(values: ScoreValues, sizes: TritonSizes) -> ScoreValues:
     """Arrays for whole blocks; what is added to the padding is masked or dropped."""
     more_q = sizes.padded_q - sizes.q_seq_len
     more_kv = sizes.padded_kv - sizes.kv_seq_len

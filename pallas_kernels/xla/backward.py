@@ -14,7 +14,7 @@ from pallas_kernels.xla import tile
 from pallas_kernels.xla.heads import HeadGroup, add_up, head_groups, join, pick
 from pallas_kernels.xla.rows import Pass, fold_rows
 from pallas_kernels.xla.traced_walks import Owner, add_group, for_owners, is_traced
-from pallas_kernels.xla.walk_types import Lists
+from pallas_kernels.xla.walk_types import XlaLists
 
 
 class Gradients(NamedTuple):
@@ -25,7 +25,7 @@ class Gradients(NamedTuple):
     dv: Float[Array, "batch kv_heads kv_blocks block_kv head_dim_v"]
 
 
-class Row(NamedTuple):
+class GradientRow(NamedTuple):
     """What the tiles of a row share, ``[batch, kv_heads, group * queries, ...]``.
 
     ``lse`` is that of ``softmax.lse_for_backward``.
@@ -40,19 +40,19 @@ class Row(NamedTuple):
 
 def row_of(
     at: Int32[Array, ""], q: Array, do: Array, lse: Array, delta: Array, call: Call
-) -> Row:
+) -> GradientRow:
     """The row ``at`` of arrays in blocks."""
     kv_heads = lse.shape[1]
     lse, delta = tile.row_of(lse, at), tile.row_of(delta, at)
     q, do = (tile.queries_of(x, at, kv_heads) for x in (q, do))
-    return Row(at, q, do, softmax.lse_for_backward(lse, call.unit), delta)
+    return GradientRow(at, q, do, softmax.lse_for_backward(lse, call.unit), delta)
 
 
 def backward(
     inputs: Inputs,
     cotangents: Cotangents,
     vectors: Vectors,
-    lists: Lists,
+    lists: XlaLists,
     call: Call,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``dq, dk, dv``; scores are computed again, a row at a time."""
@@ -99,7 +99,7 @@ def _backward(
         fixed = row_of(row, blocks.q, do, lse, delta, call)
         return fixed, (total, jnp.zeros_like(fixed.q))
 
-    def fold(fixed: Row, state: Any, block: Array, shown: tile.Shown) -> Any:
+    def fold(fixed: GradientRow, state: Any, block: Array, shown: tile.Shown) -> Any:
         total, dq = state
         k, v = (tile.gather(x, block, shown.seen) for x in (blocks.k, blocks.v))
         factor = pairs.factor(fixed.at, block, lse.dtype)
@@ -111,7 +111,7 @@ def _backward(
         )
         return total, dq
 
-    def close(fixed: Row, state: Any, row: Array) -> Gradients:
+    def close(fixed: GradientRow, state: Any, row: Array) -> Gradients:
         del fixed
         total, dq = state
         return total._replace(dq=tile.put_queries(total.dq, dq, row))
@@ -132,7 +132,7 @@ def _backward(
 
 
 def score_gradient(
-    row: Row,
+    row: GradientRow,
     k: Float[Array, "b h k d"],
     v: Float[Array, "b h k dv"],
     on_top: tuple[tile.Shown, Float[Array, "..."] | None],
@@ -150,7 +150,7 @@ def score_gradient(
 
 
 def gradient_of_added(
-    row: Row,
+    row: GradientRow,
     k: Float[Array, "b h k d"],
     v: Float[Array, "b h k dv"],
     on_top: tuple[tile.Shown, Float[Array, "..."] | None],

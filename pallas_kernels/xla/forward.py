@@ -15,7 +15,7 @@ from pallas_kernels.xla import tile
 from pallas_kernels.xla.heads import HeadGroup, head_groups, join
 from pallas_kernels.xla.rows import Pass, fold_rows
 from pallas_kernels.xla.traced_walks import Owner, for_owners, is_traced
-from pallas_kernels.xla.walk_types import Lists, Plan
+from pallas_kernels.xla.walk_types import XlaLists, XlaPlan
 
 
 def fold_tiles(unit: float, *args: Any) -> softmax.Carry:
@@ -23,7 +23,7 @@ def fold_tiles(unit: float, *args: Any) -> softmax.Carry:
     return jax.vmap(jax.vmap(partial(softmax.fold, unit=unit)))(*args)
 
 
-def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Kept:
+def forward(inputs: Inputs, vectors: Vectors, lists: XlaLists, call: Call) -> Kept:
     """Attention over the blocks of ``lists``, in memory linear in the lengths."""
     if is_traced(lists):
 
@@ -39,7 +39,7 @@ def forward(inputs: Inputs, vectors: Vectors, lists: Lists, call: Call) -> Kept:
 
 
 def _forward(
-    inputs: Inputs, vectors: Vectors, plan: Plan, group: HeadGroup, call: Call
+    inputs: Inputs, vectors: Vectors, plan: XlaPlan, group: HeadGroup, call: Call
 ) -> Kept:
     """The heads of one group."""
     _, _, q_seq_len, _ = inputs.q.shape

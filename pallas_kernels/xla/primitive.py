@@ -44,7 +44,7 @@ from pallas_kernels.xla.backward import backward
 from pallas_kernels.xla.forward import forward
 from pallas_kernels.xla.score_gradient import score_gradient
 from pallas_kernels.xla.tangent import tangent
-from pallas_kernels.xla.walk_types import Lists
+from pallas_kernels.xla.walk_types import XlaLists
 
 Kind: TypeAlias = Literal["tangent", "gradient", "tangent2", "gradient2"]
 
@@ -63,10 +63,10 @@ class Point(NamedTuple):
     kept: Kept
     vectors: Vectors  # but for the scores
     tests: Any
-    lists: Lists
+    lists: XlaLists
 
 
-class Rule(NamedTuple):
+class DerivativeRule(NamedTuple):
     """The static part of the primitive.
 
     ``axes`` has an entry for each ``vmap`` around it, the innermost first: its size,
@@ -85,7 +85,7 @@ class Rule(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attend(
-    call: Call, inputs: Inputs, vectors: Vectors, tests: Any, lists: Lists
+    call: Call, inputs: Inputs, vectors: Vectors, tests: Any, lists: XlaLists
 ) -> Kept:
     """``forward``, differentiable by both modes and to any order.
 
@@ -126,7 +126,7 @@ def _bind(kind: Kind, call: Call, point: Point, *linear: Any, axes: Any = ()) ->
     point, linear = alike((point, linear))
     point_leaves, point_tree = jax.tree.flatten(point)
     leaves, tree = jax.tree.flatten(linear)
-    rule = Rule(kind, call, point_tree, tree, axes)
+    rule = DerivativeRule(kind, call, point_tree, tree, axes)
     found = derivative_p.bind(*point_leaves, *leaves, rule=rule)
     return jax.tree.unflatten(jax.tree.structure(_like(kind, point)), found)
 
@@ -141,20 +141,20 @@ def _like(kind: Kind, point: Point) -> Variables | Outputs:
     assert_never(kind)
 
 
-def _split(rule: Rule, leaves: Any) -> tuple[Point, tuple]:
+def _split(rule: DerivativeRule, leaves: Any) -> tuple[Point, tuple]:
     """The point and the linear operands, as they were before flattening."""
     count = rule.point.num_leaves
     point = jax.tree.unflatten(rule.point, leaves[:count])
     return point, jax.tree.unflatten(rule.linear, leaves[count:])
 
 
-def _indices(rule: Rule) -> tuple[Point, tuple]:
+def _indices(rule: DerivativeRule) -> tuple[Point, tuple]:
     """The operands as their numbers."""
     count = rule.point.num_leaves + rule.linear.num_leaves
     return _split(rule, list(range(count)))
 
 
-def _run(*leaves: Any, rule: Rule, pairs: bool = False) -> list[jax.Array]:
+def _run(*leaves: Any, rule: DerivativeRule, pairs: bool = False) -> list[jax.Array]:
     """What the primitive computes: by sweeps over blocks, or over all ``pairs``."""
     function = over_pairs if pairs else over_blocks
 
@@ -245,11 +245,11 @@ def _has_any(x: Any) -> bool:
     return bool(jax.tree.leaves(x))
 
 
-def _impl(*leaves: Any, rule: Rule) -> list[jax.Array]:
+def _impl(*leaves: Any, rule: DerivativeRule) -> list[jax.Array]:
     return _run(*leaves, rule=rule)
 
 
-def _abstract(*leaves: Any, rule: Rule) -> list[jax.core.ShapedArray]:
+def _abstract(*leaves: Any, rule: DerivativeRule) -> list[jax.core.ShapedArray]:
     point, _ = _indices(rule)
     found = []
     for index in jax.tree.leaves(_like(rule.kind, point)):
@@ -258,19 +258,21 @@ def _abstract(*leaves: Any, rule: Rule) -> list[jax.core.ShapedArray]:
     return found
 
 
-def _with_axes(shape: tuple[int, ...], rule: Rule, index: int) -> tuple[int, ...]:
+def _with_axes(
+    shape: tuple[int, ...], rule: DerivativeRule, index: int
+) -> tuple[int, ...]:
     """The shape of an array of the point, given the axes of every ``vmap``."""
     own = sum(has_axis[index] for _, has_axis in rule.axes)
     return (*(size for size, _ in reversed(rule.axes)), *shape[own:])
 
 
-def _widened(x: jax.Array, rule: Rule, index: int) -> jax.Array:
+def _widened(x: jax.Array, rule: DerivativeRule, index: int) -> jax.Array:
     """The tangent of an array of the point, given the axes of every ``vmap``."""
     lead = [slice(None) if has[index] else None for _, has in reversed(rule.axes)]
     return jnp.broadcast_to(x[tuple(lead)], _with_axes(x.shape, rule, index))
 
 
-def _jvp(primals: Any, tangents: Any, *, rule: Rule) -> tuple[Any, Any]:
+def _jvp(primals: Any, tangents: Any, *, rule: DerivativeRule) -> tuple[Any, Any]:
     results = derivative_p.bind(*primals, rule=rule)
     point, linear = _split(rule, primals)
     moves = [None if isinstance(t, ad.Zero) else t for t in tangents]
@@ -307,7 +309,9 @@ def _jvp(primals: Any, tangents: Any, *, rule: Rule) -> tuple[Any, Any]:
     return results, [sum(x[1:], x[0]) for x in parts]
 
 
-def _beyond(point: Point, linear: tuple, w: Any, rule: Rule) -> list[jax.Array]:
+def _beyond(
+    point: Point, linear: tuple, w: Any, rule: DerivativeRule
+) -> list[jax.Array]:
     """The derivative of a second derivative along ``w``."""
 
     def at(x: Variables) -> list[jax.Array]:
@@ -318,7 +322,7 @@ def _beyond(point: Point, linear: tuple, w: Any, rule: Rule) -> list[jax.Array]:
     return jax.jvp(at, (x,), (_filled(w, x),))[1]
 
 
-def _transpose(cotangents: Any, *leaves: Any, rule: Rule) -> list[Any]:
+def _transpose(cotangents: Any, *leaves: Any, rule: DerivativeRule) -> list[Any]:
     found: list[Any] = [None] * len(leaves)
     values = [None if isinstance(c, ad.Zero) else c for c in cotangents]
     if all(c is None for c in values):
@@ -358,7 +362,7 @@ def _transposed(kind: Kind, at: int, others: tuple, c: Any) -> tuple[Kind, tuple
     assert_never(kind)
 
 
-def _batch(leaves: Any, dims: Any, *, rule: Rule) -> tuple[Any, Any]:
+def _batch(leaves: Any, dims: Any, *, rule: DerivativeRule) -> tuple[Any, Any]:
     size = next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
     count = rule.point.num_leaves
     has_axis = tuple(d is not None for d in dims[:count])

@@ -20,15 +20,19 @@ from pallas_kernels.call import (
 )
 from pallas_kernels.xla import tile
 from pallas_kernels.xla.added import Pieces
-from pallas_kernels.xla.backward import Row, gradient_of_added, row_of
+from pallas_kernels.xla.backward import GradientRow, gradient_of_added, row_of
 from pallas_kernels.xla.heads import HeadGroup, head_groups, pick
 from pallas_kernels.xla.rows import Pass, fold_rows
 from pallas_kernels.xla.traced_walks import Owner, for_owners, is_traced
-from pallas_kernels.xla.walk_types import Lists, Plan
+from pallas_kernels.xla.walk_types import XlaLists, XlaPlan
 
 
 def score_gradient(
-    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, lists: Lists, call: Call
+    inputs: Inputs,
+    cotangents: Cotangents,
+    vectors: Vectors,
+    lists: XlaLists,
+    call: Call,
 ) -> ScoreValues:
     """The gradient of ``vectors.scores``, summed over what shares an entry.
 
@@ -71,7 +75,7 @@ def _placed(total: Array, part: Array, *, group: HeadGroup) -> Array:
 
 
 def _gradient(
-    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: Plan,
+    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: XlaPlan,
     group: HeadGroup, call: Call,
 ) -> ScoreValues:  # fmt: skip
     """The heads of one group: ``[batch or 1, heads of the group or 1, ...]``."""
@@ -87,10 +91,12 @@ def _gradient(
     do = tile.positions_first(pick(cotangents.do, group.q_heads), plan.block_q)
     size = lse.shape[2]
 
-    def start(total: Pieces, row: Array) -> tuple[Row, Pieces]:
+    def start(total: Pieces, row: Array) -> tuple[GradientRow, Pieces]:
         return row_of(row, blocks.q, do, lse, delta, call), total
 
-    def fold(of_row: Row, total: Pieces, block: Array, shown: tile.Shown) -> Pieces:
+    def fold(
+        of_row: GradientRow, total: Pieces, block: Array, shown: tile.Shown
+    ) -> Pieces:
         row = of_row.at
         k, v = (tile.gather(x, block, shown.seen) for x in (blocks.k, blocks.v))
         on_top = shown, pairs.factor(row, block, lse.dtype)
@@ -102,7 +108,7 @@ def _gradient(
         _, pull = jax.vjp(spread, added.pieces(row, block))
         return added.add(total, pull(gradient)[0], row, block)
 
-    def close(fixed: Row, total: Pieces, row: Array) -> Pieces:
+    def close(fixed: GradientRow, total: Pieces, row: Array) -> Pieces:
         del fixed, row
         return total
 

@@ -21,10 +21,10 @@ from pallas_kernels.xla.added import Added, Pieces
 from pallas_kernels.xla.heads import HeadGroup, head_groups, join
 from pallas_kernels.xla.rows import Pass, fold_rows
 from pallas_kernels.xla.traced_walks import Owner, for_owners, is_traced
-from pallas_kernels.xla.walk_types import Lists, Plan
+from pallas_kernels.xla.walk_types import XlaLists, XlaPlan
 
 
-class Row(NamedTuple):
+class TangentRow(NamedTuple):
     """What the tiles of a row share, ``[batch, kv_heads, group * queries, ...]``."""
 
     at: Int32[Array, ""]
@@ -46,7 +46,7 @@ def tangent(
     direction: tuple[Inputs, ScoreValues | None],
     kept: Kept,
     vectors: Vectors,
-    lists: Lists,
+    lists: XlaLists,
     call: Call,
 ) -> Outputs:
     """The derivative of the outputs along a ``direction``.
@@ -83,7 +83,12 @@ def tangent(
 
 
 def _tangent(
-    both: Inputs, lse: Array, vectors: Vectors, plan: Plan, group: HeadGroup, call: Call
+    both: Inputs,
+    lse: Array,
+    vectors: Vectors,
+    plan: XlaPlan,
+    group: HeadGroup,
+    call: Call,
 ) -> Sums:
     """The heads of one group."""
     both_scores: Any = vectors.scores
@@ -107,7 +112,7 @@ def _tangent(
         both_q = jnp.where(there, tile.queries_of(blocks.q, row, kv_heads), 0.0)
         q, dq = jnp.split(both_q, 2, axis=-1)
         of_row = softmax.lse_for_backward(of_row, call.unit)
-        fixed = Row(row, q, jnp.concatenate([dq, q], axis=-1), of_row)
+        fixed = TangentRow(row, q, jnp.concatenate([dq, q], axis=-1), of_row)
         lead = batch, kv_heads, size * plan.block_q
         empty = Sums(
             jnp.zeros((*lead, head_dim_v), lse.dtype), jnp.zeros(lead, lse.dtype)
@@ -150,7 +155,7 @@ def _tangent(
 
 
 def probabilities(
-    row: Row,
+    row: TangentRow,
     k: Float[Array, "b h k two_d"],
     pairs: tuple[tile.Shown, Float[Array, "..."] | None],
     group: int,

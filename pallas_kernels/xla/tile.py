@@ -20,7 +20,7 @@ from pallas_kernels.xla.added import Added, added
 from pallas_kernels.xla.blocks import fold_heads as fold_heads
 from pallas_kernels.xla.blocks import fold_if_own, from_blocks, to_blocks
 from pallas_kernels.xla.heads import HeadGroup, pick
-from pallas_kernels.xla.walk_types import Plan
+from pallas_kernels.xla.walk_types import XlaPlan
 
 
 class Operands(NamedTuple):
@@ -35,7 +35,7 @@ class Operands(NamedTuple):
     v: Float[Array, "batch kv_blocks block_kv kv_heads head_dim_v"]
 
 
-def operands(inputs: Inputs, group: HeadGroup, plan: Plan) -> Operands:
+def operands(inputs: Inputs, group: HeadGroup, plan: XlaPlan) -> Operands:
     """Picks and splits; free of copies for one map and aligned lengths."""
     q = positions_first(pick(inputs.q, group.q_heads), plan.block_q)
     k, v = (positions_first(pick(x, group.kv_heads), plan.block_kv) for x in inputs[1:])
@@ -302,7 +302,7 @@ def pairs_of(
     call: Call,
     vectors: Vectors,
     group: HeadGroup,
-    plan: Plan,
+    plan: XlaPlan,
     lengths: tuple[int, int],
 ) -> Pairs:
     """``Pairs`` with what the group reads in blocks."""

@@ -16,7 +16,7 @@ import numpy as np
 from pallas_kernels.call import Inputs, PairBits, Vectors
 from pallas_kernels.precision import widened
 from pallas_kernels.xla.heads import HeadGroup
-from pallas_kernels.xla.walk_types import Lists, Plan
+from pallas_kernels.xla.walk_types import XlaLists, XlaPlan
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Owner:
     batch: Any
     head: Any
 
-    def plan(self, plan: Plan) -> Plan:
+    def plan(self, plan: XlaPlan) -> XlaPlan:
         """The plan with the one walk of this owner."""
         (walks,) = plan.walks
         own = jax.tree.map(lambda x: x[self.walk], walks)
@@ -41,14 +41,14 @@ class Owner:
         return jax.tree.map(lambda x: _at(_at(x, self.batch, 0), self.head, 1), arrays)
 
 
-def is_traced(lists: Lists) -> bool:
+def is_traced(lists: XlaLists) -> bool:
     """Whether the walks are a table with an axis of maps."""
     walk = lists.forward.walks[0]
     return walk.long is not None and np.ndim(walk.long.row) == 2
 
 
 def for_owners(
-    run: Callable[[Owner], Any], inputs: Inputs, vectors: Vectors, lists: Lists
+    run: Callable[[Owner], Any], inputs: Inputs, vectors: Vectors, lists: XlaLists
 ) -> Any:
     """``run`` for every owner; its arrays are ``[batch, heads, ...]``, put together.
 

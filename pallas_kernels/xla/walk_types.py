@@ -60,7 +60,7 @@ class Walk:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Plan:
+class XlaPlan:
     """The walks of all maps and the block sizes they count in.
 
     Traced walks are one, with a leading axis of maps on every array.
@@ -73,10 +73,10 @@ class Plan:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Lists:
+class XlaLists:
     """Query rows for the forward pass, and for all three gradients of the backward."""
 
-    forward: Plan
-    backward: Plan
+    forward: XlaPlan
+    backward: XlaPlan
     map_of_head: tuple[int, ...] = field(metadata={"static": True})
     test_of_map: tuple[int, ...] = field(metadata={"static": True})

@@ -9,7 +9,7 @@ from jaxtyping import Int32
 
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Call, Masks
-from pallas_kernels.xla.walk_types import Chunks, Lists, Long, Plan, Short, Walk
+from pallas_kernels.xla.walk_types import Chunks, Long, Short, Walk, XlaLists, XlaPlan
 
 # Keys that are folded at once. A row of up to SHORT keys takes one softmax; a longer
 # one is folded CHUNK keys at a time, so that its scores stay in the cache.
@@ -27,7 +27,7 @@ MOST_LOOPS = 3
 CHUNK_OVERHEAD = 6
 
 
-def prepare(masks: Masks, call: Call) -> Lists:
+def prepare(masks: Masks, call: Call) -> XlaLists:
     """Padded query rows; the gradients of keys come from the rows of ``dq`` as well."""
     del call
     forward = plan(masks.forward)
@@ -35,7 +35,7 @@ def prepare(masks: Masks, call: Call) -> Lists:
     maps = head_maps(masks.forward)
     tests = masks.forward.test_of_map
     tests = range(masks.forward.num_maps) if tests is None else np.asarray(tests)
-    return Lists(forward, backward, maps, tuple(int(t) for t in tests))
+    return XlaLists(forward, backward, maps, tuple(int(t) for t in tests))
 
 
 def head_maps(mask: BlockMask) -> tuple[int, ...]:
@@ -51,7 +51,7 @@ def head_maps(mask: BlockMask) -> tuple[int, ...]:
     return tuple(np.asarray(mask.map_of_head).tolist())
 
 
-def plan(mask: BlockMask) -> Plan:
+def plan(mask: BlockMask) -> XlaPlan:
     """The walks of a ``by="q"`` mask."""
     arrays = (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
@@ -59,10 +59,10 @@ def plan(mask: BlockMask) -> Plan:
         walks = (traced_walk(mask, slots),)
     else:
         walks = host_walks(mask)
-    return Plan(walks, mask.block_q, mask.block_kv)
+    return XlaPlan(walks, mask.block_q, mask.block_kv)
 
 
-class Blocks:
+class HostBlocks:
     """The blocks of one kind on the host, row after row."""
 
     def __init__(self, mask: BlockMask, *, full: bool) -> None:
@@ -119,7 +119,7 @@ def chunk_slots(count: np.ndarray, most: int) -> int:
 
 def host_walks(mask: BlockMask) -> tuple[Walk, ...]:
     """The rows of every map, sorted into short and long ones."""
-    full, partial = Blocks(mask, full=True), Blocks(mask, full=False)
+    full, partial = HostBlocks(mask, full=True), HostBlocks(mask, full=False)
     total = full.count + partial.count
     most = SHORT // mask.block_kv
 
@@ -135,7 +135,7 @@ def host_walks(mask: BlockMask) -> tuple[Walk, ...]:
 
 
 def short_rows(
-    rows: np.ndarray, full: Blocks, partial: Blocks, mask: BlockMask
+    rows: np.ndarray, full: HostBlocks, partial: HostBlocks, mask: BlockMask
 ) -> Short:
     """``rows`` in one table, as wide as the widest."""
     num_full, num_partial = full.count[rows], partial.count[rows]
@@ -149,7 +149,9 @@ def short_rows(
     return Short(*arrays, full_slots=slots[0])
 
 
-def long_rows(rows: np.ndarray, full: Blocks, partial: Blocks, mask: BlockMask) -> Long:
+def long_rows(
+    rows: np.ndarray, full: HostBlocks, partial: HostBlocks, mask: BlockMask
+) -> Long:
     """``rows`` in chunks."""
     most = max(1, CHUNK // mask.block_kv)
     chunks = full.chunks(rows, most), partial.chunks(rows, most)

@@ -9,7 +9,7 @@ from lowering import ir
 from lowering.expr import heads
 from lowering.expr.simplify import simplify
 from lowering.facts.first_and_last import first_and_last
-from lowering.planning import Sizes, plan
+from lowering.planning import BlockSizes, plan
 from lowering.ranges import verify
 from sadsl.selections.base import widest
 from sadsl.terms.base import Spec
@@ -201,7 +201,7 @@ def length_note(node: ir.Pred, n: int, num_heads: int) -> str | None:
     differs = ir.Or((ir.And((now, ir.Not(then))), ir.And((then, ir.Not(now)))))
     seen = ir.And((differs, ir.Le(ir.K, ir.Q)))
     for head, part in enumerate(heads.per_head(seen, num_heads)):
-        mask = plan((simplify(part),), (0,), Sizes(n, n, 64, 64), exact=True)
+        mask = plan((simplify(part),), (0,), BlockSizes(n, n, 64, 64), exact=True)
         if len(mask.run_start):
             return (
                 f"in head {head}, a query sees other keys when it is the last token "

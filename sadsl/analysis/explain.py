@@ -24,7 +24,7 @@ MOST_MAPS = 16
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """Cells as text; the first column is of names, the others of numbers."""
 
     title: str
@@ -54,7 +54,7 @@ class Explanation:
     """
 
     facts: tuple[tuple[str, str], ...]
-    tables: tuple[Table, ...]
+    tables: tuple[ReportTable, ...]
     cost: Cost
 
     def __str__(self) -> str:
@@ -92,7 +92,7 @@ def _html(rows: str, title: str = "") -> str:
     return f'<table style="{_TABLE}">{caption}{rows}</table>'
 
 
-def _html_table(table: Table) -> str:
+def _html_table(table: ReportTable) -> str:
     def line(cells: tuple[str, ...], head: bool) -> str:
         style = _LINE if head else ""
         tag = "th" if head else "td"
@@ -206,7 +206,7 @@ def _facts(
     )
 
 
-def _kernels(lowered: Any, of: Cost) -> Table:
+def _kernels(lowered: Any, of: Cost) -> ReportTable:
     masks = lowered.masks
     plans: dict[str, BlockMask] = masks._asdict()
     if lowered.options.setting.impl == "xla":
@@ -225,19 +225,19 @@ def _kernels(lowered: Any, of: Cost) -> Table:
             *sums,
         )
 
-    return Table(
+    return ReportTable(
         "kernels (over all heads and batch rows; runs of all distinct maps)",
         ("", "block", "full", "partial", "padded", "empty", "runs", "FLOPs", "bytes"),
         tuple(row(work) for work in (of.forward, *of.backward)),
     )
 
 
-def _maps(plan: Plan, pairs: tuple[int, ...]) -> Table:
+def _maps(plan: Plan, pairs: tuple[int, ...]) -> ReportTable:
     count = cost.blocks(plan.mask)
     counts = (count.heads, count.full, count.partial, count.empty)
     found = (f"{n:,}" for n in pairs) if pairs else ("",) * len(plan.maps)
     rows = zip(*counts, found, strict=True)
-    return Table(
+    return ReportTable(
         "blocks of the distinct maps, forward",
         ("map", "heads", "full", "partial", "empty", "pairs"),
         tuple(
@@ -247,7 +247,7 @@ def _maps(plan: Plan, pairs: tuple[int, ...]) -> Table:
     )
 
 
-def comparison(columns: Mapping[str, Cost], target: str) -> Table:
+def comparison(columns: Mapping[str, Cost], target: str) -> ReportTable:
     """Costs side by side; the last rows relate them to the first column.
 
     On a target with public peaks these are predicted times, elsewhere FLOPs.
@@ -277,10 +277,10 @@ def comparison(columns: Mapping[str, Cost], target: str) -> Table:
     add("ratio", lambda c, back: _ratio(amount(c, back), amount(costs[0], back)))
     of = f"predicted times on {target}" if known else "FLOPs"
     title = f"beside dense attention (ratios are of {of})"
-    return Table(title, ("", *columns), tuple(rows))
+    return ReportTable(title, ("", *columns), tuple(rows))
 
 
-def _chips(lowered: Any) -> Table:
+def _chips(lowered: Any) -> ReportTable:
     """Predicted times on every chip, with the kernels and blocks of its platform."""
     of_impl: dict[str, tuple[Cost, Cost]] = {}
     rows = []
@@ -297,7 +297,7 @@ def _chips(lowered: Any) -> Table:
         ratios = (_ratio(a.seconds, b.seconds) for a, b in zip(all_, here, strict=True))
         mark = " *" if target.name == lowered.target else ""
         rows.append((f"{target.name}{mark}", impl, *map(_time, here), *ratios))
-    return Table(
+    return ReportTable(
         "predicted times at peak, with default blocks where the platform is another",
         ("", "impl", *SIDES, "dense takes", "backward"),
         tuple(rows),

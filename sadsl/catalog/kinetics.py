@@ -39,14 +39,14 @@ class Decoding:
     intensity: float = 1.0
 
 
-class Cost(NamedTuple):
+class KineticsCost(NamedTuple):
     """Operations, and the equivalent of memory traffic, both in units of 1e12."""
 
     compute: float
     memory: float
 
 
-def dense_cost(of: Decoding) -> Cost:
+def dense_cost(of: Decoding) -> KineticsCost:
     """The cost of dense decoding (Kinetics, section 3).
 
     Trials share the cache of the context; the traffic of the parameters is left out.
@@ -56,10 +56,12 @@ def dense_cost(of: Decoding) -> Cost:
     scores = 2 * read * of.generated * of.num_heads * of.head_dim
     cached = 2 * (2 * of.context + of.generated * of.trials) * of.generated
     memory = cached * of.num_kv_heads * of.head_dim * of.intensity
-    return Cost((linear + scores) * of.trials / 1e12, memory / 1e12)
+    return KineticsCost((linear + scores) * of.trials / 1e12, memory / 1e12)
 
 
-def block_topk_cost(of: Decoding, k: int, local: int, *, block: int = 16) -> Cost:
+def block_topk_cost(
+    of: Decoding, k: int, local: int, *, block: int = 16
+) -> KineticsCost:
     """The cost with ``kinetics(k, local, block=block)`` (Kinetics, section 4).
 
     The budget is smaller while the cache is shorter than it: by the square of what is
@@ -74,4 +76,4 @@ def block_topk_cost(of: Decoding, k: int, local: int, *, block: int = 16) -> Cos
     blocks = (2 * of.context + of.generated * of.trials) // block * of.generated
     read = 4 * keys * of.num_kv_heads * of.head_dim * of.trials
     memory = read + blocks * of.num_kv_heads * of.head_dim
-    return Cost(compute / 1e12, memory * of.intensity / 1e12)
+    return KineticsCost(compute / 1e12, memory * of.intensity / 1e12)

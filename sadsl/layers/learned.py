@@ -13,7 +13,7 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.precision import widened
-from sadsl.terms.base import Learned, Sizes, Term
+from sadsl.terms.base import LayerSizes, Learned, Term
 
 # The deviation of arrays that start "normal".
 STDDEV = 0.02
@@ -23,7 +23,7 @@ DECAY_TEMPERATURE = 16
 
 
 def learned_of(
-    term: Term, sizes: Sizes, modules: Mapping[str, Any] | None
+    term: Term, sizes: LayerSizes, modules: Mapping[str, Any] | None
 ) -> dict[str, Learned]:
     """The arrays that a layer makes for ``term``, by name, but those of ``modules``.
 

@@ -14,9 +14,9 @@ from sadsl.layers.heads import head_sizes
 from sadsl.layers.learned import learned_of, operands_of, rate_checked, started, width
 from sadsl.layers.routing import Routing
 from sadsl.layers.stack import Specs, of_layer
-from sadsl.layers.state import Clusters, initial
+from sadsl.layers.state import ClusterState, initial
 from sadsl.run.call import attention
-from sadsl.terms.base import Learned, Sizes, Term
+from sadsl.terms.base import LayerSizes, Learned, Term
 
 
 class SparseAttention(linen.Module):
@@ -85,7 +85,7 @@ class SparseAttention(linen.Module):
         if self.transform_qk is not None:
             q, k = self.transform_qk(q, k)
         term, modules = cast(Term, self.spec), dict(self.modules or {})
-        sizes = Sizes(queries, keys, dim, dim, features)
+        sizes = LayerSizes(queries, keys, dim, dim, features)
         wanted = learned_of(term, sizes, modules)
         made = {}
         if wanted:
@@ -200,7 +200,7 @@ class RoutingAttention(linen.Module):
         k = linear((keys, dim), name="key")(x) if keys else None
         q, k, routed = options.attended(q, k, self.transform_qk)
         variables = self._clusters(self.num_heads - local, dim)
-        state = Clusters(*(x.value for x in variables))
+        state = ClusterState(*(x.value for x in variables))
         out = attention(
             q, k, v, options.spec(self.num_heads),
             operands={"centroids": state.means}, impl=self.impl, config=self.config,

@@ -15,10 +15,10 @@ from sadsl.layers.heads import head_sizes
 from sadsl.layers.learned import learned_of, operands_of, rate_checked, started, width
 from sadsl.layers.routing import Routing
 from sadsl.layers.stack import Specs, of_layer
-from sadsl.layers.state import Clusters, initial, lloyd
+from sadsl.layers.state import ClusterState, initial, lloyd
 from sadsl.run.call import attention
 from sadsl.selections.kmeans import normalized
-from sadsl.terms.base import Learned, Sizes
+from sadsl.terms.base import LayerSizes, Learned
 
 DEFAULT_KERNEL_INIT = nnx.initializers.lecun_normal()
 POSITION_INIT = nnx.initializers.normal(0.02)
@@ -82,7 +82,7 @@ class SparseAttention(nnx.Module):
         queries, keys, dim = head_sizes(
             in_features, num_heads, num_kv_heads, head_dim, num_q_heads
         )
-        self.sizes = Sizes(queries, keys, dim, dim, in_features)
+        self.sizes = LayerSizes(queries, keys, dim, dim, in_features)
         self.in_features = in_features
         self.transform_qk = transform_qk
         self.impl, self.config = impl, config
@@ -303,7 +303,7 @@ class RoutingAttention(nnx.Module):
         )  # fmt: skip
         asked = use_running_average
         if not (self.use_running_average if asked is None else asked):
-            state = Clusters(self.centroids[...], self.counts[...], self.sums[...])
+            state = ClusterState(self.centroids[...], self.counts[...], self.sums[...])
             moved, self.commitment_loss[...] = self.routing.learned(state, routed)
             self.centroids[...], self.counts[...], self.sums[...] = moved
         return self.out(cast(Array, out))

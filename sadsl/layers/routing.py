@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sadsl.catalog.routing_transformer import Variant, routing_transformer
-from sadsl.layers.state import Clusters, commitment, update, update_means
+from sadsl.layers.state import ClusterState, commitment, update, update_means
 from sadsl.selections.kmeans import Norm, normalized
 from sadsl.terms.heads import Heads
 
@@ -100,9 +100,9 @@ class Routing:
 
     def learned(
         self,
-        state: Clusters,
+        state: ClusterState,
         routed: Routed,
-    ) -> tuple[Clusters, Array]:
+    ) -> tuple[ClusterState, Array]:
         """The centroids after a step, and the commitment loss of it, f32.
 
         "official": the mean over tokens of the squared distance to their centroid, for

@@ -15,7 +15,7 @@ from pallas_kernels.loops import repeat
 from sadsl.selections.kmeans import Norm, assignments, normalized
 
 
-class Clusters(NamedTuple):
+class ClusterState(NamedTuple):
     """The centroids of every head, and moving sums over the tokens they are made of."""
 
     means: Float32[Array, "heads clusters dim"]
@@ -25,12 +25,12 @@ class Clusters(NamedTuple):
 
 def initial(
     key: Array, num_heads: int, num_clusters: int, head_dim: int, norm: Norm = "layer"
-) -> Clusters:
+) -> ClusterState:
     """Random centroids, normalised; counts of 1, so that sums are the centroids."""
     shape = num_heads, num_clusters, head_dim
     means = normalized(jax.random.normal(key, shape, jnp.float32), norm)
     # Copies, so that a caller may donate the buffers of all three.
-    return Clusters(means, jnp.ones(shape[:2], jnp.float32), jnp.copy(means))
+    return ClusterState(means, jnp.ones(shape[:2], jnp.float32), jnp.copy(means))
 
 
 def assign(
@@ -62,13 +62,13 @@ def gathered(
 
 
 def update(
-    state: Clusters,
+    state: ClusterState,
     x: Float[Array, "batch heads n dim"],
     *,
     decay: float = 0.999,
     epsilon: float = 1e-5,
     axis_name: str | None = None,
-) -> Clusters:
+) -> ClusterState:
     """One step of the moving averages, and the centroids that they yield.
 
     With the counts and sums of the step: ``counts`` and ``sums`` decay towards them,
@@ -85,16 +85,16 @@ def update(
     )
     total = counts.sum(axis=-1, keepdims=True)
     smooth = (counts + epsilon) / (total + counts.shape[-1] * epsilon) * total
-    return Clusters(sums / smooth[..., None], counts, sums)
+    return ClusterState(sums / smooth[..., None], counts, sums)
 
 
 def update_means(
-    state: Clusters,
+    state: ClusterState,
     x: Float[Array, "batch heads n dim"],
     *,
     decay: float = 0.999,
     axis_name: str | None = None,
-) -> Clusters:
+) -> ClusterState:
     """Centroids that move by ``1 - decay`` to the direction of their members' sum.
 
     One without members stays (Wang, routing-transformer, 2020). Counts and sums are
@@ -112,7 +112,7 @@ def lloyd(
     num_clusters: int,
     steps: int = 10,
     axis_name: str | None = None,
-) -> Clusters:
+) -> ClusterState:
     """Unit centroids that fit a first batch: sampled tokens, then Lloyd's iterations.
 
     Args:
@@ -139,9 +139,9 @@ def lloyd(
     if axis_name is not None:
         first = jax.lax.axis_index(axis_name) == 0
         means = jax.lax.psum(jnp.where(first, means, 0), axis_name)
-    state = Clusters(means, jnp.ones(means.shape[:2], jnp.float32), means)
+    state = ClusterState(means, jnp.ones(means.shape[:2], jnp.float32), means)
 
-    def step(_: int, state: Clusters) -> Clusters:
+    def step(_: int, state: ClusterState) -> ClusterState:
         return update_means(state, x, decay=0.0, axis_name=axis_name)
 
     state = repeat(steps, step, state)

@@ -39,10 +39,10 @@ class Real(TracedValue):
         return Real(_negative(self.node))
 
     def __mul__(self, other: Any) -> "Real":
-        return Real(nodes.Product(self.node, score_node(other)))
+        return Real(nodes.ScoreProduct(self.node, score_node(other)))
 
     def __rmul__(self, other: Any) -> "Real":
-        return Real(nodes.Product(score_node(other), self.node))
+        return Real(nodes.ScoreProduct(score_node(other), self.node))
 
     def __pos__(self) -> "Real":
         return self
@@ -101,7 +101,7 @@ def _negative(score: nodes.Score) -> nodes.Score:
     # As text, `-1.0 * 0.5` would be one number of Python's.
     if isinstance(score, nodes.Number):
         return nodes.Number(-score.value)
-    return nodes.Product(nodes.Number(-1.0), score)
+    return nodes.ScoreProduct(nodes.Number(-1.0), score)
 
 
 def constant(value: Any) -> nodes.Number:

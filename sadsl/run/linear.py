@@ -40,7 +40,7 @@ class Static:
     positive: bool
     q_offset: int
     impl: str
-    call: kernels.Call | None
+    call: kernels.LinearCall | None
 
 
 class Arrays(NamedTuple):
@@ -281,7 +281,7 @@ def _recurrence(
     )
 
 
-def kernel_inputs(arrays: Arrays, starts: Array | None) -> kernels.Inputs:
+def kernel_inputs(arrays: Arrays, starts: Array | None) -> kernels.LinearInputs:
     """The arrays with heads in front: one for every state.
 
     There are as many states as decays differ: one for each head of k, or of q.
@@ -297,7 +297,7 @@ def kernel_inputs(arrays: Arrays, starts: Array | None) -> kernels.Inputs:
         )
     k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
     q = q.reshape(batch, seq, heads, num_q_heads // heads, features)
-    return kernels.Inputs(
+    return kernels.LinearInputs(
         jnp.moveaxis(q, 1, 3), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2),
         log_decay, starts,
     )  # fmt: skip

@@ -79,7 +79,7 @@ class Options:
         return pipeline.run(self.term.map.node, self.problem)
 
     @cached_property
-    def sorted_by(self) -> sort.Keys | None:
+    def sorted_by(self) -> sort.SortKeys | None:
         """The labels that positions are sorted by at run time, if they are."""
         orders = [
             (s.key(s.order["q"]), s.key(s.order["k"]))

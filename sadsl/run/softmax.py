@@ -187,7 +187,7 @@ def _dense_bias(
     if options.score is None:
         return None
     problem = options.problem
-    places = bias_values.Places(
+    places = bias_values.BiasPlaces(
         jnp.arange(problem.q_seq_len, dtype=jnp.int32)[None, None, :, None],
         jnp.arange(problem.kv_seq_len, dtype=jnp.int32)[None, None, None, :],
         problem,

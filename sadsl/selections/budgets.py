@@ -13,7 +13,7 @@ from sadsl.maps.call_text import call_text
 from sadsl.selections import ranking
 from sadsl.selections.cell_scores import Score
 from sadsl.selections.cells import NO_RULES, Cells, Rest, Rules, Scope
-from sadsl.selections.tiles import Partition, Tiles
+from sadsl.selections.tiles import GridTiles, Partition
 
 # What keeps the masses of minmax below 1.
 EPS = 1e-6
@@ -86,7 +86,7 @@ class TopK(Cells):
     def __post_init__(self) -> None:
         super().__post_init__()
         match self.k:
-            case Tokens() if isinstance(self.block, Tiles):
+            case Tokens() if isinstance(self.block, GridTiles):
                 raise ValueError(f"topk: k={self.k!r} needs a block of a known size")
             case Tokens() | Share():
                 pass

@@ -78,7 +78,7 @@ Rows = Callable[[Any], Float[Array, "batch heads rows columns"]]
 
 
 @dataclass(frozen=True)
-class Sides:
+class CellSides:
     """How the queries and the keys of a call fall into cells."""
 
     rows: Partition
@@ -87,7 +87,7 @@ class Sides:
 
 
 def scorer(
-    score: Score, content: Content, sides: Sides, eligible: IndexMap | None
+    score: Score, content: Content, sides: CellSides, eligible: IndexMap | None
 ) -> tuple[Any, Rows, int]:
     """What the rows are scored from, the function that does it, and its cost.
 
@@ -119,7 +119,7 @@ def scorer(
 
 
 def _given(
-    name: str, content: Content, sides: Sides
+    name: str, content: Content, sides: CellSides
 ) -> Float[Array, "batch heads rows columns"]:
     what = "scores [heads, rows, columns] of the cells"
     x = content.operand(name, what)
@@ -163,7 +163,7 @@ def _pooled_scorer(by: str, content: Content, columns: Partition, scale: float) 
 
 
 def _pair_scorer(
-    by: str, content: Content, sides: Sides, rest: tuple[float, IndexMap | None]
+    by: str, content: Content, sides: CellSides, rest: tuple[float, IndexMap | None]
 ) -> Rows:
     scale, eligible = rest
     keys = content.k.astype(jnp.float32)

@@ -20,11 +20,18 @@ from sadsl.maps.call_text import call_text
 from sadsl.maps.symbols import Symbol, Truth
 from sadsl.selections import ranking
 from sadsl.selections.base import Content, Leak, Selection
-from sadsl.selections.cell_scores import MEAN, Score, Sides, in_steps, scorer, softmax
+from sadsl.selections.cell_scores import (
+    MEAN,
+    CellSides,
+    Score,
+    in_steps,
+    scorer,
+    softmax,
+)
 from sadsl.selections.static_cells import check_static, heads_of, holding
 from sadsl.selections.tiles import (
+    GridTiles,
     Partition,
-    Tiles,
     check,
     check_length,
     num_parts,
@@ -174,15 +181,15 @@ class Cells(Selection):
         chosen = jnp.repeat(chosen, size, axis=1)
         return {"chosen": jnp.broadcast_to(chosen, shape)}
 
-    def _sides(self, content: Content) -> Sides:
+    def _sides(self, content: Content) -> CellSides:
         lengths = content.q.shape[2], content.k.shape[2]
         check_length(self.rows, lengths[0], "queries")
         check_length(self.block, lengths[1], "keys")
         problem = Problem(*lengths, content.q.shape[1], content.q_offset)
-        return Sides(self.rows, self.block, problem)
+        return CellSides(self.rows, self.block, problem)
 
     def _holding(
-        self, a: IndexMap | None, sides: Sides, value: bool
+        self, a: IndexMap | None, sides: CellSides, value: bool
     ) -> Bool[Array, "1 heads_or_1 rows columns"]:
         if a is not None:
             return holding(a, sides.rows, sides.columns, sides.problem)[None]
@@ -287,9 +294,9 @@ def _weights(normalise: str, values: Array, sets: Mapping[str, Array]) -> Array:
 def _leak(cells: Cells) -> Leak:
     """Seen from the cells of a short sequence; what cannot be seen counts as all."""
     rows, columns, eligible = cells.rows, cells.block, cells.eligible
-    if cells.scope not in BY_ROW or eligible is None or isinstance(columns, Tiles):
+    if cells.scope not in BY_ROW or eligible is None or isinstance(columns, GridTiles):
         return "all"
-    if isinstance(rows, Tiles):
+    if isinstance(rows, GridTiles):
         return "all"
     length = 16 * max(rows, columns) + 1
     problem = Problem(length, length, heads_of(eligible, cells.forced))

@@ -20,7 +20,7 @@ from sadsl.selections.base import Content, Leak, NamedSelection
 FLAGS = "integers or bools [batch or 1, keys], not 0 where a chunk begins"
 
 
-class Ranges(NamedTuple):
+class ChunkRanges(NamedTuple):
     """Chunks of one batch entry: keys ``start <= k < stop``; empty past the last."""
 
     start: Int32[Array, " chunks"]
@@ -81,7 +81,7 @@ class ChunkBudget(NamedSelection):
         def of_entry(q: Array, k: Array, flags: Array) -> dict[str, Array]:
             chunk = jnp.minimum(jnp.cumsum(flags.at[0].set(True)), num_chunks) - 1
             every = jnp.arange(num_chunks)
-            ranges = Ranges(
+            ranges = ChunkRanges(
                 jnp.searchsorted(chunk, every, side="left").astype(jnp.int32),
                 jnp.searchsorted(chunk, every, side="right").astype(jnp.int32),
             )
@@ -104,7 +104,7 @@ class ChunkBudget(NamedSelection):
         self,
         scores: Float[Array, " chunks"],
         row: Array,
-        ranges: Ranges,
+        ranges: ChunkRanges,
         lengths: tuple[int, int],
         content: Content,
     ) -> tuple[Array, ...]:
@@ -150,7 +150,7 @@ class ChunkBudget(NamedSelection):
 
 
 def pool(
-    k: Float[Array, "keys head_dim"], ranges: Ranges, chunk: Int32[Array, " keys"]
+    k: Float[Array, "keys head_dim"], ranges: ChunkRanges, chunk: Int32[Array, " keys"]
 ) -> Float[Array, "chunks head_dim"]:
     """The mean of every chunk times the root of its length; 0 of an empty one."""
     total = jax.ops.segment_sum(k, chunk, num_segments=len(ranges.start))

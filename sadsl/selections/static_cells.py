@@ -17,7 +17,7 @@ from lowering.run_time.vectors import AtPositions, evaluate_outside
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.loops import repeat
 from sadsl.maps.base import IndexMap
-from sadsl.selections.tiles import Partition, Tiles, Within, part_of, positions
+from sadsl.selections.tiles import GridTiles, Partition, WithinPart, part_of, positions
 
 # Pairs that are looked at in one step, where a partition is not one of blocks.
 STEP = 1 << 20
@@ -53,9 +53,9 @@ def holding(
     Raises:
       ValueError: the map does not fit the problem (heads, tables, grids).
     """
-    if rows == 1 and isinstance(a, Within) and a.partition == columns:
+    if rows == 1 and isinstance(a, WithinPart) and a.partition == columns:
         return _own(columns, problem)
-    if isinstance(rows, Tiles) or isinstance(columns, Tiles):
+    if isinstance(rows, GridTiles) or isinstance(columns, GridTiles):
         return _looked_into(a, rows, columns, problem)
     stages = pipeline.run(a.node, problem)
     mask = pipeline.block_mask(stages, rows, columns, "q", True)

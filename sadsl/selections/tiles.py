@@ -18,7 +18,7 @@ Position = TypeVar("Position", Symbol, np.ndarray)
 
 
 @dataclass(frozen=True, repr=False)
-class Tiles:
+class GridTiles:
     """Tiles of a grid whose cells are the positions, row-major; see ``tiles``."""
 
     sizes: tuple[int, ...]
@@ -50,20 +50,20 @@ class Tiles:
 
 
 # An integer is the size of a block of neighbouring positions.
-Partition: TypeAlias = int | Tiles
+Partition: TypeAlias = int | GridTiles
 
 
-def tiles(sizes: tuple[int, ...], tile: tuple[int, ...]) -> Tiles:
+def tiles(sizes: tuple[int, ...], tile: tuple[int, ...]) -> GridTiles:
     """Tiles of ``tile`` on a grid of ``sizes``; those at the edges may be smaller.
 
     Positions are row-major in the grid, and tiles among each other.
     ``tiles((4, 6), (2, 3))`` are four tiles of two rows and three columns.
     """
-    return Tiles(tuple(sizes), tuple(tile))
+    return GridTiles(tuple(sizes), tuple(tile))
 
 
 @dataclass(frozen=True, repr=False)
-class Within(IndexMap):
+class WithinPart(IndexMap):
     """The query and the key are in one part of ``partition``."""
 
     partition: Partition
@@ -80,21 +80,21 @@ class Within(IndexMap):
         return call_text(self)
 
 
-def within(partition: Partition) -> Within:
+def within(partition: Partition) -> WithinPart:
     """The query and the key are in one tile: ``blocks``, for tiles of a grid."""
-    return Within(partition)
+    return WithinPart(partition)
 
 
 def check(map_name: str, name: str, partition: object) -> None:
     """Refuses what is neither a size of at least 1 nor tiles."""
-    if not isinstance(partition, Tiles):
+    if not isinstance(partition, GridTiles):
         at_least(map_name, name, partition, 1)
 
 
 def part_of(partition: Partition, x: Position) -> Position:
     """The part that a position is in, a symbol or an array."""
     match partition:
-        case Tiles(sizes, tile):
+        case GridTiles(sizes, tile):
             found = x * 0
             for axis, count in enumerate(partition.counts):
                 if count > 1:
@@ -110,7 +110,7 @@ def part_of(partition: Partition, x: Position) -> Position:
 def num_parts(partition: Partition, length: int) -> int:
     """Parts that ``length`` positions fall into."""
     match partition:
-        case Tiles():
+        case GridTiles():
             return math.prod(partition.counts)
         case size:
             return -(-length // size)
@@ -118,7 +118,7 @@ def num_parts(partition: Partition, length: int) -> int:
 
 def check_length(partition: Partition, length: int, what: str) -> None:
     """Refuses tiles of a grid that is not as large as the sequence."""
-    if isinstance(partition, Tiles) and partition.num_positions != length:
+    if isinstance(partition, GridTiles) and partition.num_positions != length:
         raise ValueError(
             f"{partition!r} has {partition.num_positions} positions, and there are "
             f"{length} {what}: the grid must have as many"
@@ -127,7 +127,7 @@ def check_length(partition: Partition, length: int, what: str) -> None:
 
 @lru_cache(maxsize=64)
 def _members(
-    partition: Tiles,
+    partition: GridTiles,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The positions of every tile, ``[tiles, most]``, padded, and which are real."""
     label = part_of(partition, np.arange(partition.num_positions))
@@ -141,7 +141,7 @@ def _members(
 
 def positions(partition: Partition, length: int) -> tuple[np.ndarray, np.ndarray]:
     """The positions of every part, ``[parts, most]``, padded, and which are real."""
-    if isinstance(partition, Tiles):
+    if isinstance(partition, GridTiles):
         return _members(partition)
     found = np.arange(num_parts(partition, length) * partition).reshape(-1, partition)
     return np.minimum(found, length - 1), found < length
@@ -153,7 +153,7 @@ def grouped(
     """The axis as ``[parts, most]``, zeros where a part is short, and what is real."""
     axis %= x.ndim
     at, real = positions(partition, x.shape[axis])
-    if isinstance(partition, Tiles):
+    if isinstance(partition, GridTiles):
         found = jnp.take(x, jnp.asarray(at), axis=axis)
         shape = [1] * found.ndim
         shape[axis : axis + 2] = real.shape

@@ -22,7 +22,7 @@ from sadsl.selections.base import Content, Leak, NamedSelection
 MODALITY = "the integers [batch or 1, length] that name the modality of every position"
 
 
-class Mass(NamedTuple):
+class LineMass(NamedTuple):
     """What the last queries give to each column and slash, ``[..., keys or offsets]``.
 
     What none of them sees with a finite logit has ``-inf``.
@@ -39,7 +39,7 @@ def shared_mass(
     rows: Bool[Array, " rows"],
     keys: Bool[Array, " keys"],
     num_offsets: int,
-) -> Mass:
+) -> LineMass:
     """The mean over ``rows`` of their causal softmax, summed by column and by slash.
 
     Row ``i`` of ``q``, already scaled, is at position ``last - (len(q) - 1) + i``; only
@@ -70,7 +70,7 @@ def shared_mass(
         return jnp.where(jnp.broadcast_to(inside, found.shape), found, 0.0)
 
     seen = by_offset(held.astype(jnp.float32)) > 0
-    return Mass(columns, jnp.where(seen, by_offset(weight), -jnp.inf))
+    return LineMass(columns, jnp.where(seen, by_offset(weight), -jnp.inf))
 
 
 def _skew(x: Array) -> Array:
@@ -161,7 +161,7 @@ class VerticalSlash(_Estimated):
         label = None
         if self.operands:
             label = labels(content, least=max(end, content.k.shape[2]))
-        rows = Rows(self.last, self.queries, self.keys)
+        rows = EstimatingRows(self.last, self.queries, self.keys)
         mass, keys = _estimate(rows, content, label)
         rank = jnp.cumsum(keys, axis=-1) - 1
         front = (keys & (rank < self.forced_columns))[:, None]
@@ -172,7 +172,7 @@ class VerticalSlash(_Estimated):
         }
 
 
-class Rows(NamedTuple):
+class EstimatingRows(NamedTuple):
     """Which queries estimate, and for which keys: the last ones, of a modality."""
 
     last: int
@@ -181,8 +181,8 @@ class Rows(NamedTuple):
 
 
 def _estimate(
-    rows: Rows, content: Content, label: Array | None = None
-) -> tuple[Mass, Array]:
+    rows: EstimatingRows, content: Content, label: Array | None = None
+) -> tuple[LineMass, Array]:
     """The mass of the last rows, and the keys that compete, ``[batch or 1, keys]``."""
     q, k = content.queries() * content.sm_scale, content.keys()
     offset, num_queries, num_keys = content.q_offset, q.shape[2], k.shape[2]
@@ -193,7 +193,7 @@ def _estimate(
         tail = q[:, :, num_queries - num_rows :]
         return shared_mass(tail, k, end - 1, every, keys, end), keys[None]
 
-    def of_entry(q: Array, k: Array, label: Array) -> tuple[Mass, Array]:
+    def of_entry(q: Array, k: Array, label: Array) -> tuple[LineMass, Array]:
         keys = jnp.ones(num_keys, bool)
         if rows.keys is not None:
             keys = label[:num_keys] == rows.keys
@@ -249,7 +249,7 @@ class VerticalSlashMass(_Estimated):
     @override
     def choose(self, content: Content) -> Mapping[str, Array]:
         """Bools, ``columns [batch, heads, keys]`` and ``slashes``, by offset, alike."""
-        mass, _ = _estimate(Rows(self.last), content)
+        mass, _ = _estimate(EstimatingRows(self.last), content)
 
         def enough(x: Array, forced: int) -> Array:
             count = covering(x, self.mass, self.least)

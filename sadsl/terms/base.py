@@ -14,7 +14,7 @@ DROPOUT_KEY = "dropout.key"
 TRACED_SCALE = "softmax.scale"
 
 
-class Sizes(NamedTuple):
+class LayerSizes(NamedTuple):
     """The sizes of a layer, as far as learned arrays depend on them."""
 
     num_q_heads: int
@@ -71,7 +71,7 @@ class Term:
         """Whether a call with this term takes the run-time array ``name``."""
         return name in self.operands or any(reads(part, name) for part in self.parts)
 
-    def learned(self, sizes: Sizes) -> dict[str, Learned]:
+    def learned(self, sizes: LayerSizes) -> dict[str, Learned]:
         """The arrays that a layer should learn, by the name of the operand."""
         found: dict[str, Learned] = {}
         for part in self.parts:

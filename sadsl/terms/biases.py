@@ -20,7 +20,7 @@ from sadsl.maps.call_text import call_text
 from sadsl.maps.numbers import Real, numbers, score_node, weights
 from sadsl.maps.symbols import POSITIONS, maximum, minimum, table
 from sadsl.maps.traced import bound, tracing
-from sadsl.terms.base import Learned, Sizes
+from sadsl.terms.base import LayerSizes, Learned
 
 Q, K, H = (POSITIONS[name] for name in "qkh")
 # Two lengths: an axis as long in both does not depend on the length.
@@ -45,7 +45,7 @@ class Bias:
     def __add__(self, other: "Bias") -> "Bias":
         if not isinstance(other, Bias):
             raise TypeError(f"`+` adds a bias to a bias, not {other!r}")
-        return Both(self, other)
+        return BiasSum(self, other)
 
     def __bool__(self) -> bool:
         raise TypeError(
@@ -68,7 +68,7 @@ class Bias:
         """Whether it takes the run-time array ``name``."""
         return name in self.operands or name in self.integer_operands
 
-    def learned(self, sizes: Sizes) -> dict[str, Learned]:
+    def learned(self, sizes: LayerSizes) -> dict[str, Learned]:
         """The arrays that a layer should learn: those whose size no length decides."""
         found = {}
         for look_up in nodes.weights(self.score(sizes.num_q_heads)):
@@ -111,7 +111,7 @@ class Traced(Bias):
 
 
 @dataclass(frozen=True, repr=False)
-class Both(Bias):
+class BiasSum(Bias):
     """Two biases added."""
 
     left: Bias
@@ -123,7 +123,7 @@ class Both(Bias):
 
     def __repr__(self) -> str:
         right = (
-            f"({self.right!r})" if isinstance(self.right, Both) else repr(self.right)
+            f"({self.right!r})" if isinstance(self.right, BiasSum) else repr(self.right)
         )
         return f"{self.left!r} + {right}"
 

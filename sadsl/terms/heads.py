@@ -6,7 +6,7 @@ from math import gcd
 from lowering import ir
 from sadsl.maps.base import IndexMap, at_least, per_head
 from sadsl.maps.call_text import call_text
-from sadsl.terms.base import Learned, Sizes, Spec, Term, seen
+from sadsl.terms.base import LayerSizes, Learned, Spec, Term, seen
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,7 +47,7 @@ class Heads(Term):
         each = zip(known, self.shares, strict=True)
         return per_head(*(m for m, (_, n) in each for _ in range(n // unit)))
 
-    def learned(self, sizes: Sizes) -> dict[str, Learned]:
+    def learned(self, sizes: LayerSizes) -> dict[str, Learned]:
         """What each part learns for its own heads.
 
         Raises:

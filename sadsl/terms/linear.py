@@ -16,7 +16,7 @@ from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
 from sadsl.maps.named import causal, full, segments
 from sadsl.selections.base import operands_of
-from sadsl.terms.base import DROPOUT_KEY, Learned, Sizes, Term
+from sadsl.terms.base import DROPOUT_KEY, LayerSizes, Learned, Term
 
 FeatureMap = Callable[[Array], Array]
 SEGMENT_IDS = "q_segment_ids", "kv_segment_ids"
@@ -126,7 +126,7 @@ class Linear(Term):
         known = (*self.operands, *operands_of(self.map))
         return name in known or name in (self.named_features, DROPOUT_KEY)
 
-    def learned(self, sizes: Sizes) -> dict[str, Learned]:
+    def learned(self, sizes: LayerSizes) -> dict[str, Learned]:
         """Log-decays of every token, one a key head."""
         if not isinstance(self.decay, str):
             return {}

@@ -12,7 +12,7 @@ from lowering.problem import Problem
 from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
 from sadsl.terms import overlaps
-from sadsl.terms.base import Learned, Sizes, Spec, Term, together
+from sadsl.terms.base import LayerSizes, Learned, Spec, Term, together
 from sadsl.terms.overlaps import Member, Unit
 from sadsl.terms.softmax import Softmax
 
@@ -112,7 +112,7 @@ class Gated(Mixture):
         """The gates: query, head and part."""
         return {self.gates: 3}
 
-    def learned(self, sizes: Sizes) -> dict[str, Learned]:
+    def learned(self, sizes: LayerSizes) -> dict[str, Learned]:
         """A gate in (0, 1) for each query, head and part, and what the parts learn."""
         shape = sizes.num_q_heads, len(self.terms)
         gates = Learned(shape, per_query=True, squash="sigmoid")

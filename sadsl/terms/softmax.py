@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
-from sadsl.terms.base import Learned, Sizes, Spec, Term, together
+from sadsl.terms.base import LayerSizes, Learned, Spec, Term, together
 from sadsl.terms.biases import Bias
 
 
@@ -60,7 +60,7 @@ class Softmax(Term):
         """The map."""
         return self.map
 
-    def learned(self, sizes: Sizes) -> dict[str, Learned]:
+    def learned(self, sizes: LayerSizes) -> dict[str, Learned]:
         """The arrays of the bias, and a sink a head, which starts at 0."""
         found = {} if self.bias is None else self.bias.learned(sizes)
         if self.sink is None:

@@ -182,7 +182,7 @@ def test_a_plan_of_a_million_tokens_is_small():
 
 
 def test_surely_mixed_rectangles_are_not_split():
-    sizes = planning.Sizes(1 << 20, 1 << 20, 128, 128)
+    sizes = planning.BlockSizes(1 << 20, 1 << 20, 128, 128)
     node = pipeline.run(
         (sa.causal() & sa.strided(64)).node, pipeline.Problem(1 << 20, 1 << 20)
     )["simplify"].maps[0]

@@ -69,11 +69,11 @@ class Case:
             decay = array(decay, "float32")
         if "s" in self.has:
             starts = jnp.asarray(rng.random((self.batch, self.seq)) < 0.08)
-        return linear.Inputs(array(q), array(k), array(v), decay, starts)
+        return linear.LinearInputs(array(q), array(k), array(v), decay, starts)
 
     def call(self, impl):
         interpret = impl != "xla"
-        return linear.Call(linear.scalar(self.eps), self.chunk, interpret)
+        return linear.LinearCall(linear.scalar(self.eps), self.chunk, interpret)
 
 
 slow = pytest.mark.slow
@@ -136,7 +136,9 @@ def found(case, impl, inputs, do, dlog):
 
     def f(q, k, v, decay):
         out, total = linear.attend(
-            linear.Inputs(q, k, v, decay, inputs.starts), case.call(impl), impl=impl
+            linear.LinearInputs(q, k, v, decay, inputs.starts),
+            case.call(impl),
+            impl=impl,
         )
         log = jnp.zeros(out.shape[:-1]) if total is None else jnp.log(total)
         return out, log
@@ -178,7 +180,7 @@ def test_features_of_zero(impl):
     q = inputs.q.at[:, :, :, 12].set(0)
 
     def f(q, k, v):
-        made = linear.Inputs(q, k, v, inputs.log_decay, inputs.starts)
+        made = linear.LinearInputs(q, k, v, inputs.log_decay, inputs.starts)
         out, total = linear.attend(made, case.call(impl), impl=impl)
         return jnp.sum(jnp.sin(out)), (out, total)
 
@@ -231,7 +233,7 @@ class TestDerivatives:
     CASE = Case(21, "dsn", dim=3, dim_v=2, chunk=16, batch=1, heads=1)
 
     def loss(self, impl, arrays):
-        inputs = linear.Inputs(*arrays, self.CASE.inputs().starts)
+        inputs = linear.LinearInputs(*arrays, self.CASE.inputs().starts)
         out, total = linear.attend(inputs, self.CASE.call(impl), impl=impl)
         return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.log(total))
 
@@ -325,7 +327,7 @@ def program(case, impl):
     shapes = jax.eval_shape(case.inputs)[:4]
 
     def loss(arrays, starts):
-        made = linear.Inputs(*arrays, starts if "s" in case.has else None)
+        made = linear.LinearInputs(*arrays, starts if "s" in case.has else None)
         out, total = linear.attend(made, call, impl=impl)
         some = 0.0 if total is None else jnp.sum(jnp.log(total))
         return jnp.sum(out.astype(jnp.float32)) + some

@@ -195,7 +195,9 @@ def test_a_step_of_the_nnx_layer(variant, share_qk):
     k = jnp.einsum("bsf,fhd->bhsd", x, layer.key.kernel[...])[:, 2:]
     norm = "layer" if variant == "official" else "unit"
     vectors = [normalized(y, norm) for y in ([q] if share_qk else [q, k])]
-    before = clusters.Clusters(layer.centroids[...], layer.counts[...], layer.sums[...])
+    before = clusters.ClusterState(
+        layer.centroids[...], layer.counts[...], layer.sums[...]
+    )
     if variant == "official":
         both = [vectors[0], vectors[-1]]
         loss = 0.5 * sum(clusters.commitment(y, before.means) for y in both)

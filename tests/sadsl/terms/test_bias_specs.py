@@ -11,7 +11,7 @@ from t5_buckets import bucket_of
 import sadsl as sa
 from sadsl.maps.numbers import weights
 from sadsl.maps.symbols import minimum, operand, table
-from sadsl.terms.base import Learned, Sizes
+from sadsl.terms.base import LayerSizes, Learned
 from sadsl.terms.biases import (
     alibi,
     alibi_slopes,
@@ -59,7 +59,7 @@ def test_buckets(buckets):
 
 def test_what_a_layer_learns():
     """Arrays whose size no length decides, for so many heads."""
-    sizes = Sizes(4, 2, 8, 8)
+    sizes = LayerSizes(4, 2, 8, 8)
     assert t5_bias().learned(sizes) == {"bias": Learned((4, 32))}
     x = distance_bias("d", 5, 1) + pair_bias("p")
     assert x.learned(sizes) == {"d": Learned((4, 7))}

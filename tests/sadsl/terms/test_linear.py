@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import sadsl as sa
-from sadsl.terms.base import Sizes
+from sadsl.terms.base import LayerSizes
 from sadsl.terms.linear import elu1
 
 # Compiled in a hurry: nothing here is about speed.
@@ -354,11 +354,11 @@ class TestTerm:
         term = sa.linear("phi", "g", map=DOCUMENTS)
         names = "phi", "g", "q_segment_ids", "kv_segment_ids", "other"
         assert [term.reads(n) for n in names] == [True] * 4 + [False]
-        learned = term.learned(Sizes(8, 2, 16, 16))["g"]
+        learned = term.learned(LayerSizes(8, 2, 16, 16))["g"]
         assert learned.shape == (2,)
         assert learned.per_query
         assert learned.squash == "log_sigmoid"
-        assert sa.linear(decay=0.9).learned(Sizes(8, 2, 16, 16)) == {}
+        assert sa.linear(decay=0.9).learned(LayerSizes(8, 2, 16, 16)) == {}
 
 
 class TestOperands:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import sadsl as sa
 from sadsl.maps.named import full
-from sadsl.terms.base import Sizes, reads
+from sadsl.terms.base import LayerSizes, reads
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -207,7 +207,7 @@ TWICE = [
 
 @pytest.mark.parametrize("spec", TWICE, ids=repr)
 def test_one_name_is_one_array_to_learn(spec):
-    sizes = Sizes(4, 4, 8, 8)
+    sizes = LayerSizes(4, 4, 8, 8)
     with pytest.raises(ValueError, match=r"learns '.*' twice, of shapes"):
         spec.learned(sizes)
     same = sa.average(sa.softmax(NEAR, sink="x"), sa.softmax(FAR, sink="x"))

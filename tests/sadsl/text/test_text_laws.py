@@ -23,7 +23,7 @@ from sadsl.selections.budgets import Share, Tokens, share
 from sadsl.selections.cell_scores import Score, scored
 from sadsl.selections.cells import Rules, rules
 from sadsl.selections.lsh import SortedChunks, sorted_chunks
-from sadsl.selections.tiles import Tiles, tiles
+from sadsl.selections.tiles import GridTiles, tiles
 from sadsl.terms.base import Term
 from sadsl.terms.biases import Bias
 from sadsl.terms.regions import Partition
@@ -43,7 +43,7 @@ PLACES = {
     Rules: lambda x: sa.topk(2, rules=x),
     Share: sa.topk,
     Tokens: sa.topk,
-    Tiles: lambda x: sa.topk(2, block=x),
+    GridTiles: lambda x: sa.topk(2, block=x),
     SortedChunks: lambda x: sa.lsh(4, chunks=x),
     sa.Grid: lambda x: x.axial(x.names[0]),
     OperandArray: lambda x: sa.where(lambda q, k: x[q, k] == 1),
