@@ -7,7 +7,7 @@ shows every stage down to the kernel. Layers are in ``sadsl.layers``, pictures i
 not loaded with this module.
 """
 
-from importlib.metadata import version
+from importlib import metadata as _metadata
 
 from lowering.facts.plan_counts import Plan as Plan
 from pallas_kernels.config import KernelConfig as KernelConfig
@@ -90,7 +90,7 @@ from sadsl.text.head_plans import read_head_plan as read_head_plan
 from sadsl.text.head_plans import write_head_plan as write_head_plan
 from sadsl.text.parsing import parse as parse
 
-__version__ = version("sadsl")
+__version__ = _metadata.version("sadsl")
 
 # Each name is the object that its module defines; `dir` shows no modules.
 __all__ = [

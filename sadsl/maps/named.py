@@ -357,7 +357,7 @@ def where(function: Callable[..., Any]) -> Where:
     It takes the positions ``(q, k)``, perhaps the head as well, ``(q, k, h)``, and
     perhaps the number of keys, ``(q, k, h, n)``. A parameter with a default keeps it,
     as in ``lambda q, k, d=d: ...``. It is called once, on symbols: see
-    ``sadsl.symbols.Symbol`` for what can be traced.
+    ``sadsl.maps.symbols.Symbol`` for what can be traced.
 
     ``where(lambda q, k: (q + k) % 2 == 0)``::
 
