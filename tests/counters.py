@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from lowering import hoist, pipeline
+from lowering import pipeline
 from lowering.expr.kernel_test import KernelPredicate
+from lowering.run_time.vectors import vectors_of
 from pallas_kernels import dispatch, softmax
 from pallas_kernels.call import Call, Inputs, Vectors
 
@@ -75,8 +76,8 @@ def run(stages, inputs, tiles, impl):
     masks = pipeline.masks(stages, tiles)
     program = stages["hoist"]
     vectors = Vectors(
-        hoist.vectors(program.q_vectors, q.shape[2], q.shape[1], {}),
-        hoist.vectors(program.kv_vectors, k.shape[2], q.shape[1], {}),
+        vectors_of(program.q_vectors, q.shape[2], q.shape[1], {}),
+        vectors_of(program.kv_vectors, k.shape[2], q.shape[1], {}),
     )
     call = Call(KernelPredicate(program.maps), 1.0, tiles, interpret=impl != "xla")
 

@@ -12,12 +12,13 @@ import pytest
 import strategies
 from hypothesis import HealthCheck, assume, given, settings
 
-from lowering import hoist, ir, pipeline
+from lowering import ir, pipeline
 from lowering.expr import fits
 from lowering.expr.kernel_test import KernelPredicate
 from lowering.expr.printing import show
 from lowering.expr.simplify import simplify
 from lowering.run_time import pair_bits, plans
+from lowering.run_time.vectors import vectors_of
 from lowering.solve import narrow
 from pallas_kernels.block_mask import EMPTY, FULL, expand
 from pallas_kernels.call import WORD, Vectors
@@ -41,11 +42,11 @@ def with_batch(values):
     return {name: jnp.asarray(x)[None] for name, x in values.items()}
 
 
-def vectors_of(stages, arrays):
+def vectors_in(stages, arrays):
     program = stages["hoist"]
     return Vectors(
-        hoist.vectors(program.q_vectors, N, 1, arrays),
-        hoist.vectors(program.kv_vectors, N, 1, arrays),
+        vectors_of(program.q_vectors, N, 1, arrays),
+        vectors_of(program.kv_vectors, N, 1, arrays),
         pair_bits.pack(program.bits, (N, N), BLOCKS[1], 1, arrays),
     )
 
@@ -90,7 +91,7 @@ def assert_holds(node, values):
     stages, arrays = lowered(node), with_batch(values)
     dense = np.asarray(reference.pairs((node,), N, N, arrays))[0, 0]
     np.testing.assert_array_equal(dense, expected, "reference")
-    vectors = vectors_of(stages, arrays)
+    vectors = vectors_in(stages, arrays)
     assert all(x.dtype == jnp.int32 for x in (*vectors.q, *vectors.kv))
     found = in_kernel(stages, vectors)
     np.testing.assert_array_equal(found, expected, str(stages))
