@@ -1,4 +1,4 @@
-"""Index maps: which keys a query sees. Frozen values and their algebra."""
+"""Defines ``IndexMap``, which says which keys a query sees, and its operators."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -21,54 +21,126 @@ from sadsl.maps.traced import tracing
 
 
 class IndexMap:
-    """A set of (query, key) pairs, perhaps one set a head.
+    """A set of pairs: a query sees a key iff the map has the pair. It may vary by head.
 
     Combine maps with ``&`` (both), ``|`` (either), ``-`` (the first but not the
-    second), ``~`` (the others), ``@`` (one after the other), ``.T``, ``.lift(block)``
-    and ``.permute(order)``. A map is hashable, equal by content, and ``repr`` is code
-    that ``parse`` reads back.
+    second), ``~`` (the pairs that it has not), ``@`` (two hops), ``.T`` (transpose),
+    ``.lift(block)`` and ``.permute(order)``. A map is immutable and hashable; two maps
+    are equal if their contents are. ``repr`` is code that ``sadsl.parse`` reads back.
 
     To write your own, subclass it as a frozen dataclass (``@dataclass(frozen=True)``)
-    and define ``pairs(q, k, h)`` on symbols.
+    and define ``pairs(q, k, h)``, which is called once, on symbols.
+
+    Example:
+      >>> import sadsl as sa
+      >>> spec = sa.causal() & (sa.window(1) | sa.sinks(1))
+      >>> spec
+      causal() & (window(1) | sinks(1))
+      >>> print(spec.picture(4))
+      #...
+      ##..
+      ###.
+      #.##
+
+      >>> from dataclasses import dataclass
+      >>> @dataclass(frozen=True)
+      ... class EveryOther(sa.IndexMap):
+      ...     first: int
+      ...     def pairs(self, q, k, h):
+      ...         return (k - self.first) % 2 == 0
+      >>> print(EveryOther(first=1).picture(2, 6))
+      .#.#.#
+      .#.#.#
     """
 
     def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth | bool:
-        """The predicate of a pair, built from symbols."""
+        """The condition under which head ``h`` of query ``q`` sees key ``k``.
+
+        It is built from symbols by comparisons and ``&``, ``|``, ``~``.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define pairs(q, k, h)")
 
     @cached_property
     def node(self) -> ir.Pred:
-        """The predicate that the compiler works on."""
+        """The condition of ``pairs`` as an expression of the compiler."""
         with tracing(f"pairs of {type(self).__name__}"):
             return truth_node(self.pairs(*(POSITIONS[name] for name in "qkh")))
 
     def __and__(self, other: "IndexMap") -> "IndexMap":
-        return Both(self, _map(other, "&")) if _is_map(other) else NotImplemented
+        return Both(self, other) if isinstance(other, IndexMap) else NotImplemented
 
     def __or__(self, other: "IndexMap") -> "IndexMap":
-        return Either(self, _map(other, "|")) if _is_map(other) else NotImplemented
+        return Either(self, other) if isinstance(other, IndexMap) else NotImplemented
 
     def __sub__(self, other: "IndexMap") -> "IndexMap":
-        return Minus(self, _map(other, "-")) if _is_map(other) else NotImplemented
+        return Minus(self, other) if isinstance(other, IndexMap) else NotImplemented
 
     def __matmul__(self, other: "IndexMap") -> "IndexMap":
-        """Two hops: some position ``j`` of the keys has ``a(q, j)`` and ``b(j, k)``."""
-        return Composed(self, _map(other, "@")) if _is_map(other) else NotImplemented
+        """Two hops: ``q`` sees ``k`` iff some ``j`` has ``a(q, j)`` and ``b(j, k)``.
+
+        ``j`` is one of the positions of the keys. Using the result raises
+        ``NotImplementedError`` where ``j`` cannot be eliminated exactly.
+
+        Example:
+          >>> import sadsl as sa
+          >>> print((sa.window(1) @ sa.window(1)).picture(4))
+          #...
+          ##..
+          ###.
+          .###
+        """
+        return Composed(self, other) if isinstance(other, IndexMap) else NotImplemented
 
     def __invert__(self) -> "IndexMap":
         return Complement(self)
 
     @property
     def T(self) -> "IndexMap":
-        """Query ``q`` sees key ``k`` iff the original map has ``k`` see ``q``."""
+        """The transpose: ``q`` sees ``k`` iff ``k`` sees ``q`` in this map.
+
+        Example:
+          >>> import sadsl as sa
+          >>> print(sa.causal().T.picture(3))
+          ###
+          .##
+          ..#
+        """
         return Transposed(self)
 
     def lift(self, block: int) -> "IndexMap":
-        """The map holds of the blocks ``(q // block, k // block)``."""
+        """The map of blocks: ``q`` sees ``k`` iff the map has their block numbers.
+
+        The block number of a position is ``position // block``.
+
+        Args:
+          block: positions in a block, at least 1.
+
+        Example:
+          >>> import sadsl as sa
+          >>> print(sa.causal().lift(2).picture(4))
+          ##..
+          ##..
+          ####
+          ####
+        """
         return Lifted(self, block)
 
     def permute(self, order: Iterable[int]) -> "IndexMap":
-        """The map holds of ``(order[q], order[k])``; ``order`` is a permutation."""
+        """The map renumbered: ``q`` sees ``k`` iff it has ``(order[q], order[k])``.
+
+        Args:
+          order: a permutation of all positions, ``0`` to ``length - 1``.
+
+        Raises:
+          ValueError: ``order`` is not a permutation.
+
+        Example:
+          >>> import sadsl as sa
+          >>> print(sa.causal().permute([2, 0, 1]).picture(3))
+          ###
+          .#.
+          .##
+        """
         return Permuted(self, tuple(int(i) for i in order))
 
     def __bool__(self) -> bool:
@@ -78,7 +150,7 @@ class IndexMap:
         )
 
     def __repr__(self) -> str:
-        # Of a class of the caller: its constructor, which `parse` does not know.
+        # A class of the caller's shows its constructor, which `parse` does not know.
         count = len(fields(self))  # type: ignore[arg-type]
         return call_text(self, type(self).__name__, by_position=count)
 
@@ -90,16 +162,25 @@ class IndexMap:
         *,
         operands: Mapping[str, IntArray[np.ndarray, "..."]] | None = None,
     ) -> BoolArray[np.ndarray, "heads q_seq_len kv_seq_len"]:
-        """Every pair, bool ``[num_heads, q_seq_len, kv_seq_len]``; for small sizes.
+        """The map as a boolean array ``[num_heads, q_seq_len, kv_seq_len]``.
+
+        It takes a byte for every pair, so it is for small sizes.
 
         Args:
           q_seq_len: number of queries.
           kv_seq_len: number of keys; ``q_seq_len`` if None.
-          num_heads: heads; a multiple of what ``per_head`` asks for.
+          num_heads: number of heads; a multiple of the number of maps in ``per_head``.
           operands: the run-time arrays that the map reads, without a batch axis.
 
         Raises:
-          ValueError: the map is made for other lengths or numbers of heads.
+          ValueError: the map does not fit these lengths or this number of heads.
+
+        Example:
+          >>> import sadsl as sa
+          >>> print(sa.causal().dense(3)[0].astype(int))
+          [[1 0 0]
+           [1 1 0]
+           [1 1 1]]
         """
         kv_seq_len = q_seq_len if kv_seq_len is None else kv_seq_len
         q = np.arange(q_seq_len)[:, None]
@@ -120,23 +201,13 @@ class IndexMap:
         return np.stack([np.broadcast_to(r, (q_seq_len, kv_seq_len)) for r in rows])
 
     def picture(self, q_seq_len: int, kv_seq_len: int | None = None) -> str:
-        """The pairs of one head as text: queries downwards, ``#`` for a key seen."""
+        """The map of one head as text: a row a query, ``#`` where it sees the key."""
         rows = self.dense(q_seq_len, kv_seq_len)[0]
         return "\n".join("".join("#" if x else "." for x in row) for row in rows)
 
 
-def _is_map(value: object) -> bool:
-    return isinstance(value, IndexMap)
-
-
-def _map(value: object, what: str) -> IndexMap:
-    if isinstance(value, IndexMap):
-        return value
-    raise TypeError(f"{what} takes index maps, not {value!r}")
-
-
 def at_least(map_name: str, name: str, value: object, least: int) -> None:
-    """Refuses a parameter of a map that is no integer or too small."""
+    """Raises an error unless a parameter is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{map_name}: {name}={value!r} must be an integer")
     if value < least:
@@ -152,7 +223,7 @@ class _Binary(IndexMap):
 
     @override
     def __repr__(self) -> str:
-        # A chain of one operator reads without parentheses from the left.
+        # `(a & b) & c` needs no parentheses: Python groups it from the left.
         left = repr(self.a) if type(self.a) is type(self) else _operand_text(self.a)
         return f"{left} {_OPERATORS[type(self)]} {_operand_text(self.b)}"
 
@@ -197,11 +268,12 @@ _OPERATORS: dict[type, str] = {Both: "&", Either: "|", Minus: "-", Composed: "@"
 
 
 def _operand_text(item: IndexMap) -> str:
+    """The text of a map next to an operator."""
     return f"({item!r})" if isinstance(item, _Binary) else repr(item)
 
 
 def _method_text(item: IndexMap) -> str:
-    """The map as it stands before a dot."""
+    """The text of a map whose attribute or method follows."""
     return f"({item!r})" if isinstance(item, _Binary | Complement) else repr(item)
 
 
@@ -284,7 +356,7 @@ class Permuted(IndexMap):
 
 @dataclass(frozen=True, repr=False)
 class PerHead(IndexMap):
-    """Head (or equal head group) i has the i-th map."""
+    """Each head, or each of equal groups of heads, has its own map."""
 
     maps: tuple[IndexMap, ...]
 
@@ -298,10 +370,29 @@ class PerHead(IndexMap):
 
 
 def per_head(*maps: IndexMap) -> PerHead:
-    """Head (or equal group of heads) ``i`` has the ``i``-th map.
+    """Gives heads their own maps: the ``i``-th group of heads uses the ``i``-th map.
 
-    With ``n`` maps the number of heads must be a multiple of ``n``.
+    Args:
+      *maps: one map for each group of heads. Groups are of equal size, so the number
+        of heads must be a multiple of the number of maps.
+
+    Raises:
+      ValueError: no map is given.
+      TypeError: an argument is not an index map.
+
+    Example:
+      >>> import sadsl as sa
+      >>> maps = sa.per_head(sa.causal(), sa.full())
+      >>> maps
+      per_head(causal(), full())
+      >>> maps.dense(2, num_heads=4).sum(axis=(1, 2)).tolist()  # pairs of each head
+      [3, 3, 4, 4]
     """
     if not maps:
         raise ValueError("per_head(): give at least one map")
-    return PerHead(tuple(_map(m, "per_head") for m in maps))
+    for item in maps:
+        if not isinstance(item, IndexMap):
+            raise TypeError(
+                f"per_head takes index maps, not {item!r}: give maps such as causal()"
+            )
+    return PerHead(maps)

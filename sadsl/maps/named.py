@@ -1,6 +1,8 @@
-"""The named one-dimensional maps.
+"""The maps over a sequence that have a name: ``causal``, ``window``, ``blocks``, ...
 
-Pictures in the docstrings show queries downwards and keys to the right, ``#`` = seen.
+Pictures in the docstrings have a row a query and a column a key; ``#`` is a pair in
+the map. A size that is not an integer is a ``TypeError``, one too small a
+``ValueError``.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,17 +12,17 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from lowering import ir
-from lowering.expr.printing import show, show_set
+from lowering.expr.printing import show_set
 from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.call_text import call_text
-from sadsl.maps.symbols import POSITIONS, Symbol, Truth, operand, truth_node
+from sadsl.maps.symbols import POSITIONS, Symbol, Truth, operand
 from sadsl.maps.traced import bound, tracing
+from sadsl.maps.traced_map import Where, traced_map
 
 
 @dataclass(frozen=True, repr=False)
 class _Named(IndexMap):
-    """A map whose repr is a call of the lower-case function of the same name."""
+    """A map whose repr calls the function of its name in lower case."""
 
     @override
     def __repr__(self) -> str:
@@ -158,7 +160,7 @@ class Blocks(_Named):
 
 @dataclass(frozen=True, repr=False)
 class Offsets(_Named):
-    """``q - k`` is one of ``values``, which ascend."""
+    """``q - k`` is one of ``values``, which are sorted."""
 
     values: tuple[int, ...]
 
@@ -180,33 +182,14 @@ class Segments(_Named):
         return operand("q_segment_ids")[q] == operand("kv_segment_ids")[k]
 
 
-@dataclass(frozen=True, repr=False)
-class Where(IndexMap):
-    """A traced expression; made by ``where``."""
-
-    traced: ir.Pred
-
-    @override
-    def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
-        return Truth(self.traced)
-
-    @override
-    def __repr__(self) -> str:
-        axes = ir.axes(self.traced)
-        names = "q, k, h" if "h" in axes else "q, k"
-        names = "q, k, h, n" if "n" in axes else names
-        return f"where(lambda {names}: {show(self.traced)})"
-
-
 def full() -> Full:
     """Every query sees every key.
 
-    ::
-
-        ####
-        ####
-        ####
-        ####
+    Example:
+      >>> import sadsl as sa
+      >>> print(sa.full().picture(2))
+      ##
+      ##
     """
     return Full()
 
@@ -214,121 +197,149 @@ def full() -> Full:
 def causal() -> Causal:
     """A query sees the keys up to its own position: ``k <= q``.
 
-    ::
-
-        #...
-        ##..
-        ###.
-        ####
+    Example:
+      >>> import sadsl as sa
+      >>> print(sa.causal().picture(4))
+      #...
+      ##..
+      ###.
+      ####
     """
     return Causal()
 
 
 def window(left: int, right: int = 0) -> Window:
-    """``q - left <= k <= q + right``; ``window(1)``:
+    """A query sees the keys near to it: ``q - left <= k <= q + right``.
 
-    ::
+    Args:
+      left: keys before the query, at least 0.
+      right: keys after the query, at least 0.
 
-        #...
-        ##..
-        .##.
-        ..##
+    Example:
+      >>> import sadsl as sa
+      >>> print(sa.window(1).picture(4))
+      #...
+      ##..
+      .##.
+      ..##
     """
     return Window(left, right)
 
 
 def sinks(n: int) -> Sinks:
-    """All see the first ``n`` keys (Xiao et al., StreamingLLM, 2023); ``sinks(1)``:
+    """Every query sees the first ``n`` keys (Xiao et al., StreamingLLM, 2023).
 
-    ::
-
-        #...
-        #...
-        #...
-        #...
+    Example:
+      >>> import sadsl as sa
+      >>> print(sa.sinks(1).picture(2, 4))
+      #...
+      #...
     """
     return Sinks(n)
 
 
 def prefix(n: int) -> Sinks:
-    """``sinks(n)`` by its other name: a prefix that everyone sees."""
+    """Every query sees a prefix of ``n`` keys; another name of ``sinks(n)``.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.prefix(3)
+      sinks(3)
+    """
     return Sinks(n)
 
 
 def keys(start: int, stop: int) -> Keys:
-    """Everyone sees the keys ``start <= k < stop``; ``keys(1, 3)``:
+    """Every query sees the keys ``start <= k < stop``.
 
-    ::
-
-        .##.
-        .##.
-        .##.
-        .##.
+    Example:
+      >>> import sadsl as sa
+      >>> print(sa.keys(1, 3).picture(2, 4))
+      .##.
+      .##.
     """
     return Keys(start, stop)
 
 
 def queries(start: int, stop: int) -> Queries:
-    """The queries ``start <= q < stop`` see everything; ``queries(1, 2)``:
+    """The queries ``start <= q < stop`` see every key; other queries see none.
 
-    ::
-
-        ....
-        ####
-        ....
-        ....
+    Example:
+      >>> import sadsl as sa
+      >>> print(sa.queries(0, 1).picture(2))
+      ##
+      ..
     """
     return Queries(start, stop)
 
 
 def strided(stride: int) -> Strided:
-    """``(q - k) % stride == 0`` (Child et al., Sparse Transformer, 2019, section 4.2).
+    """A query sees every ``stride``-th key: ``(q - k) % stride == 0``.
 
-    ``strided(2)``::
+    Child et al., Sparse Transformer, 2019, section 4.2.
 
-        #.#.
-        .#.#
-        #.#.
-        .#.#
+    Example:
+      >>> import sadsl as sa
+      >>> print(sa.strided(2).picture(4))
+      #.#.
+      .#.#
+      #.#.
+      .#.#
     """
     return Strided(stride)
 
 
 def dilated(left: int, right: int, dilation: int) -> Dilated:
-    """Every ``dilation``-th key, ``left`` of them before and ``right`` after the query.
+    """A query sees every ``dilation``-th key near to it.
 
-    (Beltagy et al., Longformer, 2020, section 3.1.) ``dilated(1, 0, 2)``::
+    Beltagy et al., Longformer, 2020, section 3.1.
 
-        #...
-        .#..
-        #.#.
-        .#.#
+    Args:
+      left: how many of those keys are before the query, at least 0.
+      right: how many of them are after the query, at least 0.
+      dilation: the distance from one of them to the next, at least 1.
+
+    Example:
+      >>> import sadsl as sa
+      >>> print(sa.dilated(1, 0, dilation=2).picture(4))
+      #...
+      .#..
+      #.#.
+      .#.#
     """
     return Dilated(left, right, dilation)
 
 
 def blocks(size: int) -> Blocks:
-    """``q // size == k // size``; ``blocks(2)``:
+    """A query sees the keys of its own block: ``q // size == k // size``.
 
-    ::
-
-        ##..
-        ##..
-        ..##
-        ..##
+    Example:
+      >>> import sadsl as sa
+      >>> print(sa.blocks(2).picture(4))
+      ##..
+      ##..
+      ..##
+      ..##
     """
     return Blocks(size)
 
 
 def offsets(values: Iterable[int]) -> Offsets:
-    """``q - k`` is one of ``values``; ``offsets({0, 2})``:
+    """A query sees the keys at some distances before it: ``q - k`` is in ``values``.
 
-    ::
+    Args:
+      values: distances; a negative one is that of a key after the query.
 
-        #...
-        .#..
-        #.#.
-        .#.#
+    Raises:
+      TypeError: a value is not an integer.
+
+    Example:
+      >>> import sadsl as sa
+      >>> print(sa.offsets({0, 2}).picture(4))
+      #...
+      .#..
+      #.#.
+      .#.#
     """
     found = tuple(values)
     for value in found:
@@ -338,42 +349,44 @@ def offsets(values: Iterable[int]) -> Offsets:
 
 
 def segments() -> Segments:
-    """Packed documents: attend iff ``q_segment_ids[q] == kv_segment_ids[k]``.
+    """A query sees the keys of its own document, where a row packs several documents.
 
-    The ids are passed at run time (``attention(..., q_segment_ids=, kv_segment_ids=)``,
-    int32 ``[batch, seq]``); new ids do not recompile. With ids 0 0 1 1::
+    The condition is ``q_segment_ids[q] == kv_segment_ids[k]``. The ids are passed to
+    the call: ``attention(..., q_segment_ids=, kv_segment_ids=)``, int32 ``[batch,
+    seq]``. New ids do not recompile.
 
-        ##..
-        ##..
-        ..##
-        ..##
+    Example:
+      >>> import sadsl as sa
+      >>> import numpy as np
+      >>> ids = {f"{side}_segment_ids": np.array([0, 0, 1]) for side in ("q", "kv")}
+      >>> print(sa.segments().dense(3, operands=ids)[0].astype(int))
+      [[1 1 0]
+       [1 1 0]
+       [0 0 1]]
     """
     return Segments()
 
 
 def where(function: Callable[..., Any]) -> Where:
-    """The pairs for which ``function`` holds.
+    """A query sees the keys for which ``function`` returns true.
 
-    It takes the positions ``(q, k)``, perhaps the head as well, ``(q, k, h)``, and
-    perhaps the number of keys, ``(q, k, h, n)``. A parameter with a default keeps it,
-    as in ``lambda q, k, d=d: ...``. It is called once, on symbols: see
-    ``sadsl.maps.symbols.Symbol`` for what can be traced.
-
-    ``where(lambda q, k: (q + k) % 2 == 0)``::
-
-        #.#.
-        .#.#
-        #.#.
-        .#.#
+    Args:
+      function: a function of the positions ``(q, k)``, or also of the head,
+        ``(q, k, h)``, or also of the number of keys, ``(q, k, h, n)``. A parameter with
+        a default keeps it, as in ``lambda q, k, d=d: ...``. It is called once, on
+        symbols: the class ``Symbol`` lists the operations that can be traced.
 
     Raises:
-      TypeError: it branches on a symbol, or uses what cannot be traced.
+      TypeError: the function branches on a symbol, or uses another operation.
+
+    Example:
+      >>> import sadsl as sa
+      >>> even = sa.where(lambda q, k: (q + k) % 2 == 0)
+      >>> print((sa.causal() & even).picture(3))
+      #..
+      .#.
+      #.#
     """
     names = bound(function, "where", tuple(POSITIONS))
     with tracing("the function of where"):
         return traced_map(function(*(POSITIONS[name] for name in names)))
-
-
-def traced_map(value: Truth | bool) -> Where:
-    """The map of a traced expression."""
-    return Where(truth_node(value))

@@ -14,6 +14,7 @@ from sadsl.maps.base import IndexMap, per_head
 from sadsl.maps.grids import Grid
 from sadsl.maps.numbers import weights
 from sadsl.maps.symbols import POSITIONS, Symbol
+from sadsl.maps.traced_map import traced_map
 from sadsl.selections import budgets
 from sadsl.selections.cell_scores import scored
 from sadsl.selections.cells import rules
@@ -166,7 +167,7 @@ class _Reader:
             case ast.Call(
                 func=ast.Name(id="where"), args=[ast.Lambda() as f], keywords=[]
             ):
-                return named.traced_map(self._traced(f, "where", ARGUMENTS))
+                return traced_map(self._traced(f, "where", ARGUMENTS))
             case ast.Call(
                 func=ast.Name(id="bias"), args=[ast.Lambda() as f], keywords=[]
             ):
