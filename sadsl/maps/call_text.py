@@ -1,4 +1,4 @@
-"""The text of a value that a function makes: the call that makes it again."""
+"""Writes the ``repr`` of a map, a term or an option as the call that builds it."""
 
 import math
 import re
@@ -15,22 +15,27 @@ def call_text(
     by_position: int | None = None,
     spread: bool = False,
 ) -> str:
-    """``name(...)`` with the fields of a dataclass that differ from its defaults.
+    """The call ``name(...)`` that builds a dataclass; defaults are left out.
 
-    Parameters of the function are named as the fields are, and have the same defaults;
-    a test calls every function to see that.
+    The parameters of the function have the names and the defaults of the fields; a test
+    calls every function to check that.
 
     Args:
       value: the dataclass.
-      name: the function; the class in snake case, if None.
-      by_position: how many leading fields stand by position, as long as none of them is
-        left out; those without a default, if None. The others stand by name.
-      spread: the first field is the ``*args`` of the function.
+      name: the name of the function; if None, that of the class in snake case.
+      by_position: how many leading fields are written without their names, until one is
+        left out; if None, those without a default.
+      spread: the first field holds the ``*args`` of the function.
+
+    Example:
+      >>> import sadsl as sa
+      >>> call_text(sa.window(4), by_position=2)
+      'window(4)'
     """
     cls = type(value)
     name = name or re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
     every = fields(value)
-    # Fields that only take keywords may have a default before one that has none.
+    # A keyword-only field with a default may stand before a field without one.
     every = sorted(every, key=lambda f: f.default is not MISSING)
     if by_position is None:
         by_position = sum(f.default is MISSING for f in every)
@@ -48,7 +53,12 @@ def call_text(
 
 
 def text_of(value: Any) -> str:
-    """``repr``, with NumPy's numbers as Python's and infinities as literals."""
+    """``repr(value)``, but NumPy numbers as Python numbers and infinity as ``1e999``.
+
+    Example:
+      >>> text_of((0.5, float("-inf")))
+      '(0.5, -1e999)'
+    """
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and math.isinf(value):

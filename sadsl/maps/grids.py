@@ -1,4 +1,4 @@
-"""Grids of positions: maps of images, videos and volumes, an axis at a time."""
+"""Defines ``Grid``: maps of images, videos and volumes, built from their axes."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,25 +10,43 @@ from typing_extensions import override
 
 from lowering import ir
 from sadsl.maps.base import IndexMap, at_least
-from sadsl.maps.symbols import Symbol, Truth, maximum, minimum
+from sadsl.maps.grid_coordinates import AxisRule, Coordinates
+from sadsl.maps.operand_names import is_identifier
+from sadsl.maps.symbols import Symbol, Truth
 
 MAX_AXES = 4
 PerAxis: TypeAlias = int | tuple[int, ...]
-Pair: TypeAlias = tuple[Symbol, Symbol]
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class Grid:
-    """Positions are the cells of a grid, row-major: the last axis runs fastest.
+    """A grid whose cells are the positions, row-major: the last axis is fastest.
 
-    ``Grid(t=8, h=16, w=16)`` names one to four axes from the outermost to the
-    innermost. Its methods build index maps that hold of sequences of exactly ``size``
-    positions (plus ``extra``, where that is given); other lengths are a ValueError when
-    the map is used. Queries may be fewer than keys, as in decoding. ``extra`` positions
-    follow the last cell: text beside a video. They see everything, and all see them.
+    ``Grid(t=8, h=16, w=16)`` names one to four axes, the outermost first. The methods
+    build index maps for sequences of exactly ``size`` positions, plus ``extra`` where
+    that is given; a map raises a ``ValueError`` if it is used with another length.
+    Queries may be fewer than keys, as in decoding. The ``extra`` positions follow the
+    last cell, as text beside a video does: they see every key, and every query sees
+    them.
+
+    Args:
+      **sizes: the number of cells along each axis, at least 1.
 
     Raises:
-      ValueError: no axis or too many, a size below 1, an axis named ``extra``.
+      ValueError: no axis or more than four, a size below 1, or an axis named ``extra``.
+
+    Example:
+      >>> import sadsl as sa
+      >>> grid = sa.Grid(h=2, w=3)
+      >>> grid.size
+      6
+      >>> print(grid.axial("h").picture(6))  # cells of the same column
+      #..#..
+      .#..#.
+      ..#..#
+      #..#..
+      .#..#.
+      ..#..#
     """
 
     axes: tuple[tuple[str, int], ...]
@@ -40,7 +58,7 @@ class Grid:
                 "sizes, as in Grid(h=16, w=16)"
             )
         for name, size in sizes.items():
-            if not name.isidentifier() or name == "extra":
+            if not is_identifier(name) or name == "extra":
                 raise ValueError(
                     f"Grid: axis {name!r} must be an identifier other than 'extra', "
                     "which counts the positions after the last cell: rename it"
@@ -51,12 +69,12 @@ class Grid:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The axes, outermost first."""
+        """The names of the axes, outermost first."""
         return tuple(name for name, _ in self.axes)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Their sizes."""
+        """The sizes of the axes, outermost first."""
         return tuple(size for _, size in self.axes)
 
     @property
@@ -65,10 +83,27 @@ class Grid:
         return prod(self.shape)
 
     def product(self, *, extra: int = 0, **maps: IndexMap) -> "Product":
-        """``product(t=a, h=b)``: ``a`` holds of the t coordinates and ``b`` of the h.
+        """Combines one map for each axis; a pair must be in all of them.
 
-        Axes that are not named are free. In a map of an axis, the number of keys is the
-        size of the axis.
+        ``product(t=a, h=b)`` has the pairs whose t coordinates are in ``a`` and whose
+        h coordinates are in ``b``. Axes that are not named are unrestricted.
+
+        Args:
+          extra: positions after the last cell.
+          **maps: the map of each named axis, of coordinates; the number of keys that it
+            may read is the size of the axis.
+
+        Raises:
+          ValueError: a name is not an axis.
+          TypeError: a value is not an index map.
+
+        Example:
+          >>> import sadsl as sa
+          >>> print(sa.Grid(t=2, w=2).product(t=sa.causal()).picture(4))
+          ##..
+          ##..
+          ####
+          ####
         """
         for name, item in maps.items():
             self.index(name, "product")
@@ -78,8 +113,24 @@ class Grid:
         return Product(self, extra, given)
 
     def axial(self, *names: str, extra: int = 0) -> "Axial":
-        """Pairs that differ along the named axes at most (Ho et al., Axial attention in
-        multidimensional transformers, 2019, section 3).
+        """A query sees the keys whose coordinates on all other axes are its own.
+
+        Ho et al., Axial attention in multidimensional transformers, 2019, section 3.
+
+        Args:
+          *names: the axes along which query and key may differ.
+          extra: positions after the last cell.
+
+        Raises:
+          ValueError: no name is given, or a name is not an axis.
+
+        Example:
+          >>> import sadsl as sa
+          >>> print(sa.Grid(h=2, w=2).axial("w").picture(4))
+          ##..
+          ##..
+          ..##
+          ..##
         """
         if not names:
             raise ValueError(
@@ -98,23 +149,38 @@ class Grid:
         causal: bool | tuple[bool, ...] = False,
         extra: int = 0,
     ) -> "Neighborhood":
-        """Every query sees ``window`` keys along each axis, shifted at the borders.
+        """Every query sees a window of keys around it along each axis.
 
-        Windows are never cut short by a border: they move inside. ``stride`` queries in
-        a row share the window of their leader; with ``dilation`` d the rule is applied
-        among the coordinates of equal residue modulo d; a ``causal`` axis lets no query
-        see beyond its own coordinate. Each is one value for all axes, or a tuple
-        (Hassani et al., Neighborhood attention transformer, 2023, section 3; Hassani
-        et al., Generalized neighborhood attention, 2025, section 3).
+        A border never cuts a window short: the window moves inside. ``stride=1`` is a
+        sliding window, ``stride == window`` is blocks, and a ``window`` equal to the
+        size of an axis is everything along it. Hassani et al., Neighborhood attention
+        transformer, 2023, section 3; Hassani et al., Generalized neighborhood
+        attention, 2025, section 3.
 
-        ``stride=1`` is a sliding window, ``stride == window`` is blocks, and ``window``
-        equal to the size of an axis is everything along it. A causal axis with
-        ``stride`` above 1 depends on the size of the axis, so that decoding token by
-        token is not the same.
+        A causal axis with ``stride`` above 1 depends on the size of the axis, so that
+        decoding token by token gives other results.
+
+        Args:
+          window: keys along an axis. Each argument but ``extra`` is one value for all
+            axes, or a tuple with one entry an axis.
+          stride: queries in a row that share the window of their leader.
+          dilation: d > 1 applies the rule among coordinates equal modulo d.
+          causal: whether a query sees no key beyond its own coordinate.
+          extra: positions after the last cell.
 
         Raises:
-          ValueError: not ``1 <= stride <= window``, or ``window * dilation`` beyond the
-            axis, or a tuple that has not one entry an axis.
+          ValueError: not ``1 <= stride <= window``, or ``window * dilation`` exceeds
+            the axis, or a tuple does not have one entry an axis.
+          TypeError: a size is not an integer, or ``causal`` is not a bool.
+
+        Example:
+          >>> import sadsl as sa
+          >>> print(sa.Grid(w=5).neighborhood(3).picture(5))
+          ###..
+          ###..
+          .###.
+          ..###
+          ..###
         """
         rules = {"window": window, "stride": stride, "dilation": dilation}
         found = {name: self._per_axis(name, value) for name, value in rules.items()}
@@ -132,16 +198,16 @@ class Grid:
         return Neighborhood(self, extra, *numbers, causal=tuple(map(bool, directions)))
 
     def index(self, name: str, method: str) -> int:
-        """The place of an axis among the axes."""
+        """The number of an axis, counted from the outermost."""
         if name not in self.names:
             raise ValueError(
-                f"{method}: {name!r} is no axis of {self!r}: name one of "
+                f"{method}: {name!r} is not an axis of {self!r}: name one of "
                 f"{', '.join(self.names)}"
             )
         return self.names.index(name)
 
     def _per_axis(self, name: str, value: Any) -> tuple[Any, ...]:
-        """One entry an axis."""
+        """The argument ``name`` of ``neighborhood`` as a tuple, one entry an axis."""
         several = isinstance(value, tuple | list)
         values = tuple(value) if several else (value,) * len(self.axes)
         if len(values) != len(self.axes):
@@ -158,7 +224,7 @@ class Grid:
 
 @dataclass(frozen=True, repr=False)
 class _OnGrid(IndexMap):
-    """A map of the cells of a grid, and of ``extra`` positions after them."""
+    """A map over the cells of a grid and ``extra`` positions after them."""
 
     grid: Grid
     extra: int
@@ -166,17 +232,17 @@ class _OnGrid(IndexMap):
     def __post_init__(self) -> None:
         at_least(type(self).__name__.lower(), "extra", self.extra, 0)
 
-    def cells(self, place: "Places") -> list[Truth]:
-        """What must hold of two cells."""
+    def cells(self, at: Coordinates) -> list[Truth]:
+        """The conditions under which one cell sees another; all must hold."""
         raise NotImplementedError
 
     @override
     def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
         total = self.grid.size + self.extra
         q, k = (Symbol(ir.Within(x.node, total)) for x in (q, k))
-        terms = [term.node for term in self.cells(Places(self.grid, q, k))]
+        terms = [term.node for term in self.cells(Coordinates(self.grid.shape, q, k))]
         seen = {part for term in terms for part in ir.walk(term)}
-        # Where no test reads a side, a comparison with itself still checks its length.
+        # Where no condition reads q (or k), `q <= q` makes the length checked anyway.
         terms += [(x <= x).node for x in (q, k) if x.node not in seen]
         inside = Truth(terms[0] if len(terms) == 1 else ir.And(tuple(terms)))
         if not self.extra:
@@ -188,60 +254,22 @@ class _OnGrid(IndexMap):
         return f"{self.grid!r}.{method}({', '.join([*arguments, *extra])})"
 
 
-@dataclass(frozen=True)
-class Places:
-    """Coordinates of the query and of the key, as symbols."""
-
-    grid: Grid
-    q: Symbol
-    k: Symbol
-
-    def unbounded(self, axis: int) -> Pair:
-        """The coordinates up to multiples of what lies outside of ``axis``."""
-        inner = prod(self.grid.shape[axis + 1 :])
-        return (self.q, self.k) if inner == 1 else (self.q // inner, self.k // inner)
-
-    def __getitem__(self, axis: int) -> Pair:
-        """The coordinates on an axis."""
-        size = self.grid.shape[axis]
-        if size == 1:
-            return Symbol(ir.Const(0)), Symbol(ir.Const(0))
-        q, k = self.unbounded(axis)
-        outermost = prod(self.grid.shape[:axis]) == 1
-        return (q, k) if outermost else (q % size, k % size)
-
-    def equal(self, first: int, last: int) -> Truth:
-        """The coordinates on the axes ``first .. last`` are all equal."""
-        size = prod(self.grid.shape[first : last + 1])
-        if size == 1:
-            return Truth(ir.Bool(True))
-        q, k = self.unbounded(last)
-        outermost = prod(self.grid.shape[:first]) == 1
-        return q == k if outermost else (q - k) % size == 0
-
-    def congruent(self, axis: int, modulus: int) -> Truth:
-        """The coordinates on an axis are equal modulo ``modulus``."""
-        divides = self.grid.shape[axis] % modulus == 0
-        q, k = self.unbounded(axis) if divides else self[axis]
-        return (q - k) % modulus == 0
-
-
 @dataclass(frozen=True, repr=False)
 class Product(_OnGrid):
-    """``grid.product(...)``: one map an axis, all of which must hold."""
+    """``grid.product(...)``: a pair must be in the maps of all axes."""
 
     maps: tuple[tuple[str, IndexMap], ...]
 
     @override
-    def cells(self, place: Places) -> list[Truth]:
-        return [self._along(name, item, place) for name, item in self.maps]
+    def cells(self, at: Coordinates) -> list[Truth]:
+        return [self._along(name, item, at) for name, item in self.maps]
 
-    def _along(self, name: str, item: IndexMap, place: Places) -> Truth:
+    def _along(self, name: str, item: IndexMap, at: Coordinates) -> Truth:
         axis = self.grid.index(name, "product")
-        q, k = place[axis]
+        q, k = at[axis]
         size = self.grid.shape[axis]
         if self.extra and any(isinstance(x, ir.Table) for x in ir.walk(item.node)):
-            # What lies after the last cell must not be looked up outside of a table.
+            # An extra position must not be looked up outside of a table.
             q, k = q % size, k % size
         length = ir.Const(size)
         new: dict[ir.Axis, ir.Expr] = {"q": q.node, "k": k.node, "n": length}
@@ -254,20 +282,21 @@ class Product(_OnGrid):
 
 @dataclass(frozen=True, repr=False)
 class Axial(_OnGrid):
-    """``grid.axial(...)``: pairs that differ along the named axes at most."""
+    """``grid.axial(...)``: query and key differ at most along the named axes."""
 
     names: tuple[str, ...]
 
     @override
-    def cells(self, place: Places) -> list[Truth]:
+    def cells(self, at: Coordinates) -> list[Truth]:
         terms = []
         first = None
-        # Neighbouring axes that are held fixed are one axis.
+        # Neighboring axes that are not named are compared as one axis. The entry at the
+        # end closes the last group.
         for axis, (name, _) in enumerate((*self.grid.axes, (self.names[0], 0))):
             if name not in self.names:
                 first = axis if first is None else first
             elif first is not None:
-                terms.append(place.equal(first, axis - 1))
+                terms.append(at.equal(first, axis - 1))
                 first = None
         return terms
 
@@ -276,67 +305,9 @@ class Axial(_OnGrid):
         return self._call("axial", *map(repr, self.names))
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """The neighbourhood rule along one axis."""
-
-    length: int
-    window: int
-    stride: int
-    dilation: int
-    causal: bool
-
-    @cached_property
-    def lengths(self) -> set[int]:
-        """How many coordinates the residue classes have."""
-        return {self.length // self.dilation, -(-self.length // self.dilation)}
-
-    @property
-    def shift(self) -> int:
-        """From the first query of a group to the start of its unclamped window."""
-        if self.causal:
-            return self.stride - self.window
-        return self.stride // 2 - self.window // 2
-
-    def terms(self, place: Places, axis: int) -> list[Truth]:
-        """What must hold of the coordinates on the axis."""
-        q, k = place[axis]
-        found = [k <= q] if self.causal and self.length > 1 else []
-        if self.dilation > 1:
-            found.append(place.congruent(axis, self.dilation))
-        if self.lengths == {self.window}:
-            return found
-        # From here on, coordinates count within the residue class.
-        at_q, at_k = q, k
-        if self.dilation > 1:
-            at_q, at_k = q // self.dilation, k // self.dilation
-        last = max(self._start_of(n - 1) - (n - self.window) for n in self.lengths)
-        acts = self.shift < 0 and not self.causal, last > 0
-        if not any(acts) and self.stride == self.window and not self.causal:
-            return [*found, at_q // self.window == at_k // self.window]
-        first = at_q if self.stride == 1 else at_q // self.stride * self.stride
-        start = first + self.shift if self.shift else first
-        # Each side needs the one clamp that keys inside of the axis do not make for it,
-        # and a causal window ends at the query.
-        low_acts, high_acts = acts
-        latest = self._class_length(q) - self.window
-        lowest = minimum(start, latest) if high_acts else start
-        highest = maximum(start, 0) if low_acts else start
-        ends = [] if self.causal else [at_k <= highest + (self.window - 1)]
-        return [*found, at_k >= lowest, *ends]
-
-    def _start_of(self, at: int) -> int:
-        return at // self.stride * self.stride + self.shift
-
-    def _class_length(self, q: Symbol) -> "Symbol | int":
-        if self.length % self.dilation == 0:
-            return self.length // self.dilation
-        return (self.length - 1 - q % self.dilation) // self.dilation + 1
-
-
 @dataclass(frozen=True, repr=False)
 class Neighborhood(_OnGrid):
-    """``grid.neighborhood(...)``; every rule is a tuple with one entry an axis."""
+    """``grid.neighborhood(...)``; every field is a tuple with one entry an axis."""
 
     window: tuple[int, ...]
     stride: tuple[int, ...]
@@ -362,14 +333,14 @@ class Neighborhood(_OnGrid):
                 )
 
     @cached_property
-    def rules(self) -> tuple[_Rule, ...]:
+    def rules(self) -> tuple[AxisRule, ...]:
         """The rule of every axis."""
         fields = (self.grid.shape, self.window, self.stride, self.dilation, self.causal)
-        return tuple(_Rule(*entry) for entry in zip(*fields, strict=True))
+        return tuple(AxisRule(*entry) for entry in zip(*fields, strict=True))
 
     @override
-    def cells(self, place: Places) -> list[Truth]:
-        each = [rule.terms(place, axis) for axis, rule in enumerate(self.rules)]
+    def cells(self, at: Coordinates) -> list[Truth]:
+        each = [rule.terms(at, axis) for axis, rule in enumerate(self.rules)]
         return [term for terms in each for term in terms]
 
     @override
@@ -383,5 +354,5 @@ class Neighborhood(_OnGrid):
 
 
 def _short(values: tuple) -> str:
-    """One value if all are equal, else the tuple."""
+    """The text of the tuple, or of its one value if all entries are equal."""
     return repr(values[0] if len(set(values)) == 1 else values)

@@ -1,4 +1,4 @@
-"""Maps whose spans grow with the length, by head: MoA."""
+"""Windows whose size grows with the sequence, one for each head (MoA)."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -7,21 +7,35 @@ from sadsl.maps.base import IndexMap, per_head
 from sadsl.maps.named import causal, sinks, where
 from sadsl.maps.symbols import Symbol, Truth, maximum
 
-# A slope is read as the nearest fraction with at most this denominator.
+# alpha and beta are rounded to fractions with at most this denominator.
 FINEST = 1 << 12
 
 
 def moa(
     spans: Sequence[tuple[float, float]], block: int = 64, global_blocks: int = 1
 ) -> IndexMap:
-    """Head ``h`` sees the last ``alpha + beta * n`` tokens, and the first block.
+    """Each head sees its last ``alpha + beta * n`` tokens and the first blocks.
 
     Fu et al., MoA: mixture of sparse attention for automatic large language model
-    compression, 2024, sections 3 and 4; ``spans`` are the ``(alpha, beta)`` of every
-    head (or equal head group), which the paper finds offline: alpha in tokens, from
-    ``-n`` to 8192, beta from 0 to 1. As in its code, spans round down to blocks, but
-    never below one; ``n`` is the number of keys, so that the mask of a prefix is not
-    the prefix of the mask.
+    compression, 2024, sections 3 and 4. ``n`` is the number of keys, so the map of a
+    prefix of a sequence is not a part of the map of the whole. As in the authors' code,
+    a span is rounded down to whole blocks, and is at least one block.
+
+    Args:
+      spans: ``(alpha, beta)`` of each head, or of each of equal groups of heads. The
+        paper finds them offline: alpha in tokens, from ``-n`` to 8192, beta from 0
+        to 1.
+      block: tokens in a block.
+      global_blocks: how many of the first blocks every query sees.
+
+    Example:
+      >>> print(moa([(0, 0.5)], block=1).picture(6))
+      #.....
+      ##....
+      ###...
+      ####..
+      #.###.
+      #..###
     """
 
     def head(alpha: float, beta: float) -> IndexMap:

@@ -1,4 +1,4 @@
-"""Run-time integers: int32, or refused by value."""
+"""Converts run-time integer arrays to int32 and refuses values that do not fit."""
 
 from typing import Any
 
@@ -8,17 +8,19 @@ import numpy as np
 
 
 def integers(name: str, x: Any) -> jax.Array:
-    """Integers as int32, or bools as they are.
+    """Converts an array of integers to int32; an array of bools stays as it is.
 
     Raises:
-      ValueError: neither; or some integer is not an int32, or may not be one.
+      ValueError: the array holds neither, or a value does not fit int32, or the values
+        are traced and may not fit.
     """
     x = x if isinstance(x, jax.Array) else np.asarray(x)
     if x.dtype == np.bool_:
         return jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(
-            f"operand {name!r} has dtype {x.dtype}: it must be of integers"
+            f"operand {name!r} has dtype {x.dtype}: it must be of integers or bools; "
+            "cast it with .astype(np.int32)"
         )
     if not holds_int32(x.dtype):
         if isinstance(x, jax.core.Tracer):
@@ -33,16 +35,16 @@ def integers(name: str, x: Any) -> jax.Array:
 
 
 def holds_int32(dtype: Any) -> bool:
-    """Whether int32 holds whatever has this dtype."""
+    """Whether int32 holds every value of this integer dtype."""
     info, most = np.iinfo(dtype), np.iinfo(np.int32)
     return most.min <= info.min and info.max <= most.max
 
 
 def check_int32(name: str, x: np.ndarray) -> None:
-    """Refuses integers of a run-time array that int32 does not hold.
+    """Checks that every value of a run-time array fits int32.
 
     Raises:
-      ValueError: there is one.
+      ValueError: a value does not fit.
     """
     most = np.iinfo(np.int32)
     for value in (int(v) for v in (x.min(initial=0), x.max(initial=0))):

@@ -1,4 +1,4 @@
-"""Numbers as symbols: what the function given to ``bias`` returns."""
+"""Floats as symbols: what the function given to ``bias`` returns."""
 
 import math
 from collections.abc import Iterable
@@ -9,17 +9,18 @@ import numpy as np
 
 from lowering import ir
 from lowering.bias import nodes
+from sadsl.maps.operand_names import check_operand_name
 from sadsl.maps.traced import NotTraced, TracedValue, integer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Real(TracedValue):
-    """A number added to a score; ``+ - *`` of numbers and integers are traced."""
+    """A float that is added to a score; ``+``, ``-`` and ``*`` are traced."""
 
     node: nodes.Score
 
     way_out: ClassVar[str] = (
-        "a traced map takes integers; of numbers, + - and * are traced, and they can "
+        "a traced map takes integers; floats are traced through +, - and *, and can "
         "only be added to scores: use them in a bias"
     )
 
@@ -53,7 +54,7 @@ class Real(TracedValue):
 
 @dataclass(frozen=True, eq=False)
 class TableNumbers(TracedValue):
-    """A constant table of floats; ``table((0.5, 0.25))[h]`` looks one up."""
+    """A constant table of floats, indexed as ``table((0.5, 0.25))[h]``."""
 
     values: tuple[float, ...]
 
@@ -65,7 +66,7 @@ class TableNumbers(TracedValue):
 
 @dataclass(frozen=True, eq=False)
 class WeightsArray(TracedValue):
-    """A run-time array of floats by name; ``weights("b")[h, q - k]`` looks one up."""
+    """A named run-time array of floats, indexed as ``weights("b")[h, q - k]``."""
 
     name: str
 
@@ -77,20 +78,30 @@ class WeightsArray(TracedValue):
 
 
 def weights(name: str) -> WeightsArray:
-    """A run-time array of floats that a bias looks up: learned, or computed before.
+    """A run-time array of floats for a bias: learned weights, or values of the caller.
 
-    Pass it as ``attention(..., operands={name: array})``: an axis an index, with an
-    optional leading batch axis. Gradients reach it. An axis indexed by ``h`` alone may
-    have length one, which all heads share; one indexed by the bare ``q`` counts queries
-    from the first that is passed, whatever ``q_offset`` is.
+    Pass the array as ``attention(..., operands={name: array})``: it has one axis for
+    each index, and perhaps a batch axis in front. Gradients flow to it. An axis indexed
+    by ``h`` alone may have length 1: all heads share it. An axis indexed by ``q`` alone
+    counts queries from the first one passed, whatever ``q_offset`` is.
+
+    Args:
+      name: the name of the operand, a Python identifier.
+
+    Raises:
+      ValueError: the name is not a Python identifier.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.bias(lambda q, k, h: sa.weights("slope")[h] * (q - k))
+      bias(lambda q, k, h: weights('slope')[h] * (q - k))
     """
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"weights({name!r}): the name must be a Python identifier")
+    check_operand_name("weights: name", name)
     return WeightsArray(name)
 
 
 def score_node(value: Any) -> nodes.Score:
-    """The score of a number, an integer of positions or a constant."""
+    """The score of a traced float, a traced integer or a constant."""
     if isinstance(value, Real):
         return value.node
     node = getattr(value, "node", None)
@@ -98,7 +109,7 @@ def score_node(value: Any) -> nodes.Score:
 
 
 def _negative(score: nodes.Score) -> nodes.Score:
-    # As text, `-1.0 * 0.5` would be one number of Python's.
+    # Not `-1.0 * 0.5`: Python would read that text as one constant.
     if isinstance(score, nodes.Number):
         return nodes.Number(-score.value)
     return nodes.ScoreProduct(nodes.Number(-1.0), score)
@@ -110,17 +121,23 @@ def constant(value: Any) -> nodes.Number:
 
 
 def number(value: Any) -> float:
-    """A finite constant as a float."""
+    """A finite constant as a float.
+
+    Raises:
+      TypeError: it is not a number.
+      ValueError: it is infinite or NaN.
+    """
     known = int | float | np.integer | np.floating
     if isinstance(value, bool) or not isinstance(value, known):
         raise NotTraced(
-            f"a bias is made of numbers of positions, not of {value!r}: write float(x) "
-            "for a constant, use table(values)[h] for constants by position, or "
-            "weights(name)[h, q] for an array that is passed as operands={name: array}"
+            f"a bias is made of constants and numbers of positions, not of {value!r}: "
+            "write float(x) for a constant, table(values)[h] for constants by head or "
+            "position, or weights(name)[h, q] for an array that is passed as operands="
+            "{name: array}"
         )
     if not math.isfinite(value):
         raise ValueError(
-            f"a bias takes finite constants, not {value}: to leave pairs out, use a map"
+            f"a bias takes finite constants, not {value}: to exclude pairs, use a map"
         )
     return float(value)
 

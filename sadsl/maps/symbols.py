@@ -1,4 +1,4 @@
-"""What ``where`` and ``bias`` are traced on: integers and truths as symbols."""
+"""Integers and conditions as symbols, on which ``where`` and ``bias`` are traced."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,13 +11,14 @@ from lowering import ir
 from lowering.bias import nodes as scores
 from lowering.expr.printing import show
 from sadsl.maps.numbers import Real, TableNumbers, number
+from sadsl.maps.operand_names import check_operand_name
 from sadsl.maps.traced import NotTraced, TracedValue, integer
 
 Integer: TypeAlias = "Symbol | int"
 
 
 def _or_real(method: Callable) -> Callable:
-    """``method`` of integers; with a float on the other side, that of numbers."""
+    """Wraps a method of ``Symbol``: with a float, it is that of ``Real`` instead."""
 
     @wraps(method)
     def either(self: "Symbol", other: Any) -> Any:
@@ -30,11 +31,12 @@ def _or_real(method: Callable) -> Callable:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Symbol(TracedValue):
-    """An integer that stands for a position, a head, or what is computed from them.
+    """A traced integer: a position, a head, or an expression of them.
 
-    ``+ - *`` (by constants), ``//`` and ``%`` (by positive constants), comparisons,
-    ``abs``, ``minimum``, ``maximum``, ``floor_log2``, ``power_of_two``, ``isin`` and
-    ``table`` are traced; comparisons yield a ``Truth``.
+    These operations are traced: ``+``, ``-``, ``*`` by a constant, ``//`` and ``%`` by
+    a positive constant, comparisons, ``abs``, ``minimum``, ``maximum``,
+    ``floor_log2``, ``power_of_two``, ``isin`` and ``table``. A comparison yields a
+    ``Truth``.
     """
 
     node: ir.Expr
@@ -106,7 +108,7 @@ class Symbol(TracedValue):
         return ~(self == other)
 
     def isin(self, values: Iterable[int]) -> "Truth":
-        """Whether this is one of ``values``."""
+        """Whether this integer is one of ``values``."""
         return isin(self, values)
 
     __hash__ = TracedValue.__hash__
@@ -115,13 +117,13 @@ class Symbol(TracedValue):
         return show(self.node)
 
 
-# What a function is traced on, in the order of its parameters.
+# The arguments of a traced function, in order: query, key, head, number of keys.
 POSITIONS = {"q": Symbol(ir.Q), "k": Symbol(ir.K), "h": Symbol(ir.H), "n": Symbol(ir.N)}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Truth(TracedValue):
-    """A predicate of positions; ``& | ^ ~ == !=`` combine it."""
+    """A traced condition, combined by ``&``, ``|``, ``^``, ``~``, ``==`` and ``!=``."""
 
     node: ir.Pred
 
@@ -159,7 +161,7 @@ class Truth(TracedValue):
 
     def __invert__(self) -> "Truth":
         if isinstance(self.node, ir.Bool):
-            # As text, `~True` would be Python's, which is -2.
+            # Not `~True`: Python would read that text as -2.
             return Truth(ir.Bool(not self.node.value))
         return Truth(ir.Not(self.node))
 
@@ -168,20 +170,14 @@ class Truth(TracedValue):
 
 
 class OperandArray(Symbol):
-    """A run-time array by name, indexed by traced integers; bare, a scalar.
-
-    ``operand(name)[q]`` has an entry a query, ``[h, q // 64, k // 64]`` one for every
-    head and block. Pass it as ``attention(..., operands={name: array})``: integers or
-    bools, an axis an index, with an optional leading batch axis. Queries count from the
-    first that is passed, whatever ``q_offset`` is, where an index reads nothing else.
-    """
+    """A named run-time array, indexed by traced integers; made by ``operand``."""
 
     def __init__(self, name: str) -> None:
         super().__init__(ir.Operand(name, ()))
 
     @property
     def name(self) -> str:
-        """The name by which the array is passed."""
+        """The name under which the array is passed."""
         assert isinstance(self.node, ir.Operand)
         return self.node.name
 
@@ -199,7 +195,7 @@ class OperandArray(Symbol):
 
 @dataclass(frozen=True, eq=False)
 class TableValues(TracedValue):
-    """A constant table of integers; ``table(values)[q % 3]`` looks one up."""
+    """A constant table of integers, indexed as ``table(values)[q % 3]``."""
 
     values: tuple[int, ...]
 
@@ -210,47 +206,117 @@ class TableValues(TracedValue):
 
 
 def table(values: Iterable[Any]) -> Any:
-    """A constant table to be indexed by positions; the index must stay inside it.
+    """A constant table that a traced integer indexes.
 
-    A table of floats is for a bias.
+    Args:
+      values: integers, for maps and biases; or floats, for biases only. The index must
+        stay inside of the table for every position of a call.
+
+    Raises:
+      ValueError: there is no value.
+      TypeError: a value is not a number.
+
+    Example:
+      >>> import sadsl as sa
+      >>> first = sa.table((0, 2))  # the first key of even queries, of odd ones
+      >>> print(sa.where(lambda q, k: k >= first[q % 2]).picture(2, 4))
+      ####
+      ..##
     """
     found = tuple(values)
     if not found:
-        raise ValueError("table(()): a table needs at least one value")
+        raise ValueError("table(()): a table needs at least one value: give some")
     if any(isinstance(v, float) for v in found):
         return TableNumbers(tuple(map(number, found)))
     return TableValues(tuple(integer(v, "table") for v in found))
 
 
 def operand(name: str) -> OperandArray:
-    """A run-time array of a map: prefix lengths, document starts, masks of blocks."""
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"operand({name!r}): the name must be a Python identifier")
+    """A run-time array that a map reads: prefix lengths, document starts, block masks.
+
+    ``operand(name)[q]`` reads an entry for each query, ``operand(name)[h, q // 64,
+    k // 64]`` one for each head and block; without an index it is a scalar. Pass the
+    array as ``attention(..., operands={name: array})``: integers or bools, one axis for
+    each index, and perhaps a batch axis in front. New values do not recompile. An axis
+    indexed by ``q`` alone counts queries from the first one passed, whatever
+    ``q_offset`` is.
+
+    Args:
+      name: the name of the operand, a Python identifier.
+
+    Raises:
+      ValueError: the name is not a Python identifier.
+
+    Example:
+      >>> import sadsl as sa
+      >>> import numpy as np
+      >>> prefix = sa.where(lambda q, k: k < sa.operand("length"))
+      >>> spec = sa.causal() | prefix
+      >>> print(spec.dense(3, operands={"length": np.array(2)})[0].astype(int))
+      [[1 1 0]
+       [1 1 0]
+       [1 1 1]]
+    """
+    check_operand_name("operand: name", name)
     return OperandArray(name)
 
 
 def minimum(a: Integer, b: Integer) -> Symbol:
-    """The smaller of two traced integers."""
+    """The smaller of two integers, at least one of them traced.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.where(lambda q, k: sa.minimum(q, 4) == k)
+      where(lambda q, k: minimum(q, 4) == k)
+    """
     return Symbol(ir.Min(as_node(a, "minimum"), as_node(b, "minimum")))
 
 
 def maximum(a: Integer, b: Integer) -> Symbol:
-    """The larger of two traced integers."""
+    """The larger of two integers, at least one of them traced.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.where(lambda q, k: sa.maximum(q - 4, 0) <= k)
+      where(lambda q, k: maximum(q - 4, 0) <= k)
+    """
     return Symbol(ir.Max(as_node(a, "maximum"), as_node(b, "maximum")))
 
 
 def floor_log2(x: Integer) -> Symbol:
-    """The floor of the binary logarithm of a traced integer; 0 for one below 1."""
+    """The binary logarithm of a traced integer, rounded down; 0 for values below 1.
+
+    Example:
+      >>> import sadsl as sa
+      >>> print(sa.where(lambda q, k: k <= sa.floor_log2(q)).picture(5))
+      #....
+      #....
+      ##...
+      ##...
+      ###..
+    """
     return Symbol(ir.Log2(as_node(x, "floor_log2")))
 
 
 def power_of_two(x: Integer) -> Truth:
-    """Whether a traced integer is 1, 2, 4, 8, ..."""
+    """Whether a traced integer is 1, 2, 4, 8, ...
+
+    Example:
+      >>> import sadsl as sa
+      >>> print(sa.where(lambda q, k: sa.power_of_two(k)).picture(1, 9))
+      .##.#...#
+    """
     return Truth(ir.PowerOfTwo(as_node(x, "power_of_two")))
 
 
 def isin(x: Integer, values: Iterable[int]) -> Truth:
-    """Whether a traced integer is one of ``values``."""
+    """Whether a traced integer is one of some constants.
+
+    Example:
+      >>> import sadsl as sa
+      >>> print(sa.where(lambda q, k: sa.isin(k, {0, 3})).picture(1, 4))
+      #..#
+    """
     found = tuple(sorted({integer(v, "isin") for v in values}))
     return Truth(ir.In(as_node(x, "isin"), found))
 
@@ -261,28 +327,32 @@ def as_node(value: Any, op: str) -> ir.Expr:
 
 
 def constant(value: Any, op: str) -> int:
-    """A Python integer, or an error that says what ``op`` takes."""
+    """A constant as a Python integer.
+
+    Raises:
+      TypeError: it is traced, or not an integer; ``op`` is the operation that needs it.
+    """
     if isinstance(value, Symbol):
         raise NotTraced(
-            f"`{op}` takes a constant on one side, not two positions: multiplied, "
-            "divided or reduced by a position, an index map cannot be analysed; use "
+            f"`{op}` takes a constant on one side, not two positions: a product, "
+            "quotient or remainder of two positions cannot be analyzed; use "
             "table(values)[x] for a function of one integer"
         )
     return integer(value, op)
 
 
 def positive(value: int, op: str) -> int:
-    """``value`` if it can be a divisor."""
+    """Returns ``value``; raises a ``ValueError`` if it is below 1."""
     if value < 1:
         raise ValueError(
-            f"`{op} {value}` in a traced map: the divisor must be positive; use one of "
-            "at least 1"
+            f"`{op} {value}` in a traced map: the divisor must be positive: give an "
+            "integer of at least 1"
         )
     return value
 
 
 def truth_node(value: Any) -> ir.Pred:
-    """The predicate of a truth or a bool."""
+    """The expression of a ``Truth`` or a bool."""
     if isinstance(value, Truth):
         return value.node
     if isinstance(value, bool | np.bool_):

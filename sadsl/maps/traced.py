@@ -1,7 +1,7 @@
-"""What every traced value has: each operator is traced, or refused with a way out.
+"""The base class of traced values: an operator is traced, or raises a helpful error.
 
-Python must never decide about a traced value by itself: an operator that is left
-undefined compares identities, or lets NumPy and jax take the value apart.
+No operator may be left undefined: Python would then compare identities, and NumPy and
+jax would treat the value as an object or a sequence.
 """
 
 import inspect
@@ -20,8 +20,8 @@ OPERATIONS = (
 )
 
 
-# Refused unless a subclass traces it. In-place operators fall back on these. `array`
-# is what `numpy_array[q]` and NumPy's functions ask for.
+# These raise NotTraced unless a subclass traces them. In-place operators fall back on
+# them. `numpy_array[q]` and NumPy's functions call `__array__`.
 REFUSED = (
     "eq", "ne", "lt", "le", "gt", "ge", "add", "radd", "sub", "rsub", "mul", "rmul",
     "matmul", "rmatmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod",
@@ -33,16 +33,16 @@ REFUSED = (
 
 
 class NotTraced(TypeError):
-    """An operation that has no expression; the message names the way out."""
+    """An operation cannot be traced; the message says what to write instead."""
 
 
 class TracedValue:
-    """A value that stands for an expression; subclasses define what is traced of it."""
+    """A symbol with an expression; subclasses define the operators that are traced."""
 
-    # What to do instead; a subclass may know better.
+    # What to write instead of an operation that cannot be traced.
     way_out: ClassVar[str] = OPERATIONS
 
-    # NumPy must not take the value apart: it defers to the operators below.
+    # NumPy must use the operators below, and not broadcast over the value.
     __array_ufunc__ = None
 
     def _refuse(self, *_: object) -> NoReturn:
@@ -62,14 +62,18 @@ class TracedValue:
         )
 
 
-# Set from outside: to a type checker a subclass has only the operators it defines.
+# Set in a loop, so that a type checker sees only the operators a subclass defines.
 for _name in REFUSED:
     setattr(TracedValue, f"__{_name}__", TracedValue._refuse)
 
 
 @contextmanager
 def tracing(what: str) -> Iterator[None]:
-    """While a caller's function runs on symbols: errors of others get a way out."""
+    """Runs a caller's function on symbols; adds a way out to the errors that it meets.
+
+    Raises:
+      NotTraced: instead of a ``TypeError`` or an ``IndexError``.
+    """
     try:
         yield
     except NotTraced:
@@ -85,7 +89,7 @@ def integer(value: Any, op: str) -> int:
     """A constant as a Python integer.
 
     Raises:
-      TypeError: it is none; ``op`` is what asked for it.
+      TypeError: it is not an integer; ``op`` is the operation that needs it.
     """
     if not isinstance(value, bool | np.bool_ | TracedValue):
         try:
@@ -100,7 +104,7 @@ def integer(value: Any, op: str) -> int:
 
 
 def _shown(value: Any) -> str:
-    """A value as an error shows it: an array by its shape."""
+    """The text of a value in an error; of an array, its shape."""
     shape = getattr(value, "shape", ())
     return f"an array of shape {tuple(shape)}" if shape else f"`{value!r}`"
 
@@ -108,13 +112,13 @@ def _shown(value: Any) -> str:
 def bound(
     function: Callable[..., Any], what: str, names: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The first of ``names``, two or more, that ``function`` takes by position.
+    """The arguments that ``function`` needs: two or more leading entries of ``names``.
 
-    A parameter is bound if the function needs it. All others are left alone: those with
-    a default, as in ``lambda q, k, d=d: ...``, ``*args`` and ``**kwargs``.
+    A parameter with a default keeps it, as in ``lambda q, k, d=d: ...``; ``*args`` and
+    ``**kwargs`` stay empty.
 
     Raises:
-      TypeError: it needs too few or too many, or needs one by keyword.
+      TypeError: the function needs fewer or more arguments, or one by keyword.
     """
     known = [f"({', '.join(names[:n])})" for n in range(2, len(names) + 1)]
     wanted = f"{what} takes a function of {', '.join(known[:-1])} or {known[-1]}"

@@ -51,17 +51,18 @@ def test_definitions(spec, expected):
     np.testing.assert_array_equal(spec.dense(23, 19)[0], expected)
 
 
+PICTURE = re.compile(r">>> print\((sa\..+)\.picture\(([\d, ]+)\)\)\n((?: *[#.]+\n)+)")
+
+
 @pytest.mark.parametrize(
     "make", [sa.full, sa.causal, sa.window, sa.sinks, sa.keys, sa.queries, sa.strided,
              sa.dilated, sa.blocks, sa.offsets],
 )  # fmt: skip
 def test_pictures_in_docstrings(make):
-    """The 4x4 picture of every named map is what the map draws."""
-    text = make.__doc__
-    call = re.search(rf"``({make.__name__}\([^`]+\))``", text)
-    spec = sa.parse(call.group(1)) if call else make()
-    drawn = "\n".join(re.findall(r"^ +([#.]{4})$", text, re.MULTILINE))
-    assert spec.picture(4) == drawn
+    """Every dot counts here; to a doctest, three of them stand for any text."""
+    ((text, sizes, drawn),) = PICTURE.findall(make.__doc__)
+    spec = sa.parse(text.replace("sa.", ""))
+    assert spec.picture(*map(int, sizes.split(","))) == "\n".join(drawn.split())
 
 
 def test_permute():
@@ -205,7 +206,7 @@ def test_bad_texts_point_at_the_place(text, position, message):
         (lambda: sa.causal().permute(range(1, 30)), "with 29 entries must hold each"),
         (lambda: sa.per_head(), "give at least one map"),
         (lambda: sa.table(()), "at least one value"),
-        (lambda: sa.operand("no name"), "must be a Python identifier"),
+        (lambda: sa.operand("no name"), "name of an operand, a Python identifier"),
         (lambda: sa.where(lambda q, k: q % 0 == 0), "divisor must be positive"),
         (lambda: sa.where(lambda q, k: q // -2 == 0), "divisor must be positive"),
         (

@@ -122,7 +122,7 @@ def call_with(x, **operands):
         (lambda: t5_bias(max_distance=16), "max_distance=16 must be above the 16"),
         (lambda: distance_bias("d", 2, -3), "there is no distance"),
         (lambda: alibi((math.inf,)), "finite constants, not inf"),
-        (lambda: weights("a b"), "must be a Python identifier"),
+        (lambda: weights("a b"), "the name of an operand, a Python identifier"),
         (
             lambda: sa.parse("softmax(causal(), bias=bias(lambda q: q))"),
             "needs `lambda",

@@ -1,0 +1,31 @@
+"""Checks names that a caller gives to run-time arrays."""
+
+
+def is_identifier(value: object) -> bool:
+    """Whether ``value`` is a string that Python takes as a name."""
+    return isinstance(value, str) and value.isidentifier()
+
+
+def check_operand_name(what: str, value: object, *others: str) -> None:
+    """Checks the name of an operand, a run-time array.
+
+    Args:
+      what: what the error calls the argument, as ``"gated: gates"``.
+      value: the argument.
+      *others: what else the argument may be, for the error, as ``"None"``.
+
+    Raises:
+      ValueError: the name is not a Python identifier.
+
+    Example:
+      >>> check_operand_name("gated: gates", "a b", "None")
+      Traceback (most recent call last):
+      ValueError: gated: gates='a b' must be None or the name of an operand, a Python
+        identifier; the array itself is passed as operands={name: array}
+    """
+    if not is_identifier(value):
+        known = f"{', '.join(others)} or " if others else ""
+        raise ValueError(
+            f"{what}={value!r} must be {known}the name of an operand, a Python "
+            "identifier; the array itself is passed as operands={name: array}"
+        )
