@@ -1,4 +1,4 @@
-"""Maps decided by content: what is scored, who competes, how many win."""
+"""Selections: maps whose pairs depend on the queries and keys of a call."""
 
 from sadsl.selections.base import Content as Content
 from sadsl.selections.base import Selection as Selection

@@ -1,9 +1,9 @@
-"""Maps decided by content: an expression of run-time arrays, made from q and k.
+"""Defines ``Selection``, a map whose pairs depend on the queries and keys of a call.
 
-A selection has two halves. ``pairs`` is an expression like that of any map, over parts:
-run-time arrays such as "block ``c`` is chosen for query ``q``". ``choose`` makes the
-parts from the content of a call. The compiler sees the expression alone, so selections
-compose with every other map, and one trace serves any content.
+A selection has two halves. ``choose`` computes arrays from the content of a call, its
+*parts*, such as "block ``c`` is chosen for query ``q``". ``pairs`` is an expression
+that reads the parts, like that of any map. The compiler sees only the expression, so
+selections compose with every other map, and new content does not recompile.
 """
 
 from collections.abc import Mapping
@@ -21,20 +21,30 @@ from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
 from sadsl.maps.symbols import OperandArray
 
-# How far the keys chosen for a query may depend on later tokens: not at all, on those
-# of the query's own block, or on all.
+# On which later tokens the keys chosen for a query may depend: none, those of the
+# query's own block, or all.
 Leak = Literal["none", "block", "all"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Content:
-    """What a selection may look at; no gradient flows through it.
+    """The arrays of a call from which a selection chooses; no gradient flows to them.
 
-    ``q`` is ``[batch, num_q_heads, q_seq_len, head_dim]`` and ``k`` alike with
-    ``num_kv_heads`` and ``kv_seq_len``, in the dtype of the call. ``given`` holds the
-    arrays that were passed as ``operands=``, each with a batch axis: centroids, gates,
-    projections. ``q_offset`` is the position of the first query.
+    Attributes:
+      q: the queries ``[batch, num_q_heads, q_seq_len, head_dim]``, in the dtype of the
+        call.
+      k: the keys ``[batch, num_kv_heads, kv_seq_len, head_dim]``, likewise.
+      given: the arrays passed as ``operands=``, each with a batch axis in front:
+        centroids, gates, projections.
+      sm_scale: the factor of the logits.
+      q_offset: the position of the first query.
+
+    Example:
+      >>> import numpy as np
+      >>> q, k = np.zeros((1, 4, 8, 2)), np.zeros((1, 2, 8, 2))
+      >>> Content(q, k, {}, sm_scale=1.0).group
+      2
     """
 
     q: Float[Array, "batch q_heads q head_dim"]
@@ -45,11 +55,11 @@ class Content:
 
     @property
     def group(self) -> int:
-        """Query heads that read one key head."""
+        """The number of query heads that share one key head."""
         return self.q.shape[1] // self.k.shape[1]
 
     def keys(self) -> Float[Array, "batch q_heads kv head_dim"]:
-        """The keys that each query head reads, float32."""
+        """The keys of each query head, float32."""
         return jnp.repeat(self.k.astype(jnp.float32), self.group, axis=1)
 
     def queries(self) -> Float[Array, "batch q_heads q head_dim"]:
@@ -57,10 +67,10 @@ class Content:
         return self.q.astype(jnp.float32)
 
     def operand(self, name: str, what: str) -> Array:
-        """The array ``operands[name]``, ``[batch or 1, ...]``.
+        """The array passed as ``operands[name]``, ``[batch or 1, ...]``.
 
         Raises:
-          ValueError: it was not passed; ``what`` says what it should be.
+          ValueError: it was not passed; ``what`` describes it in the error.
         """
         if name not in self.given:
             raise ValueError(
@@ -71,51 +81,68 @@ class Content:
 
 
 class Selection(IndexMap):
-    """A map decided by content; subclass it as a frozen dataclass.
+    """A map whose pairs depend on the content of a call; the base class of selections.
 
-    ``choose`` makes the parts, ``pairs`` is an expression of ``self.part(name)``.
-    ``operands`` are the names of the arrays that ``choose`` reads, with the number of
-    axes of each beside the batch, and ``leak`` says whether the choice for a query may
-    depend on later tokens by design.
+    Subclass it as a frozen dataclass. ``choose`` computes the parts from the content,
+    and ``pairs`` is an expression of ``self.part(name)``. ``operands`` names the arrays
+    that ``choose`` reads, with the number of axes of each without the batch. ``leak``
+    says on which later tokens the choice for a query may depend by design.
+
+    ``sadsl.select`` returns the parts of a call; ``dense`` draws them.
+
+    Example:
+      >>> import sadsl as sa
+      >>> spec = sa.topk(1, block=2)
+      >>> spec.key("chosen")
+      'topk(1, block=2).chosen'
+      >>> chosen = [[[1, 0], [0, 1]]]  # [heads, query blocks, key blocks]
+      >>> print(spec.dense(4, operands={spec.key("chosen"): chosen})[0].astype(int))
+      [[1 1 0 0]
+       [1 1 0 0]
+       [0 0 1 1]
+       [0 0 1 1]]
     """
 
     leak: ClassVar[Leak] = "all"
 
     @property
     def order(self) -> Mapping[str, str]:
-        """Parts ``[heads, length]`` by which sorted queries and keys are block-dense.
+        """The parts by which to sort queries and keys, so that the map is block-dense.
 
-        ``{"q": part, "k": part}``, or empty where the given order is as good.
+        ``{"q": part, "k": part}``, each ``[heads, length]``; empty where sorting gains
+        nothing.
         """
         return {}
 
     @property
     def operands(self) -> Mapping[str, int]:
-        """The arrays that ``choose`` reads from ``Content.given``, with their ranks."""
+        """The names of the arrays that ``choose`` reads, with their ranks.
+
+        The rank is the number of axes without the batch.
+        """
         return {}
 
     def choose(self, content: Content) -> Mapping[str, Array]:
-        """The parts by name: integers or bools ``[batch or 1, ...]``."""
+        """Computes the parts, by name: integers or bools ``[batch or 1, ...]``."""
         raise NotImplementedError(f"{type(self).__name__} must define choose(content)")
 
     def part(self, name: str) -> OperandArray:
-        """A part of the selection, to be indexed in ``pairs``: ``part(name)[h, k]``."""
+        """A part as an operand that ``pairs`` indexes, as in ``part(name)[h, k]``."""
         return OperandArray(self.key(name))
 
     def key(self, name: str) -> str:
-        """The name of a part among the operands of a call."""
+        """The name under which a part is passed among the operands of a call."""
         return f"{self!r}.{name}"
 
     def owns(self, key: str) -> bool:
-        """Whether an operand of a call is a part of this selection."""
+        """Whether ``key``, the name of an operand, is that of a part of this selection."""
         return key.startswith(f"{self!r}.")
 
 
 @dataclass(frozen=True, repr=False)
 class NamedSelection(Selection):
-    """A selection whose repr calls the function of its name: ``KeyTopw``, ``key_topw``.
-
-    Arguments without a default stand by position, others by name.
+    """A selection whose repr calls the function of its name: ``KeyTopw(5)`` is
+    ``key_topw(5)``. Arguments with a default are written with their names.
     """
 
     def __repr__(self) -> str:
@@ -123,7 +150,7 @@ class NamedSelection(Selection):
 
 
 def selections_of(value: Any) -> tuple[Selection, ...]:
-    """The selections in a map or a term, each once, in the order they are written."""
+    """The selections in a map or a term, each once, in order of appearance."""
     found: dict[Selection, None] = {}
 
     def visit(item: Any) -> None:
@@ -142,9 +169,9 @@ def selections_of(value: Any) -> tuple[Selection, ...]:
 
 @lru_cache(maxsize=1024)
 def operands_of(map: IndexMap) -> Mapping[str, int]:
-    """The run-time arrays that a map reads as it is written, with their axes.
+    """The run-time arrays that a map reads, by name, with their numbers of axes.
 
-    Those that simplification or ``@`` leave without a reader are among them.
+    It includes arrays that no expression reads after simplification or ``@``.
     """
     found: dict[str, int] = {}
 
@@ -165,7 +192,7 @@ def operands_of(map: IndexMap) -> Mapping[str, int]:
 
 
 def widest(map: IndexMap) -> ir.Pred:
-    """All pairs that the map may have, whatever its selections choose."""
+    """The expression of all pairs that the map can have, whatever is chosen."""
     chosen = selections_of(map)
     if not chosen:
         return map.node
@@ -173,7 +200,10 @@ def widest(map: IndexMap) -> ir.Pred:
 
 
 def choose(chosen: tuple[Selection, ...], content: Content) -> dict[str, Array]:
-    """The parts of selections, by their keys; those given are not made again."""
+    """Computes the parts of selections, by their keys.
+
+    Parts that ``content.given`` holds already are taken from there.
+    """
     frozen = jax.lax.stop_gradient(content)
     parts: dict[str, Array] = {}
     for selection in chosen:

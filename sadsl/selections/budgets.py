@@ -1,4 +1,4 @@
-"""Budgets over cells: the best few, those above a threshold, the mass."""
+"""Selections of cells: the best few, those above a threshold, or a share of the mass."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from sadsl.selections.cell_scores import Score
 from sadsl.selections.cells import NO_RULES, Cells, Rest, Rules, Scope
 from sadsl.selections.tiles import GridTiles, Partition
 
-# What keeps the masses of minmax below 1.
+# Added to the sum of minmax scores, so that their shares stay below 1.
 EPS = 1e-6
 SOFTMAX = Score("mean", "softmax")
 
@@ -41,7 +41,7 @@ class Share:
 
     @property
     def factor(self) -> float:
-        """What the number of cells is multiplied by."""
+        """The share of the number of cells that is kept."""
         if self.of == "triangle":
             return 1 - math.sqrt(1 - self.fraction)
         return self.fraction
@@ -49,7 +49,7 @@ class Share:
 
 @dataclass(frozen=True, repr=False)
 class Tokens:
-    """A budget of as many cells as hold ``count`` keys, at least one."""
+    """A budget of the cells that hold ``count`` keys, at least one cell."""
 
     count: int
 
@@ -61,19 +61,37 @@ class Tokens:
 
 
 def share(fraction: float, *, plus: int = 0, of: str = "columns") -> Share:
-    """A budget as a share of the cells of a row.
+    """A budget for ``topk``: a share of the cells of a row.
 
-    ``floor(fraction * cells) + plus``, at least 1, where ``of`` says which cells count:
-    ``"columns"`` all of a row, ``"eligible"`` the eligible ones; ``"triangle"`` all,
-    and the fraction is that of a causal triangle: ``1 - sqrt(1 - fraction)`` of the
-    columns for each row keep so much of it (Gao et al., SeerAttention, 2024, in its
-    code).
+    The budget is ``floor(fraction * cells) + plus``, at least 1.
+
+    Args:
+      fraction: the share, from 0 to 1.
+      plus: cells that are added to it.
+      of: which cells are counted: ``"columns"``, all cells of a row; ``"eligible"``,
+        the eligible ones; ``"triangle"``, all of them, and ``fraction`` is the share of
+        a causal triangle: each row keeps ``1 - sqrt(1 - fraction)`` of its columns (Gao
+        et al., SeerAttention, 2024, in the authors' code).
+
+    Raises:
+      ValueError: ``fraction`` or ``of`` is none of these.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.topk(share(0.25, of="eligible"), eligible=sa.causal())
+      topk(share(0.25, of='eligible'), eligible=causal())
     """
     return Share(fraction, plus, of)
 
 
 def tokens(count: int) -> Tokens:
-    """A budget in keys: ``count // block`` cells."""
+    """A budget for ``topk`` in keys: ``count // block`` cells, at least one.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.topk(tokens(512), block=64)
+      topk(tokens(512), block=64)
+    """
     return Tokens(count)
 
 
@@ -113,7 +131,7 @@ class TopK(Cells):
     def _budget(self, rest: Rest) -> Int[Array, "*sets"]:
         match self.k:
             case Share(of="eligible") as k:
-                # Shares of a set of rows: of all that is eligible in it.
+                # Rows that share a budget: a share of all eligible cells in them.
                 count = jnp.sum(rest.eligible, axis=-1, dtype=jnp.int32)
                 part = jnp.floor(count.astype(jnp.float32) * k.factor + 1e-4)
                 plus = k.plus * rest.rows
@@ -187,30 +205,47 @@ def topk(
     eligible: IndexMap | None = None,
     rules: Rules = NO_RULES,
 ) -> TopK:
-    """The ``k`` best cells of every row.
+    """Each row of cells keeps its ``k`` cells of the highest score.
 
-    Of equal scores the lower key block wins. Scores that are NaN or infinite, and
-    ineligible cells, are never chosen; where fewer are left than ``k``, all of them
-    are. Gradients flow through the attention, never through the choice.
+    A cell is a block of queries and a block of keys; a row is the cells of one block of
+    queries. Ties go to the lower key block. Ineligible cells and cells whose score is
+    NaN or infinite are never chosen; where fewer than ``k`` are left, all of them are.
+    Gradients flow through the attention, not through the choice.
 
     Args:
-      k: cells a row, ``share(...)`` of them, or as many as hold ``tokens(...)`` keys.
-      block: keys of a cell: a block size, or ``tiles`` of a grid.
-      block_q: queries of a cell, as ``block`` if None; 1 for a choice by query.
+      k: the number of cells in a row, or ``share(...)`` of them, or ``tokens(...)``.
+      block: the keys of a cell: a block size, or ``tiles`` of a grid.
+      block_q: the queries of a cell; ``block`` if None; 1 chooses for each query.
       score: what is compared: "mean", "min_max", "max", "attention", the name of an
-        operand, or ``scored(...)``, where they are explained.
-      scope: who shares a budget: "query", every row of a head has its own; "group", all
-        query heads of a key head make one choice by their mean score, "shared", all
-        heads do; "head", the rows of a head share one budget of ``k`` a row; "overall",
-        the heads do as well; "block", every key block has its own over all queries and
-        heads. No budget is shared by entries of a batch.
-      forced: cells with a pair of this static map are chosen in any case, if eligible;
-        they use up the budget unless ``rules`` say otherwise.
-      eligible: only cells with a pair of this static map are chosen; all, if None.
+        operand, or ``scored(...)``, which explains them.
+      scope: which cells share a budget. "query": each row of each head has its own;
+        "group": the query heads of a key head make one choice by their mean score;
+        "shared": all heads do; "head": the rows of a head share a budget of ``k`` a
+        row; "overall": the rows of all heads do; "block": each key block has a budget
+        over all queries and heads. Batch entries never share one.
+      forced: a static map; eligible cells that hold one of its pairs are always chosen.
+        They count in the budget unless ``rules`` says otherwise.
+      eligible: a static map; only cells that hold one of its pairs are chosen. All
+        cells are eligible if None.
       rules: see ``rules``.
 
     Raises:
-      ValueError: a size, a name or a budget is none, or a map reads run-time arrays.
+      ValueError: a size, a name or a budget is not valid, or ``forced`` or ``eligible``
+        reads run-time arrays.
+
+    Example:
+      >>> import sadsl as sa
+      >>> spec = sa.causal() & sa.topk(2, block=2, eligible=sa.causal())
+      >>> spec
+      causal() & topk(2, block=2, eligible=causal())
+      >>> chosen = [[[1, 0, 0], [1, 1, 0], [0, 1, 1]]]  # [heads, rows, columns]
+      >>> print(spec.dense(6, operands={spec.b.key("chosen"): chosen})[0].astype(int))
+      [[1 0 0 0 0 0]
+       [1 1 0 0 0 0]
+       [1 1 1 0 0 0]
+       [1 1 1 1 0 0]
+       [0 0 1 1 1 0]
+       [0 0 1 1 1 1]]
     """
     return TopK(
         k, block=block, block_q=block_q, score=_score(score), scope=scope,
@@ -229,9 +264,17 @@ def threshold(
     eligible: IndexMap | None = None,
     rules: Rules = NO_RULES,
 ) -> Threshold:
-    """The cells whose score is above ``t``; the other arguments are those of ``topk``.
+    """Keeps the cells whose score is above ``t``.
 
-    Scores of "mean", "min_max" and "max" are logits: ``sm_scale`` is a factor of them.
+    Args:
+      t: the threshold. The scores "mean", "min_max" and "max" are logits, which include
+        the factor ``sm_scale``.
+      block, block_q, score, scope, forced, eligible, rules: as in ``topk``.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.causal() & sa.threshold(0.1, block=32, score="attention")
+      causal() & threshold(0.1, block=32, score='attention')
     """
     return Threshold(
         t, block=block, block_q=block_q, score=_score(score), scope=scope,
@@ -250,11 +293,24 @@ def mass(
     eligible: IndexMap | None = None,
     rules: Rules = NO_RULES,
 ) -> Mass:
-    """The fewest cells that hold the share ``p`` of all scores of a set.
+    """Each row keeps the fewest cells whose scores add up to the share ``p`` of all.
 
-    The greatest scores first; negative ones count as 0. What forced cells hold counts
-    towards ``p``, unless ``rules`` say otherwise. The other arguments are those of
-    ``topk``; a ``p`` above 1 chooses every eligible cell.
+    The highest scores are taken first; a negative score counts as 0. The scores of
+    forced cells count towards ``p`` unless ``rules`` says otherwise.
+
+    Args:
+      p: the share, above 0; a share above 1 keeps every eligible cell.
+      score: what is added up; a softmax over the eligible cells of the mean logits by
+        default.
+      block, block_q, scope, forced, eligible, rules: as in ``topk``.
+
+    Raises:
+      ValueError: ``p`` is not above 0, or as for ``topk``.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.causal() & sa.mass(0.9, block=32, eligible=sa.causal())
+      causal() & mass(0.9, block=32, eligible=causal())
     """
     return Mass(
         p, block=block, block_q=block_q, score=_score(score), scope=scope,

@@ -1,4 +1,4 @@
-"""What a cell of queries and keys is worth."""
+"""Scores cells of queries and keys, for the selections that keep the best of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from lowering.problem import Problem
 from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
+from sadsl.maps.operand_names import check_operand_name
 from sadsl.selections.base import Content
 from sadsl.selections.static_cells import of_heads, pairs_at
 from sadsl.selections.tiles import Partition, grouped, pooled, positions
@@ -18,27 +19,24 @@ from sadsl.selections.tiles import Partition, grouped, pooled, positions
 POOLED = ("mean", "min_max")
 EVERY_PAIR = ("max", "attention")
 NORMALISE = ("none", "softmax", "whole_softmax", "minmax")
-# Scores, or pairs, that are held at a time.
+# The number of scores, or of pairs, that are in memory at a time.
 LIMIT = 1 << 20
 
 
 @dataclass(frozen=True, repr=False)
 class Score:
-    """What is compared; see ``scored``."""
+    """How cells are scored; made by ``scored``."""
 
     by: str
     normalise: str = "none"
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.by, str) or not self.by.isidentifier():
-            known = ", ".join(map(repr, (*POOLED, *EVERY_PAIR)))
-            raise ValueError(
-                f"score={self.by!r} must be {known}, or the name of an operand that "
-                "holds the scores"
-            )
+        check_operand_name("score", self.by, *map(repr, (*POOLED, *EVERY_PAIR)))
         if self.normalise not in NORMALISE:
-            raise ValueError(f"normalise={self.normalise!r} must be one of {NORMALISE}")
+            raise ValueError(
+                f"scored: normalise={self.normalise!r} must be one of {NORMALISE}"
+            )
 
     def __repr__(self) -> str:
         plain = self == Score(self.by)
@@ -46,7 +44,7 @@ class Score:
 
     @property
     def is_operand(self) -> bool:
-        """Whether the scores are passed by name."""
+        """Whether the scores are an operand of the call."""
         return self.by not in (*POOLED, *EVERY_PAIR)
 
 
@@ -54,22 +52,31 @@ MEAN = Score("mean")
 
 
 def scored(by: str, *, normalise: str = "none", scale: float | None = None) -> Score:
-    """How cells are scored.
+    """How ``topk``, ``threshold`` and ``mass`` score cells.
 
     Args:
-      by: "mean", the mean query of the cell on its mean key; "min_max", the bound
-        ``sum_d max(q_d * min_d, q_d * max_d)`` over its keys, of the mean query (Tang
-        et al., Quest, 2024, section 3.3); "max", the largest logit of any of its pairs;
-        "attention", the share of the softmax over the eligible keys that falls in it,
-        on average over its queries; else the name of an operand that holds scores
-        ``[heads, rows, columns]``, for every query head, key head or one for all. "max"
-        and "attention" compute every pair, a few rows at a time.
-      normalise: "softmax" over the eligible cells of a set (a row, unless the scope
-        says otherwise); "whole_softmax", over those of them without an ineligible pair,
-        with 0 for the others; "minmax", linearly from 0 to 1 over the eligible ones;
-        "none".
-      scale: the factor of the logits, the ``sm_scale`` of the call if None; scores that
-        are passed are taken as they are.
+      by: "mean": the product of the mean query and the mean key of the cell.
+        "min_max": the upper bound ``sum_d max(q_d * min_d, q_d * max_d)`` of the
+        product of the mean query with any key of the cell (Tang et al., Quest, 2024,
+        section 3.3). "max": the largest logit of the pairs of the cell. "attention":
+        the softmax weight of the cell, over all eligible keys, averaged over its
+        queries. Any other name is an operand that holds the scores, floats ``[heads,
+        rows, columns]`` with query heads, key heads or one head. "max" and "attention"
+        compute every pair, a few rows at a time.
+      normalise: how the scores of the cells that share a budget (a row, unless
+        ``scope`` says otherwise) are normalised. "softmax": over the eligible cells;
+        "whole_softmax": over the cells without an ineligible pair, others get 0;
+        "minmax": linearly from 0 to 1 over the eligible cells; "none": not at all.
+      scale: the factor of the logits; ``sm_scale`` of the call if None. It does not
+        apply to an operand.
+
+    Raises:
+      ValueError: ``by`` is not a name, or ``normalise`` is not one of these.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.topk(2, score=scored("mean", normalise="softmax"))
+      topk(2, score=scored('mean', normalise='softmax'))
     """
     return Score(by, normalise, scale)
 
@@ -79,7 +86,7 @@ Rows = Callable[[Any], Float[Array, "batch heads rows columns"]]
 
 @dataclass(frozen=True)
 class CellSides:
-    """How the queries and the keys of a call fall into cells."""
+    """How the queries and the keys of a call are divided into rows and columns."""
 
     rows: Partition
     columns: Partition
@@ -89,13 +96,14 @@ class CellSides:
 def scorer(
     score: Score, content: Content, sides: CellSides, eligible: IndexMap | None
 ) -> tuple[Any, Rows, int]:
-    """What the rows are scored from, the function that does it, and its cost.
+    """The inputs of the scores, the function that computes them, and its cost.
 
-    The first is a tree of arrays ``[batch or 1, heads or 1, rows, ...]``; the function
-    takes some rows of it; the cost is the numbers that it holds for one row.
+    Returns:
+      A tree of arrays ``[batch or 1, heads or 1, rows, ...]``; a function that takes
+      some rows of the tree; the numbers that the function holds in memory for a row.
 
     Raises:
-      ValueError: scores that are passed do not have the shape of the cells.
+      ValueError: an operand does not have the shape of the cells.
     """
     batch, num_heads = content.q.shape[:2]
     columns = len(positions(sides.columns, content.k.shape[2])[0])
@@ -121,6 +129,7 @@ def scorer(
 def _given(
     name: str, content: Content, sides: CellSides
 ) -> Float[Array, "batch heads rows columns"]:
+    """The scores of an operand, float32, one for each query head."""
     what = "scores [heads, rows, columns] of the cells"
     x = content.operand(name, what)
     rows = len(positions(sides.rows, content.q.shape[2])[0])
@@ -128,10 +137,10 @@ def _given(
     heads = content.q.shape[1], content.k.shape[1]
     if x.shape[1] not in (1, *heads) or x.shape[2:] != (rows, columns):
         raise ValueError(
-            f"operand {name!r} has shape {x.shape[1:]} beside the batch: it must be "
-            f"(heads, {rows}, {columns}), a score for every cell of {sides.rows!r} "
-            f"queries and {sides.columns!r} keys, with {heads[0]} heads, {heads[1]} or "
-            "one for all"
+            f"operand {name!r} has shape {x.shape[1:]} without its batch axis: it must "
+            f"be (heads, {rows}, {columns}), a score for every cell of {sides.rows!r} "
+            f"queries and {sides.columns!r} keys, with {heads[0]} heads, {heads[1]}, "
+            "or 1 for all"
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"operand {name!r} has dtype {x.dtype}: it must be of floats")
@@ -142,7 +151,7 @@ def products(
     q: Float[Array, "batch heads rows dim"],
     k: Float[Array, "batch kv_heads columns dim"],
 ) -> Float[Array, "batch heads rows columns"]:
-    """Queries on the keys of their group."""
+    """The products of each query head with its key head, without ``sm_scale``."""
     batch, heads, rows, dim = q.shape
     wide = q.reshape(batch, k.shape[1], -1, rows, dim)
     found = jnp.einsum("bgird,bgcd->bgirc", wide, k, precision="highest")
@@ -150,12 +159,14 @@ def products(
 
 
 def _pooled_scorer(by: str, content: Content, columns: Partition, scale: float) -> Rows:
+    """Scores rows by their mean queries and the pooled keys: "mean" or "min_max"."""
     if by == "mean":
         mean = pooled(content.k, columns, "mean")
         return lambda q: products(q, mean) * scale
     low, high = (pooled(content.k, columns, how) for how in ("min", "max"))
 
     def bound(q: Float[Array, "b h r d"]) -> Float[Array, "b h r c"]:
+        # max(q * low, q * high) = max(q, 0) * high + min(q, 0) * low
         up = products(jnp.maximum(q, 0.0), high)
         return (up + products(jnp.minimum(q, 0.0), low)) * scale
 
@@ -165,6 +176,7 @@ def _pooled_scorer(by: str, content: Content, columns: Partition, scale: float) 
 def _pair_scorer(
     by: str, content: Content, sides: CellSides, rest: tuple[float, IndexMap | None]
 ) -> Rows:
+    """Scores rows by all of their pairs: "max" or "attention"."""
     scale, eligible = rest
     keys = content.k.astype(jnp.float32)
     nodes = of_heads(eligible, sides.problem) if eligible is not None else ()
@@ -185,7 +197,7 @@ def _pair_scorer(
             query_at = at[:, :, None] + sides.problem.q_offset
             at_key = at_keys[None, None, :]
             held = held & pairs_at(nodes, query_at, at_key, sides.problem)
-        # A logit that is no number spoils its own cell, not the softmax of the others.
+        # A logit that is not finite makes its own cell NaN, and no other one.
         finite = jnp.isfinite(logits)
         shares = softmax(logits, held[None] & finite)
         shares = jnp.where(held[None] & ~finite, jnp.nan, shares)
@@ -200,7 +212,10 @@ def _pair_scorer(
 def softmax(
     x: Float[Array, "*axes"], where: Bool[Array, "*#axes"]
 ) -> Float[Array, "*axes"]:
-    """The softmax over the last axis where it is allowed, 0 elsewhere and in all."""
+    """The softmax over the last axis where ``where`` is true, 0 elsewhere.
+
+    A row in which it is true nowhere is all 0.
+    """
     x = jnp.where(where, x, -jnp.inf)
     top = jnp.max(x, axis=-1, keepdims=True)
     p = jnp.where(where, jnp.exp(x - jnp.where(top == -jnp.inf, 0.0, top)), 0.0)
@@ -209,7 +224,10 @@ def softmax(
 
 
 def in_steps(function: Callable[[Any], Array], rows: Any, cost: int) -> Array:
-    """``function`` of a tree of arrays by rows (axis 2), as many at a time as fit."""
+    """Applies ``function`` to the rows (axis 2) of a tree of arrays, some at a time.
+
+    ``cost`` is the numbers that a row takes; at most ``LIMIT`` are held at a time.
+    """
     leaves = jax.tree.leaves(rows)
     length = leaves[0].shape[2]
     step = max(1, LIMIT // cost)

@@ -1,7 +1,7 @@
-"""Cells of queries and keys that compete: the best few, the good enough, the mass.
+"""The base class of the selections that score cells and keep some of them.
 
-A cell is a block of queries and a block of keys, or tiles of a grid. A static map says
-which cells are eligible, and which are chosen in any case.
+A cell is a block of queries and a block of keys, or tiles of a grid. One static map
+says which cells are eligible, another one which cells are always chosen.
 """
 
 from collections.abc import Mapping
@@ -42,13 +42,13 @@ Scope = Literal["query", "group", "shared", "head", "block", "overall"]
 # Scopes in which every row of cells has a budget of its own.
 BY_ROW = ("query", "group", "shared")
 SCOPES = (*BY_ROW, "head", "block", "overall")
-# A smaller range of scores counts as none.
+# minmax treats a smaller range of scores as 0.
 LEAST_RANGE = 1e-6
 
 
 @dataclass(frozen=True, repr=False)
 class Rules:
-    """What a budget does not say; see ``rules``."""
+    """Details of a budget; made by ``rules``."""
 
     forced_counts: bool = True
     at_least: int = 0
@@ -68,14 +68,22 @@ class Rules:
 def rules(
     *, forced_counts: bool = True, at_least: int = 0, otherwise: str = "forced"
 ) -> Rules:
-    """What a budget does not say.
+    """Details of the budgets of ``topk``, ``threshold`` and ``mass``.
 
     Args:
-      forced_counts: whether forced cells use up the budget.
-      at_least: how many cells of a set are chosen beside the forced ones, whatever
-        their scores, if as many are eligible.
-      otherwise: what an entry of the batch has where nothing is chosen in it beside
-        the forced cells: still the "forced" ones, or all "eligible" ones.
+      forced_counts: whether forced cells count in the budget.
+      at_least: the least number of cells that are chosen besides the forced ones, for
+        each budget and whatever their scores, if as many are eligible.
+      otherwise: what a batch entry keeps if only forced cells are chosen in it: these
+        "forced" cells, or all "eligible" cells.
+
+    Raises:
+      ValueError: ``otherwise`` is not one of these, or ``at_least`` is negative.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.threshold(0.5, rules=rules(at_least=1))
+      threshold(0.5, rules=rules(at_least=1))
     """
     return Rules(forced_counts, at_least, otherwise)
 
@@ -85,7 +93,7 @@ NO_RULES = Rules()
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Cells(Selection):
-    """What the selections of this file share; the result is one bool a cell."""
+    """The base of ``TopK``, ``Threshold`` and ``Mass``: it chooses a bool for each cell."""
 
     block: Partition = 64
     block_q: Partition | None = None
@@ -95,7 +103,7 @@ class Cells(Selection):
     eligible: IndexMap | None = None
     rules: Rules = NO_RULES
 
-    # Whether the scores of forced cells weigh on what else is chosen.
+    # Whether the scores of forced cells influence which other cells are chosen.
     sums_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -113,7 +121,7 @@ class Cells(Selection):
 
     @property
     def rows(self) -> Partition:
-        """How the queries fall into rows of cells."""
+        """How the queries are divided into rows of cells."""
         return self.block if self.block_q is None else self.block_q
 
     @property
@@ -138,7 +146,7 @@ class Cells(Selection):
         competing: Bool[Array, "*sets entries"],
         rest: "Rest",
     ) -> Bool[Array, "*sets entries"]:
-        """Which of those that compete win, beside the forced ones."""
+        """The competing cells that are kept, besides the forced ones."""
         raise NotImplementedError(f"{type(self).__name__} must define keep(...)")
 
     @override
@@ -152,7 +160,8 @@ class Cells(Selection):
         if self.score.normalise == "whole_softmax" and self.eligible is not None:
             cells["broken"] = self._holding(~self.eligible, sides, False)
         cells["forced"] &= cells["eligible"]
-        # Heads that choose as one: what is eligible or forced for one is for all.
+        # For heads that choose as one, a cell that is eligible (or forced) for one of
+        # them is so for all.
         size = {"group": content.group, "shared": problem.num_heads}.get(self.scope, 1)
         one = {n: _over_heads(m, size, jnp.any) for n, m in cells.items()}
         cells = {
@@ -191,6 +200,7 @@ class Cells(Selection):
     def _holding(
         self, a: IndexMap | None, sides: CellSides, value: bool
     ) -> Bool[Array, "1 heads_or_1 rows columns"]:
+        """The cells that hold a pair of ``a``; all of them are ``value`` if it is None."""
         if a is not None:
             return holding(a, sides.rows, sides.columns, sides.problem)[None]
         problem = sides.problem
@@ -201,9 +211,9 @@ class Cells(Selection):
     def _decide(
         self, x: Mapping[str, Array], size: int
     ) -> Bool[Array, "batch heads rows columns"]:
-        """The winners among some rows, or all, and the forced cells with them.
+        """The chosen cells of some rows, or of all, with the forced ones.
 
-        ``size`` heads choose as one, and are one in the result.
+        ``size`` heads choose as one; they are one head in the result.
         """
         scores = x["scores"]
         masks = {n: m for n, m in x.items() if n in ("forced", "eligible", "broken")}
@@ -231,17 +241,17 @@ class Cells(Selection):
 
 @dataclass(frozen=True)
 class Rest:
-    """What a budget may look at beside the competing entries of its sets."""
+    """What else ``keep`` may read; a set holds the cells that share a budget."""
 
     forced: Bool[Array, "*sets entries"]
     eligible: Bool[Array, "*sets entries"]
     valid: Bool[Array, "*sets entries"]  # eligible, with a finite score
-    rows: int  # of cells in a set
-    columns: int
+    rows: int  # rows of cells in a set
+    columns: int  # cells in a row
 
 
 def to_sets(x: Array, scope: Scope) -> Array:
-    """``[batch, heads, rows, columns]`` by sets that share a budget: the last axis."""
+    """Reshapes ``[batch, heads, rows, columns]`` so that the last axis is a set."""
     batch, heads = x.shape[:2]
     match scope:
         case "head":
@@ -255,7 +265,7 @@ def to_sets(x: Array, scope: Scope) -> Array:
 
 
 def from_sets(x: Array, scope: Scope, shape: tuple[int, ...]) -> Array:
-    """The reverse of ``to_sets``, for scores of that shape."""
+    """The inverse of ``to_sets``; ``shape`` is that of the scores."""
     batch, heads, rows, columns = shape
     match scope:
         case "head" | "overall":
@@ -267,14 +277,14 @@ def from_sets(x: Array, scope: Scope, shape: tuple[int, ...]) -> Array:
 
 
 def _over_heads(x: Array, size: int, how: Any) -> Array:
-    """The heads of axis 1 in groups of ``size``, each as one; a single one stays."""
+    """Reduces each ``size`` heads of axis 1 to one by ``how``; a single head stays."""
     if x.shape[1] == 1:
         return x
     return how(x.reshape(x.shape[0], -1, size, *x.shape[2:]), axis=2)
 
 
 def _weights(normalise: str, values: Array, sets: Mapping[str, Array]) -> Array:
-    """The scores as they are compared; NaN where there is none."""
+    """The normalised scores; NaN where a cell is ineligible or has no finite score."""
     valid = sets["eligible"] & jnp.isfinite(values)
     match normalise:
         case "softmax" | "whole_softmax":
@@ -292,7 +302,7 @@ def _weights(normalise: str, values: Array, sets: Mapping[str, Array]) -> Array:
 
 @lru_cache(maxsize=256)
 def _leak(cells: Cells) -> Leak:
-    """Seen from the cells of a short sequence; what cannot be seen counts as all."""
+    """The leak of a selection, found on the cells of a short sequence; "all" if unsure."""
     rows, columns, eligible = cells.rows, cells.block, cells.eligible
     if cells.scope not in BY_ROW or eligible is None or isinstance(columns, GridTiles):
         return "all"
@@ -312,7 +322,7 @@ def _leak(cells: Cells) -> Leak:
     last_key = np.minimum(first_key + columns, length) - 1
     if (allowed & (first_key > first_query + rows - 1)).any():
         return "all"
-    # Forced cells are chosen without their scores, unless those weigh on the others.
+    # The scores of forced cells are not read, unless they influence the other cells.
     weighed = cells.score.normalise in ("softmax", "minmax") or cells.sums_scores
     read = allowed if weighed else allowed & ~forced
     own = rows == 1 and not (read & (last_key > first_query)).any()

@@ -1,4 +1,4 @@
-"""Chunks of keys of any length, ranked by a block of queries: a budget of tokens.
+"""Selects chunks of keys of any length, up to a budget of tokens (DHSA).
 
 Xiong et al., Long-context modeling with dynamic hierarchical sparse attention for
 on-device LLMs, 2025, section 3.
@@ -21,7 +21,7 @@ FLAGS = "integers or bools [batch or 1, keys], not 0 where a chunk begins"
 
 
 class ChunkRanges(NamedTuple):
-    """Chunks of one batch entry: keys ``start <= k < stop``; empty past the last."""
+    """The chunks of one batch entry: keys ``start <= k < stop``; unused ones are empty."""
 
     start: Int32[Array, " chunks"]
     stop: Int32[Array, " chunks"]
@@ -29,7 +29,7 @@ class ChunkRanges(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class ChunkBudget(NamedSelection):
-    """See ``chunk_budget``."""
+    """Whole chunks by rank, within a budget of keys; made by ``chunk_budget``."""
 
     leak: ClassVar[Leak] = "all"
 
@@ -55,12 +55,13 @@ class ChunkBudget(NamedSelection):
 
     @override
     def choose(self, content: Content) -> Mapping[str, Array]:
-        """Whole chunks by rank, and a part of the next one: ints without heads.
+        """Chooses whole chunks by rank, and a part of the next one, for all heads.
 
-        ``rank [batch, query blocks, chunks]``, ``chunk [batch, keys]``, and numbers for
-        each query: ranks below ``limit`` are seen, keys from ``start`` to ``stop``,
-        and, for blocks, those from ``near`` on.
-        Memory: a block of queries times the chunks, and the result.
+        Parts, int32: ``rank [batch, query blocks, chunks]``, the rank of each chunk;
+        ``chunk [batch, keys]``, the chunk of each key; and ``[batch, queries]``: a
+        query sees the chunks of ranks below ``limit``, the keys ``start <= k < stop``
+        and, with ``by_block``, those from ``near`` on. Memory: a block of queries times
+        the chunks, and the result.
         """
         batch, _, length, _ = content.q.shape
         num_keys = content.k.shape[2]
@@ -86,7 +87,7 @@ class ChunkBudget(NamedSelection):
                 jnp.searchsorted(chunk, every, side="right").astype(jnp.int32),
             )
             pooled = pool(k, ranges, chunk)
-            # A short last block is padded with zeros, so that its sum is of real rows.
+            # The padding of a short last block is 0 and adds nothing to its sum.
             count = jnp.sum(row < length, axis=1, keepdims=True).astype(jnp.float32)
             scores = (q.sum(axis=1) / jnp.sqrt(count)) @ pooled.T
             scores = jnp.where((ranges.stop > ranges.start)[None], scores, jnp.nan)
@@ -108,7 +109,7 @@ class ChunkBudget(NamedSelection):
         lengths: tuple[int, int],
         content: Content,
     ) -> tuple[Array, ...]:
-        """The rank of every chunk for a query block; ``limit, start, stop, near``."""
+        """``rank, limit, start, stop, near`` of one block of queries."""
         length, num_keys = lengths
         num_chunks = len(scores)
         valid = jnp.isfinite(scores)
@@ -124,7 +125,7 @@ class ChunkBudget(NamedSelection):
         near = jnp.clip(frontier - self.local, 0, end)
         forced = jnp.minimum(self.first, near) + (end - near)
         room = jnp.maximum(self.budget - forced, 0)
-        # Keys of each chunk that compete, in the order of rank: [rows, chunks].
+        # The keys of each chunk that compete, by rank: [rows, chunks].
         low = jnp.maximum(ranges.start[order], self.first)[None]
         high = jnp.minimum(ranges.stop[order][None], near[:, None])
         count = jnp.where(valid[order][None], jnp.maximum(high - low, 0), 0)
@@ -135,7 +136,8 @@ class ChunkBudget(NamedSelection):
         part = jnp.where(limit < num_chunks, room - before, 0)
         start = jnp.broadcast_to(low, count.shape)
         start = jnp.take_along_axis(start, at[:, None], axis=1)[:, 0]
-        # Ranks end at num_chunks, which stands for no chunk to be seen but by all.
+        # Chunks that are not finite have the rank num_chunks; only the last queries,
+        # which see everything, see them.
         limit = jnp.where(position >= num_keys - self.last, num_chunks + 1, limit)
         return rank, limit, start, start + part, near
 
@@ -144,7 +146,7 @@ class ChunkBudget(NamedSelection):
         rank = self.part("rank")[q // self.block, self.part("chunk")[k]]
         seen = rank < self.part("limit")[q]
         seen |= (k >= self.part("start")[q]) & (k < self.part("stop")[q])
-        # Both say the same of single queries; the first is planned beforehand.
+        # For single queries both conditions are the same; the second one is static.
         local = k >= self.part("near")[q] if self.by_block else q - k < self.local
         return (k <= q) & (seen | (k < self.first) | local)
 
@@ -152,7 +154,7 @@ class ChunkBudget(NamedSelection):
 def pool(
     k: Float[Array, "keys head_dim"], ranges: ChunkRanges, chunk: Int32[Array, " keys"]
 ) -> Float[Array, "chunks head_dim"]:
-    """The mean of every chunk times the root of its length; 0 of an empty one."""
+    """The mean of each chunk times the square root of its length; 0 if it is empty."""
     total = jax.ops.segment_sum(k, chunk, num_segments=len(ranges.start))
     size = jnp.maximum(ranges.stop - ranges.start, 1).astype(jnp.float32)
     return total / jnp.sqrt(size)[:, None]
@@ -170,17 +172,38 @@ def chunk_budget(
 ) -> ChunkBudget:
     """A query sees ``budget`` keys: those of the chunks that its block ranks highest.
 
-    Xiong et al., DHSA, 2025, section 3: ``operands={"boundaries": flags [keys]}`` marks
-    where chunks begin, as ``teacher_boundaries`` or a trained predictor finds them. A
-    chunk, and a block of queries, is the mean over its tokens and the heads times the
-    root of its length; their products rank the chunks, for all heads alike. The
-    ``first`` keys and the ``local`` last ones are seen and count; then come whole
-    chunks by rank, and of the next as many keys as are left, the first first. The last
-    ``last`` positions see all.
+    Xiong et al., DHSA, 2025, section 3. The call needs the operand ``boundaries``,
+    integers or bools ``[keys]`` that are not 0 where a chunk begins;
+    ``teacher_boundaries`` or a trained predictor finds them. A chunk is represented by
+    the mean of its keys over tokens and heads, times the square root of its length; so
+    is a block of queries. The products of the two rank the chunks, for all heads alike.
+    The ``first`` and the ``local`` keys are always seen and count in the budget. Then
+    come whole chunks by rank, and the first keys of the next chunk while the budget
+    lasts.
 
-    ``by_block`` counts the budget, and the local keys, from the end of the query block,
-    as the authors' code does. Chunks past ``max_chunks`` (None: any number) are one
-    with the last; fewer take less memory. The bits of the pairs take ``q_seq_len *
-    kv_seq_len / 8`` bytes, for all heads.
+    The bits of the pairs take ``q_seq_len * kv_seq_len / 8`` bytes, for all heads.
+
+    Args:
+      budget: keys that a query sees.
+      block: queries in a block.
+      first: keys at the start of the sequence that every query sees.
+      local: last keys up to the query that it sees.
+      last: how many of the last positions see every key.
+      max_chunks: chunks past this number become part of the last one, which saves
+        memory; None does not limit them.
+      by_block: count the budget and the ``local`` keys from the end of the query block,
+        as the authors' code does.
+
+    Raises:
+      ValueError: a size is too small; in a call, ``boundaries`` is missing or not of
+        the length of the keys.
+
+    Example:
+      >>> from sadsl.selections import chunk_budget
+      >>> spec = chunk_budget(2048, max_chunks=512)
+      >>> spec
+      chunk_budget(2048, max_chunks=512)
+      >>> spec.operands  # the number of axes of each
+      {'boundaries': 1}
     """
     return ChunkBudget(budget, block, first, local, last, max_chunks, by_block)

@@ -1,4 +1,4 @@
-"""Key blocks found by going down a tree: hierarchically pruned attention.
+"""Finds key blocks by a tree search: hierarchically pruned attention (HiP).
 
 Lee et al., A training-free sub-quadratic cost transformer model serving framework with
 hierarchically pruned attention, 2024, section 3.
@@ -22,20 +22,20 @@ from sadsl.selections.base import Content, Leak, NamedSelection
 
 
 class Roots(NamedTuple):
-    """Where the descent of every block of queries starts, known beforehand."""
+    """The nodes from which the search of each block of queries starts."""
 
-    # NumPy, or traced, for one block of queries, without the first axis.
-    stop: Any  # [rows] keys before the sliding window
-    num_blocks: Any  # [rows] key blocks that they make up
-    first: Any  # [rows, slots] nodes: their first key block
-    size: Any  # [rows, slots] and how many key blocks they have
+    # NumPy arrays with a row for each block of queries; or traced, for one of them.
+    stop: Any  # [rows] the number of keys before the sliding window
+    num_blocks: Any  # [rows] the number of key blocks that hold them
+    first: Any  # [rows, slots] the first key block of each node
+    size: Any  # [rows, slots] the number of key blocks of each node
 
 
 @dataclass(frozen=True, repr=False)
 class Descent(NamedSelection):
-    """See ``descent``."""
+    """Key blocks found by a tree search; made by ``descent``."""
 
-    # The rows of a query block share what they find.
+    # The queries of a block share the keys that are found.
     leak: ClassVar[Leak] = "block"
 
     mask_k: int = 512
@@ -54,11 +54,11 @@ class Descent(NamedSelection):
 
     @property
     def num_slots(self) -> int:
-        """Nodes that are kept at every stage."""
+        """The number of nodes that are kept at each stage."""
         return -(-self.mask_k // self.block_kv)
 
     def roots(self, q_seq_len: int, kv_seq_len: int, q_offset: int) -> Roots:
-        """The nodes of every query block before the first stage."""
+        """The nodes of each query block before the first stage."""
         rows = np.arange(-(-q_seq_len // self.block_q))
         end = q_offset + np.minimum((rows + 1) * self.block_q, q_seq_len)
         stop = np.maximum(np.minimum(end, kv_seq_len) - self.sliding_window, 0)
@@ -68,10 +68,12 @@ class Descent(NamedSelection):
 
     @override
     def choose(self, content: Content) -> Mapping[str, Array]:
-        """Bools ``chosen [batch, heads, query blocks, key blocks]``, and ``stop``.
+        """Searches the tree of each query block, a stage at a time.
 
-        Query blocks count from the first query. Memory: the result, and the keys that
-        one query block scores at a stage.
+        Parts: ``chosen``, bools ``[batch, heads, query blocks, key blocks]``, and
+        ``stop``, int32 ``[1, queries]``: the keys before the window. Query blocks count
+        from the first query. Memory: the result, and the keys that one query block
+        scores in a stage.
         """
         _, _, length, _ = content.q.shape
         num_keys = content.k.shape[2]
@@ -79,7 +81,7 @@ class Descent(NamedSelection):
         spare = len(roots.stop) * self.block_q - length
         q = jnp.pad(content.queries(), ((0, 0), (0, 0), (0, spare), (0, 0)))
         k = content.keys()
-        # Heads and batch entries descend on their own, a query block at a time.
+        # Every head of every batch entry has its own search; query blocks take turns.
         by_head = jax.vmap(self._descend, (0, 0, None, None))
         by_batch = jax.vmap(by_head, (0, 0, None, None))
 
@@ -97,14 +99,14 @@ class Descent(NamedSelection):
         return parts | {"stop": jnp.asarray(stop, jnp.int32)}
 
     def _sampled(self, rows: Array) -> Bool[Array, " block_q"]:
-        """Every second row of a query block, or its only one."""
+        """The odd rows of a query block, or its only row."""
         row = jnp.arange(self.block_q)
         return (row < rows) & ((row % 2 == 1) | (rows == 1))
 
     def _descend(self, q: Array, k: Array, sampled: Array, one: Roots) -> Array:
-        """The key blocks of one query block of one head, bool ``[key blocks]``."""
+        """The key blocks that one query block of one head finds, ``[key blocks]``."""
         num_blocks = max(1, -(-k.shape[0] // self.block_kv))
-        # The tree of the longest row has the most stages; others rest when done.
+        # As many stages as the longest row needs; shorter rows stop changing earlier.
         stages = 0
         while self.num_slots << stages < num_blocks:
             stages += 1
@@ -127,7 +129,7 @@ class Descent(NamedSelection):
     def _stage(
         self, q: Array, k: Array, sampled: Array, nodes: tuple[Array, Array]
     ) -> tuple[Int32[Array, " slots"], Int32[Array, " slots"]]:
-        """Splits every node in two and keeps the best half, in order of position."""
+        """Splits each node in two and keeps the better half, in order of position."""
         first, size = nodes
         middle = size // 2
         first = jnp.stack([first, first + middle], axis=-1).reshape(-1)
@@ -137,7 +139,7 @@ class Descent(NamedSelection):
         held = (at < k.shape[0])[..., None] & sampled[None, None, :]
         held &= (size > 0)[:, None, None] & jnp.isfinite(logits)
         score = jnp.max(logits, axis=(1, 2), initial=-jnp.inf, where=held)
-        # Ties go to the lower index, and the nodes stay in order for the next stage.
+        # Ties go to the lower index. The nodes stay in order for the next stage.
         kept = jnp.sort(jax.lax.top_k(score, self.num_slots)[1])
         return first[kept], jnp.where(score[kept] > -jnp.inf, size[kept], 0)
 
@@ -161,15 +163,36 @@ def descent(
 ) -> Descent:
     """A block of queries sees ``mask_k`` keys that a tree search finds, and a window.
 
-    Lee et al., HiP attention, 2024, section 3, as its first code has it: the key blocks
-    before the window are split into ``mask_k / block_kv`` nodes. While nodes hold more
-    than a block, each splits in two, and the better half stays: a node scores what the
-    best key of its first block has with the best odd row of the query block (its only
-    row, where it has one). This is greedy: it may miss the best keys.
+    Lee et al., HiP attention, 2024, section 3, in the form of the first released code.
+    The key blocks before the window are divided into ``mask_k / block_kv`` nodes. While
+    nodes hold more than one block, each is split in two and the better half of them is
+    kept. The score of a node is the largest product of a key of its first block with an
+    odd row of the query block (or with its only row). The search is greedy: it may miss
+    the best keys.
 
-    The window of ``sliding_window`` keys ends with the query block; ``by_row`` adds the
-    window of each row. ``sinks`` first keys are seen by all. The table that is chosen
-    takes ``q_seq_len * kv_seq_len / (block_q * block_kv)`` bytes a head, its bits
-    ``q_seq_len * kv_seq_len / (8 * block_kv)``.
+    The table of chosen blocks takes ``q_seq_len * kv_seq_len / (block_q * block_kv)``
+    bytes a head, its bits ``q_seq_len * kv_seq_len / (8 * block_kv)``.
+
+    Args:
+      mask_k: the number of keys that are found for each query block.
+      block_q: queries in a block.
+      block_kv: keys in a block.
+      sliding_window: keys of the window, which ends with the query block.
+      sinks: how many of the first keys every query sees.
+      by_row: also let each query see the ``sliding_window`` keys up to itself.
+
+    Raises:
+      ValueError: a size is too small.
+
+    Example:
+      >>> from sadsl.selections import descent
+      >>> spec = descent(2, block_q=2, block_kv=1, sliding_window=2)
+      >>> parts = {"chosen": [[[0, 0, 0, 0], [1, 0, 0, 0]]], "stop": [0, 0, 2, 2]}
+      >>> operands = {spec.key(name): part for name, part in parts.items()}
+      >>> print(spec.dense(4, operands=operands)[0].astype(int))
+      [[1 0 0 0]
+       [1 1 0 0]
+       [1 0 1 0]
+       [1 0 1 1]]
     """
     return Descent(mask_k, block_q, block_kv, sliding_window, sinks, by_row)

@@ -1,7 +1,7 @@
-"""Keys chosen by a factorised map of attention, as Sparsifiner predicts it.
+"""Selects the keys of the highest attention that a low-rank predictor expects.
 
 Wei et al., Sparsifiner: learning sparse instance-dependent attention for efficient
-vision transformers, 2023, section 3. The predictor belongs to one number of tokens.
+vision transformers, 2023, section 3. A predictor fits one number of tokens only.
 """
 
 import math
@@ -24,9 +24,9 @@ ROUNDING = 1e-9
 
 
 class Predictor(NamedTuple):
-    """The weights of the predictor, with a batch axis of 1 or more in front of each.
+    """The weights of the predictor, each with a batch axis (of 1 or more) in front.
 
-    ``q`` and ``k`` are ``[heads or 1, head_dim + 1, width]``, the last row being the
+    ``q`` and ``k`` are ``[heads or 1, head_dim + 1, width]``, whose last row is the
     bias; ``down`` and ``basis`` are ``[tokens, rank]``.
     """
 
@@ -38,7 +38,7 @@ class Predictor(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class FactorisedTopk(NamedSelection):
-    """The keys of the highest predicted attention; see ``factorised_topk``."""
+    """The keys of the highest predicted attention; made by ``factorised_topk``."""
 
     keep: float = 0.25
     coefs: int = 8
@@ -62,7 +62,7 @@ class FactorisedTopk(NamedSelection):
 
     @property
     def leak(self) -> Leak:  # type: ignore[override]
-        """All tokens are pooled into the coefficients."""
+        """Always "all": the coefficients of a query depend on every token."""
         return "all"
 
     @property
@@ -76,7 +76,7 @@ class FactorisedTopk(NamedSelection):
         weights = self._weights(content)
         scale = content.sm_scale if self.scale is None else self.scale
         keys = content.keys()
-        # What is no number is not mixed with the others, and is never chosen.
+        # A key that is not finite does not influence the others and is never chosen.
         finite = jnp.isfinite(keys).all(axis=-1)
         keys = jnp.where(finite[..., None], keys, 0.0)
         coefs = coefficients(content.queries(), keys, weights, scale)
@@ -92,9 +92,9 @@ class FactorisedTopk(NamedSelection):
         _, heads, length, head_dim = content.q.shape
         if content.k.shape[2] != length or content.q_offset:
             raise ValueError(
-                f"factorised_topk is a map of tokens to themselves, not of {length} "
-                f"queries from position {content.q_offset} on to {content.k.shape[2]} "
-                "keys: pass q and k of one length, and no q_offset"
+                f"factorised_topk needs as many queries as keys, not {length} queries "
+                f"from position {content.q_offset} on and {content.k.shape[2]} keys: "
+                "pass q and k of the same length, and no q_offset"
             )
         made = [
             content.operand(name, f"a weight of the predictor of {self!r}")
@@ -119,23 +119,35 @@ def factorised_topk(
     scale: float | None = None,
     predictor: str = "predictor",
 ) -> FactorisedTopk:
-    """The best ``keep * n`` keys of each query, by a low-rank guess of its attention.
+    """A query sees the ``keep * n`` keys of the highest predicted attention.
 
-    Queries and keys are made narrower, keys are mixed into a few tokens, and a softmax
-    over those gives a query its coefficients of a learned basis of rows. The weights
-    are the operands ``predictor_q`` and ``predictor_k``, ``[heads or 1, head_dim + 1,
-    width]`` with a bias as the last row, ``predictor_down`` and ``predictor_basis``,
-    ``[n, rank]``. A table of ``n * n`` bools a head is its definition. Where the basis
-    leaves fewer keys a score above 0, the first of the others fill the budget.
+    Wei et al., Sparsifiner, 2023, section 3. The predictor projects queries and keys to
+    a small width and mixes the ``n`` keys into ``rank`` tokens. A softmax over these
+    gives each query its coefficients, which combine a learned basis of attention rows.
+    Where fewer keys than the budget have a score above 0, the first others are added.
+    The choice takes ``n * n`` bools a head.
+
+    The call needs four operands: ``predictor_q`` and ``predictor_k``, ``[heads or 1,
+    head_dim + 1, width]`` with a bias as the last row, ``predictor_down`` and
+    ``predictor_basis``, ``[n, rank]``.
 
     Args:
-      keep: share of the keys that a query keeps, rounded up.
-      coefs: coefficients that are kept, the largest.
-      threshold: entries of the basis up to this size count as 0.
-      full_rows: the first so many queries see every key: the class token.
-      scale: factor before the softmax over the basis; that of the call if None. The
+      keep: the share of the keys that a query keeps, rounded up.
+      coefs: how many coefficients are kept, the largest ones.
+      threshold: entries of the basis of at most this size count as 0.
+      full_rows: how many of the first queries see every key, as a class token does.
+      scale: the factor before the softmax over the basis; that of the call if None. The
         released code uses ``num_heads ** -0.5``.
-      predictor: what the names of the operands begin with.
+      predictor: the prefix of the names of the operands.
+
+    Raises:
+      ValueError: ``keep``, ``threshold`` or a size is out of range; in a call, q and k
+        differ in length, or a weight is missing or of another shape.
+
+    Example:
+      >>> from sadsl.selections import factorised_topk
+      >>> factorised_topk(0.1).operands  # the number of axes of each
+      {'predictor_q': 3, 'predictor_k': 3, 'predictor_down': 2, 'predictor_basis': 2}
     """
     return FactorisedTopk(keep, coefs, threshold, full_rows, scale, predictor)
 
@@ -146,7 +158,7 @@ def coefficients(
     weights: Predictor,
     scale: float,
 ) -> Float[Array, "batch heads n rank"]:
-    """What each query makes of the basis: a softmax over its rows."""
+    """The coefficients with which each query combines the rows of the basis."""
     narrow_q, narrow_k = _linear(q, weights.q), _linear(k, weights.k)
     mixed = jnp.matmul(
         jnp.swapaxes(weights.down, -1, -2)[:, None], narrow_k, precision="highest"
@@ -161,16 +173,18 @@ def predicted(
     weights: Predictor,
     scale: float,
 ) -> Float[Array, "batch heads n n"]:
-    """The guess of the attention that is trained: nothing of it is cut to 0."""
+    """The predicted attention, for training the predictor; nothing is set to 0."""
     return _expand(coefficients(q, k, weights, scale), weights.basis)
 
 
 def _linear(x: Array, weight: Array) -> Array:
+    """``x @ weight[:-1] + weight[-1]``."""
     made = jnp.matmul(x, weight[..., :-1, :], precision="highest")
     return made + weight[..., -1:, :]
 
 
 def _expand(coefs: Array, basis: Array) -> Array:
+    """``coefs @ basis.T``: ``[batch, heads, n, rank]`` to ``[batch, heads, n, n]``."""
     rows = jnp.swapaxes(basis, -1, -2)[:, None]
     return jnp.matmul(coefs, rows, precision="highest")
 
@@ -178,6 +192,7 @@ def _expand(coefs: Array, basis: Array) -> Array:
 def _check(
     weights: Predictor, heads: int, length: int, head_dim: int, name: str
 ) -> None:
+    """Raises a ``ValueError`` unless the shapes of the weights fit the call."""
     width, rank = weights.q.shape[-1], weights.down.shape[-1]
     narrow, tall = (head_dim + 1, width), (length, rank)
     wanted = {"q": narrow, "k": narrow, "down": tall, "basis": tall}
@@ -189,7 +204,7 @@ def _check(
             shape = (heads, *shape)
         if not fits:
             raise ValueError(
-                f"operand '{name}_{field}' has shape {found} beside its batch axis: "
+                f"operand '{name}_{field}' has shape {found} without its batch axis: "
                 f"for {length} tokens, {heads} heads and head_dim {head_dim} it must "
-                f"be {shape}; a predictor belongs to one number of tokens"
+                f"be {shape}; a predictor fits one number of tokens only"
             )

@@ -1,4 +1,4 @@
-"""Keys that stay in the cache after a prompt.
+"""Selects the keys of a prompt that stay in the cache for later tokens (SnapKV).
 
 Li et al., SnapKV: LLM knows what you are looking for before generation, 2024.
 """
@@ -20,9 +20,9 @@ from sadsl.selections.vertical_slash import best, shared_mass
 
 @dataclass(frozen=True, repr=False)
 class KeptKeys(NamedSelection):
-    """See ``kept_keys``."""
+    """The keys of a prompt that later tokens see; made by ``kept_keys``."""
 
-    # What is kept depends on the prompt and matters to the tokens after it alone.
+    # The choice depends on the prompt, and only tokens after the prompt use it.
     leak: ClassVar[Leak] = "none"
 
     prompt: int
@@ -38,12 +38,13 @@ class KeptKeys(NamedSelection):
             at_least("kept_keys", name, getattr(self, name), value)
         if self.pool % 2 == 0:
             raise ValueError(
-                f"kept_keys: pool={self.pool} must be odd: a key is its middle"
+                f"kept_keys: pool={self.pool} must be odd, so that a key is in the "
+                f"middle of its neighbors: give {self.pool + 1}"
             )
 
     @override
     def choose(self, content: Content) -> Mapping[str, Array]:
-        """Bools ``kept [batch, heads, prompt]``, alike in the heads of a key head."""
+        """Chooses ``kept``, bools ``[batch, heads, prompt]``, equal for a key head."""
         offset, num_queries = content.q_offset, content.q.shape[2]
         end = min(self.prompt, offset + num_queries)
         start = max(self.prompt - self.last, 0)
@@ -52,8 +53,8 @@ class KeptKeys(NamedSelection):
                 f"kept_keys: the queries {start} to {self.prompt - 1} choose among the "
                 f"{self.prompt} keys of the prompt, but queries {offset} to "
                 f"{offset + num_queries - 1} and {content.k.shape[2]} keys were given: "
-                "choose when the prompt is there, by `sadsl.select(...)`, and "
-                "pass what it returns as operands= later"
+                "call `sadsl.select(...)` with the prompt, and pass its result as "
+                "operands= in later calls"
             )
         q = content.queries()[:, :, start - offset : end - offset] * content.sm_scale
         k = content.keys()[:, :, : self.prompt]
@@ -69,7 +70,7 @@ class KeptKeys(NamedSelection):
         return {"kept": jnp.repeat(kept, content.group, axis=1)}
 
     def _pooled(self, x: Array) -> Array:
-        """The mean over ``pool`` neighbours; beyond the ends are zeros that count."""
+        """The mean over ``pool`` neighbors; positions beyond the ends count as 0."""
         side = self.pool // 2
         lengths, ones = (1, 1, self.pool), (1, 1, 1)
         total = jax.lax.reduce_window(
@@ -92,11 +93,34 @@ def kept_keys(
     first: int = 4,
     recent: int = 128,
 ) -> KeptKeys:
-    """Tokens after a prompt see ``capacity`` of its ``prompt`` keys, and later ones.
+    """Tokens after a prompt see ``capacity`` keys of the prompt, and all later keys.
 
-    Li et al., SnapKV, 2024, section 4: the causal softmax of the ``last`` queries of
-    the prompt, averaged over them and over the query heads of a key head and smoothed
-    over ``pool`` neighbours, says which. The ``first`` and the ``recent`` keys stay and
-    count. The prompt itself is attended to densely.
+    Li et al., SnapKV, 2024, section 4. A key of the prompt is scored by the causal
+    softmax of the last queries of the prompt, averaged over them and over the query
+    heads of its key head, and smoothed over neighbors. Within the prompt, attention is
+    causal and dense.
+
+    Args:
+      prompt: tokens of the prompt.
+      capacity: keys of the prompt that are kept.
+      last: how many of the last queries of the prompt score the keys.
+      pool: neighbors over which scores are averaged; odd.
+      first: how many of the first keys are always kept; they count in ``capacity``.
+      recent: how many of the last keys of the prompt are always kept; they count.
+
+    Raises:
+      ValueError: a size is too small, or ``pool`` is even; in a call that makes the
+        choice, the prompt is not given.
+
+    Example:
+      >>> from sadsl.selections import kept_keys
+      >>> spec = kept_keys(prompt=3, capacity=1)
+      >>> kept = {spec.key("kept"): [[0, 1, 0]]}
+      >>> print(spec.dense(5, operands=kept)[0].astype(int))
+      [[1 0 0 0 0]
+       [1 1 0 0 0]
+       [1 1 1 0 0]
+       [0 1 0 1 0]
+       [0 1 0 1 1]]
     """
     return KeptKeys(prompt, capacity, last, pool, first, recent)

@@ -1,7 +1,7 @@
-"""Keys chosen by a score of their own, which no query has a say in.
+"""Selects keys by a score that does not depend on the query (dynamic mask attention).
 
-The scores are an operand; what is chosen is seen by ranks, so that the best ``w`` of
-every prefix take memory linear in the length.
+The scores are an operand. Ranks and limits represent the best ``w`` keys of every
+prefix, so that memory is linear in the length.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from sadsl.maps.base import at_least
 from sadsl.maps.symbols import Symbol, Truth
 from sadsl.selections.base import Content, Leak, NamedSelection
 
-# Queries whose prefixes are counted block by block at a time.
+# The number of queries whose blocks are counted at a time.
 ROWS = 128
 
 
 @dataclass(frozen=True, repr=False)
 class KeyTopw(NamedSelection):
-    """The ``w`` keys of the highest score; see ``key_topw``."""
+    """The ``w`` keys of the highest score; made by ``key_topw``."""
 
     w: int
     bias: str = "bias"
@@ -39,7 +39,7 @@ class KeyTopw(NamedSelection):
 
     @property
     def leak(self) -> Leak:  # type: ignore[override]
-        """Shared keys compete with all; those of a prefix among themselves."""
+        """A shared choice is made among all keys, others among the keys up to a query."""
         return "all" if self.shared else "none"
 
     @property
@@ -58,7 +58,7 @@ class KeyTopw(NamedSelection):
         length = jnp.minimum(position + 1, scores.shape[-1])
         limit = least_of_prefixes(rank, length, self.w)
         last = finite.sum(axis=-1, keepdims=True, dtype=jnp.int32) - 1
-        # What is not finite ranks last, beyond the limit of every prefix.
+        # Keys that are not finite rank last, beyond the limit of every prefix.
         limit = jnp.minimum(limit, last)
         if self.smooth is None:
             return {"rank": rank, "limit": limit}
@@ -75,7 +75,7 @@ class KeyTopw(NamedSelection):
 
 @dataclass(frozen=True, repr=False)
 class KeyPositive(NamedSelection):
-    """The keys of a positive score; see ``key_positive``."""
+    """The keys of a positive score; made by ``key_positive``."""
 
     bias: str = "bias"
     smooth: int | None = None
@@ -86,7 +86,7 @@ class KeyPositive(NamedSelection):
 
     @property
     def leak(self) -> Leak:  # type: ignore[override]
-        """A key stands for itself, or falls with its block."""
+        """Without smoothing a key is judged alone, else with its block."""
         return "none" if self.smooth in (None, 1) else "block"
 
     @property
@@ -107,40 +107,66 @@ class KeyPositive(NamedSelection):
 def key_topw(
     w: int, bias: str = "bias", *, shared: bool = False, smooth: int | None = None
 ) -> KeyTopw:
-    """The ``w`` keys of the highest score among those up to the query.
+    """A query sees the ``w`` keys of the highest score among those up to itself.
 
-    Shi et al., Trainable dynamic mask sparse attention, 2025. The scores are the
-    operand ``bias``, floats ``[heads, kv_seq_len]`` or one row a key head; -inf and NaN
-    are never chosen, and of equal scores the earlier key wins.
+    Shi et al., Trainable dynamic mask sparse attention, 2025. The scores are an
+    operand, floats ``[num_q_heads, kv_seq_len]`` or ``[num_kv_heads, kv_seq_len]``. A
+    score of NaN or infinity is never chosen; ties go to the earlier key.
 
     Args:
-      w: keys a query; all, where there are fewer.
-      bias: the name of the operand.
-      shared: one choice among all keys for every query, as in the released code without
-        a causal mask; under ``causal()``, early queries may then see no key.
-      smooth: keep a whole block of so many keys iff more than half of it is chosen (of
-        the last, of as many as it has). The rows of ``key_topw`` then take a table of
-        ``q_seq_len * kv_seq_len / smooth`` bools.
+      w: keys of a query; all keys where there are fewer.
+      bias: the name of the operand with the scores.
+      shared: make one choice among all keys for every query, as the released code does
+        without a causal mask. Under ``causal()``, early queries may then see no key.
+      smooth: the size of blocks of keys; a block is kept whole iff more than half of
+        its keys are chosen. The choice then takes ``q_seq_len * kv_seq_len / smooth``
+        bools a head.
+
+    Raises:
+      ValueError: a size is below 1; in a call, the scores are missing or of another
+        shape.
+
+    Example:
+      >>> from sadsl.selections import key_topw
+      >>> spec = key_topw(1, shared=True)
+      >>> kept = {spec.key("kept"): [[0, 1, 0]]}  # [heads, keys]
+      >>> print(spec.dense(3, operands=kept)[0].astype(int))
+      [[0 1 0]
+       [0 1 0]
+       [0 1 0]]
     """
     return KeyTopw(w, bias, shared, smooth)
 
 
 def key_positive(bias: str = "bias", *, smooth: int | None = None) -> KeyPositive:
-    """The keys whose score is positive; arguments as of ``key_topw``."""
+    """Every query sees the keys whose score is positive.
+
+    Args:
+      bias: the name of the operand with the scores, as in ``key_topw``.
+      smooth: the size of blocks that are kept whole or not at all, as in ``key_topw``.
+
+    Example:
+      >>> from sadsl.selections import key_positive
+      >>> spec = key_positive("gate")
+      >>> spec
+      key_positive(bias='gate')
+      >>> spec.operands  # the number of axes
+      {'gate': 2}
+    """
     return KeyPositive(bias, smooth)
 
 
 def key_scores(content: Content, name: str) -> Float[Array, "batch_or_1 heads kv"]:
-    """The operand ``name``, a float32 for every query head and key.
+    """The scores in the operand ``name``, float32 for each query head and key.
 
     Raises:
-      ValueError: it is missing, or of another shape.
+      ValueError: the operand is missing or of another shape.
     """
     heads, (_, kv_heads, length, _) = content.q.shape[1], content.k.shape
     found = content.operand(name, f"a score for every key, floats [{heads}, {length}]")
     if found.shape[2] != length or found.shape[1] not in (heads, kv_heads):
         raise ValueError(
-            f"operand {name!r} has shape {found.shape[1:]} beside its batch axis: it "
+            f"operand {name!r} has shape {found.shape[1:]} without its batch axis: it "
             f"must have a score for each of the {length} keys in each of {heads} query "
             f"heads or {kv_heads} key heads"
         )
@@ -148,9 +174,9 @@ def key_scores(content: Content, name: str) -> Float[Array, "batch_or_1 heads kv
 
 
 def descending_ranks(scores: Float[Array, "*lead n"]) -> Int32[Array, "*lead n"]:
-    """The place of each score: the highest is 0, ties as they stand.
+    """The rank of each score: 0 for the highest; ties go to the lower index.
 
-    What is not finite comes last.
+    Scores that are not finite rank last.
     """
     lowest = jnp.where(jnp.isfinite(scores), -scores, jnp.inf)
     order = jnp.argsort(lowest, axis=-1, stable=True)
@@ -162,8 +188,9 @@ def least_of_prefixes(
 ) -> Int32[Array, "*lead m"]:
     """The ``w``-th least value of each prefix, or its greatest if it is shorter.
 
-    ``values`` are permutations of ``0 .. n - 1``, ``lengths`` at least 1. A descent
-    through the bits (Claude et al., The wavelet matrix, 2015): ``n log n`` time in all.
+    ``values`` are permutations of ``0 .. n - 1``, and ``lengths``, those of the
+    prefixes, are at least 1. It decides one bit of the results at a time (Claude et
+    al., The wavelet matrix, 2015), in ``n log n`` time.
     """
     bits = max(1, (values.shape[-1] - 1).bit_length())
     right = jnp.broadcast_to(lengths, (*values.shape[:-1], lengths.shape[0]))
@@ -180,7 +207,7 @@ def least_of_prefixes(
         )
         total = zeros[..., -1:]
         is_zero = nth < above - below
-        # Zeros before ones, each as they stood.
+        # A stable partition: values with a 0 bit first.
         order = jnp.argsort(ones, axis=-1, stable=True)
         return _Descent(
             jnp.take_along_axis(values, order, axis=-1),
@@ -195,7 +222,11 @@ def least_of_prefixes(
 
 
 class _Descent(NamedTuple):
-    """Values by the bits passed, the part of them that matches, and the rank in it."""
+    """The state of ``least_of_prefixes``: values sorted by the bits decided so far.
+
+    ``left`` and ``right`` bound the values that still match, ``nth`` is the rank
+    wanted among them, ``found`` the bits of the result.
+    """
 
     values: Array
     left: Array
@@ -205,7 +236,7 @@ class _Descent(NamedTuple):
 
 
 def smoothed(kept: Bool[Array, "*lead n"], size: int | None) -> Bool[Array, "*lead n"]:
-    """Blocks of ``size`` whole iff more than half of one is kept; the last is short."""
+    """Keeps a block of ``size`` keys whole iff more than half of its keys are kept."""
     if size is None:
         return kept
     whole = jnp.repeat(_majority(kept, size), size, axis=-1)
@@ -213,6 +244,7 @@ def smoothed(kept: Bool[Array, "*lead n"], size: int | None) -> Bool[Array, "*le
 
 
 def _majority(kept: Bool[Array, "*lead n"], size: int) -> Bool[Array, "*lead blocks"]:
+    """Whether more than half of each block is kept; the last block may be short."""
     n = kept.shape[-1]
     spare = [(0, 0)] * (kept.ndim - 1) + [(0, -n % size)]
     blocks = jnp.pad(kept, spare).reshape(*kept.shape[:-1], -1, size)
@@ -228,7 +260,7 @@ def _smoothed_prefixes(
     position: Int32[Array, " q"],
     size: int,
 ) -> Bool[Array, "batch heads q blocks"]:
-    """The blocks that each query keeps, some queries at a time."""
+    """The blocks that each query keeps, computed for some queries at a time."""
     rows = limit.shape[-1]
     key = jnp.arange(rank.shape[-1], dtype=jnp.int32)
 

@@ -1,4 +1,4 @@
-"""Clusters of queries and keys around centroids: the maps of the Routing Transformer.
+"""Selects keys that are in the same k-means cluster as the query.
 
 Roy et al., Efficient content-based sparse attention with Routing Transformers, 2021.
 """
@@ -16,25 +16,26 @@ from typing_extensions import override
 
 from pallas_kernels.precision import widened
 from sadsl.maps.base import at_least
+from sadsl.maps.operand_names import check_operand_name
 from sadsl.maps.symbols import Symbol, Truth
 from sadsl.selections.base import Content, Leak, NamedSelection
 
 Members = Literal["topw", "argmax"]
 Norm = Literal["layer", "unit", "none"]
 
-# A map reads a vector a side and cluster; more are for the averaged term.
+# As a map, each cluster is two vectors of bools; `scatter_mean` takes more clusters.
 MOST_CLUSTERS = 64
 LAYER_EPS = 1e-6
-# Affinities that are held at once; beyond, heads take turns.
+# The number of affinities in memory at a time; heads take turns beyond it.
 MOST_AFFINITIES = 1 << 25
 
 
 def normalized(x: Float[Array, "*axes dim"], norm: Norm) -> Float[Array, "*axes dim"]:
-    """Vectors as they are compared with centroids, in their dtype.
+    """Normalises vectors for the comparison with centroids; keeps their dtype.
 
-    "layer": mean 0 and variance 1 over the last axis, without scale or bias, epsilon
-    1e-6, so that the length is about ``dim ** 0.5``; "unit": of length 1; "none": as
-    they are. A vector of zeros stays one.
+    "layer": to mean 0 and variance 1 over the last axis, without scale or bias, with
+    epsilon 1e-6, so that the length is about ``dim ** 0.5``; "unit": to length 1;
+    "none": not at all. A vector of zeros stays as it is.
     """
     if norm == "none":
         return x
@@ -48,9 +49,9 @@ def normalized(x: Float[Array, "*axes dim"], norm: Norm) -> Float[Array, "*axes 
 
 
 def assignments(affinity: Float[Array, "*axes clusters n"]) -> Int32[Array, "*axes n"]:
-    """The cluster of the greatest affinity, the lower one of equals.
+    """The cluster of the greatest affinity of each position; ties go to the lower one.
 
-    Affinities that are NaN or infinite are never chosen; -1 where all of them are.
+    An affinity of NaN or infinity is never chosen; the result is -1 where all are.
     """
     found = jnp.argmax(_finite(affinity), axis=-2).astype(jnp.int32)
     return jnp.where(jnp.isfinite(affinity).any(axis=-2), found, -1)
@@ -59,10 +60,10 @@ def assignments(affinity: Float[Array, "*axes clusters n"]) -> Int32[Array, "*ax
 def nearest(
     affinity: Float[Array, "*axes clusters n"], window: int
 ) -> Int32[Array, "*axes clusters window"]:
-    """The ``window`` positions of greatest affinity to each cluster, ascending.
+    """The ``window`` positions of the greatest affinity to each cluster, ascending.
 
-    The lower of equals is taken. Where fewer affinities are finite, ``n`` stands for
-    the others.
+    Ties go to the lower position. Where fewer affinities are finite, the other entries
+    are ``n``.
     """
     found, at = jax.lax.top_k(_finite(affinity), window)
     at = jnp.where(jnp.isneginf(found), affinity.shape[-1], at)
@@ -70,14 +71,14 @@ def nearest(
 
 
 def _finite(affinity: Array) -> Array:
-    # A zero has one sign: some backends rank -0 below 0.
+    # -0 must equal 0: some backends rank it lower.
     unsigned = jnp.where(affinity == 0, jnp.zeros_like(affinity), affinity)
     return jnp.where(jnp.isfinite(affinity), unsigned, -jnp.inf)
 
 
 @dataclass(frozen=True, repr=False)
 class Kmeans(NamedSelection):
-    """Positions that share a cluster; made by ``kmeans``."""
+    """A query sees the keys of its clusters; made by ``kmeans``."""
 
     num_clusters: int
     window: int | None = None
@@ -97,21 +98,17 @@ class Kmeans(NamedSelection):
                     f"kmeans: {name}={value!r} must be one of "
                     f"{', '.join(get_args(known))}"
                 )
-        if not isinstance(self.centroids, str) or not self.centroids.isidentifier():
-            raise ValueError(
-                f"kmeans: centroids={self.centroids!r} must be the name of an operand, "
-                "a Python identifier"
-            )
+        check_operand_name("kmeans: centroids", self.centroids)
         if self.members == "argmax" and self.window is not None:
             raise ValueError(
-                f"kmeans: window={self.window} is the size of a cluster, which "
-                "members='argmax' leaves open: leave it None"
+                f"kmeans: window={self.window} is the size of a cluster, but with "
+                "members='argmax' clusters have any size: leave it None"
             )
 
     @property
     @override
     def leak(self) -> Leak:  # type: ignore[override]
-        """The best ``window`` are taken of all positions, later ones too."""
+        """The "topw" members are the best of all positions, which include later ones."""
         return "all" if self.members == "topw" else "none"
 
     @property
@@ -127,24 +124,25 @@ class Kmeans(NamedSelection):
         return {self.centroids: 3}
 
     def size(self, n: int) -> int:
-        """The positions in a cluster of a sequence of ``n``.
+        """The number of positions in a cluster of a sequence of ``n``.
 
         Raises:
-          ValueError: the window is longer than the sequence.
+          ValueError: ``window`` is longer than the sequence.
         """
         window = -(-n // self.num_clusters) if self.window is None else self.window
         if window > n:
             raise ValueError(
                 f"kmeans: window={window} exceeds the {n} positions there are: give at "
-                "most that, or window=None, which divides them among the clusters"
+                "most that, or window=None for ceil(n / num_clusters)"
             )
         return window
 
     def coverage(self, n: int) -> float:
-        """At most this share of ``n`` positions is in a cluster.
+        """An upper bound of the share of ``n`` positions that are in a cluster.
 
-        Below 1 (``num_clusters * window < n``) some are in none, and yield 0; mostly
-        some are even at 1, since clusters may overlap.
+        A position in no cluster yields 0. Some are in none if the bound is below 1,
+        which means ``num_clusters * window < n``, and mostly at 1 too, since clusters
+        may overlap.
         """
         if self.members == "argmax":
             return 1.0
@@ -156,8 +154,8 @@ class Kmeans(NamedSelection):
             return self.part("q_label")[h, q] == self.part("k_label")[h, k]
         if self.num_clusters > MOST_CLUSTERS:
             raise NotImplementedError(
-                f"{self!r} as a map reads two vectors a cluster, for at most "
-                f"{MOST_CLUSTERS}: use scatter_mean(...), which takes any number"
+                f"{self!r} as a map takes at most {MOST_CLUSTERS} clusters, since each "
+                "one reads two arrays: use scatter_mean(...), which takes any number"
             )
         queries, keys = self.part("q_members"), self.part("k_members")
         return reduce(
@@ -172,7 +170,7 @@ class Kmeans(NamedSelection):
     def choose(self, content: Content) -> Mapping[str, Array]:
         if self.members == "argmax":
             q, k = self.of_both(content, assignments)
-            # Who is in no cluster shares none with others of that kind.
+            # A query and a key that are in no cluster must not meet: -1 and -2 differ.
             return {"q_label": q, "k_label": jnp.where(k < 0, -2, k)}
         q, k = self.slots(content)
         lengths = content.q.shape[2], content.k.shape[2]
@@ -182,9 +180,9 @@ class Kmeans(NamedSelection):
         }
 
     def slots(self, content: Content) -> tuple[Array, Array]:
-        """The queries and keys of each cluster, int32 ``[batch, heads, clusters, w]``.
+        """The queries and the keys of each cluster, int32 ``[batch, heads, clusters, w]``.
 
-        Ascending; the length of the sequence stands for no one.
+        Positions ascend. An entry equal to the length of the sequence is empty.
         """
 
         def take(affinity: Array) -> Array:
@@ -195,10 +193,11 @@ class Kmeans(NamedSelection):
     def of_both(
         self, content: Content, choose: Callable[[Array], Array]
     ) -> tuple[Array, Array]:
-        """What affinities ``[..., clusters, n]`` of queries and of keys yield.
+        """Applies ``choose`` to the affinities ``[..., clusters, n]`` of q and of k.
 
         Raises:
-          ValueError: the centroids do not fit, or a shared side has two lengths.
+          ValueError: the centroids do not fit, or q and k share their clusters but
+            differ in length.
         """
         means = self._means(content)
         found = self._chosen(content.queries(), means, choose)
@@ -206,28 +205,30 @@ class Kmeans(NamedSelection):
             return found, self._chosen(content.keys(), means, choose)
         if content.q.shape[2] != content.k.shape[2]:
             raise ValueError(
-                f"{self!r} clusters positions by their queries, of which there are "
-                f"{content.q.shape[2]}, for {content.k.shape[2]} keys: pass "
+                f"{self!r} clusters positions by their queries, but there are "
+                f"{content.q.shape[2]} queries and {content.k.shape[2]} keys: pass "
                 "share_qk=False to cluster the keys by themselves"
             )
         return found, found
 
     def _means(self, content: Content) -> Float[Array, "batch heads clusters dim"]:
+        """The centroids, checked, float32."""
         means = content.operand(
             self.centroids, "float centroids [num_q_heads, num_clusters, head_dim]"
         )
         wanted = (content.q.shape[1], self.num_clusters, content.q.shape[3])
         if means.shape[1:] != wanted or not jnp.issubdtype(means.dtype, jnp.floating):
             raise ValueError(
-                f"{self.centroids!r} is {means.dtype} of shape {means.shape[1:]}: "
-                f"{self!r} needs floats [num_q_heads, num_clusters, head_dim], here "
-                f"{wanted}, perhaps with a batch axis in front"
+                f"operand {self.centroids!r} is {means.dtype} of shape "
+                f"{means.shape[1:]} without its batch axis: {self!r} needs floats "
+                f"[num_q_heads, num_clusters, head_dim], here {wanted}"
             )
         return means.astype(jnp.float32)
 
     def _chosen(
         self, x: Array, means: Array, choose: Callable[[Array], Array]
     ) -> Array:
+        """Applies ``choose`` to the affinities of ``x``, ``[batch, heads, n, dim]``."""
         batch, num_heads, n, _ = x.shape
         x = normalized(x, self.norm)
         means = jnp.broadcast_to(means, (batch, *means.shape[1:]))
@@ -248,7 +249,7 @@ def _mapped(function: Callable, at_once: int, rows: tuple[Array, Array]) -> Arra
 
 
 def _membership(slots: Array, n: int) -> Bool[Array, "batch heads clusters n"]:
-    """Who is in each cluster, from the slots of ``Kmeans.slots``."""
+    """The members of each cluster as bools, from the positions of ``Kmeans.slots``."""
     flat = slots.reshape(-1, slots.shape[-1])
     row = jnp.arange(len(flat))[:, None]
     table = jnp.zeros((len(flat), n), bool).at[row, flat].set(True, mode="drop")
@@ -263,27 +264,39 @@ def kmeans(
     norm: Norm = "layer",
     share_qk: bool = True,
 ) -> Kmeans:
-    """Pairs whose query and key are in one cluster, by their affinity to centroids.
+    """A query sees the keys that are in one of its clusters.
 
-    The affinity of a position to a cluster is the product of its query (or key), after
-    ``norm``, with the cluster's centroid, in float32. The centroids are an operand,
-    floats ``[num_q_heads, num_clusters, head_dim]``, perhaps with a batch axis. As a
-    map it is one softmax over the union of the clusters; ``scatter_mean`` averages a
-    softmax a cluster, as the Routing Transformer does (Roy et al., 2021).
+    Roy et al., Efficient content-based sparse attention with Routing Transformers,
+    2021. The affinity of a position to a cluster is the product of its query (or key),
+    after ``norm``, with the centroid of the cluster, in float32. The centroids are an
+    operand, floats ``[num_q_heads, num_clusters, head_dim]``. As a map, it is one
+    softmax over the union of the clusters; the Routing Transformer averages one softmax
+    for each cluster, which is ``scatter_mean``.
 
     Args:
-      num_clusters: clusters of every head.
-      window: positions in each, by the greatest affinity of all: a position may be in
-        none or in several. ``ceil(n / num_clusters)`` if None.
-      members: "topw"; or "argmax": a position is in the cluster it is nearest to, and
-        clusters have any size.
+      num_clusters: the number of clusters in each head.
+      window: with "topw", the number of positions in a cluster;
+        ``ceil(n / num_clusters)`` if None.
+      members: "topw": a cluster has the positions of the greatest affinity to it, so
+        that a position may be in none or in several. "argmax": a position is in its
+        nearest cluster, and clusters have any size.
       centroids: the name of the operand.
-      norm: "layer" (published code), "unit", or "none": see ``normalized``.
-      share_qk: positions are clustered by their queries alone, so that a cluster has
-        the same queries and keys; else keys by themselves.
+      norm: how vectors are normalised: "layer" (as in the published code), "unit" or
+        "none".
+      share_qk: cluster positions by their queries alone, so that a cluster has the
+        same queries and keys; if False, cluster keys by themselves.
 
     Raises:
-      ValueError: (in a call) the window exceeds the length, or the centroids are not
-        given or of another shape.
+      ValueError: an argument is not one of these; in a call, ``window`` exceeds the
+        length, or the centroids are missing or of another shape.
+
+    Example:
+      >>> import sadsl as sa
+      >>> spec = sa.kmeans(2, members="argmax")
+      >>> labels = {spec.key("q_label"): [[0, 1, 0]], spec.key("k_label"): [[0, 1, 0]]}
+      >>> print(spec.dense(3, operands=labels)[0].astype(int))
+      [[1 0 1]
+       [0 1 0]
+       [1 0 1]]
     """
     return Kmeans(num_clusters, window, members, centroids, norm, bool(share_qk))

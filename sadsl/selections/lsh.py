@@ -1,9 +1,9 @@
-"""Hashing: a query sees the keys that fall into its bucket.
+"""Selects keys that have the same hash as the query (locality-sensitive hashing).
 
 Angular buckets follow Andoni et al. (Practical and optimal LSH for angular distance,
 2015) as Reformer uses them (Kitaev et al., 2020, section 2); buckets by signs follow
-Charikar (Similarity estimation techniques from rounding algorithms, 2002, section 3) in
-the order of a Gray code, as HyperAttention has them (Han et al., 2023, section 3.1).
+Charikar (Similarity estimation techniques from rounding algorithms, 2002, section 3),
+numbered by a Gray code, as in HyperAttention (Han et al., 2023, section 3.1).
 """
 
 from collections.abc import Mapping
@@ -23,15 +23,15 @@ from sadsl.selections.base import Content, Leak, NamedSelection
 
 KINDS = ("angular", "signs")
 ALONE = (None, "causal", "full")
-# Vectors that are projected at a time.
+# The number of vectors that are projected at a time.
 ROWS = 256
-# Buckets of queries and keys whose hash is not a number: they meet none.
+# The buckets of queries and keys whose products are not finite: they match nothing.
 NO_QUERY, NO_KEY = -1, -2
 
 
 @dataclass(frozen=True, repr=False)
 class SortedChunks:
-    """Chunks of the order by bucket, then position; see ``sorted_chunks``."""
+    """Chunks of positions sorted by bucket; made by ``sorted_chunks``."""
 
     size: int
     before: int = 1
@@ -47,7 +47,7 @@ class SortedChunks:
 
 @dataclass(frozen=True, repr=False)
 class Lsh(NamedSelection):
-    """Equal buckets in one of the rounds; see ``lsh``."""
+    """A query sees the keys of its bucket in a round; made by ``lsh``."""
 
     buckets: int
     rounds: int = 1
@@ -66,8 +66,8 @@ class Lsh(NamedSelection):
             raise ValueError(f"lsh: alone={self.alone!r} must be one of {ALONE}")
         if self.kind == "angular" and self.buckets % 2:
             raise ValueError(
-                f"lsh: buckets={self.buckets} must be even: an angular hash has a "
-                "bucket for each direction and one for its opposite"
+                f"lsh: buckets={self.buckets} must be even for kind='angular', which "
+                "has a bucket for each direction and one for its opposite"
             )
         if self.kind == "signs" and self.buckets & (self.buckets - 1):
             raise ValueError(
@@ -76,20 +76,20 @@ class Lsh(NamedSelection):
             )
         if self.alone and not self.share:
             raise ValueError(
-                f"lsh: alone={self.alone!r} is about a token that is its own key: "
+                f"lsh: alone={self.alone!r} needs queries and keys of the same tokens: "
                 "pass share=True as well, or alone=None"
             )
 
     @property
     def columns(self) -> int:
-        """Random directions a round."""
+        """The number of random directions in a round."""
         if self.kind == "angular":
             return self.buckets // 2
         return self.buckets.bit_length() - 1
 
     @property
     def leak(self) -> Leak:  # type: ignore[override]
-        """A bucket is a token's own; its place among the sorted is not."""
+        """A bucket depends on one token; a place in the sorted order on all of them."""
         return "all" if self.chunks or self.alone == "full" else "none"
 
     @property
@@ -108,7 +108,7 @@ class Lsh(NamedSelection):
     def draw(
         self, key: Array, num_heads: int, head_dim: int
     ) -> Float[Array, "heads rounds head_dim columns"]:
-        """Gaussian directions for the operand ``projections``."""
+        """Draws Gaussian directions for the operand ``projections``."""
         shape = num_heads, self.rounds, head_dim, self.columns
         return jax.random.normal(key, shape)
 
@@ -133,7 +133,7 @@ class Lsh(NamedSelection):
         return parts
 
     def _buckets(self, content: Content) -> tuple[Array, Array]:
-        """Those of queries and of keys, ``[batch, heads, rounds, seq]``."""
+        """The buckets of queries and of keys, ``[batch, heads, rounds, seq]``."""
         projections = self._projections(content)
         query = hashes(content.queries(), projections, self.kind)
         if not self.share:
@@ -143,18 +143,19 @@ class Lsh(NamedSelection):
             raise ValueError(
                 f"lsh: share=True needs a key for every query, not {lengths[0]} "
                 f"queries from position {content.q_offset} on and {lengths[1]} keys: "
-                "pass share=False to hash both"
+                "pass share=False to hash queries and keys separately"
             )
         return query, query
 
     def _projections(self, content: Content) -> Array:
+        """The random directions, checked, float32."""
         heads, head_dim = content.q.shape[1], content.q.shape[3]
         rest = (self.rounds, head_dim, self.columns)
         what = f"the directions of {self!r}, floats {[heads, *rest]}"
         found = content.operand(self.projections, what)
         if found.shape[2:] != rest or found.shape[1] not in (1, heads):
             raise ValueError(
-                f"operand {self.projections!r} has shape {found.shape[1:]} beside its "
+                f"operand {self.projections!r} has shape {found.shape[1:]} without its "
                 f"batch axis: {self!r} needs [heads, rounds, head_dim, columns] = "
                 f"{(heads, *rest)}, or one head for all; its method `draw` makes them"
             )
@@ -168,6 +169,7 @@ class Lsh(NamedSelection):
         return (found & (q != k)) | ((self.part("alone")[h, q] == 1) & (q == k))
 
     def _round(self, r: int, q: Symbol, k: Symbol, h: Symbol) -> Truth:
+        """Whether ``q`` sees ``k`` in round ``r``."""
         same = self.part(f"q_bucket{r}")[h, q] == self.part(f"k_bucket{r}")[h, k]
         if self.chunks is None:
             return same
@@ -188,35 +190,62 @@ def lsh(
     chunks: SortedChunks | None = None,
     projections: str = "projections",
 ) -> Lsh:
-    """A query sees the keys in its bucket, in any of the rounds.
+    """A query sees the keys that have its bucket in at least one round of hashing.
 
-    Kitaev et al., Reformer, 2020, section 2. Rounds are united before the softmax: a
-    key that several rounds find counts once, as the paper's correction by the number of
-    rounds has it. The directions are an operand, floats ``[heads or 1, rounds,
-    head_dim, columns]``; the method ``draw`` of the map makes them.
+    Kitaev et al., Reformer, 2020, section 2. There is one softmax over the union of the
+    rounds: a key that several rounds find counts once, which the paper reaches by a
+    correction for the number of rounds. The random directions are an operand, floats
+    ``[num_q_heads or 1, rounds, head_dim, columns]``; the method ``draw`` makes them.
 
     Args:
-      buckets: an even number for ``kind="angular"``, where a vector falls to the
-        nearest of ``buckets / 2`` directions and their opposites; a power of two for
-        ``"signs"``, where a bucket is a tuple of signs, by its rank in the Gray code.
-      rounds: independent hashes.
+      buckets: the number of buckets. With "angular", it is even, and the bucket of a
+        vector is the nearest of ``buckets / 2`` directions and their opposites. With
+        "signs", it is a power of two, and a bucket is a tuple of signs, numbered by its
+        rank in the Gray code.
+      rounds: the number of independent hashes.
       kind: "angular" or "signs".
-      share: hash the queries and use their buckets for the keys, too.
-      alone: None, or when a token sees itself only if it would see no other: "causal"
-        if the others are the keys before it, "full" if they are all keys.
-      chunks: ``sorted_chunks(...)``, to cut buckets into pieces of one size.
+      share: use the buckets of the queries for the keys, too.
+      alone: whether a token that sees no other token sees itself, while all others do
+        not: "causal", if the other tokens are those before it, or "full", if they are
+        all; None: a token sees itself like any other key.
+      chunks: ``sorted_chunks(...)`` to cut buckets into pieces of one size.
       projections: the name of the operand.
+
+    Raises:
+      ValueError: the arguments do not fit together; in a call, the directions are
+        missing or of another shape, or ``share`` finds other lengths of q and k.
+
+    Example:
+      >>> import sadsl as sa
+      >>> spec = sa.lsh(4, share=True)
+      >>> buckets = {spec.key(f"{side}_bucket0"): [[3, 1, 3]] for side in ("q", "k")}
+      >>> print(spec.dense(3, operands=buckets)[0].astype(int))
+      [[1 0 1]
+       [0 1 0]
+       [1 0 1]]
     """
     return Lsh(buckets, rounds, kind, share, alone, chunks, projections)
 
 
 def sorted_chunks(size: int, before: int = 1, across: bool = False) -> SortedChunks:
-    """Chunks of ``size`` keys in the order by bucket, then by position.
+    """Chunks for ``lsh``: keys are sorted by bucket, then by position, and cut.
 
-    A query sees its own chunk and the ``before`` chunks that precede it: the keys of
-    its bucket there, or all of them if ``across``. Queries are sorted and cut alike, in
-    chunks of ``size * q_seq_len / kv_seq_len`` (rounded up); the last chunk is short.
-    There is no chunk before the first: Reformer's code lets it look at the last.
+    Queries are sorted and cut too, into chunks of ``size * q_seq_len / kv_seq_len``,
+    rounded up. The last chunk may be short. The first chunk has none before it, while
+    in Reformer's code it sees the last one.
+
+    Args:
+      size: the number of keys in a chunk.
+      before: how many chunks before its own a query sees.
+      across: let a query see all keys of these chunks; if False, those of its bucket.
+
+    Raises:
+      ValueError: a size is too small.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.lsh(64, share=True, chunks=sorted_chunks(32))
+      lsh(64, share=True, chunks=sorted_chunks(32))
     """
     return SortedChunks(size, before, across)
 
@@ -228,7 +257,7 @@ def hashes(
 ) -> Int32[Array, "batch heads rounds seq"]:
     """The bucket of each vector, -1 where its products are not finite.
 
-    Vectors are projected some at a time: products are never all there.
+    Some vectors are projected at a time, so that the products take little memory.
     """
     batch, heads, length, head_dim = x.shape
     steps = -(-length // ROWS)
@@ -244,7 +273,7 @@ def hashes(
 def _hashes(x: Array, projections: Array, kind: str) -> Array:
     y = jnp.matmul(x[:, :, None], projections, precision="highest")
     if kind == "angular":
-        # The first of the greatest of [y, -y], which need not be made.
+        # The argmax of [y, -y], without making the array; ties go to the first.
         nearest, farthest = jnp.argmax(y, axis=-1), jnp.argmin(y, axis=-1)
         is_near = y.max(axis=-1) >= -y.min(axis=-1)
         found = jnp.where(is_near, nearest, farthest + y.shape[-1]).astype(jnp.int32)
@@ -257,7 +286,7 @@ def _hashes(x: Array, projections: Array, kind: str) -> Array:
 
 
 def gray_rank(code: Int32[Array, "..."], bits: int) -> Int32[Array, "..."]:
-    """The place of a word of bits in the Gray code: neighbours differ in one bit."""
+    """The rank of a word of bits in the Gray code, in which neighbors differ in a bit."""
     shift = 1
     while shift < bits:
         code = code ^ (code >> shift)
@@ -266,7 +295,7 @@ def gray_rank(code: Int32[Array, "..."], bits: int) -> Int32[Array, "..."]:
 
 
 def by_bucket(bucket: Int32[Array, "*lead seq"]) -> Int32[Array, "*lead seq"]:
-    """Positions in the order by bucket, then position; those without a bucket last."""
+    """Positions sorted by bucket, then by position; those without a bucket are last."""
     last = jnp.where(bucket < 0, jnp.iinfo(jnp.int32).max, bucket)
     return jnp.argsort(last, axis=-1, stable=True).astype(jnp.int32)
 
@@ -274,7 +303,10 @@ def by_bucket(bucket: Int32[Array, "*lead seq"]) -> Int32[Array, "*lead seq"]:
 def chunk_of(
     q_bucket: Int32[Array, "*lead q"], k_bucket: Int32[Array, "*lead kv"], size: int
 ) -> tuple[Int32[Array, "*lead q"], Int32[Array, "*lead kv"]]:
-    """The chunk of each query, -1 for none, and of each key, past the last for none."""
+    """The chunk of each query and of each key.
+
+    Without a bucket, it is -1 for a query, and a number past the last for a key.
+    """
     q_seq_len, kv_seq_len = q_bucket.shape[-1], k_bucket.shape[-1]
     q_size = -(-size * q_seq_len // kv_seq_len)
     q, k = (
@@ -295,7 +327,8 @@ def _sees_another(
         found = _others_in_chunks(order, bucket, chunks, causal)
         return jnp.take_along_axis(found, rank, axis=-1)
     ordered = jnp.take_along_axis(bucket, order, axis=-1)
-    # Those of a bucket stand by position: the nearest earlier one is the predecessor.
+    # Within a bucket, tokens are sorted by position: the entry before is the nearest
+    # earlier one.
     same = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     place = jnp.arange(1, ordered.shape[-1], dtype=jnp.int32)
     cut = place < 0 if chunks is None else place % chunks.size == 0
@@ -314,7 +347,7 @@ def _others_in_chunks(
     chunks: SortedChunks,
     causal: bool,
 ) -> Bool[Array, "batch heads seq"]:
-    """``_sees_another`` of the sorted tokens, where chunks are seen whole."""
+    """``_sees_another`` of the sorted tokens, where a token sees whole chunks."""
     length = order.shape[-1]
     real = jnp.take_along_axis(bucket, order, axis=-1) >= 0
     spare = [(0, 0), (0, 0), (0, -length % chunks.size)]

@@ -1,7 +1,7 @@
-"""Who wins: the top of a set, or its heaviest part.
+"""Finds the best entries of the last axis: a number of them, or a sum of weights.
 
-A set is the last axis. Winners are found by bisection over the bits of the scores, not
-by sorting: 32 counts, whatever the budget, which may differ from set to set.
+It does not sort: a bisection over the bits of the scores takes 32 counts, whatever the
+budget, and each set (the entries along the last axis) may have its own budget.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ def top(
     competing: Bool[Array, "*sets entries"],
     count: Int[Array, "*#sets"],
 ) -> Bool[Array, "*sets entries"]:
-    """The ``count`` greatest of those that compete; of equal ones, the first.
+    """The ``count`` greatest competing scores of each set; ties go to the lower index.
 
-    Where fewer compete, all of them. Competitors must be finite.
+    Where fewer compete, all of them are taken. Competing scores must be finite.
     """
     order = _ordered(scores, competing)
     limit = _greatest(32, lambda x: _count(order >= x[..., None]) >= count, order)
@@ -36,10 +36,10 @@ def heaviest(
     competing: Bool[Array, "*sets entries"],
     target: Float[Array, "*#sets"],
 ) -> Bool[Array, "*sets entries"]:
-    """The fewest of those that compete whose weights add up to ``target``.
+    """The fewest competing weights of each set that add up to ``target``.
 
-    The heaviest first; of equal ones, the first. All of them where they do not reach
-    it, none where it is not positive. Weights must be at least 0.
+    The greatest are taken first; ties go to the lower index. All are taken where they
+    do not reach the target, none where it is not positive. Weights must be at least 0.
     """
     order = _ordered(weights, competing)
     weights = jnp.where(competing, weights, 0.0)
@@ -66,8 +66,8 @@ def _count(held: Bool[Array, "*sets entries"]) -> Int[Array, "*sets"]:
 def _ordered(
     x: Float[Array, "*sets entries"], competing: Bool[Array, "*sets entries"]
 ) -> UInt32[Array, "*sets entries"]:
-    """Unsigned integers in the order of the floats; 0, below all, for the others."""
-    # -0.0 and 0.0 are one value. (Adding 0 would be optimised away.)
+    """Unsigned integers in the order of the floats; 0, below all, if not competing."""
+    # -0.0 must equal 0.0. XLA would remove an addition of 0.
     x = jnp.where(x == 0, 0.0, x.astype(jnp.float32))
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     order = jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31)))
@@ -76,7 +76,7 @@ def _ordered(
 
 
 def _places(x: Array) -> UInt32[Array, "*ones entries"]:
-    """The number of every entry in its set."""
+    """The index of each entry in its set."""
     return jax.lax.broadcasted_iota(
         jnp.uint32, (1,) * (x.ndim - 1) + x.shape[-1:], x.ndim - 1
     )
@@ -86,9 +86,9 @@ def _last_place(
     tied: Bool[Array, "*sets entries"],
     holds: Callable[[Int[Array, "*sets"]], Bool[Array, "*sets"]],
 ) -> UInt32[Array, "*sets 1"]:
-    """The greatest place such that the number of those tied before it is in order.
+    """The greatest index for which ``holds`` accepts the count of tied entries below it.
 
-    Counting again and again is several times faster than one cumulative sum.
+    Several counts are faster than one cumulative sum.
     """
     place, bits = _places(tied), tied.shape[-1].bit_length()
     found = _greatest(
@@ -102,7 +102,10 @@ def _greatest(
     holds: Callable[[UInt32[Array, "*sets"]], Bool[Array, "*sets"]],
     like: Shaped[Array, "*sets entries"],
 ) -> UInt32[Array, "*sets"]:
-    """The greatest number of so many bits that holds, if those below it do; else 0."""
+    """The greatest integer of ``bits`` bits for which ``holds`` is true, else 0.
+
+    If it is true for an integer, it must be true for all smaller ones.
+    """
 
     def step(i: Int[Array, ""], found: UInt32[Array, "*sets"]) -> Array:
         raised = found | (

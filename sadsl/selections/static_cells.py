@@ -1,4 +1,4 @@
-"""Which cells hold a pair of a static map, from its expression."""
+"""Finds the cells that hold a pair of a static map, from its expression."""
 
 import math
 
@@ -19,16 +19,16 @@ from pallas_kernels.loops import repeat
 from sadsl.maps.base import IndexMap
 from sadsl.selections.tiles import GridTiles, Partition, WithinPart, part_of, positions
 
-# Pairs that are looked at in one step, where a partition is not one of blocks.
+# The number of pairs that are evaluated in one step, where a partition is tiles.
 STEP = 1 << 20
 
 
 def check_static(map_name: str, name: str, value: IndexMap | None) -> None:
-    """Refuses what is not a map, or reads run-time arrays.
+    """Checks that an argument is None or a map of positions alone.
 
     Raises:
-      TypeError: not an index map.
-      ValueError: it depends on run-time arrays or on content.
+      TypeError: it is not an index map.
+      ValueError: it reads run-time arrays or depends on content.
     """
     if value is None:
         return
@@ -37,18 +37,18 @@ def check_static(map_name: str, name: str, value: IndexMap | None) -> None:
     names = sorted(ir.operand_names(value.node))
     if names:
         raise ValueError(
-            f"{map_name}: {name}={value!r} reads the run-time arrays {names}: which "
-            f"cells are {name} must be known from positions; combine the maps by & or "
-            "| instead"
+            f"{map_name}: {name}={value!r} reads the run-time arrays {names}, but it "
+            "must be a map of positions alone: combine the maps by & or | instead"
         )
 
 
 def holding(
     a: IndexMap, rows: Partition, columns: Partition, problem: Problem
 ) -> Bool[Array, "heads_or_1 rows columns"]:
-    """Whether a cell holds some pair of ``a``, exactly.
+    """The cells that hold at least one pair of ``a``, exactly.
 
-    Cells of blocks come from the plan of the map; cells of tiles are looked into.
+    Cells of blocks are read off the plan of the map; in cells of tiles, every pair is
+    evaluated.
 
     Raises:
       ValueError: the map does not fit the problem (heads, tables, grids).
@@ -65,6 +65,7 @@ def holding(
 
 
 def _own(columns: Partition, problem: Problem) -> Bool[Array, "1 rows columns"]:
+    """The cells of ``within(columns)``, a row for each query."""
     at = np.arange(problem.q_seq_len) + problem.q_offset
     _, real = positions(columns, problem.kv_seq_len)
     mine = jnp.asarray(part_of(columns, at).astype(np.int32))
@@ -73,7 +74,7 @@ def _own(columns: Partition, problem: Problem) -> Bool[Array, "1 rows columns"]:
 
 
 def _expanded(mask: BlockMask) -> Bool[Array, "maps rows columns"]:
-    """The blocks of a plan on host arrays, as bools made where they are used."""
+    """The blocks of a plan as bools, computed on the device from its runs."""
     ptr = np.asarray(mask.row_ptr)
     length = np.diff(ptr)
     most = max(1, int(length.max(initial=0)))
@@ -97,7 +98,7 @@ def _expanded(mask: BlockMask) -> Bool[Array, "maps rows columns"]:
 
 
 def of_heads(a: IndexMap, problem: Problem) -> tuple[ir.Pred, ...]:
-    """The predicate of every head; of one, where all have the same."""
+    """The predicate of each head, or of one head if all have the same."""
     node = ir.substitute(a.node, {"n": ir.Const(problem.kv_seq_len)})
     every, known = heads.per_head(node, problem.num_heads), _known(problem)
     nodes = tuple(bounded(simplify(node), known) for node in every)
@@ -110,7 +111,7 @@ def pairs_at(
     k: Int[Array, "..."],
     problem: Problem,
 ) -> Bool[Array, "..."]:
-    """Which pairs hold for positions that broadcast, a node each on the first axis."""
+    """Evaluates predicates at positions that broadcast; the first axis is by node."""
     zero = jnp.zeros((1,) * max(q.ndim, k.ndim), jnp.int32)
     shape = jnp.broadcast_shapes(q.shape, k.shape)
     at, known = AtPositions(q, k, h=zero, operands={}), _known(problem)
@@ -125,6 +126,7 @@ def _known(problem: Problem) -> Known:
 def _looked_into(
     a: IndexMap, rows: Partition, columns: Partition, problem: Problem
 ) -> Bool[Array, "heads_or_1 rows columns"]:
+    """``holding`` by evaluating every pair, some rows of cells at a time."""
     nodes = of_heads(a, problem)
     q, q_real = positions(rows, problem.q_seq_len)
     k, k_real = positions(columns, problem.kv_seq_len)
@@ -144,7 +146,7 @@ def _looked_into(
 
 
 def heads_of(*maps: IndexMap | None) -> int:
-    """A number of heads that all of the maps can have."""
+    """The least number of heads that fits all of the maps."""
     sizes = [
         len(n.terms)
         for a in maps

@@ -1,4 +1,4 @@
-"""How positions fall into cells: blocks of a size, or the tiles of a grid."""
+"""Divides positions into parts: blocks of one size, or the tiles of a grid."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Position = TypeVar("Position", Symbol, np.ndarray)
 
 @dataclass(frozen=True, repr=False)
 class GridTiles:
-    """Tiles of a grid whose cells are the positions, row-major; see ``tiles``."""
+    """Tiles of a grid whose cells are the positions, row-major; made by ``tiles``."""
 
     sizes: tuple[int, ...]
     tile: tuple[int, ...]
@@ -40,31 +40,46 @@ class GridTiles:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Tiles along each axis."""
+        """The number of tiles along each axis."""
         return tuple(-(-n // t) for n, t in zip(self.sizes, self.tile, strict=True))
 
     @property
     def num_positions(self) -> int:
-        """The cells of the grid."""
+        """The number of cells of the grid."""
         return math.prod(self.sizes)
 
 
-# An integer is the size of a block of neighbouring positions.
+# An integer is the size of a block of consecutive positions.
 Partition: TypeAlias = int | GridTiles
 
 
 def tiles(sizes: tuple[int, ...], tile: tuple[int, ...]) -> GridTiles:
-    """Tiles of ``tile`` on a grid of ``sizes``; those at the edges may be smaller.
+    """The tiles of a grid, as the ``block`` of ``topk`` and others.
 
-    Positions are row-major in the grid, and tiles among each other.
-    ``tiles((4, 6), (2, 3))`` are four tiles of two rows and three columns.
+    The positions are the cells of the grid in row-major order, and so are the numbers
+    of the tiles. Tiles at the end of an axis may be smaller.
+
+    Args:
+      sizes: the size of the grid along each axis.
+      tile: the size of a tile along each axis.
+
+    Raises:
+      ValueError: the two have different lengths, or a size is below 1.
+
+    Example:
+      >>> import sadsl as sa
+      >>> quarters = tiles((4, 6), (2, 3))
+      >>> quarters.counts
+      (2, 2)
+      >>> sa.topk(1, block=quarters)
+      topk(1, block=tiles((4, 6), (2, 3)))
     """
     return GridTiles(tuple(sizes), tuple(tile))
 
 
 @dataclass(frozen=True, repr=False)
 class WithinPart(IndexMap):
-    """The query and the key are in one part of ``partition``."""
+    """A query sees the keys of its own part; made by ``within``."""
 
     partition: Partition
 
@@ -81,18 +96,30 @@ class WithinPart(IndexMap):
 
 
 def within(partition: Partition) -> WithinPart:
-    """The query and the key are in one tile: ``blocks``, for tiles of a grid."""
+    """A query sees the keys of its own tile: ``blocks``, but for the tiles of a grid.
+
+    Example:
+      >>> print(within(tiles((2, 4), (2, 2))).picture(8))
+      ##..##..
+      ##..##..
+      ..##..##
+      ..##..##
+      ##..##..
+      ##..##..
+      ..##..##
+      ..##..##
+    """
     return WithinPart(partition)
 
 
 def check(map_name: str, name: str, partition: object) -> None:
-    """Refuses what is neither a size of at least 1 nor tiles."""
+    """Raises an error unless a partition is tiles or an integer of at least 1."""
     if not isinstance(partition, GridTiles):
         at_least(map_name, name, partition, 1)
 
 
 def part_of(partition: Partition, x: Position) -> Position:
-    """The part that a position is in, a symbol or an array."""
+    """The number of the part that a position is in; a symbol or an array."""
     match partition:
         case GridTiles(sizes, tile):
             found = x * 0
@@ -108,7 +135,7 @@ def part_of(partition: Partition, x: Position) -> Position:
 
 
 def num_parts(partition: Partition, length: int) -> int:
-    """Parts that ``length`` positions fall into."""
+    """The number of parts of ``length`` positions."""
     match partition:
         case GridTiles():
             return math.prod(partition.counts)
@@ -117,19 +144,21 @@ def num_parts(partition: Partition, length: int) -> int:
 
 
 def check_length(partition: Partition, length: int, what: str) -> None:
-    """Refuses tiles of a grid that is not as large as the sequence."""
+    """Checks that the grid of some tiles has as many cells as there are positions.
+
+    Raises:
+      ValueError: it has more or fewer.
+    """
     if isinstance(partition, GridTiles) and partition.num_positions != length:
         raise ValueError(
-            f"{partition!r} has {partition.num_positions} positions, and there are "
-            f"{length} {what}: the grid must have as many"
+            f"{partition!r} has {partition.num_positions} positions, but there are "
+            f"{length} {what}: give the sizes of a grid with {length} cells"
         )
 
 
 @lru_cache(maxsize=64)
-def _members(
-    partition: GridTiles,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The positions of every tile, ``[tiles, most]``, padded, and which are real."""
+def _members(partition: GridTiles) -> tuple[np.ndarray, np.ndarray]:
+    """``positions`` of tiles."""
     label = part_of(partition, np.arange(partition.num_positions))
     order = np.argsort(label, kind="stable")
     count = np.bincount(label, minlength=num_parts(partition, 0))
@@ -140,7 +169,10 @@ def _members(
 
 
 def positions(partition: Partition, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The positions of every part, ``[parts, most]``, padded, and which are real."""
+    """The positions of each part, and which of them are not padding.
+
+    Two arrays ``[parts, most]``, where ``most`` is the size of the largest part.
+    """
     if isinstance(partition, GridTiles):
         return _members(partition)
     found = np.arange(num_parts(partition, length) * partition).reshape(-1, partition)
@@ -150,7 +182,10 @@ def positions(partition: Partition, length: int) -> tuple[np.ndarray, np.ndarray
 def grouped(
     x: Array, partition: Partition, axis: int
 ) -> tuple[Array, Bool[np.ndarray, "parts most"]]:
-    """The axis as ``[parts, most]``, zeros where a part is short, and what is real."""
+    """Splits an axis into ``[parts, most]``, zeros where a part is shorter than ``most``.
+
+    Also returns which entries are not padding.
+    """
     axis %= x.ndim
     at, real = positions(partition, x.shape[axis])
     if isinstance(partition, GridTiles):
@@ -167,14 +202,14 @@ def grouped(
 def pooled(
     x: Float[Array, "*leading seq dim"], partition: Partition, how: str
 ) -> Float[Array, "*leading parts dim"]:
-    """The "mean", "min" or "max" of every part over its real rows, float32."""
+    """The "mean", "min" or "max" of the rows of each part, float32."""
     if partition == 1:
         return x.astype(jnp.float32)
     found, real = grouped(x.astype(jnp.float32), partition, -2)
     real = real[:, :, None]
     match how:
         case "mean":
-            # Short parts were filled up with zeros.
+            # The padding of short parts is 0 and adds nothing.
             count = real.sum(axis=-2).astype(np.float32)
             return jnp.sum(found, axis=-2) / _of_rank(count, x.ndim)
         case "min":
@@ -183,7 +218,7 @@ def pooled(
             best = jnp.where(_of_rank(real, x.ndim + 1), found, -jnp.inf).max(axis=-2)
         case _:
             raise AssertionError(how)
-    # CPUs may lose a NaN in a maximum.
+    # The maximum of XLA:CPU may drop a NaN.
     return jnp.where(jnp.isfinite(found).all(axis=-2), best, jnp.nan)
 
 

@@ -330,7 +330,7 @@ def test_queries_may_be_a_part():
         (lambda: sa.Grid(h=0, w=3), "Grid: h=0 must be at least 1"),
         (lambda: sa.Grid(extra=3), "an identifier other than 'extra'.*rename it"),
         (lambda: sa.Grid(**{"a b": 3}), "axis 'a b' must be an identifier"),
-        (lambda: GRID.product(x=sa.full()), "product: 'x' is not an axis of .*: name one"),
+        (lambda: GRID.product(x=sa.full()), "product: 'x' is not an axis .*: name one"),
         (lambda: GRID.axial("x"), "axial: 'x' is not an axis of .*name one of t, h, w"),
         (lambda: GRID.axial(), "needs at least one of the axes t, h, w"),
         (lambda: GRID.axial("w", extra=-1), "axial: extra=-1 must be at least 0"),

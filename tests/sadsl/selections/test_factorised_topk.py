@@ -169,7 +169,7 @@ Q = drawn(1, 8, 2, 4)
         (lambda: select(factorised_topk(), Q, Q, operands=weights(8, 4, 3)),
          r"'predictor_q' has shape \(3, 5, 3\) .* \(2, 5, 3\)"),
         (lambda: select(factorised_topk(), Q[:, :5], Q, operands=weights(8, 4, 1)),
-         "not of 5 queries from position 0 on to 8 keys"),
+         "not 5 queries from position 0 on and 8 keys"),
         (lambda: select(factorised_topk(), Q, Q, operands=weights(8, 4, 1), q_offset=3),
          "8 queries from position 3 on"),
     ],

@@ -313,7 +313,7 @@ def test_what_is_refused(make, error, text):
         (
             topk(1, block=BLOCK, score="gate"),
             {"gate": np.zeros((3, 5, 5), np.float32)},
-            r"\(3, 5, 5\) beside the batch: it must be \(heads, 5, 5\)",
+            r"\(3, 5, 5\) without its batch axis: it must be \(heads, 5, 5\)",
         ),
         (
             topk(1, block=8, score="gate"),

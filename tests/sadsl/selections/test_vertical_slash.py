@@ -360,7 +360,7 @@ BAD = {
     "must be a multiple of .*= 8": lambda q, k: select(
         stripes(1.0, block=4, step=2), q, k, q_offset=3
     ),
-    "choose when the prompt is there": lambda q, k: select(kept_keys(14, 4), q, k),
+    "with the prompt, and pass its result": lambda q, k: select(kept_keys(14, 4), q, k),
     "'boundaries' has 12 entries for 13": lambda q, k: select(
         chunk_budget(9), q, k, operands={"boundaries": np.ones(12, bool)}
     ),
