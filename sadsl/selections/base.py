@@ -135,7 +135,7 @@ class Selection(IndexMap):
         return f"{self!r}.{name}"
 
     def owns(self, key: str) -> bool:
-        """Whether ``key``, the name of an operand, is that of a part of this selection."""
+        """Whether an operand of this name is a part of this selection."""
         return key.startswith(f"{self!r}.")
 
 

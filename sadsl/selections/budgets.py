@@ -1,4 +1,4 @@
-"""Selections of cells: the best few, those above a threshold, or a share of the mass."""
+"""Selections of cells: the best few, those above a threshold, a share of the mass."""
 
 import math
 from dataclasses import dataclass, field
@@ -89,8 +89,8 @@ def tokens(count: int) -> Tokens:
 
     Example:
       >>> import sadsl as sa
-      >>> sa.topk(tokens(512), block=64)
-      topk(tokens(512), block=64)
+      >>> sa.topk(tokens(512), block=32)  # 16 cells
+      topk(tokens(512), block=32)
     """
     return Tokens(count)
 

@@ -93,7 +93,7 @@ NO_RULES = Rules()
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Cells(Selection):
-    """The base of ``TopK``, ``Threshold`` and ``Mass``: it chooses a bool for each cell."""
+    """The base of ``TopK``, ``Threshold`` and ``Mass``: the choice is a bool a cell."""
 
     block: Partition = 64
     block_q: Partition | None = None
@@ -200,7 +200,7 @@ class Cells(Selection):
     def _holding(
         self, a: IndexMap | None, sides: CellSides, value: bool
     ) -> Bool[Array, "1 heads_or_1 rows columns"]:
-        """The cells that hold a pair of ``a``; all of them are ``value`` if it is None."""
+        """The cells that hold a pair of ``a``; ``value`` for all cells if it is None."""
         if a is not None:
             return holding(a, sides.rows, sides.columns, sides.problem)[None]
         problem = sides.problem
@@ -302,7 +302,7 @@ def _weights(normalise: str, values: Array, sets: Mapping[str, Array]) -> Array:
 
 @lru_cache(maxsize=256)
 def _leak(cells: Cells) -> Leak:
-    """The leak of a selection, found on the cells of a short sequence; "all" if unsure."""
+    """The leak, found on the cells of a short sequence; "all" if it is not certain."""
     rows, columns, eligible = cells.rows, cells.block, cells.eligible
     if cells.scope not in BY_ROW or eligible is None or isinstance(columns, GridTiles):
         return "all"

@@ -21,7 +21,7 @@ FLAGS = "integers or bools [batch or 1, keys], not 0 where a chunk begins"
 
 
 class ChunkRanges(NamedTuple):
-    """The chunks of one batch entry: keys ``start <= k < stop``; unused ones are empty."""
+    """The chunks of one batch entry: keys ``start <= k < stop``; unused are empty."""
 
     start: Int32[Array, " chunks"]
     stop: Int32[Array, " chunks"]

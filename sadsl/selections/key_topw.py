@@ -39,7 +39,7 @@ class KeyTopw(NamedSelection):
 
     @property
     def leak(self) -> Leak:  # type: ignore[override]
-        """A shared choice is made among all keys, others among the keys up to a query."""
+        """A shared choice is among all keys, others among the keys up to a query."""
         return "all" if self.shared else "none"
 
     @property

@@ -108,7 +108,7 @@ class Kmeans(NamedSelection):
     @property
     @override
     def leak(self) -> Leak:  # type: ignore[override]
-        """The "topw" members are the best of all positions, which include later ones."""
+        """The "topw" members are the best of all positions, also of later ones."""
         return "all" if self.members == "topw" else "none"
 
     @property
@@ -180,7 +180,7 @@ class Kmeans(NamedSelection):
         }
 
     def slots(self, content: Content) -> tuple[Array, Array]:
-        """The queries and the keys of each cluster, int32 ``[batch, heads, clusters, w]``.
+        """The queries and keys of each cluster, int32 ``[batch, heads, clusters, w]``.
 
         Positions ascend. An entry equal to the length of the sequence is empty.
         """

@@ -205,9 +205,8 @@ def lsh(
       rounds: the number of independent hashes.
       kind: "angular" or "signs".
       share: use the buckets of the queries for the keys, too.
-      alone: whether a token that sees no other token sees itself, while all others do
-        not: "causal", if the other tokens are those before it, or "full", if they are
-        all; None: a token sees itself like any other key.
+      alone: None: a token sees itself like any other key. Else it sees itself only if
+        it sees no other token: with "causal" no earlier one, with "full" none at all.
       chunks: ``sorted_chunks(...)`` to cut buckets into pieces of one size.
       projections: the name of the operand.
 
@@ -286,7 +285,7 @@ def _hashes(x: Array, projections: Array, kind: str) -> Array:
 
 
 def gray_rank(code: Int32[Array, "..."], bits: int) -> Int32[Array, "..."]:
-    """The rank of a word of bits in the Gray code, in which neighbors differ in a bit."""
+    """The rank of a word of bits in the Gray code; neighbors differ in one bit."""
     shift = 1
     while shift < bits:
         code = code ^ (code >> shift)

@@ -1,4 +1,4 @@
-"""Queries of one modality that see the keys of another.
+"""Selects pairs by the modality of query and key (MMInference).
 
 Li et al., MMInference: accelerating pre-filling for long-context VLMs via
 modality-aware permutation sparse attention, 2025, section 4.
@@ -19,7 +19,7 @@ from sadsl.selections.vertical_slash import labels
 
 @dataclass(frozen=True, repr=False)
 class Modalities(NamedSelection):
-    """See ``modalities``."""
+    """Queries of one modality see keys of another; made by ``modalities``."""
 
     leak: ClassVar[Leak] = "none"
 
@@ -38,7 +38,7 @@ class Modalities(NamedSelection):
 
     @override
     def choose(self, content: Content) -> Mapping[str, Array]:
-        """Bools ``queries [batch or 1, queries]`` and ``keys [batch or 1, keys]``."""
+        """Chooses ``queries [batch or 1, queries]`` and ``keys [batch or 1, keys]``."""
         num_keys, start = content.k.shape[2], content.q_offset
         end = start + content.q.shape[2]
         label = labels(content, least=max(num_keys, end))
@@ -54,14 +54,27 @@ class Modalities(NamedSelection):
 
 
 def modalities(queries: int, keys: int | None = None) -> Modalities:
-    """The queries of modality ``queries`` see the keys of modality ``keys``, or all.
+    """The queries of one modality see the keys of one modality; other queries see none.
 
-    ``operands={"modality": ints [batch or 1, length]}`` names the modality of each
-    position. With 0 0 1 1, ``modalities(1, 0)``::
+    Li et al., MMInference, 2025, section 4. The operand ``modality``, integers
+    ``[length]``, gives the modality of each position.
 
-        ....
-        ....
-        ##..
-        ##..
+    Args:
+      queries: the modality of the queries, at least 0.
+      keys: the modality of the keys; None for all keys.
+
+    Raises:
+      ValueError: a modality is negative; in a call, the operand is missing, not of
+        integers, or too short.
+
+    Example:
+      >>> from sadsl.selections import modalities
+      >>> spec = modalities(1, 0)
+      >>> parts = {"queries": [0, 0, 1], "keys": [1, 1, 0]}  # of modalities 0 0 1
+      >>> operands = {spec.key(name): part for name, part in parts.items()}
+      >>> print(spec.dense(3, operands=operands)[0].astype(int))
+      [[0 0 0]
+       [0 0 0]
+       [1 1 0]]
     """
     return Modalities(queries, keys)

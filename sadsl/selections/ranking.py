@@ -86,7 +86,7 @@ def _last_place(
     tied: Bool[Array, "*sets entries"],
     holds: Callable[[Int[Array, "*sets"]], Bool[Array, "*sets"]],
 ) -> UInt32[Array, "*sets 1"]:
-    """The greatest index for which ``holds`` accepts the count of tied entries below it.
+    """The greatest index such that the count of tied entries below it ``holds``.
 
     Several counts are faster than one cumulative sum.
     """

@@ -1,4 +1,4 @@
-"""Keys whose logit comes near to an anchor: stripes shared by a group of queries.
+"""Selects keys whose logit is close to an anchor logit (AnchorAttention).
 
 Zhang et al., AnchorAttention: difference-aware sparse attention with stripe
 granularity, 2025, section 3.
@@ -21,9 +21,9 @@ from sadsl.selections.base import Content, Leak, NamedSelection
 
 @dataclass(frozen=True, repr=False)
 class Stripes(NamedSelection):
-    """See ``stripes``."""
+    """Keys that a group of queries shares; made by ``stripes``."""
 
-    # The rows of a group share their stripes.
+    # The queries of a group share their keys.
     leak: ClassVar[Leak] = "block"
 
     theta: float = 12.0
@@ -34,27 +34,28 @@ class Stripes(NamedSelection):
     def __post_init__(self) -> None:
         if not np.isfinite(self.theta):
             raise ValueError(
-                f"stripes: theta={self.theta} must be finite: for every key, give one "
-                "far above any logit"
+                f"stripes: theta={self.theta} must be finite: to select every key, "
+                "give a number far above all logits"
             )
         for name, least in {"init": 0, "block": 1, "step": 1}.items():
             at_least("stripes", name, getattr(self, name), least)
 
     @property
     def group(self) -> int:
-        """Queries that share their stripes."""
+        """The number of queries that share their keys."""
         return self.block * self.step
 
     @override
     def choose(self, content: Content) -> Mapping[str, Array]:
-        """Bools ``chosen [batch, heads, groups, keys]``, groups from the first query.
+        """Chooses ``chosen``, bools ``[batch, heads, groups, keys]``.
 
-        Memory: a block of queries times the keys of a group, and the result.
+        Groups count from the first query. Memory: a block of queries times the keys of
+        a group, and the result.
         """
         if content.q_offset % self.group:
             raise ValueError(
                 f"stripes: q_offset={content.q_offset} must be a multiple of "
-                f"block * step = {self.group}, since groups are of positions"
+                f"block * step = {self.group}, so that a call begins with a whole group"
             )
         batch, heads, length, dim = content.q.shape
         groups = -(-length // self.group)
@@ -74,15 +75,16 @@ class Stripes(NamedSelection):
     def _group(
         self, q: Array, k: Array, row: Array, length: int, content: Content
     ) -> Array:
-        """The stripes of one group ``[batch, heads, keys]``.
+        """The keys of one group, bools ``[batch, heads, keys]``.
 
-        ``q`` is ``[batch, heads, step, block, head_dim]``, ``row`` ``[step, block]``.
+        ``q`` is ``[batch, heads, step, block, head_dim]``, ``row``, the index of each
+        query, ``[step, block]``.
         """
         num_keys = k.shape[2]
         start = content.q_offset + row[0, 0]
         near = start + jnp.arange(self.group)
         at = jnp.concatenate([jnp.arange(min(self.init, num_keys)), near])
-        # A key that is in both does no harm to a maximum.
+        # A key may be in both parts of `at`; that does not change a maximum.
         exists = at < num_keys
         keys = k[:, :, jnp.clip(at, 0, num_keys - 1)]
 
@@ -117,12 +119,32 @@ class Stripes(NamedSelection):
 def stripes(
     theta: float = 12.0, *, init: int = 128, block: int = 128, step: int = 16
 ) -> Stripes:
-    """The ``init`` first keys, those of the own group, and keys that come near to them.
+    """A query sees the first keys, its own group, and the keys of comparable logits.
 
-    Zhang et al., AnchorAttention, 2025: a group is ``step`` blocks of ``block``
-    queries. The anchor of a query is its greatest logit on the first keys and on its
-    group up to itself. Another key is seen by a whole group iff for some block of it
-    ``mean(q) . k * sm_scale + theta`` exceeds the mean anchor, in natural-log units.
-    The bits of the stripes take ``q_seq_len * kv_seq_len / 8`` bytes a head.
+    Zhang et al., AnchorAttention, 2025, section 3. A group is ``step`` blocks of
+    ``block`` queries. The anchor of a query is its greatest logit among the first keys
+    and the keys of its group up to itself. A group sees another key iff, for one of its
+    blocks, ``mean(q) . k * sm_scale + theta`` exceeds the mean anchor of the block. The
+    bits of these keys take ``q_seq_len * kv_seq_len / 8`` bytes a head.
+
+    Args:
+      theta: how far below the anchor a logit may be, in natural-log units.
+      init: how many of the first keys every query sees.
+      block: queries in a block.
+      step: blocks in a group.
+
+    Raises:
+      ValueError: ``theta`` is not finite, or a size is too small; in a call,
+        ``q_offset`` is not a multiple of the size of a group.
+
+    Example:
+      >>> from sadsl.selections import stripes
+      >>> spec = stripes(init=1, block=2, step=1)
+      >>> chosen = {spec.key("chosen"): [[[0, 0, 0, 0], [0, 1, 0, 0]]]}
+      >>> print(spec.dense(4, operands=chosen)[0].astype(int))
+      [[1 0 0 0]
+       [1 1 0 0]
+       [1 1 1 0]
+       [1 1 1 1]]
     """
     return Stripes(theta, init, block, step)

@@ -1,4 +1,4 @@
-"""Where chunks begin, by the attention that they get: labels for a predictor.
+"""Finds the boundaries of chunks from attention weights, as labels for a predictor.
 
 Xiong et al., Long-context modeling with dynamic hierarchical sparse attention for
 on-device LLMs, 2025, section 3.
@@ -24,19 +24,35 @@ def teacher_boundaries(
     suppress: int = 8,
     max_boundaries: int | None = None,
 ) -> Int32[Array, "batch length"]:
-    """1 where a chunk begins: where later queries stop to treat neighbours alike.
+    """Marks with 1 the positions where a chunk begins, for ``chunk_budget``.
 
-    The causal attention, averaged over heads, that the ``window`` keys up to ``c`` get
-    from the queries from ``c + window`` on is compared with that of the ``window`` keys
-    after ``c``. Where the greater is more than ``threshold`` times the smaller, a chunk
-    may begin at ``c + 1``: the greatest ratios first, none within ``suppress`` of a
-    better one, ``max_boundaries`` at most; the ends are left out. Position 0 begins
-    one.
+    Xiong et al., DHSA, 2025, section 3. For each position ``c``, it compares the causal
+    attention, averaged over heads, that later queries (from ``c + window`` on) give to
+    the ``window`` keys up to ``c`` and to the ``window`` keys after ``c``. A chunk may
+    begin at ``c + 1`` if one is more than ``threshold`` times the other. The greatest
+    ratios are taken first. A chunk begins at position 0, and none near to the ends.
+    Memory: ``length`` times about a hundred. It is not differentiable.
 
-    Memory: ``length`` times some hundred. Not differentiable.
+    Args:
+      q: queries ``[batch, length, num_q_heads, head_dim]``.
+      k: keys ``[batch, length, num_kv_heads, head_dim]``.
+      window: the number of keys on each side.
+      threshold: the ratio that a boundary must exceed.
+      suppress: no boundary is within this distance of one with a greater ratio.
+      max_boundaries: the most boundaries of a batch entry; None does not limit them.
+
+    Returns:
+      int32 ``[batch, length]``, pass it as ``operands={"boundaries": ...}``.
 
     Raises:
-      ValueError: q and k do not fit together.
+      ValueError: the shapes of q and k do not fit together, or a size is too small.
+
+    Example:
+      >>> import numpy as np
+      >>> teacher_boundaries(np.zeros((1, 8, 1, 4)), np.zeros((1, 9, 1, 4)))
+      Traceback (most recent call last):
+      ValueError: teacher_boundaries: q has shape (1, 8, 1, 4), k (1, 9, 1, 4): batch,
+        length and head_dim must be equal, the heads of q a multiple of those of k
     """
     batch, length, num_heads, dim = q.shape
     if k.shape[:2] != (batch, length) or num_heads % k.shape[2] or k.shape[3] != dim:
@@ -78,8 +94,8 @@ def mass_ratio(
 ) -> Float[Array, "batch length"]:
     """The ratio that ``teacher_boundaries`` compares, 0 near the ends.
 
-    Column sums from a row near the diagonal on are the whole sum less a few entries, so
-    one pass over blocks of rows is enough.
+    The sum of a column from a row near the diagonal downwards is the sum of the whole
+    column less a few entries, so one pass over blocks of rows is enough.
     """
     batch, length, num_heads, dim = q.shape
     group = num_heads // k.shape[2]
@@ -96,7 +112,7 @@ def mass_ratio(
         x, row = args
         logits = jnp.einsum("bhqd,bhkd->bhqk", x, keys)
         sees = jnp.broadcast_to(column[None, :] <= row[:, None], logits.shape)
-        # A logit that is no number is left out, and spoils no other.
+        # A logit that is not finite is left out and does not influence the others.
         weight = softmax(logits, sees & jnp.isfinite(logits)).mean(axis=1)
         weight = jnp.where((row < length)[None, :, None], weight, 0.0)
         # The entries 0, 1, ... left of the diagonal.
@@ -107,7 +123,7 @@ def mass_ratio(
     start = vary(jnp.zeros((batch, length)), queries, keys)
     total, band = jax.lax.scan(of_block, start, (queries, row))
     band = jnp.moveaxis(band, 0, 1).reshape(batch, -1, 2 * window - 1)
-    # Of column j, what rows j, j + 1, ... give: [batch, length, steps].
+    # The weights that rows j, j + 1, ... give to key j: [batch, length, steps].
     steps = [jnp.roll(band[:, :, t], -t, axis=1) for t in range(2 * window - 1)]
     gone = jnp.cumsum(jnp.stack(steps, axis=-1), axis=-1)[:, :length]
     zero = jnp.zeros((batch, length, 1))

@@ -36,7 +36,7 @@ class GridTiles:
 
     @override
     def __repr__(self) -> str:
-        return call_text(self)
+        return call_text(self, "tiles")
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ class WithinPart(IndexMap):
 
     @override
     def __repr__(self) -> str:
-        return call_text(self)
+        return call_text(self, "within")
 
 
 def within(partition: Partition) -> WithinPart:
@@ -182,7 +182,7 @@ def positions(partition: Partition, length: int) -> tuple[np.ndarray, np.ndarray
 def grouped(
     x: Array, partition: Partition, axis: int
 ) -> tuple[Array, Bool[np.ndarray, "parts most"]]:
-    """Splits an axis into ``[parts, most]``, zeros where a part is shorter than ``most``.
+    """Splits an axis into ``[parts, most]``, with zeros where a part is shorter.
 
     Also returns which entries are not padding.
     """

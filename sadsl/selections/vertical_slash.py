@@ -1,7 +1,7 @@
-"""Columns and slashes that the last queries attend to: vertical-slash heads.
+"""Selects the columns and slashes to which the last queries attend most.
 
-A few queries are attended with exactly; what they give to a column (a key) and to a
-slash (an offset ``q - k``) says which columns and slashes all queries see.
+A column is a key, a slash is an offset ``q - k``. The exact attention of a few queries
+says which columns and slashes all queries see.
 Jiang et al., MInference 1.0, 2024, section 3; Lai et al., FlexPrefill, 2025.
 """
 
@@ -23,9 +23,9 @@ MODALITY = "the integers [batch or 1, length] that name the modality of every po
 
 
 class LineMass(NamedTuple):
-    """What the last queries give to each column and slash, ``[..., keys or offsets]``.
+    """The attention that the last queries give to each column and each slash.
 
-    What none of them sees with a finite logit has ``-inf``.
+    It is ``-inf`` for a column or a slash that none of them sees with a finite logit.
     """
 
     columns: Float32[Array, "... keys"]
@@ -40,11 +40,11 @@ def shared_mass(
     keys: Bool[Array, " keys"],
     num_offsets: int,
 ) -> LineMass:
-    """The mean over ``rows`` of their causal softmax, summed by column and by slash.
+    """The mean causal softmax of some rows, summed by column and by slash.
 
-    Row ``i`` of ``q``, already scaled, is at position ``last - (len(q) - 1) + i``; only
-    those in ``rows`` count, and only mass on ``keys`` is reported, though the softmax
-    is over all. Logits that are NaN or inf count as missing. Memory: rows times keys.
+    Row ``i`` of ``q``, already scaled, is at position ``last - (len(q) - 1) + i``. Only
+    those in ``rows`` count. The softmax is over all keys, but the sums are over
+    ``keys`` only. Logits of NaN or infinity are left out. Memory: rows times keys.
     """
     num_rows, num_keys = q.shape[-2], k.shape[-2]
     position = last - (num_rows - 1) + jnp.arange(num_rows)
@@ -86,10 +86,10 @@ def best(
     count: int | Integer[Array, "..."],
     forced: Bool[Array, "..."] | None = None,
 ) -> Bool[Array, "... n"]:
-    """The ``count`` greatest scores, those ``forced`` first, ties to the lower index.
+    """The ``count`` greatest scores of each row; ties go to the lower index.
 
-    ``count`` is a number, or one for each row of scores. Forced ones fill the budget
-    and are taken whatever their score; another that is NaN or inf is never taken.
+    ``count`` is a number, or one for each row. The ``forced`` entries are taken first,
+    whatever their scores, and count; others of NaN or infinity are never taken.
     """
     competing = jnp.isfinite(scores)
     count = jnp.broadcast_to(jnp.asarray(count), scores.shape[:-1])
@@ -106,9 +106,9 @@ def best(
 def covering(
     mass: Float[Array, "... n"], share: float, least: int
 ) -> Integer[Array, "..."]:
-    """How many of the greatest masses to take: one more than stay within ``share``.
+    """How many of the greatest masses to take: one more than add up to ``share``.
 
-    At least ``least``, at most all. Rows need not add up to 1.
+    It is at least ``least`` and at most all. Rows need not add up to 1.
     """
     finite = jnp.where(jnp.isfinite(mass), mass.astype(jnp.float32), 0.0)
     within = jnp.cumsum(-jnp.sort(-finite, axis=-1), axis=-1) <= share
@@ -117,7 +117,7 @@ def covering(
 
 @dataclass(frozen=True, repr=False)
 class _Estimated(NamedSelection):
-    """Columns and slashes chosen by the mass that the last queries give to them."""
+    """Columns and slashes that are chosen by the attention of the last queries."""
 
     leak: ClassVar[Leak] = "all"
 
@@ -130,7 +130,7 @@ class _Estimated(NamedSelection):
 
 @dataclass(frozen=True, repr=False)
 class VerticalSlash(_Estimated):
-    """See ``vertical_slash``."""
+    """A fixed number of columns and slashes; made by ``vertical_slash``."""
 
     vertical: int
     slash: int
@@ -156,7 +156,7 @@ class VerticalSlash(_Estimated):
 
     @override
     def choose(self, content: Content) -> Mapping[str, Array]:
-        """Bools, ``columns [batch, heads, keys]`` and ``slashes``, by offset, alike."""
+        """Chooses bools ``columns [batch, heads, keys]``, and ``slashes`` by offset."""
         end = content.q_offset + content.q.shape[2]
         label = None
         if self.operands:
@@ -173,7 +173,10 @@ class VerticalSlash(_Estimated):
 
 
 class EstimatingRows(NamedTuple):
-    """Which queries estimate, and for which keys: the last ones, of a modality."""
+    """The queries whose attention is computed, and the keys that compete.
+
+    They are the ``last`` queries (of a modality) and all keys (or those of one).
+    """
 
     last: int
     queries: int | None = None
@@ -183,7 +186,7 @@ class EstimatingRows(NamedTuple):
 def _estimate(
     rows: EstimatingRows, content: Content, label: Array | None = None
 ) -> tuple[LineMass, Array]:
-    """The mass of the last rows, and the keys that compete, ``[batch or 1, keys]``."""
+    """The mass of the last rows, and which keys compete, ``[batch or 1, keys]``."""
     q, k = content.queries() * content.sm_scale, content.keys()
     offset, num_queries, num_keys = content.q_offset, q.shape[2], k.shape[2]
     num_rows = min(rows.last, num_queries)
@@ -202,7 +205,7 @@ def _estimate(
             mine = label[offset:end] == rows.queries
         place = jnp.arange(num_queries)
         last = jnp.max(jnp.where(mine, place, -1))
-        # The last span begins after the last query before it of another modality.
+        # The last span starts after the query before it that has another modality.
         before = jnp.max(jnp.where(~mine & (place < last), place, -1))
         at = last - (num_rows - 1) + jnp.arange(num_rows)
         span = (at > before) & (at >= 0)
@@ -214,7 +217,11 @@ def _estimate(
 
 
 def labels(content: Content, least: int) -> Integer[Array, "batch length"]:
-    """The operand ``modality``, checked: integers for ``least`` positions or more."""
+    """The operand ``modality``, integers for at least ``least`` positions.
+
+    Raises:
+      ValueError: it is missing, not of integers or too short.
+    """
     found = content.operand("modality", MODALITY)
     if not jnp.issubdtype(found.dtype, jnp.integer):
         raise ValueError(f"operand 'modality' has dtype {found.dtype}: pass {MODALITY}")
@@ -228,7 +235,7 @@ def labels(content: Content, least: int) -> Integer[Array, "batch length"]:
 
 @dataclass(frozen=True, repr=False)
 class VerticalSlashMass(_Estimated):
-    """See ``vertical_slash_mass``."""
+    """A share of the attention; made by ``vertical_slash_mass``."""
 
     mass: float
     last: int = 512
@@ -240,7 +247,7 @@ class VerticalSlashMass(_Estimated):
         if not 0 <= self.mass <= 1:
             raise ValueError(
                 f"vertical_slash_mass: mass={self.mass} is a share of the attention: "
-                "give one of 0 to 1"
+                "give a number from 0 to 1"
             )
         at_least("vertical_slash_mass", "last", self.last, 1)
         for name in ("least", "forced_columns", "forced_slashes"):
@@ -248,7 +255,7 @@ class VerticalSlashMass(_Estimated):
 
     @override
     def choose(self, content: Content) -> Mapping[str, Array]:
-        """Bools, ``columns [batch, heads, keys]`` and ``slashes``, by offset, alike."""
+        """Chooses bools ``columns [batch, heads, keys]``, and ``slashes`` by offset."""
         mass, _ = _estimate(EstimatingRows(self.last), content)
 
         def enough(x: Array, forced: int) -> Array:
@@ -271,16 +278,36 @@ def vertical_slash(
     queries: int | None = None,
     keys: int | None = None,
 ) -> VerticalSlash:
-    """A query sees ``vertical`` columns of the past and ``slash`` offsets to it.
+    """A query sees some keys (columns) and some offsets ``q - k`` (slashes) of the past.
 
-    Jiang et al., MInference 1.0, 2024, section 3: head by head, those with the greatest
-    mass in the causal softmax of the ``last`` queries, so later tokens decide. The
-    first ``forced_columns`` keys and the nearest ``forced_slashes`` offsets come first
-    and count in the budget; ties go to the lower index.
+    Jiang et al., MInference 1.0, 2024, section 3. Each head keeps the columns and the
+    slashes that have the greatest mass in the causal softmax of the last queries, so
+    the choice depends on later tokens. Ties go to the lower index.
 
-    With ``queries=m`` the rows are the last of the last span of modality ``m``, and
-    with ``keys=m`` only keys of modality ``m`` compete (Li et al., MMInference, 2025);
-    ``operands={"modality": ints [length]}`` then names the modality of each position.
+    Args:
+      vertical: the number of columns.
+      slash: the number of slashes.
+      last: how many of the last queries are evaluated.
+      forced_columns: how many of the first keys are always kept; they count.
+      forced_slashes: how many of the nearest offsets are always kept; they count.
+      queries: a modality: the rows are the last ones of its last span (Li et al.,
+        MMInference, 2025). The operand ``modality``, integers ``[length]``, then gives
+        the modality of each position.
+      keys: a modality: only its keys compete as columns.
+
+    Raises:
+      ValueError: a size is too small; in a call, ``modality`` is missing or not valid.
+
+    Example:
+      >>> from sadsl.selections import vertical_slash
+      >>> spec = vertical_slash(1, 2)
+      >>> parts = {"columns": [[0, 1, 0, 0]], "slashes": [[1, 0, 0, 1]]}  # [heads, ...]
+      >>> operands = {spec.key(name): part for name, part in parts.items()}
+      >>> print(spec.dense(4, operands=operands)[0].astype(int))
+      [[1 0 0 0]
+       [0 1 0 0]
+       [0 1 1 0]
+       [1 1 0 1]]
     """
     return VerticalSlash(
         vertical, slash, last, forced_columns, forced_slashes, queries, keys
@@ -295,11 +322,26 @@ def vertical_slash_mass(
     forced_columns: int = 4,
     forced_slashes: int = 64,
 ) -> VerticalSlashMass:
-    """``vertical_slash`` with budgets that each head takes by itself.
+    """``vertical_slash`` whose numbers of columns and slashes each head finds itself.
 
     Lai et al., FlexPrefill, 2025, in the form of Nawrot et al., The sparse frontier,
-    2025: among columns, and among slashes, one more than the greatest that together
-    stay within ``mass`` of the attention of the ``last`` queries; ``least`` at least,
-    and all at most. Forced ones count.
+    2025. The number of columns, and that of slashes, is one more than the greatest
+    number of them that together hold at most the share ``mass`` of the attention.
+
+    Args:
+      mass: the share of the attention of the last queries, from 0 to 1.
+      last: how many of the last queries are evaluated.
+      least: the least number of columns and of slashes.
+      forced_columns: how many of the first keys are always kept; they count.
+      forced_slashes: how many of the nearest offsets are always kept; they count.
+
+    Raises:
+      ValueError: ``mass`` is not from 0 to 1, or a size is too small.
+
+    Example:
+      >>> import sadsl as sa
+      >>> from sadsl.selections import vertical_slash_mass
+      >>> sa.sinks(4) & vertical_slash_mass(0.95, least=64)
+      sinks(4) & vertical_slash_mass(0.95, least=64)
     """
     return VerticalSlashMass(mass, last, least, forced_columns, forced_slashes)
