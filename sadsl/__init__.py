@@ -1,10 +1,22 @@
-"""A sparse-attention compiler for JAX: patterns are expressions, kernels are derived.
+"""A sparse-attention compiler for JAX: write a pattern, and it derives the kernels.
 
-``causal() & (window(512) | sinks(4))`` is an index map; ``attention(q, k, v, map)``
-runs it on CPU, TPU or GPU with gradients; ``plan`` counts what it visits and ``lower``
-shows every stage down to the kernel. Layers are in ``sadsl.layers``, pictures in
-``sadsl.plot``, published mechanisms in ``sadsl.catalog``: import them by name, they are
-not loaded with this module.
+An index map such as ``causal() & (window(512) | sinks(4))`` says which keys a query
+sees. ``attention(q, k, v, map)`` computes attention on CPU, TPU or GPU, with gradients.
+``plan`` counts the blocks and pairs that it visits; ``lower`` shows every stage down to
+the kernel. Import ``sadsl.layers`` (Flax layers), ``sadsl.plot`` (pictures) and
+``sadsl.catalog`` (published mechanisms) by name: ``import sadsl`` does not load them.
+
+>>> import sadsl as sa
+>>> spec = sa.causal() & (sa.window(2) | sa.sinks(1))
+>>> print(spec.picture(6))
+#.....
+##....
+###...
+####..
+#.###.
+#..###
+>>> sa.plan(spec, 1024, block_q=128, block_kv=128).num_pairs
+4086
 """
 
 from importlib import metadata as _metadata
@@ -92,7 +104,7 @@ from sadsl.text.parsing import parse as parse
 
 __version__ = _metadata.version("sadsl")
 
-# Each name is the object that its module defines; `dir` shows no modules.
+# Each name is the object that its module defines. `dir(sadsl)` shows no modules.
 __all__ = [
     "Cache",
     "Compiled",

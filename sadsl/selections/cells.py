@@ -200,7 +200,7 @@ class Cells(Selection):
     def _holding(
         self, a: IndexMap | None, sides: CellSides, value: bool
     ) -> Bool[Array, "1 heads_or_1 rows columns"]:
-        """The cells that hold a pair of ``a``; ``value`` for all cells if it is None."""
+        """The cells that hold a pair of ``a``; ``value`` for all if it is None."""
         if a is not None:
             return holding(a, sides.rows, sides.columns, sides.problem)[None]
         problem = sides.problem

@@ -137,17 +137,6 @@ class Kmeans(NamedSelection):
             )
         return window
 
-    def coverage(self, n: int) -> float:
-        """An upper bound of the share of ``n`` positions that are in a cluster.
-
-        A position in no cluster yields 0. Some are in none if the bound is below 1,
-        which means ``num_clusters * window < n``, and mostly at 1 too, since clusters
-        may overlap.
-        """
-        if self.members == "argmax":
-            return 1.0
-        return min(1.0, self.num_clusters * self.size(n) / n)
-
     @override
     def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
         if self.members == "argmax":

@@ -278,7 +278,7 @@ def vertical_slash(
     queries: int | None = None,
     keys: int | None = None,
 ) -> VerticalSlash:
-    """A query sees some keys (columns) and some offsets ``q - k`` (slashes) of the past.
+    """A query sees some keys of the past (columns) and some offsets to it (slashes).
 
     Jiang et al., MInference 1.0, 2024, section 3. Each head keeps the columns and the
     slashes that have the greatest mass in the causal softmax of the last queries, so

@@ -1,1 +1,1 @@
-"""Specs as text, as JSON and as files."""
+"""Converts specs and plans to text, JSON and files, and back."""

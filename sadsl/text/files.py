@@ -1,7 +1,7 @@
-"""Specs and plans in files: specs as JSON, plans as compressed NumPy archives.
+"""Saves specs as JSON files and plans as compressed NumPy archives, and loads them.
 
-A file says of itself which format it has and holds a hash of its content. Loading
-never runs anything from a file: specs are read by ``parse``, arrays without pickle.
+A file holds the version of its format and a hash of its content. Loading never runs
+code from a file: specs are read by ``parse``, arrays without pickle.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ from pallas_kernels.block_mask import BlockMask, check
 from sadsl.terms.base import Spec
 from sadsl.text.parsing import parse
 
-# Raised whenever an older reader would misunderstand a file.
+# Increase a version whenever an older reader would misunderstand a file.
 SPEC_FORMAT = 1
 PLAN_FORMAT = 2
 
-# What the fields of a plan are made of beside numbers, by name.
+# The classes that occur in the fields of a plan, by name.
 KINDS = {
     kind.__name__: kind
     for kind in (*get_args(ir.Expr), *get_args(ir.Pred), Axis, Layout, Layouts)
 }
-# A plan on the host takes a test a map: ``test_of_map`` is for those made at run time.
+# The arrays of a plan. Only plans made at run time have ``test_of_map``.
 ARRAYS = tuple(
     f.name
     for f in fields(BlockMask)
@@ -44,8 +44,8 @@ ARRAYS = tuple(
 )
 STATICS = tuple(f.name for f in fields(BlockMask) if f.metadata.get("static"))
 
-# What the readers of an archive raise where it is none, or torn. RuntimeError: a flag
-# says that it is encrypted, or compressed in another way.
+# The errors of the readers for a file that is not an archive or is damaged. They raise
+# RuntimeError if a flag says that it is encrypted or compressed in another way.
 UNREADABLE = (
     zipfile.BadZipFile, zlib.error, struct.error, ValueError, EOFError, OSError,
     RuntimeError,
@@ -53,17 +53,22 @@ UNREADABLE = (
 
 
 def to_json(spec: Spec | str) -> str:
-    """The JSON text of a spec.
+    """The JSON text of a spec; ``from_json`` reads it back.
 
     Raises:
-      ValueError: the spec has no text of its own, as a map of a class of the caller's.
+      ValueError: the spec holds a map of a class of the caller's, which has no text.
+
+    Example:
+      >>> import sadsl as sa
+      >>> from_json(to_json(sa.causal() & sa.window(4)))
+      causal() & window(4)
     """
     spec = parse(spec) if isinstance(spec, str) else spec
     text = repr(spec)
     if not _is_text_of(text, spec):
         raise ValueError(
             f"spec={text} is not what parse reads from that text: only maps of this "
-            "library have one, so write a map of your own as where(lambda q, k: ...)"
+            "library have a text, so write a map of your own as where(lambda q, k: ...)"
         )
     content = {
         "format": SPEC_FORMAT,
@@ -81,38 +86,12 @@ def _is_text_of(text: str, spec: Spec) -> bool:
         return False
 
 
-def from_json(text: str) -> Spec:
-    """The spec of a JSON text that ``to_json`` wrote.
+def from_json(text: str, where: str = "the text") -> Spec:
+    """The spec of a JSON text that ``to_json`` wrote; errors call the text ``where``.
 
     Raises:
-      ValueError: the text is something else, of another format, or has been changed.
+      ValueError: the text is something else, of another format, or was changed.
     """
-    return _spec(text, "the text")
-
-
-def save(spec: Spec | str, path: str | PathLike) -> None:
-    """Writes a spec to a file, as JSON that people can read.
-
-    Raises:
-      ValueError: the spec has no text of its own (see ``to_json``).
-    """
-    Path(path).write_text(to_json(spec), encoding="utf-8")
-
-
-def load(path: str | PathLike) -> Spec:
-    """The spec that ``save`` wrote to a file.
-
-    Raises:
-      ValueError: the file is something else, of another format, or has been changed.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        _not_ours(f"{str(path)!r}", "a spec", "save", str(error), error)
-    return _spec(text, f"{str(path)!r}")
-
-
-def _spec(text: str, where: str) -> Spec:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -123,8 +102,56 @@ def _spec(text: str, where: str) -> Spec:
     return parse(content["spec"])
 
 
+def save(spec: Spec | str, path: str | PathLike) -> None:
+    """Writes a spec to a file, as JSON that people can read.
+
+    Args:
+      spec: a map, a term, or the text of one.
+      path: the file, which is overwritten.
+
+    Raises:
+      ValueError: the spec holds a map of a class of the caller's, which has no text.
+
+    Example:
+      >>> import sadsl as sa, tempfile, pathlib
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "spec.json"
+      ...     sa.save(sa.causal() & sa.window(512), path)
+      ...     sa.load(path)
+      causal() & window(512)
+    """
+    Path(path).write_text(to_json(spec), encoding="utf-8")
+
+
+def load(path: str | PathLike) -> Spec:
+    """The spec that ``save`` wrote to a file; see there for an example.
+
+    Raises:
+      ValueError: the file is something else, of another format, or was changed.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        _not_ours(f"{str(path)!r}", "a spec", "save", str(error), error)
+    return from_json(text, f"{str(path)!r}")
+
+
 def save_plan(plan: Plan, path: str | PathLike) -> None:
-    """Writes a plan to a file: its runs, its sizes and its maps, compressed."""
+    """Writes a plan to a file: its runs, its sizes and its maps, compressed.
+
+    Args:
+      plan: the result of ``sadsl.plan``.
+      path: the file, which is overwritten.
+
+    Example:
+      >>> import sadsl as sa, tempfile, pathlib
+      >>> plan = sa.plan(sa.causal(), 64, block_q=16, block_kv=16)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "causal.npz"
+      ...     sa.save_plan(plan, path)
+      ...     sa.load_plan(path).num_full == plan.num_full
+      True
+    """
     meta = json.dumps(plan_meta(plan), separators=(",", ":")).encode()
     arrays = {name: np.asarray(getattr(plan.mask, name)) for name in ARRAYS}
     digest = _plan_hash(meta, arrays).encode()
@@ -136,10 +163,10 @@ def save_plan(plan: Plan, path: str | PathLike) -> None:
 
 
 def load_plan(path: str | PathLike) -> Plan:
-    """The plan that ``save_plan`` wrote to a file; it counts as the one saved did.
+    """The plan that ``save_plan`` wrote to a file; see there for an example.
 
     Raises:
-      ValueError: the file is something else, of another format, or has been changed.
+      ValueError: the file is something else, of another format, or was changed.
     """
     where, kind = f"{str(path)!r}", ("a plan", "save_plan")
     held = _archive(Path(path).read_bytes(), where)
@@ -153,7 +180,7 @@ def load_plan(path: str | PathLike) -> Plan:
     except (ValueError, RecursionError) as error:
         _not_ours(where, *kind, f"its sizes are not JSON ({error})", error)
     _check_fields(meta, where, *kind, {"num_heads": int, "mask": dict, "maps": list})
-    # First the format: that of the hash depends on it.
+    # The format comes first, since the way to hash depends on it.
     _check_format(meta["format"], PLAN_FORMAT, where, "save_plan")
     actual = _plan_hash(text["meta"], arrays)
     _check_hash(actual, text["sha256"].decode("ascii", "replace"), where)
@@ -164,7 +191,7 @@ def load_plan(path: str | PathLike) -> Plan:
 
 
 def plan_meta(plan: Plan) -> dict[str, Any]:
-    """All of a plan but its arrays, as JSON has it."""
+    """All of a plan except its arrays, as values for JSON."""
     return {
         "format": PLAN_FORMAT,
         "sadsl": version("sadsl"),
@@ -178,7 +205,7 @@ def plan_meta(plan: Plan) -> dict[str, Any]:
 
 
 def plan_from_meta(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Plan:
-    """The plan of ``plan_meta`` and the arrays of its runs."""
+    """The plan of what ``plan_meta`` returned and the arrays of its runs."""
     held: dict[str, Any] = {name: arrays[name] for name in ARRAYS}
     held |= {name: meta["mask"][name] for name in STATICS}
     mask = BlockMask(**held)
@@ -189,10 +216,10 @@ def plan_from_meta(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) ->
 
 
 def _encoded(value: Any) -> Any:
-    """One of ``KINDS`` as ``[kind, field, ...]``; a tuple as the list of its items.
+    """Encodes a node as ``[class name, field, ...]``, and a tuple as a list.
 
-    Not as the text of a map: ``parse`` takes what a user writes, and the maps of a plan
-    have been lowered since (an operand may be read at ``q - 3``).
+    The text of a map would not do: ``parse`` reads what a user may write, and the maps
+    of a plan have been lowered since (an operand may be read at ``q - 3``).
     """
     if is_dataclass(value):
         held = [getattr(value, f.name) for f in fields(value)]
@@ -205,6 +232,7 @@ def _encoded(value: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
+    """The inverse of ``_encoded``."""
     match value:
         case [str(kind), *held]:
             return KINDS[kind](*(_decoded(item) for item in held))
@@ -234,7 +262,7 @@ def _sha256(*parts: bytes) -> str:
 
 
 def _plan_hash(meta: bytes, arrays: Mapping[str, np.ndarray]) -> str:
-    # Names, types and shapes keep the bytes of one array apart from those of the next.
+    # Names, dtypes and shapes separate the bytes of one array from those of the next.
     parts = [meta]
     for name in ARRAYS:
         x = arrays[name]
@@ -266,8 +294,8 @@ def _check_hash(actual: str, stored: str, where: str) -> None:
     if actual != stored:
         raise ValueError(
             f"{where} has been changed or damaged: the sha256 of its content is "
-            f"{actual[:12]}…, and it says {stored[:12]}…: restore the file, or write "
-            "it again"
+            f"{actual[:12]}…, but it should be {stored[:12]}…: restore the file, or "
+            "write it again"
         )
 
 

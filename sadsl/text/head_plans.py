@@ -1,7 +1,7 @@
-"""Plans that give every layer and head its own spec, as JSON or as a table.
+"""Reads and writes head plans: a spec for every layer and head, as JSON or as a table.
 
-Such plans are found offline, by profiling or by search, and kept beside a model: MoA
-(Fu et al., 2024) gives a span to each head, S2-Attention (Lin et al., 2024) a phase,
+Such plans are found offline, by profiling or by search, and stored with a model. MoA
+(Fu et al., 2024) gives each head a span, S2-Attention (Lin et al., 2024) a phase;
 retrieval heads (Wu et al., 2024) are dense where all others are local.
 """
 
@@ -22,7 +22,7 @@ from sadsl.terms.base import Spec
 from sadsl.terms.heads import Heads, heads
 from sadsl.text.parsing import parse
 
-# What an entry may say about its heads, one row a kind; the first name decides.
+# The fields of an entry, one row for each kind; the first field decides the kind.
 KINDS = (("spec", "count"), ("alpha", "beta"), ("window", "dilation", "sinks"))
 PLACE = ("layer", "head")
 
@@ -32,35 +32,44 @@ def read_head_plan(
 ) -> tuple[Spec, ...]:
     """The spec of every layer, for ``SparseAttention(spec=plan, layer=i)``.
 
-    JSON has the layers in order, each one spec for all heads or a list of heads::
+    JSON has the layers in order, each with one spec for all heads or a list of heads::
 
         {"layers": ["causal()", {"heads": [
             "causal()", {"spec": "causal() & window(128)", "count": 3},
             {"window": 512, "dilation": 2, "sinks": 4}, {"alpha": -64, "beta": 0.5}]}]}
 
-    A table has a row for each layer and head, in any order, counted from 0, and the
-    columns of one kind of entry::
+    A table has a row for each layer and head, counted from 0 and in any order. Its
+    other columns are the fields of one kind of entry::
 
         layer,head,window,dilation
         0,0,128,1
         0,1,,4
 
-    ``window`` is the number of keys before the query that a head reaches back to, all
-    of them if empty; ``dilation`` keeps every so-maniest of those; ``sinks`` first keys
-    are kept as well. ``alpha`` and ``beta`` are the span ``alpha + beta * n`` of
-    ``sadsl.catalog.moa``. MoA's own files (``{"alphas": [[...]], "betas": [[...]]}``, a
-    row a layer) are read too. All entries are causal, but for texts, which say so.
+    ``window`` is how many keys before the query a head reaches; all if it is empty.
+    ``dilation`` keeps every ``dilation``-th key of these; ``sinks`` is how many of the
+    first keys are kept too. ``alpha`` and ``beta`` give the span ``alpha + beta * n``
+    of ``sadsl.catalog.moa``. MoA's own files are read as well: ``{"alphas": [[...]],
+    "betas": [[...]]}``, a row for each layer. All entries are causal except specs,
+    which say so themselves.
 
-    A layer becomes one map where its heads are alike, ``per_head(...)`` where they are
-    maps (a plan for key heads then also fits query heads, in equal groups), and
-    ``heads(...)`` where some are terms.
+    A layer becomes one spec if its heads are equal; ``per_head(...)`` if they are maps
+    (a plan for key heads then also fits query heads, in equal groups); and
+    ``heads(...)`` if some are terms.
 
     Args:
-      source: a path, or the text of such a file, or JSON that was read already.
-      num_heads: query heads of the model; each layer must fit them, if given.
+      source: a path, or the text of such a file, or the content of a JSON file.
+      num_heads: query heads of the model, to check each layer; None checks nothing.
 
     Raises:
-      ValueError: it is no plan, or does not fit; the message says where.
+      ValueError: it is not a plan, or does not fit; the message says where.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.read_head_plan({"layers": [
+      ...     "causal()", {"heads": [{"window": 8}, {"window": 8, "sinks": 1}]}]})
+      (causal(), per_head(causal() & window(8), causal() & (window(8) | sinks(1))))
+      >>> sa.read_head_plan("layer,head,window\\n0,0,128\\n0,1,512")
+      (per_head(causal() & window(128), causal() & window(512)),)
     """
     where = ""
     if isinstance(source, PathLike):
@@ -79,10 +88,25 @@ def read_head_plan(
 
 
 def write_head_plan(plan: Iterable[Spec]) -> str:
-    """The JSON text of a plan; ``read_head_plan(write_head_plan(plan)) == plan``.
+    """The JSON text of a plan, which ``read_head_plan`` reads back.
+
+    Args:
+      plan: the spec of every layer.
 
     Raises:
-      ValueError: a spec has no text, as a map of a class of the caller's.
+      ValueError: a spec holds a map of a class of the caller's, which has no text.
+
+    Example:
+      >>> import sadsl as sa
+      >>> text = sa.write_head_plan([sa.causal(), sa.window(8)])
+      >>> print(text)
+      {"layers": [
+        {"spec": "causal()"},
+        {"spec": "window(8)"}
+      ]}
+      <BLANKLINE>
+      >>> sa.read_head_plan(text)
+      (causal(), window(8))
     """
     found = [_written(spec, f"layers[{i}]: ") for i, spec in enumerate(plan)]
     lines = ",\n".join(f"  {json.dumps(layer)}" for layer in found)
@@ -173,15 +197,15 @@ def _from_table(text: str, where: str) -> list[Spec]:
     found: dict[tuple[int, int], Spec] = {}
     for row in reader:
         place = f"{where}line {reader.line_num}, "
-        # csv puts cells beyond the columns under None, and None for cells that lack.
+        # csv files extra cells under the name None, and gives None for missing cells.
         if None in row or None in row.values():
-            _fail(place, f"has not the {len(columns)} cells of the columns {columns}")
+            _fail(place, f"does not have the {len(columns)} cells of {columns}")
         layer, head = (_integer(row[n], f"{place}column {n}: ", 0) for n in PLACE)
         cell = layer, head
         if cell in found:
-            _fail(place, f"layer {layer}, head {head} stands there twice")
+            _fail(place, f"layer {layer}, head {head} has two rows: give it one")
         given = {n: x for n, x in row.items() if n not in PLACE and x.strip()}
-        # An empty window is one without an end.
+        # An empty window reaches back to the first key.
         endless = {"window": None} if "window" in columns else {}
         found[cell], count = _entry({**endless, **given}, f"{place}column ")
         if count != 1:
@@ -190,7 +214,7 @@ def _from_table(text: str, where: str) -> list[Spec]:
 
 
 def _in_order(found: Mapping[tuple[int, int], Spec], where: str) -> list[Spec]:
-    """The layers of a table, whose rows stand in any order."""
+    """The spec of every layer, from the specs by layer and head."""
     layers = []
     for layer in range(1 + max((i for i, _ in found), default=-1)):
         own = sorted(h for i, h in found if i == layer)
@@ -203,7 +227,7 @@ def _in_order(found: Mapping[tuple[int, int], Spec], where: str) -> list[Spec]:
 
 
 def _entry(fields: Mapping[str, Any], where: str) -> tuple[Spec, int]:
-    """The spec of an entry, and the heads that it is for."""
+    """The spec of an entry, and for how many heads it is."""
     kind = next((kind for kind in KINDS if kind[0] in fields), None)
     known = "; ".join(", ".join(kind) for kind in KINDS)
     if kind is None:
@@ -235,7 +259,7 @@ def _span(alpha: float, beta: float, **options: int) -> IndexMap:
 
 
 def _windowed(reach: int | None, step: int, first: int) -> IndexMap:
-    """Every ``step``-th of the last ``reach`` keys, and the ``first`` ones; causal."""
+    """A causal map: each ``step``-th of the last ``reach`` keys, and the ``first`` keys."""
     if reach is None:
         near = None if step == 1 else strided(step)
     else:
@@ -246,7 +270,7 @@ def _windowed(reach: int | None, step: int, first: int) -> IndexMap:
 
 
 def _joined(specs: Sequence[Spec]) -> Spec:
-    """One spec for heads that have one each."""
+    """One spec for a layer, from the spec of each head."""
     if len(set(specs)) == 1:
         return specs[0]
     maps = [spec for spec in specs if isinstance(spec, IndexMap)]
@@ -270,6 +294,7 @@ def _check_heads(spec: Spec, num_heads: int | None, where: str) -> None:
 
 
 def _written(spec: Spec, where: str) -> Any:
+    """A layer as values for JSON: a list of heads if that reads back, else one spec."""
     match spec:
         case PerHead(maps):
             entries: list[Any] = [repr(map) for map in maps]
@@ -285,7 +310,7 @@ def _written(spec: Spec, where: str) -> Any:
     if found != spec:
         _fail(where, f"parse reads another spec from the text {text}")
     by_head = {"heads": entries}
-    # Some specs are for heads, but are read from a list of heads as another one.
+    # A list of heads may read back as another spec, since equal heads are joined.
     return by_head if entries and _layer(by_head, where) == spec else {"spec": text}
 
 

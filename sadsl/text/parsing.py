@@ -1,7 +1,8 @@
-"""Spec <-> text: ``causal() & (window(512) | sinks(4))`` by a small safe grammar.
+"""Parses the text of a spec, such as ``causal() & (window(512) | sinks(4))``.
 
-The grammar is that of Python expressions, read by Python's own parser and built from a
-closed list of names and operators; nothing is ever evaluated.
+The grammar is a part of that of Python expressions. Python's own parser makes a syntax
+tree; the spec is built from it with a closed list of names and operators. The text is
+never evaluated.
 """
 
 import ast
@@ -94,16 +95,32 @@ COMPARISONS: Mapping[type, Callable[[Any, Any], Any]] = {
 
 
 def parse(text: str) -> Spec:
-    """The spec that ``text`` spells; ``parse(repr(spec)) == spec``.
+    """The spec that a text describes; ``parse(repr(spec)) == spec`` for every spec.
+
+    Args:
+      text: a map or a term, written with the functions of ``sadsl`` and
+        ``sadsl.selections``; it may have several lines.
 
     Raises:
-      ValueError: the text is not in the grammar; the message points at the place.
+      ValueError: the text is not in the grammar; the message shows the position.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.parse("causal() & (window(512) | sinks(4))") == (
+      ...     sa.causal() & (sa.window(512) | sa.sinks(4)))
+      True
+      >>> sa.parse("causal() and sinks(4)")
+      Traceback (most recent call last):
+      ValueError: at position 0, the spec uses `and` or `or`: write `&` or `|`, in
+        parentheses
+        causal() and sinks(4)
+        ^
     """
     text = text.strip()
     if not text:
         _fail(text, 0, "is empty: write a map such as causal()")
     try:
-        # In parentheses, so that a spec may stand on several lines.
+        # The parentheses allow a spec of several lines.
         tree = ast.parse(f"({text}\n)", mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         place = getattr(error, "lineno", None) or 1, getattr(error, "offset", None) or 2
@@ -116,7 +133,7 @@ def parse(text: str) -> Spec:
 
 
 def _column(text: str, line: int, column: int) -> int:
-    """The place in ``text`` of a column of a line of ``text`` in parentheses."""
+    """The position in ``text`` of a line and column of ``(text)``, as Python counts."""
     before = sum(len(x) + 1 for x in text.split("\n")[: line - 1])
     return min(max(0, before + column - (line == 1)), len(text))
 
@@ -124,7 +141,7 @@ def _column(text: str, line: int, column: int) -> int:
 def _fail(
     text: str, column: int, what: str, cause: Exception | None = None
 ) -> NoReturn:
-    # A long spec is shown around the place.
+    # The message shows 80 characters around the position.
     left = max(0, column - 40)
     shown = text[left : left + 80].replace("\n", " ")
     raise ValueError(
@@ -133,7 +150,7 @@ def _fail(
 
 
 class _Reader:
-    """Builds values from a syntax tree; ``names`` are the arguments of a lambda."""
+    """Builds the values of a syntax tree; ``names`` maps the arguments of a lambda."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -141,7 +158,7 @@ class _Reader:
     def fail(
         self, node: ast.expr, what: str, cause: Exception | None = None
     ) -> NoReturn:
-        # The parser counts bytes of a line; the message counts characters.
+        # The parser counts columns in bytes; the message counts characters.
         line = f"({self.text}".split("\n")[node.lineno - 1].encode()
         column = len(line[: node.col_offset].decode())
         _fail(self.text, _column(self.text, node.lineno, column), what, cause)
@@ -204,10 +221,10 @@ class _Reader:
         )
 
     def _traced(self, function: ast.Lambda, what: str, names: list[str]) -> Any:
-        """What a lambda yields on symbols; it names them as ``names`` has them."""
+        """The body of a lambda on symbols; its parameters are the first of ``names``."""
         count = len(function.args.args)
         known = [", ".join(names[:n]) for n in range(2, len(names) + 1)]
-        # The text of the parameters holds defaults and stars, which a spec has not.
+        # Comparing the text also rejects defaults and stars.
         if ast.unparse(function.args) not in known:
             lambdas = " or ".join(f"`lambda {each}:`" for each in known)
             self.fail(function, f"needs {lambdas} in {what}, and nothing else")

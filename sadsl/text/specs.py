@@ -1,4 +1,4 @@
-"""What a spec given as a map, a term or a text stands for."""
+"""Converts a spec that is given as a map, a term or a text."""
 
 from sadsl.maps.base import IndexMap
 from sadsl.terms import mixtures
@@ -8,7 +8,15 @@ from sadsl.text.parsing import parse
 
 
 def any_term(spec: Spec | str) -> Term:
-    """The term that a spec stands for."""
+    """The term of a spec; a map means ``softmax(map)``.
+
+    Raises:
+      TypeError: it is not a spec.
+
+    Example:
+      >>> any_term("causal()")
+      softmax(causal())
+    """
     if isinstance(spec, str):
         spec = parse(spec)
     if isinstance(spec, IndexMap):
@@ -22,10 +30,10 @@ def any_term(spec: Spec | str) -> Term:
 
 
 def as_term(spec: Spec | str) -> Softmax:
-    """The one softmax that a spec stands for.
+    """The only softmax of a spec.
 
     Raises:
-      NotImplementedError: it has several, or scores that are not those of a softmax.
+      NotImplementedError: the spec has several, or other kinds of terms.
     """
     term = any_term(spec)
     if isinstance(term, Softmax):
@@ -44,12 +52,17 @@ def map_of(spec: Spec | str) -> IndexMap:
     """The pairs on which the output of a spec depends, as one map.
 
     Raises:
-      NotImplementedError: no map says that.
+      NotImplementedError: no map describes the pairs of a part.
+
+    Example:
+      >>> import sadsl as sa
+      >>> map_of(sa.joint(sa.window(2), sa.sinks(1)))
+      window(2) | sinks(1)
     """
     term = any_term(spec)
     if term.seen is None:
         raise NotImplementedError(
-            f"spec={term!r} has a part whose pairs no map describes: ask for those of "
-            "the other parts"
+            f"spec={term!r} has a part whose pairs no map describes: ask for the map of "
+            "another part"
         )
     return term.seen

@@ -144,7 +144,7 @@ def heads(*entries):
         ({"alphas": [], "betas": [], "block": 0}, r"block: is 0: .*at least 1"),
         ({"alphas": 1, "betas": []}, r"a list a layer in both"),
         ("head,layer,window\n0,0,1", r"line 1: columns are .*begin with layer, head"),
-        ("layer,head,window\n0,0", r"line 2, has not the 3 cells"),
+        ("layer,head,window\n0,0", r"line 2, does not have the 3 cells"),
         ("layer,head,window\n0,0,1\n0,x,1", r"line 3, column head: invalid literal"),
         ("layer,head,window\n0,0,1\n0,0,1", r"line 3, layer 0, head 0 .*twice"),
         ("layer,head,window\n0,1,1", r"no row for head 0 of layer 0"),
