@@ -16,7 +16,7 @@ the kernel. Import ``sadsl.layers`` (Flax layers), ``sadsl.plot`` (pictures) and
 #.###.
 #..###
 >>> sa.plan(spec, 1024, block_q=128, block_kv=128).num_pairs
-4086
+4090
 """
 
 from importlib import metadata as _metadata

@@ -259,7 +259,7 @@ def _span(alpha: float, beta: float, **options: int) -> IndexMap:
 
 
 def _windowed(reach: int | None, step: int, first: int) -> IndexMap:
-    """A causal map: each ``step``-th of the last ``reach`` keys, and the ``first`` keys."""
+    """Each ``step``-th of the last ``reach`` keys, and the ``first`` keys; causal."""
     if reach is None:
         near = None if step == 1 else strided(step)
     else:

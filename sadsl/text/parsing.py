@@ -221,7 +221,7 @@ class _Reader:
         )
 
     def _traced(self, function: ast.Lambda, what: str, names: list[str]) -> Any:
-        """The body of a lambda on symbols; its parameters are the first of ``names``."""
+        """The body of a lambda on symbols; its parameters begin ``names``."""
         count = len(function.args.args)
         known = [", ".join(names[:n]) for n in range(2, len(names) + 1)]
         # Comparing the text also rejects defaults and stars.

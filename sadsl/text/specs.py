@@ -62,7 +62,7 @@ def map_of(spec: Spec | str) -> IndexMap:
     term = any_term(spec)
     if term.seen is None:
         raise NotImplementedError(
-            f"spec={term!r} has a part whose pairs no map describes: ask for the map of "
-            "another part"
+            f"spec={term!r} has a part whose pairs no map describes: ask for the map "
+            "of another part"
         )
     return term.seen

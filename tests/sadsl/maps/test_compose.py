@@ -1,4 +1,4 @@
-"""``a @ b`` against the boolean product of the dense maps."""
+"""``a @ b`` equals the boolean product of the dense maps."""
 
 import itertools
 

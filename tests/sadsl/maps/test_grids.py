@@ -1,4 +1,4 @@
-"""Maps of grids against literal loops, planned and run."""
+"""Maps of grids equal plain loops over the cells, as plans and as attention."""
 
 import itertools
 import pickle

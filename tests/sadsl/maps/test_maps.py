@@ -1,4 +1,4 @@
-"""Maps by their definition, their algebra, and what is refused."""
+"""Maps equal their definitions, obey their algebra, and refuse bad arguments."""
 
 import pickle
 import re

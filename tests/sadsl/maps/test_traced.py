@@ -1,4 +1,4 @@
-"""Traced values: every operator is traced or refused, and never left to Python."""
+"""Every operator of a traced value is traced, or raises an error with a way out."""
 
 import inspect
 import math

@@ -1,4 +1,4 @@
-"""A key that is no number spoils its own cell of a choice, and no other."""
+"""A key of NaN or infinity changes the choice of its own cell only."""
 
 import calls
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Published choices of blocks, each against its description, head by head."""
+"""Published selections of blocks equal their descriptions, head by head."""
 
 from functools import partial
 from itertools import product

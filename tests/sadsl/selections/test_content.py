@@ -1,4 +1,4 @@
-"""Maps decided by content on every backend: composed, sorted, skipped, traced once."""
+"""Selections on every backend: composed, sorted, with skipped blocks, traced once."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The low-rank guess of Sparsifiner: its choice, its loss, and attention over it."""
+"""The low-rank predictor of Sparsifiner: its choice, its loss, and attention with it."""
 
 import math
 from functools import partial

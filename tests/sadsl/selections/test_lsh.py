@@ -1,4 +1,4 @@
-"""Hashing: buckets, chunks and their union; Reformer and HyperAttention."""
+"""Locality-sensitive hashing: buckets, chunks, rounds; Reformer and HyperAttention."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Selections over cells: who is chosen, against sorting in plain Python."""
+"""Selections of cells choose the same cells as sorting in plain Python."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Estimated and hierarchical patterns: each against its definition, in slow NumPy."""
+"""Estimated and hierarchical selections equal their definitions in plain NumPy."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Specs and plans come back from files as they were, or not at all."""
+"""Loading a file returns the spec or plan that was saved, or raises an error."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Head plans against masks written out by loops, and as files that come back equal."""
+"""Head plans equal masks from plain loops, and survive a round trip through text."""
 
 import json
 
