@@ -141,8 +141,9 @@ class Selection(IndexMap):
 
 @dataclass(frozen=True, repr=False)
 class NamedSelection(Selection):
-    """A selection whose repr calls the function of its name: ``KeyTopw(5)`` is
-    ``key_topw(5)``. Arguments with a default are written with their names.
+    """A selection whose repr is a call: ``KeyTopw(5)`` is shown as ``key_topw(5)``.
+
+    Arguments with a default are written with their names.
     """
 
     def __repr__(self) -> str:

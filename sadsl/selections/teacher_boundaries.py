@@ -4,9 +4,11 @@ Xiong et al., Long-context modeling with dynamic hierarchical sparse attention f
 on-device LLMs, 2025, section 3.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.loops import repeat
 from pallas_kernels.varying import vary
@@ -67,24 +69,31 @@ def teacher_boundaries(
         )
     most = length if max_boundaries is None else max_boundaries
     ratio = mass_ratio(q, k, window)
-    candidate = ratio > threshold
+    pick = partial(_pick, suppress=suppress, most=most)
+    return jax.vmap(pick)(ratio, ratio > threshold).astype(jnp.int32)
 
-    def of_entry(ratio: Array, candidate: Array) -> Array:
-        order = jnp.argsort(jnp.where(candidate, -ratio, jnp.inf), stable=True)
 
-        def visit(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            taken, blocked = state
-            c = order[i]
-            free = candidate[c] & ~blocked[c + suppress] & (taken.sum() < most)
-            near = jax.lax.dynamic_slice_in_dim(blocked, c, 2 * suppress + 1)
-            blocked = jax.lax.dynamic_update_slice_in_dim(blocked, near | free, c, 0)
-            return taken.at[c].set(free), blocked
+def _pick(
+    ratio: Float[Array, " length"],
+    candidate: Bool[Array, " length"],
+    suppress: int,
+    most: int,
+) -> Bool[Array, " length"]:
+    """Picks candidates by ratio, none near to one picked before; marks the next key."""
+    length = len(ratio)
+    order = jnp.argsort(jnp.where(candidate, -ratio, jnp.inf), stable=True)
 
-        state = jnp.zeros(length, bool), jnp.zeros(length + 2 * suppress, bool)
-        taken, _ = repeat(length, visit, vary(state, ratio, candidate))
-        return jnp.roll(taken, 1).at[0].set(True)
+    def visit(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        taken, blocked = state
+        c = order[i]
+        free = candidate[c] & ~blocked[c + suppress] & (taken.sum() < most)
+        near = jax.lax.dynamic_slice_in_dim(blocked, c, 2 * suppress + 1)
+        blocked = jax.lax.dynamic_update_slice_in_dim(blocked, near | free, c, 0)
+        return taken.at[c].set(free), blocked
 
-    return jax.vmap(of_entry)(ratio, candidate).astype(jnp.int32)
+    state = jnp.zeros(length, bool), jnp.zeros(length + 2 * suppress, bool)
+    taken, _ = repeat(length, visit, vary(state, ratio, candidate))
+    return jnp.roll(taken, 1).at[0].set(True)
 
 
 def mass_ratio(

@@ -30,7 +30,7 @@ PLACE = ("layer", "head")
 def read_head_plan(
     source: Mapping[str, Any] | str | PathLike[str], num_heads: int | None = None
 ) -> tuple[Spec, ...]:
-    """The spec of every layer, for ``SparseAttention(spec=plan, layer=i)``.
+    """Reads the spec of every layer, for ``SparseAttention(spec=plan, layer=i)``.
 
     JSON has the layers in order, each with one spec for all heads or a list of heads::
 

@@ -1,4 +1,4 @@
-"""The low-rank predictor of Sparsifiner: its choice, its loss, and attention with it."""
+"""The low-rank predictor of Sparsifiner: its choice, its loss, its attention."""
 
 import math
 from functools import partial

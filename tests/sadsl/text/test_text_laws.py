@@ -140,7 +140,7 @@ def spec_of(value):
 
 
 def cases(name):
-    """Values of a function: with only the arguments that it needs, and one a parameter."""
+    """Values of a function: with the arguments that it needs, then one a parameter."""
     function = FUNCTIONS[name]
     given, stars = first_of(name, function)
     plain = call(function, given, stars)
