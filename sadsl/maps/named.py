@@ -374,7 +374,7 @@ def where(function: Callable[..., Any]) -> Where:
       function: a function of the positions ``(q, k)``, or also of the head,
         ``(q, k, h)``, or also of the number of keys, ``(q, k, h, n)``. A parameter with
         a default keeps it, as in ``lambda q, k, d=d: ...``. It is called once, on
-        symbols: the class ``Symbol`` lists the operations that can be traced.
+        symbols: ``sadsl.maps.symbols.Symbol`` lists what can be traced.
 
     Raises:
       TypeError: the function branches on a symbol, or uses another operation.
