@@ -203,7 +203,7 @@ def _from_table(text: str, where: str) -> list[Spec]:
         layer, head = (_integer(row[n], f"{place}column {n}: ", 0) for n in PLACE)
         cell = layer, head
         if cell in found:
-            _fail(place, f"layer {layer}, head {head} has two rows: give it one")
+            _fail(place, f"layer {layer}, head {head} stands there twice: remove one")
         given = {n: x for n, x in row.items() if n not in PLACE and x.strip()}
         # An empty window reaches back to the first key.
         endless = {"window": None} if "window" in columns else {}

@@ -325,7 +325,7 @@ def test_what_is_refused(make, error, text):
             {"gate": np.zeros((1, 5, 5), np.int32)},
             "has dtype int32: it must be of floats",
         ),
-        (topk(1, block=tiles((7, 9), (3, 3))), {}, "63 positions, and there are 70"),
+        (topk(1, block=tiles((7, 9), (3, 3))), {}, "63 positions, but there are 70"),
     ],
     ids=["missing", "heads", "blocks", "dtype", "tiles"],
 )
