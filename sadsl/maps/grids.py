@@ -290,7 +290,7 @@ class Axial(_OnGrid):
     def cells(self, at: Coordinates) -> list[Truth]:
         terms = []
         first = None
-        # Neighboring axes that are not named are compared as one axis. The entry at the
+        # Neighbouring axes that are not named are compared as one axis. The entry at the
         # end closes the last group.
         for axis, (name, _) in enumerate((*self.grid.axes, (self.names[0], 0))):
             if name not in self.names:

@@ -335,7 +335,7 @@ def constant(value: Any, op: str) -> int:
     if isinstance(value, Symbol):
         raise NotTraced(
             f"`{op}` takes a constant on one side, not two positions: a product, "
-            "quotient or remainder of two positions cannot be analyzed; use "
+            "quotient or remainder of two positions cannot be analysed; use "
             "table(values)[x] for a function of one integer"
         )
     return integer(value, op)

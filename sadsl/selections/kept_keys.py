@@ -39,7 +39,7 @@ class KeptKeys(NamedSelection):
         if self.pool % 2 == 0:
             raise ValueError(
                 f"kept_keys: pool={self.pool} must be odd, so that a key is in the "
-                f"middle of its neighbors: give {self.pool + 1}"
+                f"middle of its neighbours: give {self.pool + 1}"
             )
 
     @override
@@ -70,7 +70,7 @@ class KeptKeys(NamedSelection):
         return {"kept": jnp.repeat(kept, content.group, axis=1)}
 
     def _pooled(self, x: Array) -> Array:
-        """The mean over ``pool`` neighbors; positions beyond the ends count as 0."""
+        """The mean over ``pool`` neighbours; positions beyond the ends count as 0."""
         side = self.pool // 2
         lengths, ones = (1, 1, self.pool), (1, 1, 1)
         total = jax.lax.reduce_window(
@@ -97,14 +97,14 @@ def kept_keys(
 
     Li et al., SnapKV, 2024, section 4. A key of the prompt is scored by the causal
     softmax of the last queries of the prompt, averaged over them and over the query
-    heads of its key head, and smoothed over neighbors. Within the prompt, attention is
+    heads of its key head, and smoothed over neighbours. Within the prompt, attention is
     causal and dense.
 
     Args:
       prompt: tokens of the prompt.
       capacity: keys of the prompt that are kept.
       last: how many of the last queries of the prompt score the keys.
-      pool: neighbors over which scores are averaged; odd.
+      pool: neighbours over which scores are averaged; odd.
       first: how many of the first keys are always kept; they count in ``capacity``.
       recent: how many of the last keys of the prompt are always kept; they count.
 

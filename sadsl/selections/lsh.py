@@ -285,7 +285,7 @@ def _hashes(x: Array, projections: Array, kind: str) -> Array:
 
 
 def gray_rank(code: Int32[Array, "..."], bits: int) -> Int32[Array, "..."]:
-    """The rank of a word of bits in the Gray code; neighbors differ in one bit."""
+    """The rank of a word of bits in the Gray code; neighbours differ in one bit."""
     shift = 1
     while shift < bits:
         code = code ^ (code >> shift)

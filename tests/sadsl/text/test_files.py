@@ -61,7 +61,7 @@ def test_a_map_of_a_class_of_its_own_has_no_text(tmp_path):
     ("change", "message"),
     [
         ({"spec": "causal()"}, "has been changed or damaged: the sha256"),
-        ({"sha256": "0" * 64}, "it says 000000000000…: restore the file"),
+        ({"sha256": "0" * 64}, "it should be 000000000000…: restore the file"),
         ({"format": 2}, "format 2, and sadsl .* reads format 1: read it with the"),
         ({"format": "1"}, "does not hold a spec as save writes it: it has format='1'"),
         ({"spec": None}, "does not hold a spec as save writes it: it has spec=None"),
