@@ -290,8 +290,8 @@ class Axial(_OnGrid):
     def cells(self, at: Coordinates) -> list[Truth]:
         terms = []
         first = None
-        # Neighbouring axes that are not named are compared as one axis. The entry at the
-        # end closes the last group.
+        # Neighbouring axes that are not named are compared as one axis. The last entry
+        # of the loop closes the last group.
         for axis, (name, _) in enumerate((*self.grid.axes, (self.names[0], 0))):
             if name not in self.names:
                 first = axis if first is None else first
