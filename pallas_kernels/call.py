@@ -77,19 +77,28 @@ class ScoreValues(NamedTuple):
     pairs: tuple[PairValues, ...] = ()
 
 
-class Vectors(NamedTuple):
-    """Run-time values that a predicate reads: an int32 a query or a key, bits of pairs.
+class Seeds(NamedTuple):
+    """The dropout seeds of the queries and of the keys (``pallas_kernels.dropout``)."""
 
-    Each vector is ``[batch or 1, num_q_heads or 1, q_seq_len]`` (``kv``:
-    ``kv_seq_len``). All kernels of a call with ``bits`` have one ``block_kv``.
-    ``scores`` are not for the predicate, but added to the scores. Nor are, where there
-    is dropout, the last of ``q`` and of ``kv``: the seeds of queries and keys.
+    q: Int32[Array, "_batch _heads _q"]
+    kv: Int32[Array, "_batch _heads _kv"]
+
+
+class Vectors(NamedTuple):
+    """Run-time arrays that the kernels read beside ``q``, ``k`` and ``v``.
+
+    The predicate reads ``q`` and ``kv`` (an int32 for each query or key) and ``bits``
+    (a bit for each pair). ``Call.scores`` reads ``scores``. Dropout reads ``seeds``,
+    which are None if ``Call.dropout_rate`` is 0. Each vector has shape ``[batch or 1,
+    num_q_heads or 1, q_seq_len]`` (``kv``: ``kv_seq_len``). All kernels of a call with
+    ``bits`` have the same ``block_kv``.
     """
 
     q: tuple[Int32[Array, "_batch _heads _q"], ...] = ()
     kv: tuple[Int32[Array, "_batch _heads _kv"], ...] = ()
     bits: tuple[PairBits, ...] = ()
     scores: ScoreValues = ScoreValues()
+    seeds: Seeds | None = None
 
 
 class Masks(NamedTuple):

@@ -76,8 +76,11 @@ def forward(inputs: Inputs, vectors: Vectors, tests: Any, call: Call) -> Outputs
     s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
     s = softmax.cap(s * call.scale, call.logits_soft_cap, call.unit)
     s = softmax.mask(s if on_top is None else s + on_top, pairs)
-    top = jnp.maximum(s.max(axis=-1, keepdims=True), softmax.least(s.dtype))
-    p = softmax.power(s - jax.lax.stop_gradient(top), call.unit)
+    # A constant in both places: p and lse do not depend on the maximum.
+    top = jax.lax.stop_gradient(
+        jnp.maximum(s.max(axis=-1, keepdims=True), softmax.least(s.dtype))
+    )
+    p = softmax.power(s - top, call.unit)
     l = p.sum(axis=-1, keepdims=True)
     some = l != 0
     l = jnp.where(some, l, 1.0)
@@ -187,8 +190,9 @@ def _with_scores(
 
 
 def _factor(vectors: Vectors, call: Call, dtype: Any) -> jax.Array | None:
-    """What dropout multiplies the weights by; None for none."""
+    """The dropout factor of every weight; None without dropout."""
     if not call.dropout_rate:
         return None
-    queries, keys = vectors.q[-1][..., :, None], vectors.kv[-1][..., None, :]
+    assert vectors.seeds is not None
+    queries, keys = vectors.seeds.q[..., :, None], vectors.seeds.kv[..., None, :]
     return dropout.factor(queries, keys, call.dropout_rate, dtype)

@@ -91,8 +91,8 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _of_scores(scores: ScoreValues) -> Any:
-    """Cotangents of vectors, of which the integers have none."""
-    return Vectors(None, None, None, scores)  # type: ignore[arg-type]
+    """The cotangent of ``Vectors``: None for the integer arrays."""
+    return Vectors(None, None, None, scores, None)  # type: ignore[arg-type]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -11,12 +11,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import softmax
+from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import BlockOperand, Launch, Step, launch
+from pallas_kernels.tpu.operands import PairOperands, SideOperands
 from pallas_kernels.tpu.runs import RowList, TpuLists
-from pallas_kernels.tpu.scores import OnTop, on_top, tile_operands
+from pallas_kernels.tpu.scores import OnTop, on_top, pair_operands
 from pallas_kernels.varying import shape_like
 
 
@@ -28,7 +30,7 @@ def backward(
     call: Call,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``dq, dk, dv`` over the blocks of ``lists.dq`` and ``lists.dkv``."""
-    vectors = operands.with_numbers(vectors)
+    vectors = operands.with_batch_and_heads(vectors)
     q, k, v = operands.prepared(inputs)
     do = cotangents.do.astype(q.dtype)
     lse = softmax.lse_for_backward(cotangents.lse, call.unit)
@@ -57,7 +59,7 @@ def _run_dq(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> 
     block_q, block_kv = sizes.block_q, sizes.block_kv
     batch, num_heads, _, head_dim = q.shape
     heads, group = batch * num_heads, num_heads // k.shape[1]
-    seq, added = sizes.num_rows * block_q, vectors.scores
+    seq = sizes.num_rows * block_q
 
     def own(h: jax.Array, _: jax.Array) -> jax.Array:
         return h
@@ -65,8 +67,8 @@ def _run_dq(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> 
     def kv_head(h: jax.Array, _: jax.Array) -> jax.Array:
         return lax.div(h, jnp.int32(group))
 
-    def vector(x: jax.Array, block: int) -> BlockOperand:
-        return operands.vector_operand(x, block, (batch, num_heads), 1)
+    def side(of: Axis, block: int) -> SideOperands:
+        return operands.side_operands(vectors, of, block, (batch, num_heads), 1)
 
     of = Launch(
         name="sadsl_dq",
@@ -78,19 +80,20 @@ def _run_dq(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> 
             BlockOperand(operands.flat(q, block_q), own),
             BlockOperand(operands.flat(do, block_q), own),
             BlockOperand(_statistics(statistics, block_q), own, axis=2),
-            *(vector(x, block_q) for x in (*vectors.q, *added.q)),
+            side("q", block_q),
         ),
         streams=(
             BlockOperand(operands.flat(k, block_kv), kv_head),
             BlockOperand(operands.flat(v, block_kv), kv_head),
-            *(vector(x, block_kv) for x in (*vectors.kv, *added.kv)),
+            side("kv", block_kv),
         ),
+        tiles=pair_operands(vectors, sizes, (batch, num_heads), 1, by="q"),
         outs=(BlockOperand(shape_like((heads, seq, head_dim), q.dtype, q), own),),
         scratch=((block_q, head_dim),),
         interpret=call.interpret,
-        tiles=tile_operands(vectors, sizes, (batch, num_heads), 1, by="q"),
     )
-    kernel = partial(_dq_kernel, call=call, on_top=on_top(added, call, sizes, "q"))
+    of_scores = on_top(vectors.scores, call, sizes, "q")
+    kernel = partial(_dq_kernel, call=call, on_top=of_scores)
     (dq,) = launch(kernel, of, lists)
     return (dq.reshape(batch, num_heads, seq, head_dim),)
 
@@ -98,20 +101,18 @@ def _run_dq(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> 
 def _dq_kernel(
     step: Step, rows: tuple, outs: tuple, scratch: tuple, *, call: Call, on_top: OnTop
 ) -> None:
-    q_ref, do_ref, statistics_ref, *vector_refs = rows
+    q_ref, do_ref, statistics_ref, q_side_refs = rows
     (dq_ref,) = scratch
     lse = operands.to_column(statistics_ref[0:1])
     delta = operands.to_column(statistics_ref[1:2])
-    columns = [operands.to_column(x[...]) for x in vector_refs]
-    q_vectors, q_values = on_top.split(columns, "q")
+    q_side = operands.columns_of(q_side_refs)
     sizes = on_top.sizes
 
     def visit(
-        block: jax.Array, refs: tuple, tiles: tuple, full: bool, *, careful: bool
+        block: jax.Array, refs: tuple, tiles: PairOperands, full: bool, *, careful: bool
     ) -> None:
-        k, v, *vectors = (ref[...] for ref in refs)
-        words, windows = on_top.split_tiles(tiles)
-        kv_vectors, kv_values = on_top.split(vectors, "kv")
+        k_ref, v_ref, kv_side_refs = refs
+        k, v, kv_side = k_ref[...], v_ref[...], operands.values_of(kv_side_refs)
         s = softmax.dot(q_ref[...], k, contract=(1, 1)) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         dp = softmax.dot(do_ref[...], v, contract=(1, 1))
@@ -121,10 +122,12 @@ def _dq_kernel(
                 operands.column_ids(step.row, sizes.block_q),
                 operands.row_ids(block, sizes.block_kv),
             )
-            of_keys = operands.with_tiles(kv_vectors, words, by="q")
-            pairs = operands.allowed(call, sizes, step, ids, (q_vectors, *of_keys))
-        added, pairs = on_top(step, block, (q_values, kv_values), windows, pairs)
-        factor = operands.factor(call, q_vectors, kv_vectors, len(words))
+            held = operands.bit_tiles(tiles.words, kv_side.bits, by="q")
+            read = q_side.vectors, kv_side.vectors, held
+            pairs = operands.allowed(call, sizes, step, ids, read)
+        values = q_side.scores, kv_side.scores
+        added, pairs = on_top(step, block, values, tiles.scores, pairs)
+        factor = operands.factor(call, q_side.seeds, kv_side.seeds)
         total = softmax.mask(s if added is None else s + added, pairs)
         slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
         _, ds = softmax.score_gradient(
@@ -155,7 +158,7 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
     batch, num_heads, _, head_dim = q.shape
     _, num_kv_heads, _, head_dim_v = v.shape
     heads, group = batch * num_kv_heads, num_heads // num_kv_heads
-    seq, added = sizes.num_rows * block_kv, vectors.scores
+    seq = sizes.num_rows * block_kv
 
     def own(h: jax.Array, _: jax.Array) -> jax.Array:
         return h
@@ -163,8 +166,8 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
     def query_head(h: jax.Array, member: jax.Array) -> jax.Array:
         return h * group + member
 
-    def vector(x: jax.Array, block: int) -> BlockOperand:
-        return operands.vector_operand(x, block, (batch, num_heads), group)
+    def side(of: Axis, block: int) -> SideOperands:
+        return operands.side_operands(vectors, of, block, (batch, num_heads), group)
 
     of = Launch(
         name="sadsl_dkv",
@@ -175,23 +178,23 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
         rows=(
             BlockOperand(operands.flat(k, block_kv), own),
             BlockOperand(operands.flat(v, block_kv), own),
-            *(vector(x, block_kv) for x in (*vectors.kv, *added.kv)),
+            side("kv", block_kv),
         ),
         streams=(
             BlockOperand(operands.flat(q, block_q), query_head),
             BlockOperand(operands.flat(do, block_q), query_head),
             BlockOperand(_statistics(statistics, block_q), query_head, axis=2),
-            *(vector(x, block_q) for x in (*vectors.q, *added.q)),
+            side("q", block_q),
         ),
+        tiles=pair_operands(vectors, sizes, (batch, num_heads), group, by="kv"),
         outs=(
             BlockOperand(shape_like((heads, seq, head_dim), k.dtype, q), own),
             BlockOperand(shape_like((heads, seq, head_dim_v), v.dtype, q), own),
         ),
         scratch=((block_kv, head_dim), (block_kv, head_dim_v)),
         interpret=call.interpret,
-        tiles=tile_operands(vectors, sizes, (batch, num_heads), group, by="kv"),
     )
-    of_scores = on_top(added, call, sizes, "kv")
+    of_scores = on_top(vectors.scores, call, sizes, "kv")
     kernel = partial(_dkv_kernel, call=call, on_top=of_scores, last=group - 1)
     dk, dv = launch(kernel, of, lists)
     shape = (batch, num_kv_heads, seq)
@@ -202,10 +205,9 @@ def _dkv_kernel(
     step: Step, rows: tuple, outs: tuple, scratch: tuple, *,
     call: Call, on_top: OnTop, last: int,
 ) -> None:  # fmt: skip
-    k_ref, v_ref, *vector_refs = rows
+    k_ref, v_ref, kv_side_refs = rows
     dk_ref, dv_ref = scratch
-    columns = [operands.to_column(x[...]) for x in vector_refs]
-    kv_vectors, kv_values = on_top.split(columns, "kv")
+    kv_side = operands.columns_of(kv_side_refs)
     sizes = on_top.sizes
 
     @pl.when(step.member == 0)
@@ -213,11 +215,11 @@ def _dkv_kernel(
         for ref in scratch:
             ref[...] = jnp.zeros_like(ref)
 
-    def visit(block: jax.Array, refs: tuple, tiles: tuple, full: bool) -> None:
+    def visit(block: jax.Array, refs: tuple, tiles: PairOperands, full: bool) -> None:
         # The tile is [keys, queries]: no product needs a transposed left side.
-        q, do, statistics, *vectors = (ref[...] for ref in refs)
-        words, windows = on_top.split_tiles(tiles)
-        q_vectors, q_values = on_top.split(vectors, "q")
+        q_ref, do_ref, statistics_ref, q_side_refs = refs
+        q, do, statistics = q_ref[...], do_ref[...], statistics_ref[...]
+        q_side = operands.values_of(q_side_refs)
         s = softmax.dot(k_ref[...], q, contract=(1, 1)) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         dp = softmax.dot(v_ref[...], do, contract=(1, 1))
@@ -227,11 +229,12 @@ def _dkv_kernel(
                 operands.row_ids(block, sizes.block_q),
                 operands.column_ids(step.row, sizes.block_kv),
             )
-            of_keys = operands.with_tiles(kv_vectors, words, by="kv")
-            both = (q_vectors, *of_keys)
-            pairs = operands.allowed(call, sizes, step, ids, both)
-        added, pairs = on_top(step, block, (q_values, kv_values), windows, pairs)
-        factor = operands.factor(call, q_vectors, kv_vectors, len(words))
+            held = operands.bit_tiles(tiles.words, kv_side.bits, by="kv")
+            read = q_side.vectors, kv_side.vectors, held
+            pairs = operands.allowed(call, sizes, step, ids, read)
+        values = q_side.scores, kv_side.scores
+        added, pairs = on_top(step, block, values, tiles.scores, pairs)
+        factor = operands.factor(call, q_side.seeds, kv_side.seeds)
         lse, delta = statistics[0:1], statistics[1:2]
         total = softmax.mask(s if added is None else s + added, pairs)
         slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)

@@ -8,12 +8,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import bits, softmax
+from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Inputs, Kept, Vectors
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import BlockOperand, Launch, Step, launch
+from pallas_kernels.tpu.operands import PairOperands, SideOperands
 from pallas_kernels.tpu.runs import LANES, RowList, TpuLists
-from pallas_kernels.tpu.scores import OnTop, on_top, tile_operands
+from pallas_kernels.tpu.scores import OnTop, on_top, pair_operands
 from pallas_kernels.varying import shape_like
 
 
@@ -21,7 +23,7 @@ def forward(inputs: Inputs, vectors: Vectors, lists: TpuLists, call: Call) -> Ke
     """Attention over the blocks of ``lists.forward``."""
     q_seq_len, dtype = inputs.q.shape[2], inputs.q.dtype
     bits.check(vectors.bits, *(x.sizes.block_kv for x in lists))
-    vectors = operands.with_numbers(vectors)
+    vectors = operands.with_batch_and_heads(vectors)
     run = foldable(partial(_run, call=call))
     found = run(operands.prepared(inputs), vectors, lists.forward)
     o, lse, total = (x[:, :, :q_seq_len] for x in found)
@@ -38,16 +40,14 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
     # Whole registers where a tile has them: in the interpreter it may be narrower.
     statistics = (sizes.block_q, 1 if sizes.block_kv % LANES else LANES)
 
-    added = vectors.scores
-
     def own(h: jax.Array, _: jax.Array) -> jax.Array:
         return h
 
     def kv_head(h: jax.Array, _: jax.Array) -> jax.Array:
         return lax.div(h, jnp.int32(group))
 
-    def vector(x: jax.Array, block: int) -> BlockOperand:
-        return operands.vector_operand(x, block, (batch, num_heads), 1)
+    def side(of: Axis, block: int) -> SideOperands:
+        return operands.side_operands(vectors, of, block, (batch, num_heads), 1)
 
     of = Launch(
         name="sadsl_forward",
@@ -57,13 +57,14 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
         stream_block=sizes.block_kv,
         rows=(
             BlockOperand(operands.flat(q, sizes.block_q), own),
-            *(vector(x, sizes.block_q) for x in (*vectors.q, *added.q)),
+            side("q", sizes.block_q),
         ),
         streams=(
             BlockOperand(operands.flat(k, sizes.block_kv), kv_head),
             BlockOperand(operands.flat(v, sizes.block_kv), kv_head),
-            *(vector(x, sizes.block_kv) for x in (*vectors.kv, *added.kv)),
+            side("kv", sizes.block_kv),
         ),
+        tiles=pair_operands(vectors, sizes, (batch, num_heads), 1, by="q"),
         outs=(
             BlockOperand(shape_like((heads, seq, head_dim_v), q.dtype, q), own),
             BlockOperand(shape_like((heads, 1, seq), jnp.float32, q), own, axis=2),
@@ -71,9 +72,9 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
         ),
         scratch=((sizes.block_q, head_dim_v), statistics, statistics),
         interpret=call.interpret,
-        tiles=tile_operands(vectors, sizes, (batch, num_heads), 1, by="q"),
     )
-    kernel = partial(_kernel, call=call, on_top=on_top(added, call, sizes, "q"))
+    of_scores = on_top(vectors.scores, call, sizes, "q")
+    kernel = partial(_kernel, call=call, on_top=of_scores)
     o, lse, total = launch(kernel, of, lists)
     shape = (batch, num_heads, seq)
     return o.reshape(*shape, head_dim_v), lse.reshape(shape), total.reshape(shape)
@@ -82,22 +83,20 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
 def _kernel(
     step: Step, rows: tuple, outs: tuple, scratch: tuple, *, call: Call, on_top: OnTop
 ) -> None:
-    q_ref, *vector_refs = rows
+    q_ref, q_side_refs = rows
     o_ref, lse_ref, total_ref = outs
     sizes = on_top.sizes
-    columns = [operands.to_column(x[...]) for x in vector_refs]
-    q_vectors, q_values = on_top.split(columns, "q")
+    q_side = operands.columns_of(q_side_refs)
 
     def store(carry: softmax.Carry) -> None:
         for ref, value in zip(scratch, carry, strict=True):
             ref[...] = value
 
     def visit(
-        block: jax.Array, refs: tuple, tiles: tuple, full: bool, *, careful: bool
+        block: jax.Array, refs: tuple, tiles: PairOperands, full: bool, *, careful: bool
     ) -> None:
-        k, v, *vectors = (ref[...] for ref in refs)
-        words, windows = on_top.split_tiles(tiles)
-        kv_vectors, kv_values = on_top.split(vectors, "kv")
+        k_ref, v_ref, kv_side_refs = refs
+        k, v, kv_side = k_ref[...], v_ref[...], operands.values_of(kv_side_refs)
         s = softmax.dot(q_ref[...], k, contract=(1, 1)) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         pairs = None
@@ -106,14 +105,16 @@ def _kernel(
                 operands.column_ids(step.row, sizes.block_q),
                 operands.row_ids(block, sizes.block_kv),
             )
-            of_keys = operands.with_tiles(kv_vectors, words, by="q")
-            pairs = operands.allowed(call, sizes, step, ids, (q_vectors, *of_keys))
-        added, pairs = on_top(step, block, (q_values, kv_values), windows, pairs)
+            held = operands.bit_tiles(tiles.words, kv_side.bits, by="q")
+            read = q_side.vectors, kv_side.vectors, held
+            pairs = operands.allowed(call, sizes, step, ids, read)
+        values = q_side.scores, kv_side.scores
+        added, pairs = on_top(step, block, values, tiles.scores, pairs)
         s = s if added is None else s + added
         s = softmax.mask(s, pairs)
         if careful:
             v = operands.kept(v, operands.to_column(softmax.seen(s, 0)))
-        factor = operands.factor(call, q_vectors, kv_vectors, len(words))
+        factor = operands.factor(call, q_side.seeds, kv_side.seeds)
         carry = softmax.Carry(*(ref[...] for ref in scratch))
         store(softmax.fold(carry, s, v, factor, call.unit))
 

@@ -70,12 +70,16 @@ class Launch:
     members: int
     row_block: int
     stream_block: int
-    rows: tuple[BlockOperand, ...]
-    streams: tuple[BlockOperand, ...]
+    rows: tuple  # a tree of BlockOperand
+    streams: tuple  # a tree of BlockOperand
+    tiles: tuple  # a tree of TileOperand
     outs: tuple[BlockOperand, ...]
     scratch: tuple[tuple[int, int], ...]
     interpret: Any
-    tiles: tuple[TileOperand, ...] = ()
+
+
+def _is_operand(x: Any) -> bool:
+    return isinstance(x, BlockOperand | TileOperand)
 
 
 class Step(NamedTuple):
@@ -129,7 +133,7 @@ def launch(
         shape = (None, *lists.table.shape[1:])
         spec = pl.BlockSpec(shape, table_index, memory_space=pltpu.SMEM)
         tables, table_specs = (lists.table,), (spec,)
-    moving = (*of.streams, *of.tiles)
+    moving = jax.tree.leaves((of.streams, of.tiles), is_leaf=_is_operand)
     buffers = tuple(
         pltpu.VMEM((2, *x.block_shape(of.stream_block)), x.array.dtype) for x in moving
     )
@@ -138,7 +142,7 @@ def launch(
         grid=(of.heads, lists.sizes.num_rows, of.members),
         in_specs=[
             table_specs,
-            tuple(row_spec(x) for x in of.rows),
+            jax.tree.map(row_spec, of.rows, is_leaf=_is_operand),
             tuple(pl.BlockSpec(memory_space=pl.ANY) for _ in moving),
         ],
         out_specs=[tuple(row_spec(x) for x in of.outs)],
@@ -157,12 +161,19 @@ def launch(
         ),
         interpret=of.interpret,
         name=of.name,
-    )(scalars, tables, tuple(x.array for x in of.rows),
-      tuple(x.array for x in moving))  # fmt: skip
+    )(
+        scalars,
+        tables,
+        jax.tree.map(lambda x: x.array, of.rows, is_leaf=_is_operand),
+        tuple(x.array for x in moving),
+    )
     return out
 
 
 def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
+    operands, tree = jax.tree.flatten((of.streams, of.tiles), is_leaf=_is_operand)
+    size = of.stream_block
+
     def body(
         scalars: _Scalars, tables: tuple, rows: tuple, moving: tuple, outs: tuple,
         scratch: tuple, buffers: tuple, semaphores: Any,
@@ -171,13 +182,13 @@ def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
         query_head = head * of.members + member
         at = scalars.at(query_head)
         begin, end, run_at = _row_runs(scalars, tables, at, row)
-        heads = [x.head_of(head, member) for x in (*of.streams, *of.tiles)]
+        heads = [x.head_of(head, member) for x in operands]
 
         def copies(block: Any, slot: Any) -> list:
             sources = [
                 ref.at[at, *window]
                 for ref, at, window in zip(
-                    moving, heads, _windows(of, row, block), strict=True
+                    moving, heads, _windows(operands, size, row, block), strict=True
                 )
             ]
             return [
@@ -191,8 +202,8 @@ def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
             visit: Callable[[Any, tuple, tuple, bool], None], test_all: bool = False
         ) -> None:
             def at_slot(block: Any, slot: Any, full: bool) -> None:
-                refs, count = tuple(x.at[slot] for x in buffers), len(of.streams)
-                visit(block, refs[:count], refs[count:], full)
+                refs, tiles = jax.tree.unflatten(tree, [x.at[slot] for x in buffers])
+                visit(block, refs, tiles, full)
 
             _walk(begin, end, run_at, copies, at_slot, test_all)
 
@@ -202,18 +213,20 @@ def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
     return body
 
 
-def _windows(of: Launch, row: Any, block: Any) -> list[tuple]:
-    """What a block reads of the head of each stream, and then of each tile operand."""
-    size = of.stream_block
+def _windows(
+    operands: list[BlockOperand | TileOperand], size: int, row: Any, block: Any
+) -> list[tuple]:
+    """The index of what a tile reads, within one head of each operand."""
     here = pl.ds(pl.multiple_of(block * size, size), size)
-    windows: list[tuple] = [
-        (here, slice(None)) if x.axis == 1 else (slice(None), here) for x in of.streams
-    ]
-    for x in of.tiles:
+
+    def window(x: BlockOperand | TileOperand) -> tuple:
+        if isinstance(x, BlockOperand):
+            return (here, slice(None)) if x.axis == 1 else (slice(None), here)
         plane, start = x.window_of(row, block)
         there = pl.ds(pl.multiple_of(start, x.step), x.width)
-        windows.append((jnp.asarray(plane, jnp.int32), slice(None), there))
-    return windows
+        return jnp.asarray(plane, jnp.int32), slice(None), there
+
+    return [window(x) for x in operands]
 
 
 def _row_runs(

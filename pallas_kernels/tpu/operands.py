@@ -1,9 +1,8 @@
 """Arrays in the shapes that the kernels take: heads flat, sequences padded."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,57 @@ from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Inputs, PairBits, Vectors
 from pallas_kernels.tpu.launch import BlockOperand, HeadOf, Step, TileOperand
 from pallas_kernels.tpu.runs import TpuSizes
+
+
+class SideOperands(NamedTuple):
+    """What the queries, or the keys, of a block carry beside ``q, k, v``.
+
+    Each entry is a ``BlockOperand`` in a launch, a ref ``[1, block]`` in a kernel, and
+    then a value ``[1, block]`` (``values_of``) or ``[block, 1]`` (``columns_of``).
+    """
+
+    vectors: tuple  # int32, for the predicate
+    seeds: Any  # int32, for dropout; None without
+    bits: tuple  # int32, of keys: the bit number in each of ``Vectors.bits``
+    scores: tuple  # f32, for ``Call.scores``
+
+
+class PairOperands(NamedTuple):
+    """What the pairs of a tile carry: ``TileOperand`` in a launch, refs in a kernel."""
+
+    words: tuple  # int32 [words, block_q]: of each of ``Vectors.bits``
+    scores: tuple  # f32 windows of each of ``ScoreValues.pairs``
+
+
+def side_operands(
+    vectors: Vectors,
+    side: Axis,
+    block: int,
+    batch_and_heads: tuple[int, int],
+    members: int,
+) -> SideOperands:
+    """The operands of the queries or of the keys, in blocks of ``block``."""
+    seeds, scores = vectors.seeds, vectors.scores
+    if side == "q":
+        own = None if seeds is None else seeds.q
+        found = SideOperands(vectors.q, own, (), scores.q)
+    else:
+        own = None if seeds is None else seeds.kv
+        bits = tuple(x.bit for x in vectors.bits)
+        found = SideOperands(vectors.kv, own, bits, scores.kv)
+    return jax.tree.map(
+        lambda x: vector_operand(x, block, batch_and_heads, members), found
+    )
+
+
+def values_of(refs: SideOperands) -> SideOperands:
+    """The values of a block as rows, ``[1, block]``."""
+    return jax.tree.map(lambda ref: ref[...], refs)
+
+
+def columns_of(refs: SideOperands) -> SideOperands:
+    """The values of a block as columns, ``[block, 1]``."""
+    return jax.tree.map(lambda ref: to_column(ref[...]), refs)
 
 
 def prepared(inputs: Inputs) -> Inputs:
@@ -66,11 +116,12 @@ def head_of_array(
     return head_of
 
 
-def with_numbers(vectors: Vectors) -> Vectors:
-    """The numbers of the bits of pairs as the last vectors of the keys."""
-    numbers = (jnp.asarray(x.bit, jnp.int32)[None, None] for x in vectors.bits)
-    words = tuple(replace(x, bit=None) for x in vectors.bits)
-    return Vectors(vectors.q, (*vectors.kv, *numbers), words, vectors.scores)
+def with_batch_and_heads(vectors: Vectors) -> Vectors:
+    """``vectors`` with bit numbers ``[1, 1, kv]``: every array then has both axes."""
+    bits = tuple(
+        replace(x, bit=jnp.asarray(x.bit, jnp.int32)[None, None]) for x in vectors.bits
+    )
+    return vectors._replace(bits=bits)
 
 
 def word_operand(
@@ -100,37 +151,24 @@ def word_operand(
     )
 
 
-def with_tiles(
-    vectors: Sequence[jax.Array], words: tuple, *, by: Axis
-) -> tuple[tuple, tuple]:
-    """The proper vectors of the keys, and the tiles of the bits.
+def bit_tiles(words: tuple, numbers: tuple, *, by: Axis) -> tuple[jax.Array, ...]:
+    """The bool tiles of the pair bits: ``[q, k]`` if ``by == "q"``, else ``[k, q]``.
 
-    The numbers of the bits are the last of ``vectors``; ``words`` are refs ``[n, q]``.
+    ``words`` are refs ``[n, block_q]`` and ``numbers`` the bit numbers of the keys.
     """
-    count = len(vectors) - len(words)
 
     def tile(ref: Any, bit: jax.Array) -> jax.Array:
         rows = [ref[w : w + 1] for w in range(ref.shape[0])]
         return bits.tile([to_column(r) for r in rows] if by == "q" else rows, bit)
 
-    tiles = tuple(map(tile, words, vectors[count:]))
-    return tuple(vectors[:count]), tiles
+    return tuple(map(tile, words, numbers))
 
 
-def factor(
-    call: Call,
-    q_vectors: Sequence[jax.Array],
-    kv_vectors: Sequence[jax.Array],
-    bits: int,
-) -> jax.Array | None:
-    """What dropout multiplies the weights of a tile by; None for none.
-
-    The seeds are the last of the vectors, but for the numbers of so many ``bits``.
-    """
+def factor(call: Call, q_seeds: Any, kv_seeds: Any) -> jax.Array | None:
+    """The dropout factor of the weights of a tile; None without dropout."""
     if not call.dropout_rate:
         return None
-    keys = kv_vectors[len(kv_vectors) - 1 - bits]
-    return dropout.factor(q_vectors[-1], keys, call.dropout_rate)
+    return dropout.factor(q_seeds, kv_seeds, call.dropout_rate)
 
 
 def to_column(row: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, PairValues, ScoreValues, Vectors
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.launch import Step, TileOperand
+from pallas_kernels.tpu.operands import PairOperands
 from pallas_kernels.tpu.runs import TpuSizes
 
 # Rows of a vector register: so many copies of a strip travel, each a place further.
@@ -28,19 +29,7 @@ class OnTop:
     call: Call
     sizes: TpuSizes
     by: Axis
-    num_q: int
-    num_kv: int
     diagonal: tuple[bool, ...]  # of each of the pairs
-
-    def split(self, refs: Any, side: Axis) -> tuple[tuple, tuple]:
-        """The vectors of the predicate, and those of the scores, which come last."""
-        count = len(refs) - (self.num_q if side == "q" else self.num_kv)
-        return tuple(refs[:count]), tuple(refs[count:])
-
-    def split_tiles(self, refs: tuple) -> tuple[tuple, tuple]:
-        """The words of bits, and the windows of the pairs."""
-        count = len(refs) - len(self.diagonal)
-        return refs[:count], refs[count:]
 
     def __call__(
         self,
@@ -71,7 +60,7 @@ class OnTop:
         )
         added = self.call.scores(q_ids, k_ids, *values, pairs)
         told_later = allowed is None and self.by == "q"
-        if told_later or not (self.num_q or self.num_kv or self.diagonal):
+        if told_later or not (any(values) or windows):
             return added, allowed
         kept = jnp.broadcast_to(added > -jnp.inf, (row_size, size))
         if sizes.q_seq_len % sizes.block_q:
@@ -81,23 +70,22 @@ class OnTop:
 
 def on_top(values: ScoreValues, call: Call, sizes: TpuSizes, by: Axis) -> OnTop:
     """What a kernel has to know of the values."""
-    diagonal = tuple(x.diagonal for x in values.pairs)
-    return OnTop(call, sizes, by, len(values.q), len(values.kv), diagonal)
+    return OnTop(call, sizes, by, tuple(x.diagonal for x in values.pairs))
 
 
-def tile_operands(
+def pair_operands(
     vectors: Vectors,
     sizes: TpuSizes,
     batch_and_heads: tuple[int, int],
     members: int,
     *,
     by: Axis,
-) -> tuple[TileOperand, ...]:
-    """What differs from tile to tile: words of bits, then windows of pairs."""
+) -> PairOperands:
+    """The operands of which each tile reads its own part."""
     args = sizes, batch_and_heads, members
-    return (
-        *(operands.word_operand(x, *args, by=by) for x in vectors.bits),
-        *(_operand(x, *args, by=by) for x in vectors.scores.pairs),
+    return PairOperands(
+        tuple(operands.word_operand(x, *args, by=by) for x in vectors.bits),
+        tuple(_operand(x, *args, by=by) for x in vectors.scores.pairs),
     )
 
 

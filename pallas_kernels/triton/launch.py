@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import bits, softmax
-from pallas_kernels.call import Cotangents, Inputs, PairBits, Vectors
+from pallas_kernels.call import Cotangents, Inputs, PairBits, Seeds, Vectors
 from pallas_kernels.config import Tile
 from pallas_kernels.triton import scores
 from pallas_kernels.triton.runs import TritonSizes
@@ -53,15 +53,14 @@ def input_specs(inputs: Inputs) -> Inputs:
 
 def vector_specs(vectors: Vectors, heads: int | None = None) -> Vectors:
     """What the program of a query head, or of ``heads`` of them, sees of vectors."""
-    return Vectors(
-        tuple(whole(x, heads) for x in vectors.q),
-        tuple(whole(x, heads) for x in vectors.kv),
-        tuple(
-            replace(x, words=whole(x.words, heads, head_axis=1), bit=everything(x.bit))
-            for x in vectors.bits
-        ),
-        jax.tree.map(lambda x: whole(x, heads, head_axis=1), vectors.scores),
+    pair_bits = tuple(
+        replace(x, words=whole(x.words, heads, head_axis=1), bit=everything(x.bit))
+        for x in vectors.bits
     )
+    specs = jax.tree.map(
+        lambda x: whole(x, heads, head_axis=1), vectors._replace(bits=())
+    )
+    return specs._replace(bits=pair_bits)
 
 
 def everything(x: Any) -> pl.BlockSpec:
@@ -104,11 +103,20 @@ def pad_inputs(inputs: Inputs, sizes: TritonSizes) -> Inputs:
 
 def pad_vectors(vectors: Vectors, sizes: TritonSizes) -> Vectors:
     """Whole blocks; what a predicate makes of the padding is masked or dropped."""
+
+    def q(x: jax.Array) -> jax.Array:
+        return pad(x, 2, sizes.padded_q)
+
+    def kv(x: jax.Array) -> jax.Array:
+        return pad(x, 2, sizes.padded_kv)
+
+    seeds = vectors.seeds
     return Vectors(
-        tuple(pad(x, 2, sizes.padded_q) for x in vectors.q),
-        tuple(pad(x, 2, sizes.padded_kv) for x in vectors.kv),
+        tuple(map(q, vectors.q)),
+        tuple(map(kv, vectors.kv)),
         tuple(_pad_bits(x, sizes) for x in vectors.bits),
         scores.padded(vectors.scores, sizes),
+        None if seeds is None else Seeds(q(seeds.q), kv(seeds.kv)),
     )
 
 

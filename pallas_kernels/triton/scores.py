@@ -67,17 +67,18 @@ def not_left_out(
 
 
 def factor(vectors: Vectors, here: Here, call: Call) -> jax.Array | None:
-    """What dropout multiplies the weights of a tile by; None for none."""
+    """The dropout factor of the weights of a tile; None without dropout."""
     if not call.dropout_rate:
         return None
+    assert vectors.seeds is not None
     q_axis = 0 if here.q_ids.shape[1] == 1 else 1
 
     def seeds(ref: Any, at: Any, axis: int) -> jax.Array:
         return along(ref[*_lead(ref, here.member), at], axis)
 
     return dropout.factor(
-        seeds(vectors.q[-1], here.q_range, q_axis),
-        seeds(vectors.kv[-1], here.kv_range, 1 - q_axis),
+        seeds(vectors.seeds.q, here.q_range, q_axis),
+        seeds(vectors.seeds.kv, here.kv_range, 1 - q_axis),
         call.dropout_rate,
     )
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import bits, dropout, softmax
-from pallas_kernels.call import Call, Inputs, PairBits, Vectors
+from pallas_kernels.call import Call, Inputs, PairBits, Seeds, Vectors
 from pallas_kernels.precision import wide
 from pallas_kernels.xla.added import Added, added
 from pallas_kernels.xla.blocks import fold_heads as fold_heads
@@ -200,10 +200,11 @@ class Pairs:
     def factor(
         self, row: Int32[Array, ""], block: Int32[Array, " slots"], dtype: Any
     ) -> Float[Array, "..."] | None:
-        """What dropout multiplies the weights by, shaped as the bias; None for none."""
+        """The dropout factor of the weights, shaped like the bias; None without it."""
         if not self.call.dropout_rate:
             return None
-        queries, keys = self.vectors.q[-1], self.vectors.kv[-1]
+        assert self.vectors.seeds is not None
+        queries, keys = self.vectors.seeds
         queries = jax.lax.dynamic_index_in_dim(queries, row, 3, keepdims=False)
         keys = jnp.take(keys, block, axis=3, mode="clip")
         keys = keys.reshape(*keys.shape[:3], 1, -1)
@@ -318,10 +319,14 @@ def pairs_of(
         return replace(x, words=words, bit=to_blocks(x.bit, 0, plan.block_kv))
 
     bits.check(vectors.bits, plan.block_kv)
+    seeds = vectors.seeds
+    if seeds is not None:
+        seeds = Seeds(split(seeds.q, plan.block_q), split(seeds.kv, plan.block_kv))
     blocked = Vectors(
         tuple(split(x, plan.block_q) for x in vectors.q),
         tuple(split(x, plan.block_kv) for x in vectors.kv),
         tuple(whole(x) for x in vectors.bits),
+        seeds=seeds,
     )
     sizes = plan.block_q, plan.block_kv
     own = None

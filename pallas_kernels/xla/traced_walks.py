@@ -110,6 +110,7 @@ def _vectors(vectors: Vectors, b: Any, h: Any) -> Vectors:
     def own_bits(x: PairBits) -> PairBits:
         return replace(x, words=own(x.words))
 
-    q, kv = (tuple(own(x) for x in side) for side in vectors[:2])
+    # The bit numbers of the keys have no axes of batch and heads.
     bits = tuple(own_bits(x) for x in vectors.bits)
-    return Vectors(q, kv, bits, jax.tree.map(own, vectors.scores))
+    rest = jax.tree.map(own, vectors._replace(bits=()))
+    return rest._replace(bits=bits)

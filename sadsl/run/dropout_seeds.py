@@ -11,7 +11,7 @@ from lowering.order.candidates import Layouts
 from lowering.problem import Problem
 from lowering.run_time.sort import Orders
 from pallas_kernels import dropout
-from pallas_kernels.call import Vectors
+from pallas_kernels.call import Seeds, Vectors
 from sadsl.terms.base import DROPOUT_KEY
 
 # Which entry of the batch the first one is, where a call has a part of the batch.
@@ -55,10 +55,10 @@ def with_seeds(
     problem: Problem,
     order: Layouts | Orders | None,
 ) -> Vectors:
-    """The vectors with seeds as the last of queries and keys, in slots.
+    """Adds the dropout seeds of queries and keys to ``vectors``, in slot order.
 
-    A seed belongs to the position that is in the slot, so that no order changes what
-    is dropped.
+    A slot takes the seed of the position that it holds, so the order of positions does
+    not change which weights are dropped.
     """
     q, kv = (x[None, None] for x in _positions(problem))
     match order:
@@ -66,9 +66,8 @@ def with_seeds(
             q, kv = order.q.to_slots(q, 2), order.kv.to_slots(kv, 2)
         case Orders():
             q, kv = order.q + problem.q_offset, order.kv
-    seeds = _query_seeds(arrays, q, batch, problem)
-    keys = dropout.key_seeds(kv)
-    return vectors._replace(q=(*vectors.q, seeds), kv=(*vectors.kv, keys))
+    queries = _query_seeds(arrays, q, batch, problem)
+    return vectors._replace(seeds=Seeds(queries, dropout.key_seeds(kv)))
 
 
 def of_all_pairs(

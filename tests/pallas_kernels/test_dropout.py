@@ -9,8 +9,8 @@ import oracle
 import pytest
 from kernel_cases import Case, Pattern
 
-from pallas_kernels import dispatch, dropout
-from pallas_kernels.call import Outputs
+from pallas_kernels import dense, dispatch, dropout
+from pallas_kernels.call import Outputs, Seeds
 from pallas_kernels.config import Tile
 
 # Compiled in a hurry: nothing here is about speed.
@@ -101,7 +101,7 @@ def test_a_rate_next_to_one_keeps_next_to_nothing():
     assert not kept((1, 2), 64, 64, rate=1 - 2.0**-40).any()
 
 
-def dense(case, factor):
+def plain(case, factor):
     pairs = jnp.asarray(case.pairs())
     group = case.q_heads // case.kv_heads
 
@@ -129,8 +129,7 @@ def test_values_and_gradients(impl, case):
     at = lambda n: jnp.arange(n, dtype=jnp.int32)[None, None]
     queries = dropout.query_seeds(words, at(case.q_len), case.batch, case.q_heads)
     keys = dropout.key_seeds(at(case.kv_len))
-    vectors = case.vectors()
-    vectors = vectors._replace(q=(*vectors.q, queries), kv=(*vectors.kv, keys))
+    vectors = case.vectors()._replace(seeds=Seeds(queries, keys))
     options = {} if impl == "xla" else {"interpret": True}
     call, masks = replace(case.call(**options), dropout_rate=RATE), case.masks()
 
@@ -145,10 +144,43 @@ def test_values_and_gradients(impl, case):
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (*inputs, do, dlse)]
         factor = jnp.asarray(np.asarray(keep, np.float64) / (1 - RATE))
-        out, pull = jax.vjp(dense(case, factor), *wide[:3])
+        out, pull = jax.vjp(plain(case, factor), *wide[:3])
         expected = (*out, *pull(Outputs(*wide[3:])))
     for name, a, b in zip(oracle.Result._fields, found, expected, strict=True):
         oracle.assert_close(a, np.asarray(b), "float32", f"{impl} {name}")
+
+
+@pytest.mark.parametrize("impl", ["xla", "tpu", "triton"])
+def test_gradient_of_keys_is_that_of_the_dense_pass(impl):
+    """``dk`` sees the dropped weights only through the gradient of the scores."""
+    case = CASES[0]
+    inputs, do, dlse = case.arrays()
+    queries, keys = seeds((3, 4), case.q_len, case.kv_len, case.batch, case.q_heads)
+    vectors = case.vectors()._replace(seeds=Seeds(queries, keys))
+    options = {} if impl == "xla" else {"interpret": True}
+    call, masks = replace(case.call(**options), dropout_rate=RATE), case.masks()
+    without = replace(call, dropout_rate=0.0)
+
+    def attend(k, call):
+        return dispatch.attend(inputs._replace(k=k), vectors, masks, call, impl=impl)
+
+    def reference(k, call):
+        tests = masks.forward.test_of_head
+        return dense.forward(inputs._replace(k=k), vectors, tests, call)
+
+    @jax.jit
+    def gradients(k):
+        cotangent = Outputs(do, dlse)
+        found = jax.vjp(lambda k: attend(k, call), k)[1](cotangent)[0]
+        expected, other = (
+            jax.vjp(lambda k, c=c: reference(k, c), k)[1](cotangent)[0]
+            for c in (call, without)
+        )
+        return found, expected, other
+
+    found, expected, other = gradients(inputs.k)
+    oracle.assert_close(found, np.asarray(expected, np.float64), "float32", impl)
+    assert np.abs(np.asarray(expected - other)).max() > 0.1
 
 
 @pytest.mark.slow
@@ -157,8 +189,7 @@ def test_second_order():
     case = CASES[0]
     x, do, dlse = case.arrays()
     queries, keys = seeds((5, 6), case.q_len, case.kv_len, case.batch, case.q_heads)
-    vectors = case.vectors()
-    vectors = vectors._replace(q=(*vectors.q, queries), kv=(*vectors.kv, keys))
+    vectors = case.vectors()._replace(seeds=Seeds(queries, keys))
     call, masks = replace(case.call(), dropout_rate=RATE), case.masks()
     keep = dropout.factor(queries[..., None], keys[..., None, :], RATE) > 0
 
@@ -173,7 +204,7 @@ def test_second_order():
         wide = jax.tree.map(
             lambda x: jnp.asarray(np.asarray(x, np.float64)), (x, u, (do, dlse))
         )
-        g = dense(case, jnp.asarray(np.asarray(keep, np.float64) / (1 - RATE)))
+        g = plain(case, jnp.asarray(np.asarray(keep, np.float64) / (1 - RATE)))
         expected = derivatives(lambda x: g(*x), *wide)
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     for a, b in pairs:
