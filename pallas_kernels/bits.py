@@ -1,7 +1,7 @@
-"""Bits of pairs as tiles: what every backend makes of ``PairBits``.
+"""Unpacks ``PairBits`` into bool tiles, the same way on every backend.
 
-A partial tile has a word or a few for each query and a bit number for each key; the
-tile is their outer product. All of it is int32 of the rank of the ids.
+A partial tile reads one or a few int32 words for each query and one int32 bit number
+for each key. Entry ``(q, k)`` of the tile is bit ``bit[k]`` of the words of ``q``.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,13 +16,13 @@ from pallas_kernels.call import WORD, PairBits
 
 
 def tile(words: Sequence[jax.Array], bit: jax.Array) -> jax.Array:
-    """The bool tile of ``words``, int32 along the queries, and ``bit`` along the keys.
+    """The bool tile of the ``words`` of its queries and the ``bit`` of its keys.
 
-    Columns ``[q, 1]`` with a row ``[1, k]``, or rows ``[1, q]`` with a column
-    ``[k, 1]``: the tile is ``[q, k]`` or ``[k, q]``.
+    Words are int32 ``[q, 1]`` with bits ``[1, k]`` (the tile is ``[q, k]``), or words
+    ``[1, q]`` with bits ``[k, 1]`` (the tile is ``[k, q]``).
     """
-    # Masks of the keys, not shifts of the tile: a word costs the tile an `and` and an
-    # `or`, and no bool is broadcast, which TPUs do badly.
+    # The shift is done on the keys, not on the tile: a word then costs one `and` and
+    # one `or` per pair, and no bool is broadcast, which is slow on TPUs.
     mask = lax.shift_left(jnp.ones_like(bit), bit & (WORD - 1))
     if len(words) == 1:
         return (words[0] & mask) != 0
@@ -34,10 +34,10 @@ def tile(words: Sequence[jax.Array], bit: jax.Array) -> jax.Array:
 def window(
     x: PairBits, q_block: Any, kv_block: Any, *, block_q: int, kv_seq_len: int
 ) -> tuple[Any, Any]:
-    """The plane of a tile, and where the ``block_q`` words of its queries start.
+    """The plane of a tile, and the index of the first of its ``block_q`` words.
 
-    ``kv_block`` counts blocks of ``x.block_kv``. A start is a multiple of ``block_q``,
-    or of the greatest common divisor of the two blocks where ``x`` is diagonal.
+    ``kv_block`` counts blocks of ``x.block_kv``. The index is a multiple of
+    ``block_q``; if ``x`` is diagonal, of the greatest common divisor of both blocks.
     """
     if not x.diagonal:
         return _quotient(kv_block, x.blocks_per_plane), q_block * block_q
@@ -46,14 +46,15 @@ def window(
 
 
 def _quotient(block: Any, by: int) -> Any:
-    """``block // by``, spelt without asking for the chip that it is traced for."""
+    """``block // by`` of an int or an int32 array that is not negative."""
+    # The operator // on traced ints lowers to a sign() that needs a known TPU.
     if by == 1 or isinstance(block, int):
         return block // by
     return lax.div(block, jnp.full_like(block, by))
 
 
 def padded_length(x: PairBits, block_q: int, q_seq_len: int, kv_seq_len: int) -> int:
-    """How long the words must be for every window of whole blocks to lie in them."""
+    """The length of the words at which every window of whole blocks lies in them."""
     padded_q = -(-q_seq_len // block_q) * block_q
     if not x.diagonal:
         return padded_q
@@ -61,12 +62,16 @@ def padded_length(x: PairBits, block_q: int, q_seq_len: int, kv_seq_len: int) ->
 
 
 def check(bits: Iterable[PairBits], *blocks_kv: int) -> None:
-    """Refuses bits that are packed for other key blocks than the kernels visit."""
+    """Checks that bits are packed for the key blocks that the kernels visit.
+
+    Raises:
+      ValueError: a kernel has another ``block_kv`` than the bits.
+    """
     for i, x in enumerate(bits):
         if any(block != x.block_kv for block in blocks_kv):
             raise ValueError(
                 f"bits[{i}] are packed for block_kv={x.block_kv}, and the kernels have "
                 f"block_kv={', '.join(map(str, blocks_kv))}: all kernels of a call "
-                "with bits take one block_kv, that of the bits; plan them alike, or "
-                "pack the bits anew"
+                "with bits must have the block_kv of the bits; give all masks this "
+                "block_kv, or pack the bits again"
             )

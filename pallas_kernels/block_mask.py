@@ -1,4 +1,4 @@
-"""BlockMask: which blocks a kernel visits, as runs of blocks, row by row."""
+"""``BlockMask``: the blocks that a kernel visits, stored as runs, row by row."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,25 +12,27 @@ Axis = Literal["q", "kv"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BlockMask:
-    """The blocks of an attention matrix that hold a pair, as runs of full or partial.
+    """The blocks of an attention matrix that hold a pair, as runs of blocks.
 
     A row is a query block if ``by == "q"`` (forward, dq) and a key block if
     ``by == "kv"`` (dk, dv: the transposed plan). Row ``i`` of map ``m`` has the runs
-    ``row_ptr[r] : row_ptr[r + 1]`` with ``r = m * num_rows + i``; a run is the
-    half-open range ``run_start : run_stop`` of blocks along the other axis, all full
-    or all partial. Runs of a row ascend and never overlap or touch with equal kind.
+    ``row_ptr[r] : row_ptr[r + 1]`` with ``r = m * num_rows + i`` (the CSR format). A
+    run is the half-open range ``run_start : run_stop`` of blocks along the other axis,
+    all full or all partial. The runs of a row ascend and do not overlap. Two runs of
+    the same kind do not touch.
 
-    A full block holds every pair of its tile and does not overhang the end of the keys;
-    only a partial one needs the elementwise predicate. Overhang of the queries is
-    harmless in either orientation: their outputs are dropped, their gradients zero.
+    A full block holds every pair of its tile and does not reach beyond the last key.
+    A partial block needs the elementwise predicate. A block may reach beyond the last
+    query in either orientation: such outputs are dropped and such gradients are zero.
 
-    What is known only at run time fills the same arrays with traced values, and
-    ``map_of_head`` may then be one of every batch entry and head, ``[batch * heads]``:
-    its values, like those of ``test_of_map``, are known when the call is traced.
+    A plan that is known only at run time fills the same arrays with traced values. Its
+    ``map_of_head`` may have an entry for every batch entry and head, ``[batch *
+    heads]``. The values of ``map_of_head`` and ``test_of_map`` are known when the call
+    is traced.
     """
 
-    # int32 arrays, of NumPy for a static plan and traced otherwise. Any, because jax
-    # rebuilds a pytree with placeholders in them, which a checked annotation refuses.
+    # int32 arrays: NumPy for a static plan, traced otherwise. The annotation is Any
+    # because jax rebuilds a pytree with placeholders, which a checked one refuses.
     row_ptr: Any  # [rows + 1]
     run_start: Any  # [runs]
     run_stop: Any  # [runs]
@@ -42,51 +44,52 @@ class BlockMask:
     block_kv: int = field(metadata={"static": True})
     num_maps: int = field(default=1, metadata={"static": True})
     by: Axis = field(default="q", metadata={"static": True})
-    # Static capacities: the most runs and the most blocks of any row.
+    # Static capacities: the largest number of runs and of blocks in any row.
     max_runs: int = field(default=0, metadata={"static": True})
     max_blocks: int = field(default=0, metadata={"static": True})
-    # Which test of the predicate a map takes, int32 [num_maps]; None: map m has test m.
+    # The number of the predicate's test of each map, int32 [num_maps]. None: map m has
+    # test m.
     test_of_map: Any = None
 
     @property
     def num_q_blocks(self) -> int:
-        """Query blocks, the last of which may overhang."""
+        """The number of query blocks; the last one may be partly beyond the queries."""
         return -(-self.q_seq_len // self.block_q)
 
     @property
     def num_kv_blocks(self) -> int:
-        """Key blocks, the last of which may overhang."""
+        """The number of key blocks; the last one may be partly beyond the keys."""
         return -(-self.kv_seq_len // self.block_kv)
 
     @property
     def num_rows(self) -> int:
-        """Rows of one map."""
+        """The number of rows of one map."""
         return self.num_q_blocks if self.by == "q" else self.num_kv_blocks
 
     @property
     def num_columns(self) -> int:
-        """Blocks along a row."""
+        """The number of blocks along a row."""
         return self.num_kv_blocks if self.by == "q" else self.num_q_blocks
 
     @property
     def test_of_head(self) -> Any:
-        """Which test of the predicate a head takes; like ``map_of_head``."""
+        """The number of the predicate's test of each head, like ``map_of_head``."""
         if self.test_of_map is None:
             return self.map_of_head
         return self.test_of_map[self.map_of_head]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the run lists."""
+        """The bytes of the run lists."""
         arrays = (self.row_ptr, self.run_start, self.run_stop, self.run_full)
         return sum(a.nbytes for a in arrays)
 
     def visited_by_map(self) -> np.ndarray:
-        """Blocks that each map visits; on host arrays only."""
+        """The number of blocks that each map visits, ``[maps]``; host arrays only."""
         return self._by_map(np.asarray(self.run_stop) - np.asarray(self.run_start))
 
     def partial_by_map(self) -> np.ndarray:
-        """Partial blocks that each map visits; on host arrays only."""
+        """The number of partial blocks of each map, ``[maps]``; host arrays only."""
         lengths = np.asarray(self.run_stop) - np.asarray(self.run_start)
         return self._by_map(np.where(np.asarray(self.run_full) != 0, 0, lengths))
 
@@ -95,7 +98,7 @@ class BlockMask:
         return np.diff(total[np.asarray(self.row_ptr)[:: max(self.num_rows, 1)]])
 
     def transpose(self) -> "BlockMask":
-        """The same blocks listed along the other axis; on host arrays only."""
+        """The same blocks listed along the other axis; host arrays only."""
         full = expand(self) == FULL
         visited = expand(self) != EMPTY
         other: Axis = "kv" if self.by == "q" else "q"
@@ -111,9 +114,9 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
 def expand(mask: BlockMask) -> np.ndarray:
-    """The kind of every block, int8 ``[maps, rows, columns]``; of host arrays.
+    """The kind of every block, int8 ``[maps, rows, columns]``; host arrays only.
 
-    This is the dense picture that kernels never see: memory is rows times columns.
+    Kernels never build this dense table, whose memory is rows times columns.
     """
     ptr, start, stop, full = (
         np.asarray(x)
@@ -122,7 +125,7 @@ def expand(mask: BlockMask) -> np.ndarray:
     row = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr))
     kind = np.where(full != 0, FULL, PARTIAL).astype(np.int8)
     steps = np.zeros((mask.num_maps * mask.num_rows, mask.num_columns + 1), np.int8)
-    # No two runs of a row start together, nor do two end together.
+    # No two runs of a row have the same start or the same stop: += adds each once.
     steps[row, start] += kind
     steps[row, stop] -= kind
     kinds = np.cumsum(steps, axis=1, dtype=np.int8)[:, :-1]
@@ -132,7 +135,7 @@ def expand(mask: BlockMask) -> np.ndarray:
 def from_blocks(
     kinds: np.ndarray, *, map_of_head: np.ndarray, like: BlockMask
 ) -> BlockMask:
-    """Runs of a table of kinds ``[maps, rows, columns]``; sizes as in ``like``."""
+    """The runs of a table of kinds ``[maps, rows, columns]``; sizes from ``like``."""
     flat = kinds.reshape(-1, kinds.shape[-1])
     edge = np.zeros((len(flat), 1), flat.dtype)
     padded = np.concatenate([edge, flat, edge], axis=1)
@@ -140,7 +143,7 @@ def from_blocks(
     row, at = np.nonzero(changes)
     kind = padded[row, at + 1]
     start = kind != EMPTY
-    # Every change that opens a run is followed, in its row, by the one that closes it.
+    # The change after the one that opens a run is in the same row and closes the run.
     stop = at[np.flatnonzero(start) + 1]
     return from_runs(
         row[start], at[start], stop, kind[start] == FULL,
@@ -157,7 +160,10 @@ def from_runs(
     map_of_head: np.ndarray,
     like: BlockMask,
 ) -> BlockMask:
-    """A host BlockMask from runs sorted by (row, start); sizes as in ``like``."""
+    """A host BlockMask of runs sorted by (row, start); sizes from ``like``.
+
+    ``row``, ``start``, ``stop`` (int) and ``full`` (bool) are ``[runs]``.
+    """
     num_maps = int(map_of_head.max(initial=0)) + 1
     rows = num_maps * like.num_rows
     count = np.bincount(row, minlength=rows)
@@ -178,7 +184,7 @@ def from_runs(
 def blank(
     q_seq_len: int, kv_seq_len: int, block_q: int, block_kv: int, by: Axis = "q"
 ) -> BlockMask:
-    """A mask with sizes and no runs: the ``like`` of the builders above."""
+    """A mask with sizes and no runs, to pass as ``like`` to the functions above."""
     none = np.zeros(0, np.int32)
     return BlockMask(
         none, none, none, none, none, q_seq_len, kv_seq_len, block_q, block_kv, by=by
@@ -186,7 +192,7 @@ def blank(
 
 
 def check(mask: BlockMask) -> None:
-    """Asserts the invariants of the class docstring; on host arrays only."""
+    """Asserts the invariants of the class docstring; host arrays only."""
     ptr, start, stop = (
         np.asarray(a) for a in (mask.row_ptr, mask.run_start, mask.run_stop)
     )

@@ -1,4 +1,4 @@
-"""What a kernel call is made of, beside its arrays: the contract of every backend."""
+"""The arguments and results of a kernel call: the contract of every backend."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -14,21 +14,24 @@ from pallas_kernels.config import Tiles
 from pallas_kernels.precision import widened
 from pallas_kernels.softmax import LOG2_E
 
-# predicate(test, q_ids, k_ids, q_vectors, kv_vectors, bits) -> bool tile. ``test`` is
-# an int32 scalar (``BlockMask.test_of_map`` of the map), the ids are int32 and
-# broadcast against one another in either orientation ([q, 1] with [1, k], or [1, q]
-# with [k, 1]); each vector is shaped like the ids it belongs to, perhaps with leading
-# batch and head axes, and ``bits`` are bool tiles over both, one for each of
-# ``Vectors.bits``. It must be hashable and equal by content.
+# predicate(test, q_ids, k_ids, q_vectors, kv_vectors, bits) -> bool tile.
+# - test: int32 scalar, BlockMask.test_of_map of the map.
+# - q_ids, k_ids: int32 positions, [q, 1] with [1, k], or [1, q] with [k, 1].
+# - q_vectors, kv_vectors: the entries of Vectors.q and Vectors.kv, each shaped like
+#   the ids of its side, perhaps with leading batch and head axes.
+# - bits: bool tiles over both sides, one for each of Vectors.bits.
+# A predicate must be hashable and equal by content.
 Predicate = Callable[[Any, Any, Any, tuple, tuple, tuple], Any]
 
-# scores(q_ids, k_ids, q_values, kv_values, pairs) -> floats in natural units, added to
-# the scaled, capped scores of every tile, full ones too. The ids are as above; the
-# values are floats, shaped like the ids they belong to, and ``pairs`` are tiles over
-# both, one for each of ``ScoreValues.pairs``. Hashable and equal by content, too.
+# scores(q_ids, k_ids, q_values, kv_values, pairs) -> float tile in natural units, which
+# is added to the scaled and capped scores of every tile, full tiles too.
+# - q_ids, k_ids: as above.
+# - q_values, kv_values: the entries of ScoreValues.q and .kv, shaped like their ids.
+# - pairs: tiles over both sides, one for each of ScoreValues.pairs.
+# It must be hashable and equal by content.
 Scores = Callable[[Any, Any, tuple, tuple, tuple], Any]
 
-# Bits in a word of PairBits.
+# The number of bits in a word of PairBits.
 WORD = 32
 
 
@@ -37,14 +40,18 @@ WORD = 32
 class PairBits:
     """A bit for every pair, packed for key blocks of ``block_kv``.
 
-    The bit of query ``q`` and key ``k`` of block ``j = k // block_kv`` is bit
-    ``bit[k] % 32`` of word ``w = bit[k] // 32`` of ``words``: of ``words[..., p, w,
-    q]`` with ``p = j // blocks_per_plane`` (``length == q_seq_len``), or, if
-    ``diagonal``, of ``words[..., 0, w, x]``, where ``x = q + (num_kv_blocks
-    - 1 - j) * block_kv`` (one plane, as long as ``x`` goes). Past the length, 0.
+    Let ``j = k // block_kv`` be the block of key ``k``. The bit of the pair ``(q, k)``
+    is bit ``bit[k] % 32`` of the word
+
+    - ``words[..., j // blocks_per_plane, bit[k] // 32, q]``, of ``length ==
+      q_seq_len``; or, if ``diagonal``,
+    - ``words[..., 0, bit[k] // 32, x]`` with ``x = q + (num_kv_blocks - 1 - j) *
+      block_kv``: one plane, whose length is that of the range of ``x``.
+
+    Words beyond the length count as 0.
     """
 
-    # int32 arrays; Any, because jax rebuilds a pytree with placeholders in them.
+    # int32 arrays. Any, because jax rebuilds a pytree with placeholders in it.
     words: Any  # [batch or 1, num_q_heads or 1, planes, words, length]
     bit: Any  # [kv_seq_len], each in 0 .. 32 * words - 1
     block_kv: int = field(metadata={"static": True})
@@ -57,8 +64,9 @@ class PairBits:
 class PairValues:
     """A float for every pair: f32 ``[batch or 1, num_q_heads or 1, q, kv]``.
 
-    If ``diagonal``, one for every ``q - k``: ``values[..., q - k + kv_seq_len - 1]``,
-    of length ``q_seq_len + kv_seq_len - 1``. ``-inf`` leaves the pair out.
+    If ``diagonal``, the value depends on ``q - k`` alone: ``values[..., q - k +
+    kv_seq_len - 1]``, of length ``q_seq_len + kv_seq_len - 1``. The value ``-inf``
+    removes the pair.
     """
 
     values: Any  # Any, because jax rebuilds a pytree with placeholders in it.
@@ -66,10 +74,10 @@ class PairValues:
 
 
 class ScoreValues(NamedTuple):
-    """What ``Call.scores`` reads: floats of queries, of keys and of pairs.
+    """The arrays that ``Call.scores`` reads: of queries, of keys and of pairs.
 
-    Vectors are f32 ``[batch or 1, num_q_heads or 1, q_seq_len]`` (``kv``:
-    ``kv_seq_len``).
+    ``q`` are f32 ``[batch or 1, num_q_heads or 1, q_seq_len]``; ``kv`` have
+    ``kv_seq_len``.
     """
 
     q: tuple[Float[Array, "_batch _heads _q"], ...] = ()
@@ -102,7 +110,7 @@ class Vectors(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """The plans of the three kernels; ``dkv`` is ``by="kv"``, the others ``by="q"``."""
+    """The block masks of the three kernels: ``dkv`` has ``by="kv"``, the others "q"."""
 
     forward: BlockMask
     dq: BlockMask
@@ -119,23 +127,24 @@ class Call:
     logits_soft_cap: float | None = None
     # False, True (Pallas' quick interpreter) or a backend's interpreter parameters.
     interpret: Hashable = False
-    # What is added to the scores, and whether its values want gradients.
+    # The function whose values are added to the scores, and whether the arrays that it
+    # reads need gradients.
     scores: Scores | None = None
     learned_scores: bool = False
-    # How many of the weights are dropped: in [0, 1).
+    # The fraction of the weights that is dropped, in [0, 1).
     dropout_rate: float = 0.0
 
     @property
     def unit(self) -> float:
-        """The factor between natural scores and those in kernels (``softmax``)."""
+        """The factor from natural scores to the scores in kernels (``softmax``)."""
         return LOG2_E if self.scores is None else 1.0
 
     @property
     def scale(self) -> float:
-        """What ``q k^T`` is multiplied by, in f32.
+        """The factor of ``q k^T``, applied to the product in f32.
 
-        A scaled q would be rounded to bf16: that changes a score by up to 2^-9 of it,
-        and a weight by that much times the score.
+        A scaled ``q`` would be rounded to bf16. That changes a score by a relative
+        error of up to 2^-9, and its weight by that error times the score.
         """
         return self.sm_scale * self.unit
 
@@ -149,18 +158,19 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a forward pass yields; an empty row has ``o == 0`` and ``lse == -inf``."""
+    """The results of a call. An empty row has ``o == 0`` and ``lse == -inf``."""
 
     o: Float[Array, "batch q_heads q head_dim_v"]  # in the dtype of q
     lse: Float[Array, "batch q_heads q"]  # natural logarithm
 
 
 class Kept(NamedTuple):
-    """What a forward pass keeps for derivatives: the outputs, and a total a row.
+    """The results of a forward pass that derivatives need: outputs and row totals.
 
-    The total is the sum of the weights ``exp(score - lse)``. It is 1 but for the
-    rounding of the lse: the number of keys where all scores are ``finfo.min``, in which
-    float32 absorbs the logarithm of a sum. Derivatives divide by it.
+    The total of a row is the sum of its weights ``exp(score - lse)``. It differs from 1
+    by the rounding of the lse. It is the number of keys if all scores are
+    ``finfo.min``, where float32 absorbs the logarithm of that number. Derivatives
+    divide by the total.
     """
 
     o: Float[Array, "batch q_heads q head_dim_v"]
@@ -169,15 +179,16 @@ class Kept(NamedTuple):
 
     @property
     def outputs(self) -> Outputs:
-        """What a caller sees."""
+        """The results that a caller sees."""
         return Outputs(self.o, self.lse)
 
 
 class Cotangents(NamedTuple):
-    """What a backward pass starts from; ``delta = rowsum(do * o) - dlse``.
+    """The arrays that a backward pass starts from.
 
-    Both are divided by the total of the weights of the row, and 0 where ``lse ==
-    -inf``: nothing flows back through an empty row.
+    ``delta = rowsum(do * o) - dlse``. Both ``do`` and ``delta`` are divided by the
+    total of the row's weights (``Kept``). Both are 0 where ``lse == -inf``: an empty
+    row has no gradient.
     """
 
     lse: Float[Array, "batch q_heads q"]  # the natural lse of the forward pass
@@ -186,7 +197,7 @@ class Cotangents(NamedTuple):
 
 
 def named(kept: Kept) -> Kept:
-    """``kept`` with the names that checkpoint policies know residuals by."""
+    """``kept`` with residual names for checkpoint policies: "attn_out", "attn_lse"."""
     o = checkpoint_name(kept.o, "attn_out")
     return Kept(o, *(checkpoint_name(x, "attn_lse") for x in kept[1:]))
 
@@ -194,15 +205,15 @@ def named(kept: Kept) -> Kept:
 def to_backward(
     inputs: Inputs, kept: Kept, cotangent: Outputs
 ) -> tuple[Inputs, Cotangents]:
-    """What a backward pass starts from; ``q`` is 0 for queries that see no key.
+    """Computes the arrays that a backward pass starts from.
 
-    Its kernels multiply such rows of ``q`` and ``do`` by weights of 0, and ``0 * nan``
-    is NaN.
+    The rows of ``q`` and ``do`` are replaced by 0 for queries that see no key: the
+    kernels multiply them by weights of 0, and ``0 * nan`` is NaN.
     """
     o, lse, total = kept
     do, dlse = cotangent
     products = widened(o) * widened(do)
-    # CPUs add up the last axis of an array one number at a time, but for dots.
+    # XLA:CPU reduces the last axis serially; a matmul is faster.
     ones = jnp.ones(o.shape[-1], products.dtype)
     delta = jnp.matmul(products, ones, precision="highest") - dlse
     do = (widened(do) / total[..., None]).astype(do.dtype)
@@ -215,21 +226,22 @@ def to_backward(
 
 
 class Backend(Protocol):
-    """A module with these functions: ``xla``, ``tpu`` and ``triton`` are such.
+    """The functions of a backend module: ``xla``, ``tpu`` and ``triton``.
 
-    Lengths are those of the caller: a backend pads to its blocks and drops the padding.
+    Array lengths are those of the caller. A backend pads to whole blocks and drops the
+    padding from its results.
     """
 
     def default_tiles(
         self, lengths: tuple[int, int], head_dim: int, head_dim_v: int, dtype: Any
     ) -> Tiles:
-        """Good block sizes for queries and keys of these lengths and sizes."""
+        """The default block sizes for ``lengths`` (queries, keys) and head sizes."""
         ...
 
     def prepare(self, masks: Masks, call: Call) -> Any:
-        """The plan in the form that this backend walks: a pytree of arrays.
+        """Converts the block masks to the lists of this backend, a pytree of arrays.
 
-        Runs outside of any differentiation, on host arrays for a static plan.
+        It runs outside of differentiation, and on host arrays if the plan is static.
         """
 
     def forward(self, inputs: Inputs, vectors: Vectors, lists: Any, call: Call) -> Kept:

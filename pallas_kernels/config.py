@@ -1,4 +1,4 @@
-"""KernelConfig: block sizes and pipelining. It never changes the result."""
+"""``KernelConfig``: block sizes and pipelining, which do not change the result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,11 +24,11 @@ class Tile:
 class KernelConfig:
     """Options of a kernel launch; ``None`` means "choose for me".
 
-    ``block_q`` and ``block_kv`` hold for the forward and both backward kernels unless
-    ``dq`` or ``dkv`` name their own. ``num_warps`` and ``num_stages`` matter on GPUs.
-    A size that is not named follows the lengths of the call: no block is much longer
-    than its sequence. ``relayout=False`` keeps the given order of positions; otherwise
-    the compiler takes another one where that visits enough fewer blocks.
+    ``block_q`` and ``block_kv`` apply to the forward kernel and to both backward
+    kernels, unless ``dq`` or ``dkv`` gives a tile. Only GPUs use ``num_warps`` and
+    ``num_stages``. A size of None depends on the lengths of the call: no block is much
+    longer than its sequence. ``relayout=False`` keeps the given order of positions.
+    Otherwise the compiler chooses another order if that visits enough fewer blocks.
     """
 
     block_q: int | None = None
@@ -40,7 +40,7 @@ class KernelConfig:
     relayout: bool | None = None
 
     def resolve(self, defaults: "Tiles") -> "Tiles":
-        """Fills what is ``None`` from ``defaults``."""
+        """The tiles of this config, with ``defaults`` for each option that is None."""
         named = {
             name: value
             for name in ("block_q", "block_kv", "num_warps", "num_stages")
@@ -55,22 +55,22 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A tile for each of the three kernels: forward, dq, and dk with dv."""
+    """The tiles of the three kernels: forward, dq, and dkv (both dk and dv)."""
 
     forward: Tile
     dq: Tile
     dkv: Tile
 
     def with_block_kv(self, block_kv: int) -> "Tiles":
-        """The same with one size for the key blocks of all three."""
+        """The same tiles with this ``block_kv`` in all three."""
         return self._each(lambda tile: replace(tile, block_kv=block_kv))
 
     def fitted(
         self, lengths: tuple[int, int], fit: Callable[[int, int], int]
     ) -> "Tiles":
-        """The same for ``lengths`` of queries and keys.
+        """The same tiles fitted to ``lengths``, those of queries and keys.
 
-        ``fit(block, length)`` is the size that a backend takes instead of ``block``.
+        ``fit(block, length)`` returns the size that replaces ``block``.
         """
         q_seq_len, kv_seq_len = lengths
 
@@ -88,9 +88,10 @@ class Tiles:
 
 
 def even_block(block: int, length: int, multiple: int) -> int:
-    """The size of equal blocks of ``length``, as many as ``block`` needs.
+    """The size at which equal blocks cover ``length``, as few as with size ``block``.
 
-    A multiple of ``multiple``; the padding is then less than that for every block.
+    The size is ``length / ceil(length / block)``, rounded up to a multiple of
+    ``multiple``. So the padding is less than ``multiple`` positions per block.
     """
     length = max(length, 1)
     even = -(-length // -(-length // block))

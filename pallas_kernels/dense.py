@@ -1,6 +1,6 @@
-"""Both passes in plain JAX over all pairs: what higher derivatives go through.
+"""The forward and backward pass in plain JAX over all pairs, for higher derivatives.
 
-Memory is quadratic; first derivatives never come here.
+Memory is quadratic in the length. First derivatives do not use this module.
 """
 
 from typing import Any, NamedTuple
@@ -26,15 +26,16 @@ from pallas_kernels.precision import widened
 def allowed(
     vectors: Vectors, tests: Any, q_shape: tuple[int, ...], kv_seq_len: int, call: Call
 ) -> jax.Array:
-    """The pairs of every head, bool ``[batch or 1, heads, q, kv]``.
+    """The allowed pairs of every head, bool ``[batch or 1, heads, q, kv]``.
 
-    ``tests`` of the heads are those of every batch entry, one after the other, or of
-    all: entries differ in their plans, never in what is tested.
+    ``tests`` has the number of the test of each head, int32 ``[heads]`` or ``[batch *
+    heads]``. Only the first ``heads`` are read: batch entries differ in their plans,
+    not in their tests.
     """
     _, num_heads, q_seq_len, _ = q_shape
     q_ids = jnp.arange(q_seq_len, dtype=jnp.int32)[None, :, None]
     k_ids = jnp.arange(kv_seq_len, dtype=jnp.int32)[None, None, :]
-    held = [unpacked(x, q_seq_len) for x in vectors.bits]
+    unpacked_bits = [unpacked(x, q_seq_len) for x in vectors.bits]
 
     def of_head(head: int) -> jax.Array:
         def at(x: jax.Array) -> jax.Array:
@@ -43,7 +44,7 @@ def allowed(
         q_vectors = tuple(at(x)[..., :, None] for x in vectors.q)
         kv_vectors = tuple(at(x)[..., None, :] for x in vectors.kv)
         test = jnp.asarray(tests, jnp.int32)[head]
-        bits = tuple(at(x) for x in held)
+        bits = tuple(at(x) for x in unpacked_bits)
         pairs = call.predicate(test, q_ids, k_ids, q_vectors, kv_vectors, bits)
         lead = jnp.broadcast_shapes(pairs.shape[:-2], (1,))
         return jnp.broadcast_to(pairs, (*lead, q_seq_len, kv_seq_len))
@@ -69,13 +70,13 @@ def unpacked(x: PairBits, q_seq_len: int) -> jax.Array:
 
 
 def forward(inputs: Inputs, vectors: Vectors, tests: Any, call: Call) -> Outputs:
-    """What the backends compute, differentiable to any order."""
+    """The outputs that the backends compute, differentiable to any order."""
     pairs = allowed(vectors, tests, inputs.q.shape, inputs.k.shape[2], call)
-    pairs, on_top = _with_scores(pairs, vectors, call)
+    pairs, added = _with_scores(pairs, vectors, call)
     q, k, v = _present(inputs, pairs)
     s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
     s = softmax.cap(s * call.scale, call.logits_soft_cap, call.unit)
-    s = softmax.mask(s if on_top is None else s + on_top, pairs)
+    s = softmax.mask(s if added is None else s + added, pairs)
     # A constant in both places: p and lse do not depend on the maximum.
     top = jax.lax.stop_gradient(
         jnp.maximum(s.max(axis=-1, keepdims=True), softmax.least(s.dtype))
@@ -92,14 +93,13 @@ def forward(inputs: Inputs, vectors: Vectors, tests: Any, call: Call) -> Outputs
 
 
 class _Rows(NamedTuple):
-    """What a backward pass computes of all pairs; keys once for every query head."""
+    """The arrays of a backward pass over all pairs; keys repeated per query head."""
 
     inputs: Inputs
-    do: jax.Array
-    p: jax.Array
-    # The gradients of what is added to the scores, and of the scores before the cap.
-    dadded: jax.Array
-    ds: jax.Array
+    do: jax.Array  # [batch, q_heads, q, head_dim_v]
+    p: jax.Array  # [batch, q_heads, q, kv]: weights, with dropout
+    dadded: jax.Array  # like p: the gradient of what is added to the capped scores
+    ds: jax.Array  # like p: the gradient of the scores before the cap
 
 
 def _rows(
@@ -108,12 +108,12 @@ def _rows(
     lse, do, delta = (widened(x)[..., None] for x in cotangents)
     do = jnp.where(jnp.isneginf(lse), 0.0, do[..., 0])
     pairs = allowed(vectors, tests, inputs.q.shape, inputs.k.shape[2], call)
-    pairs, on_top = _with_scores(pairs, vectors, call)
+    pairs, added = _with_scores(pairs, vectors, call)
     q, k, v = _present(inputs, pairs)
     s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
     s = softmax.cap(s * call.scale, call.logits_soft_cap, call.unit)
     dp = jnp.einsum("bhqd,bhkd->bhqk", do, v, precision="highest")
-    total = softmax.mask(s if on_top is None else s + on_top, pairs)
+    total = softmax.mask(s if added is None else s + added, pairs)
     p, dadded = softmax.score_gradient(
         total, softmax.lse_for_backward(lse, call.unit), dp, delta,
         factor=_factor(vectors, call, s.dtype), unit=call.unit,
@@ -125,7 +125,7 @@ def _rows(
 def backward(
     inputs: Inputs, cotangents: Cotangents, vectors: Vectors, tests: Any, call: Call
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``dq, dk, dv`` as the backends compute them, differentiable once more."""
+    """``dq, dk, dv`` as the backends compute them, differentiable to any order."""
     batch, num_kv_heads, kv_seq_len, _ = inputs.k.shape
     (q, k, _), do, p, _, ds = _rows(inputs, cotangents, vectors, tests, call)
     ds = ds * call.sm_scale
@@ -144,7 +144,7 @@ def backward(
 def score_backward(
     inputs: Inputs, cotangents: Cotangents, vectors: Vectors, tests: Any, call: Call
 ) -> ScoreValues:
-    """The gradient of ``vectors.scores``, differentiable once more."""
+    """The gradient of ``vectors.scores``, differentiable to any order."""
     gradient = _rows(inputs, cotangents, vectors, tests, call).dadded
 
     def of(values: ScoreValues) -> jax.Array:
@@ -157,7 +157,7 @@ def score_backward(
 def on_all_pairs(
     values: ScoreValues, lengths: tuple[int, ...], call: Call
 ) -> jax.Array:
-    """What the call adds to the scores: f32 ``[batch or 1, heads or 1, q, kv]``."""
+    """The values added to the scores, f32 ``[batch or 1, heads or 1, q, kv]``."""
     assert call.scores is not None
     q_seq_len, kv_seq_len = lengths
     return call.scores(
@@ -170,7 +170,7 @@ def on_all_pairs(
 
 
 def _present(inputs: Inputs, pairs: jax.Array) -> Inputs:
-    """The inputs in f32 with the keys of every query head, 0 for who is in no pair."""
+    """The inputs in f32, keys repeated per query head, and 0 for rows in no pair."""
     q, k, v = map(widened, inputs)
     group = q.shape[1] // k.shape[1]
     sees, seen = pairs.any(axis=-1)[..., None], pairs.any(axis=-2)[..., None]
@@ -181,7 +181,7 @@ def _present(inputs: Inputs, pairs: jax.Array) -> Inputs:
 def _with_scores(
     pairs: jax.Array, vectors: Vectors, call: Call
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The pairs that ``-inf`` does not leave out, and what is added to scores."""
+    """The pairs without those to which ``-inf`` is added, and the added values."""
     if call.scores is None:
         return pairs, None
     found = on_all_pairs(vectors.scores, pairs.shape[2:], call)

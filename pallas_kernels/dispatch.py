@@ -1,10 +1,15 @@
-"""One attention call on a chosen backend, with its gradient.
+"""Runs one attention call on a chosen backend and defines its gradient.
 
-The XLA backend has derivatives of its own, of both modes. Those of the kernels are
-here, as are those of learned scores (each custom_vjp's forward rule calls the
-custom_vjp itself, never the raw kernel, so that a second derivative finds a rule):
-``attend`` is differentiated by ``backward`` and ``score_gradient``, and these by
-``jax.vjp`` of twins in plain JAX. Forward mode they do not have.
+The XLA backend defines its own derivatives, in both modes (``xla/primitive.py``). This
+module defines those of the TPU and Triton kernels, in reverse mode only:
+
+- the gradient of ``_attend`` is ``_backward``, and ``_score_gradient`` for learned
+  scores;
+- the gradient of these two is ``jax.vjp`` of the same passes in plain JAX
+  (``dense.py``).
+
+The forward rule of each ``custom_vjp`` calls the ``custom_vjp`` itself, not the raw
+kernel, so that a second derivative finds a rule.
 """
 
 from collections.abc import Callable
@@ -37,53 +42,53 @@ BACKENDS: dict[str, Backend] = {"xla": xla, "tpu": tpu, "triton": triton}
 def attend(
     inputs: Inputs, vectors: Vectors, masks: Masks, call: Call, *, impl: str
 ) -> Outputs:
-    """Attention over the blocks of ``masks``: values, lse, and gradients of both.
+    """Attention over the blocks of ``masks``: outputs and lse, both differentiable.
 
-    ``jit``, ``vmap``, ``jax.checkpoint`` and ``shard_map`` hold; the last with a kernel
-    in Pallas' interpreter needs ``check_vma=False``. The residuals are named
-    ``attn_out`` and ``attn_lse`` for checkpoint policies.
+    It works under ``jit``, ``vmap``, ``jax.checkpoint`` and ``shard_map``. A kernel in
+    Pallas' interpreter needs ``check_vma=False`` under ``shard_map``. The residuals
+    are named "attn_out" and "attn_lse" for checkpoint policies.
     """
     lists = BACKENDS[impl].prepare(masks, call)
     tests = masks.forward.test_of_head
     if impl == "xla":
         found = primitive.attend(call, *alike((inputs, vectors, tests, lists)))
         return found.outputs
-    walk = xla.prepare(masks, call) if call.learned_scores else None
-    plan = CallPlan(lists, tests, walk)
-    return _attend(impl, call, *alike((inputs, vectors, plan))).outputs
+    scores = xla.prepare(masks, call) if call.learned_scores else None
+    every = CallLists(lists, tests, scores)
+    return _attend(impl, call, *alike((inputs, vectors, every))).outputs
 
 
-class CallPlan(NamedTuple):
-    """The lists of a backend, the tests of the heads, and a walk for learned scores."""
+class CallLists(NamedTuple):
+    """The plans that the passes of one call read."""
 
-    lists: Any
-    tests: Any
-    walk: Any = None
+    kernels: Any  # the lists of the backend
+    tests: Any  # int32 [heads] or [batch * heads]: the test of each head
+    scores: Any = None  # XlaLists for the gradient of learned scores
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(
-    impl: str, call: Call, inputs: Inputs, vectors: Vectors, plan: CallPlan
+    impl: str, call: Call, inputs: Inputs, vectors: Vectors, lists: CallLists
 ) -> Kept:
-    return BACKENDS[impl].forward(inputs, vectors, plan.lists, call)
+    return BACKENDS[impl].forward(inputs, vectors, lists.kernels, call)
 
 
 def _attend_fwd(
-    impl: str, call: Call, inputs: Inputs, vectors: Vectors, plan: CallPlan
+    impl: str, call: Call, inputs: Inputs, vectors: Vectors, lists: CallLists
 ) -> tuple[Kept, Any]:
-    kept = named(_attend(impl, call, inputs, vectors, plan))
-    return kept, (inputs, vectors, plan, kept)
+    kept = named(_attend(impl, call, inputs, vectors, lists))
+    return kept, (inputs, vectors, lists, kept)
 
 
 def _attend_bwd(impl: str, call: Call, residuals: Any, cotangent: Kept) -> Any:
-    inputs, vectors, plan, kept = residuals
+    inputs, vectors, lists, kept = residuals
     inputs, cotangents = to_backward(inputs, kept, cotangent.outputs)
     cotangents = vary(cotangents, inputs.q)
-    gradients = _backward(impl, call, inputs, cotangents, vectors, plan)
+    gradients = _backward(impl, call, inputs, cotangents, vectors, lists)
     if not call.learned_scores:
         return Inputs(*gradients), None, None
-    # The walk of its own is dropped where nobody asks for what it finds.
-    scores = _score_gradient(call, inputs, cotangents, vectors, plan)
+    # A separate pass over the blocks: XLA removes it if its result is not used.
+    scores = _score_gradient(call, inputs, cotangents, vectors, lists)
     return Inputs(*gradients), _of_scores(scores), None
 
 
@@ -98,17 +103,17 @@ def _of_scores(scores: ScoreValues) -> Any:
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _backward(
     impl: str, call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors,
-    plan: CallPlan,
+    lists: CallLists,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    return BACKENDS[impl].backward(inputs, cotangents, vectors, plan.lists, call)
+    return BACKENDS[impl].backward(inputs, cotangents, vectors, lists.kernels, call)
 
 
 def _backward_fwd(
     impl: str, call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors,
-    plan: CallPlan,
+    lists: CallLists,
 ) -> tuple[Any, Any]:  # fmt: skip
-    gradients = _backward(impl, call, inputs, cotangents, vectors, plan)
-    return gradients, (inputs, cotangents, vectors, plan.tests)
+    gradients = _backward(impl, call, inputs, cotangents, vectors, lists)
+    return gradients, (inputs, cotangents, vectors, lists.tests)
 
 
 def _backward_bwd(impl: str, call: Call, residuals: Any, cotangent: Any) -> Any:
@@ -121,16 +126,24 @@ _backward.defvjp(_backward_fwd, _backward_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _score_gradient(
-    call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: CallPlan
-) -> ScoreValues:
-    return score_gradient(inputs, cotangents, vectors, plan.walk, call)
+    call: Call,
+    inputs: Inputs,
+    cotangents: Cotangents,
+    vectors: Vectors,
+    lists: CallLists,
+) -> ScoreValues:  # fmt: skip
+    return score_gradient(inputs, cotangents, vectors, lists.scores, call)
 
 
 def _score_gradient_fwd(
-    call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: CallPlan
-) -> tuple[Any, Any]:
-    found = _score_gradient(call, inputs, cotangents, vectors, plan)
-    return found, (inputs, cotangents, vectors, plan.tests)
+    call: Call,
+    inputs: Inputs,
+    cotangents: Cotangents,
+    vectors: Vectors,
+    lists: CallLists,
+) -> tuple[Any, Any]:  # fmt: skip
+    found = _score_gradient(call, inputs, cotangents, vectors, lists)
+    return found, (inputs, cotangents, vectors, lists.tests)
 
 
 def _score_gradient_bwd(call: Call, residuals: Any, cotangent: Any) -> Any:
@@ -141,7 +154,7 @@ _score_gradient.defvjp(_score_gradient_fwd, _score_gradient_bwd)
 
 
 def _through_twin(twin: Callable, call: Call, residuals: Any, cotangent: Any) -> Any:
-    """The cotangents of a backward pass, by the one in plain JAX."""
+    """The cotangents of a backward pass, by ``jax.vjp`` of its plain JAX ``twin``."""
     inputs, cotangents, vectors, tests = residuals
 
     def run(inputs: Inputs, cotangents: Cotangents, scores: ScoreValues) -> Any:

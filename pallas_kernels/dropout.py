@@ -1,11 +1,12 @@
-"""Dropout on attention weights: which pairs stay, from a key, by integers alone.
+"""Dropout on attention weights: decides from integer seeds which pairs stay.
 
-Every query of a batch entry and head has a seed, every key position another, and a pair
-stays if the mixture of the two is large enough: the same in every pass, for all block
-sizes and orders of positions, and bit by bit on every backend. Nothing is stored.
+Every query has a seed for its batch entry, head and position. Every key has a seed for
+its position. A pair stays if a hash of both seeds is large enough. So no mask is
+stored, and the same pairs stay in every pass, for every block size and order of
+positions, bit by bit on every backend.
 
-The mixing steps are those of a 32-bit hash with few and even biases (Wellons, Hash
-Prospector, 2018: "lowbias32"). All of it is int32, whose products wrap.
+The hash is "lowbias32" (Wellons, Hash Prospector, 2018), a 32-bit hash with a low bias.
+All arithmetic is int32, whose products wrap around.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ FIRST, SECOND, STEP = 0x7FEB352D, -0x7B935975, -0x61C88647
 
 
 def mix(x: Any) -> Any:
-    """A bijection of int32 under which every bit depends on every other."""
+    """The hash lowbias32: a bijection of int32 that mixes all bits."""
     x = _shifted(_multiply(_shifted(x, 16), FIRST), 15)
     return _shifted(_multiply(x, SECOND), 16)
 
@@ -32,9 +33,10 @@ def query_seeds(
     num_heads: int,
     first: int | Int32[Array, ""] = 0,
 ) -> Int32[Array, "batch {num_heads} q"]:
-    """Of every query, from the words of a key; positions may be shared by all.
+    """Seed of each query, int32, from the ``words`` of a random key.
 
-    ``first`` is the place of these entries in the whole batch.
+    ``positions`` may have size 1 along batch and heads. ``first`` is the index, in the
+    whole batch, of the first entry here.
     """
     seed = jnp.zeros((), jnp.int32)
     for i in range(words.shape[0]):
@@ -46,7 +48,7 @@ def query_seeds(
 
 
 def key_seeds(positions: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
-    """Of every key."""
+    """Seed of each key position, int32, shaped like ``positions``."""
     return mix(positions * STEP + 1)
 
 
@@ -56,13 +58,14 @@ def factor(
     rate: float,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "..."]:
-    """What the weights of a tile are multiplied by: 0 or ``1 / (1 - rate)``.
+    """The factor of each weight of a tile: 0 or ``1 / (1 - rate)``.
 
-    The seeds broadcast against one another, in either orientation.
+    The seeds broadcast against each other: ``[q, 1]`` with ``[1, k]``, or ``[1, q]``
+    with ``[k, 1]``.
     """
     x = _shifted(queries ^ keys, 16)
     x = _shifted(_multiply(x, FIRST), 15)
-    # The last step of ``mix`` leaves the high bits as they are, which decide.
+    # The last step of ``mix`` does not change the high bits, which decide.
     x = _multiply(x, SECOND)
     limit = min(round(rate * 2**32), 2**32 - 1) - 2**31
     kept, none = (jnp.dtype(dtype).type(y) for y in (1 / (1 - rate), 0))

@@ -10,10 +10,10 @@ State = TypeVar("State")
 
 
 def repeat(count: int, step: Callable[[Any, State], State], state: State) -> State:
-    """``state = step(i, state)`` for ``i`` from 0 to ``count - 1``.
+    """Repeats ``state = step(i, state)`` for ``i`` from 0 to ``count - 1``.
 
-    The index is an int32 also with ``jax_enable_x64``, where that of ``fori_loop`` is
-    an int64, which neither mixes with positions nor lowers for a TPU.
+    The index is always int32. That of ``fori_loop`` is int64 with ``jax_enable_x64``,
+    which does not mix with int32 positions and does not lower for a TPU.
     """
 
     def body(i: Any, state: State) -> State:

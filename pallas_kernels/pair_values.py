@@ -1,7 +1,7 @@
-"""Values of pairs as arrays: what every backend makes of ``PairValues``.
+"""Arranges ``PairValues`` into tiles, the same way on every backend.
 
-The tile of a diagonal array has one value for each difference of its row and column: a
-strip as long as a row and a column together holds it.
+A tile of a diagonal array is a Toeplitz matrix: its value depends on ``k - q`` alone.
+So a strip of ``block_q + block_kv`` values holds the whole tile.
 """
 
 import jax
@@ -13,12 +13,12 @@ from pallas_kernels.call import PairValues
 def strip(
     x: PairValues, q_seq_len: int, kv_seq_len: int, *, block_q: int, block_kv: int
 ) -> jax.Array:
-    """Diagonals for whole blocks, by ``k - q``: of every tile a strip of them.
+    """A diagonal array sorted by ``k - q`` and padded to whole blocks.
 
-    ``[batch or 1, heads or 1, length]``, where the value of ``q`` and ``k`` is at
-    ``k - q + num_q_blocks * block_q - 1``: the tile of query block ``i`` and key block
-    ``j`` reads ``block_q + block_kv`` of them, from ``(num_q_blocks - 1 - i) * block_q
-    + j * block_kv``. What belongs to no pair is 0.
+    Returns ``[batch or 1, heads or 1, length]``. The value of the pair ``(q, k)`` is at
+    ``k - q + num_q_blocks * block_q - 1``. The tile of query block ``i`` and key block
+    ``j`` is the strip of ``block_q + block_kv`` values that starts at ``(num_q_blocks -
+    1 - i) * block_q + j * block_kv``. Values that belong to no pair are 0.
     """
     assert x.diagonal
     before = -q_seq_len % block_q
@@ -30,12 +30,13 @@ def strip(
 def toeplitz(window: jax.Array, rows: int, columns: int) -> jax.Array:
     """The tile ``[..., rows, columns]`` of ``window[..., rows - 1 - row + column]``.
 
-    The window has ``rows + columns`` values. Built without a gather, so that its
-    transpose adds along diagonals without a scatter.
+    The window has ``rows + columns`` values. Only reshapes and slices build the tile,
+    so the transpose sums along diagonals without a scatter.
     """
     *lead, length = window.shape
     assert length == rows + columns
-    # Rows of one less than the period fall back by one from row to row.
+    # The flat copies have period `length`. A row of length - 1 starts one earlier
+    # in the period than the row before.
     spread = jnp.broadcast_to(window[..., None, :], (*lead, rows + 1, length))
     flat = spread.reshape(*lead, (rows + 1) * length)
     flat = jax.lax.slice_in_dim(flat, rows - 1, rows - 1 + rows * (length - 1), axis=-1)

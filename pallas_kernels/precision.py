@@ -1,4 +1,4 @@
-"""The dtype in which a call computes: float64 for float64, float32 for all others."""
+"""The dtype of sums and statistics: float64 for float64 inputs, else float32."""
 
 from typing import Any
 

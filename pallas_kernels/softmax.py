@@ -1,18 +1,22 @@
-"""Tile mathematics on values, shared by every backend: fold, merge, finish, backward.
+"""The arithmetic of one softmax tile, on values: shared by all backends.
 
-Exponentials are base 2, as the chips have it, and scores are natural scores times a
-``unit``: log2(e), so that no exponent needs a factor, or 1 where a bias is added to
-them, since a finite bias times log2(e) can be infinite (``Call.unit``). The online
-softmax is that of Milakov and Gimelshein (2018) and Dao et al. (FlashAttention, 2022,
-algorithm 1); the backward pass is algorithm 4 of the latter.
+The online softmax is that of Milakov and Gimelshein (Online normalizer calculation for
+softmax, 2018), in the form of FlashAttention-2 (Dao, 2023, algorithm 1): the numerator
+is divided once, after the last tile. The backward pass computes the weights again from
+the lse (Dao, 2023, algorithm 2).
 
-Who is absent is never told by the size of a number that a user can pass. The score of
-a masked pair is replaced by ``-inf``, whose weight is exactly 0, whatever the score
-was; a running maximum starts at the least finite number, so that ``-inf - -inf``, a
-NaN, does not occur. The keys and values that no query of a tile sees are replaced by
-zeros before products, since ``0 * nan`` is NaN. Where that would slow every tile down,
-a kernel does it only if the sums of a row are found not to be finite: it walks that row
-once more, with care.
+Exponentials have base 2, which chips compute. Scores are natural scores times a
+``unit`` (``Call.unit``). It is log2(e), so that exponents need no factor. It is 1 if a
+bias is added to the scores, since a finite bias times log2(e) can be infinite.
+
+No finite number marks a masked pair, since a user can pass any finite number:
+
+- The score of a masked pair becomes ``-inf``, whose weight is exactly 0.
+- A running maximum starts at the least finite number, so that the NaN ``-inf - -inf``
+  does not occur.
+- Keys and values that no query of a tile sees become 0 before products, since ``0 *
+  nan`` is NaN. If that would slow down every tile, a kernel first works without it. If
+  the sums of a row are then not finite, it processes that row again (``careful``).
 """
 
 import math
@@ -26,15 +30,16 @@ from pallas_kernels.precision import wide
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 MASKED = -math.inf
-# The lse, in a backward pass, of queries that see no key: their weights are 0.
+# The lse of queries that see no key, in a backward pass: their weights are then 0.
 ABSENT = math.inf
 
 
 class Carry(NamedTuple):
     """The running softmax of some rows: numerator, maximum of scores, denominator.
 
-    On a chip whose registers have lanes, ``m`` is the same in every lane and ``l`` the
-    sum of them, so that no tile reduces or broadcasts across lanes more than it must.
+    With ``lanes > 1`` (TPU registers), ``m`` is the same in every lane, and the
+    denominator is the sum of ``l`` over the lanes. This saves reductions and broadcasts
+    across lanes in every tile.
     """
 
     acc: Any  # f32 [rows, head_dim_v]
@@ -43,14 +48,14 @@ class Carry(NamedTuple):
 
 
 def least(dtype: Any) -> float:
-    """The least finite number: what a running maximum starts at."""
+    """The least finite number, at which a running maximum starts."""
     return float(jnp.finfo(dtype).min)
 
 
 def start(
     rows: int, head_dim_v: int, lanes: int = 1, dtype: Any = jnp.float32
 ) -> Carry:
-    """Nothing folded yet."""
+    """The carry before the first tile."""
     return Carry(
         jnp.zeros((rows, head_dim_v), dtype),
         jnp.full((rows, lanes), least(dtype), dtype),
@@ -59,9 +64,10 @@ def start(
 
 
 def dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
-    """``a`` times ``b`` over one axis of each, accumulated in f32 (f64 of f64).
+    """The product over axis ``contract[0]`` of ``a`` and ``contract[1]`` of ``b``.
 
-    Both are multiplied in full precision, where chips default to less.
+    It is accumulated in f32 (f64 for f64) and multiplied in full precision, where the
+    default of a chip is less.
     """
     exact = a.dtype.itemsize >= 4
     return jax.lax.dot_general(
@@ -74,7 +80,7 @@ def dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
 
 
 def cap(s: jax.Array, soft_cap: float | None, unit: float = LOG2_E) -> jax.Array:
-    """``soft_cap * tanh(s / soft_cap)`` of scores in ``unit``; the cap is natural."""
+    """``soft_cap * tanh(s / soft_cap)``; ``s`` is in ``unit``, ``soft_cap`` natural."""
     if soft_cap is None:
         return s
     limit = soft_cap * unit
@@ -84,34 +90,34 @@ def cap(s: jax.Array, soft_cap: float | None, unit: float = LOG2_E) -> jax.Array
 def cap_slope(
     capped: jax.Array, soft_cap: float | None, unit: float = LOG2_E
 ) -> jax.Array | float:
-    """The derivative of ``cap`` in terms of its value (before masking)."""
+    """The derivative of ``cap``, from its value ``capped`` before masking."""
     if soft_cap is None:
         return 1.0
     return 1 - jnp.square(capped * (1 / (soft_cap * unit)))
 
 
 def mask(s: jax.Array, allowed: jax.Array | None) -> jax.Array:
-    """Masks what is not allowed; ``None`` allows all."""
+    """Sets scores to ``-inf`` where ``allowed`` is false; None allows all."""
     return s if allowed is None else jnp.where(allowed, s, MASKED)
 
 
 def seen(s: jax.Array, axis: int) -> jax.Array:
-    """Which keys (or queries) are in a pair of a tile of masked scores."""
+    """Whether a key (``axis`` of queries) or query has a pair in a tile of scores."""
     return s.max(axis=axis, keepdims=True) > MASKED
 
 
 def all_finite(x: jax.Array) -> jax.Array:
-    """Whether no element is NaN or infinite, in terms that every backend has."""
+    """Whether all elements are finite, by operations that every backend has."""
     return jnp.sum(x * 0.0) == 0.0
 
 
 def power(x: jax.Array, unit: float) -> jax.Array:
-    """``e`` to the power of a difference of scores in ``unit``."""
+    """The exponential of a difference of scores in ``unit``."""
     return jnp.exp2(x if unit == LOG2_E else x * (LOG2_E / unit))
 
 
 def _across(x: jax.Array, width: int) -> jax.Array:
-    """What is the same in every lane, for ``width`` columns."""
+    """``[rows, lanes]``, the same in every lane, as ``[rows, width]``."""
     lanes = x.shape[1]
     if lanes == 1:
         return x
@@ -134,9 +140,10 @@ def fold(
     factor: jax.Array | None = None,
     unit: float = LOG2_E,
 ) -> Carry:
-    """Folds one tile of masked scores ``[rows, keys]`` into the softmax.
+    """Adds a tile of masked scores ``[rows, keys]`` and values ``v`` to the softmax.
 
-    With dropout, ``factor`` multiplies the weights of the values, not the denominator.
+    ``v`` is ``[keys, head_dim_v]``. The dropout ``factor`` multiplies the weights of
+    the values, but not the denominator.
     """
     acc, m, l = carry
     m_new = jnp.maximum(m, s.max(axis=1, keepdims=True))
@@ -148,16 +155,16 @@ def fold(
 
 
 class Finished(NamedTuple):
-    """The softmax of some rows; an empty one has output 0, lse -inf and total 1."""
+    """The softmax of some rows. An empty row has output 0, lse -inf and total 1."""
 
     o: jax.Array  # f32 [rows, head_dim_v]
     lse: jax.Array  # [rows, 1]
-    # The sum of the weights exp(s - lse): 1 but for the rounding of the lse.
+    # The sum of the weights exp(s - lse), which is 1 up to the rounding of the lse.
     total: jax.Array  # [rows, 1]
 
 
 def finish(carry: Carry, unit: float = LOG2_E) -> Finished:
-    """The outputs of a running softmax."""
+    """Divides the numerator and computes the lse, after the last tile."""
     acc, m, l = carry
     if l.shape[-1] > 1:
         m, l = m[..., :1], l.sum(axis=-1, keepdims=True)
@@ -169,7 +176,7 @@ def finish(carry: Carry, unit: float = LOG2_E) -> Finished:
 
 
 def lse_for_backward(lse: jax.Array, unit: float = LOG2_E) -> jax.Array:
-    """The lse in ``unit``, and ``ABSENT`` for the queries that see no key."""
+    """The natural ``lse`` in ``unit``, with ``ABSENT`` for queries that see no key."""
     return jnp.where(jnp.isneginf(lse), ABSENT, lse * unit)
 
 
@@ -184,15 +191,20 @@ def score_gradient(
     unit: float = LOG2_E,
     careful: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The weights and the gradient of the natural scores, of one tile.
+    """The weights of a tile and the gradient of its natural scores, like ``s``.
 
-    ``s`` are masked scores and ``lse`` that of ``lse_for_backward``, both in ``unit``,
-    ``dp = do v^T``, ``delta = rowsum(do * o) - dlse``; ``lse`` and ``delta`` broadcast
-    against ``s`` in either orientation. With dropout, ``factor`` multiplies the
-    weights; so it does the first result. The gradient is that of what is added to
-    capped scores; with ``cap_slope`` as the ``slope``, that of the scores themselves.
-    With ``careful`` it is 0 where the weight before dropout is, whatever value and
-    score are there.
+    ``p = exp(s - lse)``, and ``ds = p * (dp * factor - delta) * slope``.
+
+    Args:
+      s: Masked scores in ``unit``, ``[q, k]`` or ``[k, q]``.
+      lse: From ``lse_for_backward``; it broadcasts against ``s``.
+      dp: ``do v^T``, like ``s``.
+      delta: ``rowsum(do * o) - dlse``; it broadcasts against ``s``.
+      factor: The dropout factor, like ``s``. The returned weights are ``p * factor``.
+      slope: 1 for the gradient of what is added to capped scores; ``cap_slope`` for
+        the gradient of the scores before the cap.
+      unit: The unit of ``s`` and ``lse``.
+      careful: Sets the gradient to 0 where ``p == 0``, also if ``dp`` is not finite.
     """
     p = power(s - lse, unit)
     dropped = p if factor is None else p * factor

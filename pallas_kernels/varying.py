@@ -1,8 +1,9 @@
-"""Over which axes of a mesh values differ: what ``shard_map(check_vma=True)`` checks.
+"""Marks the mesh axes along which values vary, for ``shard_map(check_vma=True)``.
 
-Within it, a value either is the same on all devices along an axis or varies along it,
-and JAX wants a loop to hand on what it was handed, and a kernel to say what it yields.
-Elsewhere nothing varies, and these functions change nothing.
+Inside such a ``shard_map``, a value either is the same on all devices along an axis or
+varies along it. JAX requires that the state of a loop keeps its axes, and that a kernel
+states the axes of its results. Outside, no value varies and these functions change
+nothing.
 """
 
 from typing import Any
@@ -12,15 +13,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def axes_of(*trees: Any) -> frozenset[str]:
-    """The axes along which some leaf varies."""
+    """The mesh axes along which at least one leaf varies."""
     leaves = jax.tree.leaves(trees)
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
 
 
 def vary(tree: Any, *like: Any) -> Any:
-    """``tree``, each leaf of which varies at least where a leaf of ``like`` does.
+    """Casts each leaf of ``tree`` to vary along all axes of ``like``.
 
-    What a loop starts from is often the same everywhere, and what it adds is not.
+    The start of a loop is often the same on all devices, and what it adds is not.
     """
     wanted = axes_of(*like)
 
@@ -32,14 +33,14 @@ def vary(tree: Any, *like: Any) -> Any:
 
 
 def alike(tree: Any) -> Any:
-    """``tree``, all leaves of which vary along the same axes."""
+    """Casts all leaves of ``tree`` to vary along the same axes."""
     return vary(tree, tree)
 
 
 def shape_like(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: Any
 ) -> jax.ShapeDtypeStruct:
-    """A result of a kernel, which varies where ``like`` does: an operand of it."""
+    """The shape of a kernel result that varies as its operand ``like`` does."""
     kind = jax.typeof(like).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
@@ -47,7 +48,7 @@ def shape_like(
 def aval_like(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.core.ShapedArray
 ) -> jax.core.ShapedArray:
-    """The result of a primitive of ours, which varies where ``like`` does."""
+    """The abstract value of a primitive's result that varies as ``like`` does."""
     kind = like.manual_axis_type
     if not kind.varying:
         return jax.core.ShapedArray(shape, dtype)

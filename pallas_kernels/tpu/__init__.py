@@ -1,4 +1,4 @@
-"""Block-sparse attention on TPUs: Pallas kernels that walk runs with manual DMA."""
+"""Block-sparse attention on TPUs: Pallas kernels that read runs by manual DMA."""
 
 from pallas_kernels.tpu.backward import backward as backward
 from pallas_kernels.tpu.forward import forward as forward

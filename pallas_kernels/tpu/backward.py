@@ -1,6 +1,8 @@
-"""The backward kernels: dq walks the rows of queries, dk and dv those of keys.
+"""The backward kernels: one computes dq by query blocks, one dk and dv by key blocks.
 
-Neither adds into memory that another grid step writes, so results repeat bit by bit.
+The weights are computed again from the lse, as in FlashAttention-2 (Dao, 2023,
+algorithm 2). That algorithm adds to dq from all key blocks. Here dq has a kernel of its
+own, so no grid step writes memory of another and results repeat bit by bit.
 """
 
 from functools import partial
@@ -17,8 +19,8 @@ from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import BlockOperand, Launch, Step, launch
 from pallas_kernels.tpu.operands import PairOperands, SideOperands
-from pallas_kernels.tpu.runs import RowList, TpuLists
-from pallas_kernels.tpu.scores import OnTop, on_top, pair_operands
+from pallas_kernels.tpu.runs import TpuLists, TpuPlan
+from pallas_kernels.tpu.scores import AddedScores, added_scores, pair_operands
 from pallas_kernels.varying import shape_like
 
 
@@ -34,7 +36,7 @@ def backward(
     q, k, v = operands.prepared(inputs)
     do = cotangents.do.astype(q.dtype)
     lse = softmax.lse_for_backward(cotangents.lse, call.unit)
-    # Both are needed as rows along the queries: they travel as one array.
+    # The kernels read both as rows, so one array holds them: [batch, heads, 2, q].
     statistics = jnp.stack([lse, cotangents.delta], axis=2)
     arrays = (q, k, v, do, statistics)
     (dq,) = foldable(partial(_run_dq, call=call))(arrays, vectors, lists.dq)
@@ -45,7 +47,8 @@ def backward(
 
 
 def _statistics(x: jax.Array, block: int) -> jax.Array:
-    # The weights of queries that are not there are 0, whatever is added to scores.
+    """``[batch, heads, 2, q]`` as ``[batch * heads, 2, padded q]``."""
+    # With this lse the weights of padded queries are 0 for any score.
     fill = jnp.array([softmax.ABSENT, 0.0], jnp.float32)[:, None]
     short = -x.shape[3] % block
     fill = jnp.broadcast_to(fill, (*x.shape[:3], short))
@@ -53,9 +56,9 @@ def _statistics(x: jax.Array, block: int) -> jax.Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _run_dq(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arrays:
+def _run_dq(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> Arrays:
     q, k, v, do, statistics = arrays
-    sizes = lists.sizes
+    sizes = plan.sizes
     block_q, block_kv = sizes.block_q, sizes.block_kv
     batch, num_heads, _, head_dim = q.shape
     heads, group = batch * num_heads, num_heads // k.shape[1]
@@ -92,21 +95,36 @@ def _run_dq(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> 
         scratch=((block_q, head_dim),),
         interpret=call.interpret,
     )
-    of_scores = on_top(vectors.scores, call, sizes, "q")
-    kernel = partial(_dq_kernel, call=call, on_top=of_scores)
-    (dq,) = launch(kernel, of, lists)
+    added = added_scores(vectors.scores, call, sizes, "q")
+    kernel = partial(_dq_kernel, call=call, added_scores=added)
+    (dq,) = launch(kernel, of, plan)
     return (dq.reshape(batch, num_heads, seq, head_dim),)
 
 
 def _dq_kernel(
-    step: Step, rows: tuple, outs: tuple, scratch: tuple, *, call: Call, on_top: OnTop
+    step: Step,
+    rows: tuple,
+    outs: tuple,
+    scratch: tuple,
+    *,
+    call: Call,
+    added_scores: AddedScores,
 ) -> None:
+    """Computes ``dq [block_q, head_dim]``, the sum over the key blocks of the row.
+
+    ``rows`` are ``q [block_q, head_dim]``, ``do [block_q, head_dim_v]``, ``[2,
+    block_q]`` (f32 ``lse`` and ``delta``) and ``SideOperands``. A tile ``[block_q, block_kv]``
+    reads ``k [block_kv, head_dim]``, ``v [block_kv, head_dim_v]``, ``SideOperands`` and
+    ``PairOperands``.
+    """
     q_ref, do_ref, statistics_ref, q_side_refs = rows
     (dq_ref,) = scratch
+    assert q_ref.shape == dq_ref.shape == outs[0].shape
+    assert statistics_ref.shape == (2, q_ref.shape[0])
     lse = operands.to_column(statistics_ref[0:1])
     delta = operands.to_column(statistics_ref[1:2])
     q_side = operands.columns_of(q_side_refs)
-    sizes = on_top.sizes
+    sizes = added_scores.sizes
 
     def visit(
         block: jax.Array, refs: tuple, tiles: PairOperands, full: bool, *, careful: bool
@@ -124,10 +142,10 @@ def _dq_kernel(
             )
             held = operands.bit_tiles(tiles.words, kv_side.bits, by="q")
             read = q_side.vectors, kv_side.vectors, held
-            pairs = operands.allowed(call, sizes, step, ids, read)
+            pairs = operands.allowed(call, sizes, step.test, ids, read)
         values = q_side.scores, kv_side.scores
-        added, pairs = on_top(step, block, values, tiles.scores, pairs)
-        factor = operands.factor(call, q_side.seeds, kv_side.seeds)
+        added, pairs = added_scores(step, block, values, tiles.scores, pairs)
+        factor = operands.dropout_factor(call, q_side.seeds, kv_side.seeds)
         total = softmax.mask(s if added is None else s + added, pairs)
         slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
         _, ds = softmax.score_gradient(
@@ -135,25 +153,25 @@ def _dq_kernel(
             factor=factor, slope=slope, unit=call.unit, careful=careful,
         )  # fmt: skip
         if careful:
-            k = operands.kept(k, operands.to_column(softmax.seen(total, 0)))
+            k = operands.rows_kept(k, operands.to_column(softmax.seen(total, 0)))
         dq_ref[...] += softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
 
-    def walk(careful: bool) -> None:
+    def add_row(careful: bool) -> None:
         dq_ref[...] = jnp.zeros_like(dq_ref)
-        step.walk(partial(visit, careful=careful), careful)
+        step.visit_blocks(partial(visit, careful=careful), careful)
 
-    walk(careful=False)
+    add_row(careful=False)
 
     @pl.when(jnp.logical_not(softmax.all_finite(dq_ref[...])))
     def _() -> None:
-        walk(careful=True)
+        add_row(careful=True)
 
     outs[0][...] = (dq_ref[...] * call.sm_scale).astype(outs[0].dtype)
 
 
-def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arrays:
+def _run_dkv(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> Arrays:
     q, k, v, do, statistics = arrays
-    sizes = lists.sizes
+    sizes = plan.sizes
     block_q, block_kv = sizes.block_q, sizes.block_kv
     batch, num_heads, _, head_dim = q.shape
     _, num_kv_heads, _, head_dim_v = v.shape
@@ -194,21 +212,30 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) ->
         scratch=((block_kv, head_dim), (block_kv, head_dim_v)),
         interpret=call.interpret,
     )
-    of_scores = on_top(vectors.scores, call, sizes, "kv")
-    kernel = partial(_dkv_kernel, call=call, on_top=of_scores, last=group - 1)
-    dk, dv = launch(kernel, of, lists)
+    added = added_scores(vectors.scores, call, sizes, "kv")
+    kernel = partial(_dkv_kernel, call=call, added_scores=added, last=group - 1)
+    dk, dv = launch(kernel, of, plan)
     shape = (batch, num_kv_heads, seq)
     return dk.reshape(*shape, head_dim), dv.reshape(*shape, head_dim_v)
 
 
 def _dkv_kernel(
     step: Step, rows: tuple, outs: tuple, scratch: tuple, *,
-    call: Call, on_top: OnTop, last: int,
+    call: Call, added_scores: AddedScores, last: int,
 ) -> None:  # fmt: skip
+    """Computes ``dk [block_kv, head_dim]`` and ``dv [block_kv, head_dim_v]``.
+
+    Both are sums over the query blocks of the row and over the query heads of the
+    group. ``rows`` are ``k``, ``v`` and their ``SideOperands``. A tile ``[block_kv,
+    block_q]`` reads ``q [block_q, head_dim]``, ``do [block_q, head_dim_v]``, ``[2,
+    block_q]`` (f32 ``lse`` and ``delta``), ``SideOperands`` and ``PairOperands``.
+    """
     k_ref, v_ref, kv_side_refs = rows
     dk_ref, dv_ref = scratch
+    assert k_ref.shape == dk_ref.shape == outs[0].shape
+    assert v_ref.shape == dv_ref.shape == outs[1].shape
     kv_side = operands.columns_of(kv_side_refs)
-    sizes = on_top.sizes
+    sizes = added_scores.sizes
 
     @pl.when(step.member == 0)
     def _() -> None:
@@ -216,7 +243,7 @@ def _dkv_kernel(
             ref[...] = jnp.zeros_like(ref)
 
     def visit(block: jax.Array, refs: tuple, tiles: PairOperands, full: bool) -> None:
-        # The tile is [keys, queries]: no product needs a transposed left side.
+        # The tile is [keys, queries]: no product then needs a transposed left operand.
         q_ref, do_ref, statistics_ref, q_side_refs = refs
         q, do, statistics = q_ref[...], do_ref[...], statistics_ref[...]
         q_side = operands.values_of(q_side_refs)
@@ -231,10 +258,10 @@ def _dkv_kernel(
             )
             held = operands.bit_tiles(tiles.words, kv_side.bits, by="kv")
             read = q_side.vectors, kv_side.vectors, held
-            pairs = operands.allowed(call, sizes, step, ids, read)
+            pairs = operands.allowed(call, sizes, step.test, ids, read)
         values = q_side.scores, kv_side.scores
-        added, pairs = on_top(step, block, values, tiles.scores, pairs)
-        factor = operands.factor(call, q_side.seeds, kv_side.seeds)
+        added, pairs = added_scores(step, block, values, tiles.scores, pairs)
+        factor = operands.dropout_factor(call, q_side.seeds, kv_side.seeds)
         lse, delta = statistics[0:1], statistics[1:2]
         total = softmax.mask(s if added is None else s + added, pairs)
         slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
@@ -246,7 +273,7 @@ def _dkv_kernel(
         dv_ref[...] += softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
         dk_ref[...] += softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
 
-    step.walk(visit)
+    step.visit_blocks(visit)
 
     @pl.when(step.member == last)
     def _() -> None:

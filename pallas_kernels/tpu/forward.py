@@ -1,4 +1,8 @@
-"""The forward kernel: a query block a grid step, runs of key blocks streamed to it."""
+"""The forward kernel: one query block per grid step, with its key blocks by DMA.
+
+It is the forward pass of FlashAttention-2 (Dao, 2023, algorithm 1) over the key blocks
+that the plan lists, as in block-sparse FlashAttention (Dao et al., 2022, section 3.3).
+"""
 
 from functools import partial
 
@@ -14,13 +18,13 @@ from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import BlockOperand, Launch, Step, launch
 from pallas_kernels.tpu.operands import PairOperands, SideOperands
-from pallas_kernels.tpu.runs import LANES, RowList, TpuLists
-from pallas_kernels.tpu.scores import OnTop, on_top, pair_operands
+from pallas_kernels.tpu.runs import LANES, TpuLists, TpuPlan
+from pallas_kernels.tpu.scores import AddedScores, added_scores, pair_operands
 from pallas_kernels.varying import shape_like
 
 
 def forward(inputs: Inputs, vectors: Vectors, lists: TpuLists, call: Call) -> Kept:
-    """Attention over the blocks of ``lists.forward``."""
+    """Attention over the blocks of ``lists.forward``; see ``call.Backend.forward``."""
     q_seq_len, dtype = inputs.q.shape[2], inputs.q.dtype
     bits.check(vectors.bits, *(x.sizes.block_kv for x in lists))
     vectors = operands.with_batch_and_heads(vectors)
@@ -30,14 +34,15 @@ def forward(inputs: Inputs, vectors: Vectors, lists: TpuLists, call: Call) -> Ke
     return Kept(o.astype(dtype), lse, total)
 
 
-def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arrays:
+def _run(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> Arrays:
     q, k, v = arrays
-    sizes = lists.sizes
+    sizes = plan.sizes
     batch, num_heads, _, _ = q.shape
     heads, group, head_dim_v = batch * num_heads, num_heads // k.shape[1], v.shape[3]
     seq = sizes.num_rows * sizes.block_q
 
-    # Whole registers where a tile has them: in the interpreter it may be narrower.
+    # The shape of m and l: whole registers, unless the tile is narrower (which only the
+    # interpreter allows).
     statistics = (sizes.block_q, 1 if sizes.block_kv % LANES else LANES)
 
     def own(h: jax.Array, _: jax.Array) -> jax.Array:
@@ -73,19 +78,34 @@ def _run(arrays: Arrays, vectors: Vectors, lists: RowList, *, call: Call) -> Arr
         scratch=((sizes.block_q, head_dim_v), statistics, statistics),
         interpret=call.interpret,
     )
-    of_scores = on_top(vectors.scores, call, sizes, "q")
-    kernel = partial(_kernel, call=call, on_top=of_scores)
-    o, lse, total = launch(kernel, of, lists)
+    added = added_scores(vectors.scores, call, sizes, "q")
+    kernel = partial(_kernel, call=call, added_scores=added)
+    o, lse, total = launch(kernel, of, plan)
     shape = (batch, num_heads, seq)
     return o.reshape(*shape, head_dim_v), lse.reshape(shape), total.reshape(shape)
 
 
 def _kernel(
-    step: Step, rows: tuple, outs: tuple, scratch: tuple, *, call: Call, on_top: OnTop
+    step: Step,
+    rows: tuple,
+    outs: tuple,
+    scratch: tuple,
+    *,
+    call: Call,
+    added_scores: AddedScores,
 ) -> None:
+    """Computes ``o [block_q, head_dim_v]`` and f32 ``lse, total [1, block_q]``.
+
+    ``rows`` are ``q [block_q, head_dim]`` and its ``SideOperands``; a tile reads ``k
+    [block_kv, head_dim]``, ``v [block_kv, head_dim_v]``, their ``SideOperands``, and
+    ``PairOperands``. ``scratch`` is the ``softmax.Carry``.
+    """
     q_ref, q_side_refs = rows
     o_ref, lse_ref, total_ref = outs
-    sizes = on_top.sizes
+    sizes = added_scores.sizes
+    assert q_ref.shape[0] == sizes.block_q
+    assert o_ref.shape == scratch[0].shape
+    assert lse_ref.shape == total_ref.shape == (1, sizes.block_q)
     q_side = operands.columns_of(q_side_refs)
 
     def store(carry: softmax.Carry) -> None:
@@ -107,29 +127,30 @@ def _kernel(
             )
             held = operands.bit_tiles(tiles.words, kv_side.bits, by="q")
             read = q_side.vectors, kv_side.vectors, held
-            pairs = operands.allowed(call, sizes, step, ids, read)
+            pairs = operands.allowed(call, sizes, step.test, ids, read)
         values = q_side.scores, kv_side.scores
-        added, pairs = on_top(step, block, values, tiles.scores, pairs)
+        added, pairs = added_scores(step, block, values, tiles.scores, pairs)
         s = s if added is None else s + added
         s = softmax.mask(s, pairs)
         if careful:
-            v = operands.kept(v, operands.to_column(softmax.seen(s, 0)))
-        factor = operands.factor(call, q_side.seeds, kv_side.seeds)
+            v = operands.rows_kept(v, operands.to_column(softmax.seen(s, 0)))
+        factor = operands.dropout_factor(call, q_side.seeds, kv_side.seeds)
         carry = softmax.Carry(*(ref[...] for ref in scratch))
         store(softmax.fold(carry, s, v, factor, call.unit))
 
-    def walk(careful: bool) -> None:
+    def fold_row(careful: bool) -> None:
         store(softmax.start(*scratch[0].shape, lanes=scratch[1].shape[1]))
-        step.walk(partial(visit, careful=careful), careful)
+        step.visit_blocks(partial(visit, careful=careful), careful)
 
-    walk(careful=False)
-    # A value that is not finite spoils all rows of a tile, so that one register of the
-    # sums tells; a score that is not finite spoils some, if a bias leaves it out.
+    fold_row(careful=False)
+    # A value that is not finite makes the sums of all rows of its tile not finite, so
+    # the rows of one register are enough to check. With a bias, a score that is not
+    # finite affects only the rows that do not remove it: then all rows are checked.
     told_by = scratch[0].shape[0] if call.scores else min(8, scratch[0].shape[0])
 
     @pl.when(jnp.logical_not(softmax.all_finite(scratch[0][:told_by])))
     def _() -> None:
-        walk(careful=True)
+        fold_row(careful=True)
 
     found = softmax.finish(softmax.Carry(*(ref[...] for ref in scratch)), call.unit)
     o_ref[...] = found.o.astype(o_ref.dtype)

@@ -1,7 +1,8 @@
-"""One launch: a grid over rows, and a walk over the runs of each.
+"""Launches a kernel: a grid over rows, and a loop over the runs of each row.
 
-The blocks along a row stay in HBM and come by DMA into one of two slots, the next block
-while the present one is worked on. So do the windows of what differs from tile to tile.
+The blocks along a row stay in HBM. DMA copies each into one of two slots in VMEM, one
+block ahead of the block that the kernel works on (double buffering). The windows that
+differ from tile to tile arrive the same way.
 """
 
 from collections.abc import Callable
@@ -14,20 +15,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.runs import RowList
+from pallas_kernels.tpu.runs import TpuPlan
 
 HeadOf = Callable[[Any, Any], Any]
 
 
 def block_index(*index: Any) -> tuple:
-    """The index of a block, int32 also with ``jax_enable_x64``: a chip has no other."""
+    """The index of a block as int32, which the chip needs also with 64-bit mode on."""
     return tuple(jnp.asarray(i, jnp.int32) for i in index)
 
 
 class BlockOperand(NamedTuple):
     """An array ``[heads, seq, dim]`` (``axis=1``) or ``[heads, n, seq]`` (``axis=2``).
 
-    ``head_of(head, member)`` is the head that a grid step reads.
+    A kernel sees a block of it, ``[block, dim]`` or ``[n, block]``. ``head_of(head,
+    member)`` is the head that a grid step reads.
     """
 
     array: Any
@@ -43,7 +45,8 @@ class BlockOperand(NamedTuple):
 class TileOperand(NamedTuple):
     """An array ``[heads, planes, n, length]`` of which a tile reads ``[n, width]``.
 
-    ``window_of(row, block)`` is its plane and start, a multiple of ``step``.
+    ``window_of(row, block)`` is the plane of the tile and the start of its window along
+    ``length``, a multiple of ``step``.
     """
 
     array: Any
@@ -59,10 +62,12 @@ class TileOperand(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """The arrays of a launch; ``rows`` have the block of the row, ``streams`` others.
+    """The operands of a launch, whose grid is ``(heads, rows, members)``.
 
-    A tile reads its own part of ``tiles``. The grid is ``(heads, rows, members)``:
-    ``members`` query heads share a row.
+    A grid step reads the block of its row of each operand in ``rows``, and all blocks
+    along the row of each in ``streams``. Each tile reads a window of each in ``tiles``.
+    ``members`` is the number of query heads that share a row: the group in the dkv
+    kernel, otherwise 1. ``scratch`` are f32 shapes.
     """
 
     name: str
@@ -83,16 +88,16 @@ def _is_operand(x: Any) -> bool:
 
 
 class Step(NamedTuple):
-    """What a kernel knows of its grid step."""
+    """The grid step of a kernel; ``row``, ``member`` and ``test`` are int32 scalars."""
 
-    row: Any  # the block that the row is
-    member: Any
-    test: Any
-    # walk(visit, test_all) calls visit(block, refs, tiles, full) on every block of the
-    # row, where ``refs`` are of the streams, ``tiles`` of the tile operands, and
-    # ``full`` is a Python bool: the two kinds of run have code of their own, unless all
-    # blocks are to be tested as if they were partial.
-    walk: Callable[..., None]
+    row: Any  # index of the block of the row
+    member: Any  # index of the query head in its group
+    test: Any  # number of the predicate's test
+    # visit_blocks(visit, test_all) calls visit(block, refs, tiles, full) for each block
+    # of the row. refs and tiles have the structure of Launch.streams and Launch.tiles.
+    # full is a Python bool: full and partial blocks have separate code. With test_all,
+    # all blocks are visited as partial.
+    visit_blocks: Callable[..., None]
 
 
 class _Run(NamedTuple):
@@ -108,15 +113,18 @@ class _Scalars(NamedTuple):
     runs: Any
 
     def at(self, query_head: Any) -> Any:
-        """Where the lists of heads hold ``query_head``."""
+        """The index of ``query_head`` in the arrays of heads."""
         return lax.rem(query_head, jnp.int32(self.test_of_head.shape[0]))
 
 
 def launch(
-    kernel: Callable[[Step, tuple, tuple, tuple], None], of: Launch, lists: RowList
+    kernel: Callable[[Step, tuple, tuple, tuple], None], of: Launch, plan: TpuPlan
 ) -> tuple[jax.Array, ...]:
-    """The outputs of ``kernel(step, row_refs, out_refs, scratch_refs)`` on all rows."""
-    scalars = _Scalars(lists.test_of_head, lists.first_row, lists.row_ptr, lists.runs)
+    """Runs ``kernel(step, row_refs, out_refs, scratch_refs)`` on every row of ``plan``.
+
+    Returns the arrays of ``of.outs``.
+    """
+    scalars = _Scalars(plan.test_of_head, plan.first_row, plan.row_ptr, plan.runs)
 
     def row_spec(x: BlockOperand) -> pl.BlockSpec:
         def index(h: Any, i: Any, g: Any, _: Any) -> tuple:
@@ -125,21 +133,21 @@ def launch(
 
         return pl.BlockSpec((None, *x.block_shape(of.row_block)), index)
 
-    def table_index(h: Any, i: Any, g: Any, lists: _Scalars) -> tuple:
-        return block_index(lists.first_row[lists.at(h * of.members + g)] + i, 0, 0)
+    def table_index(h: Any, i: Any, g: Any, scalars: _Scalars) -> tuple:
+        return block_index(scalars.first_row[scalars.at(h * of.members + g)] + i, 0, 0)
 
     tables, table_specs = (), ()
-    if lists.table is not None:
-        shape = (None, *lists.table.shape[1:])
+    if plan.table is not None:
+        shape = (None, *plan.table.shape[1:])
         spec = pl.BlockSpec(shape, table_index, memory_space=pltpu.SMEM)
-        tables, table_specs = (lists.table,), (spec,)
+        tables, table_specs = (plan.table,), (spec,)
     moving = jax.tree.leaves((of.streams, of.tiles), is_leaf=_is_operand)
     buffers = tuple(
         pltpu.VMEM((2, *x.block_shape(of.stream_block)), x.array.dtype) for x in moving
     )
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
-        grid=(of.heads, lists.sizes.num_rows, of.members),
+        grid=(of.heads, plan.sizes.num_rows, of.members),
         in_specs=[
             table_specs,
             jax.tree.map(row_spec, of.rows, is_leaf=_is_operand),
@@ -198,16 +206,16 @@ def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
                 for i, x in enumerate(sources)
             ]
 
-        def walk(
+        def visit_blocks(
             visit: Callable[[Any, tuple, tuple, bool], None], test_all: bool = False
         ) -> None:
             def at_slot(block: Any, slot: Any, full: bool) -> None:
                 refs, tiles = jax.tree.unflatten(tree, [x.at[slot] for x in buffers])
                 visit(block, refs, tiles, full)
 
-            _walk(begin, end, run_at, copies, at_slot, test_all)
+            _visit_runs(begin, end, run_at, copies, at_slot, test_all)
 
-        step = Step(row, member, scalars.test_of_head[at], walk)
+        step = Step(row, member, scalars.test_of_head[at], visit_blocks)
         kernel(step, rows, outs, scratch)
 
     return body
@@ -232,7 +240,7 @@ def _windows(
 def _row_runs(
     scalars: _Scalars, tables: tuple, at: Any, row: Any
 ) -> tuple[Any, Any, Callable[[Any], _Run]]:
-    """The range of the runs of a row, and a reader of one."""
+    """The range ``begin, end`` of the runs of a row, and ``run_at(j)``."""
     if tables:
         words, begin, end, offset = tables[0], jnp.int32(0), tables[0][0, 0], 1
 
@@ -253,7 +261,7 @@ def _row_runs(
     return begin, end, run_at
 
 
-def _walk(
+def _visit_runs(
     begin: Any,
     end: Any,
     run_at: Callable[[Any], _Run],
@@ -267,12 +275,12 @@ def _walk(
         for copy in copies(block, slot):
             copy.start()
 
-    # A row without a run has no first block to fetch, and its entry is another row's.
+    # A row without runs has no first block: run_at(begin) belongs to another row.
     @pl.when(begin < end)
     def _() -> None:
         fetch(run_at(begin).start, jnp.int32(0))
 
-    def walk_run(j: Any, slot: Any) -> Any:
+    def visit_run(j: Any, slot: Any) -> Any:
         start, stop, full = run_at(j)
         last = j + 1 == end
         after = run_at(jnp.minimum(j + 1, end - 1)).start
@@ -298,4 +306,4 @@ def _walk(
         slot = lax.fori_loop(start, middle, visitor(True), slot)
         return lax.fori_loop(middle, stop, visitor(False), slot)
 
-    lax.fori_loop(begin, end, walk_run, jnp.int32(0))
+    lax.fori_loop(begin, end, visit_run, jnp.int32(0))

@@ -1,4 +1,4 @@
-"""Arrays in the shapes that the kernels take: heads flat, sequences padded."""
+"""Arrays in the shapes that the TPU kernels read: flat heads, padded sequences."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ from jax import lax
 from pallas_kernels import bits, dropout
 from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Inputs, PairBits, Vectors
-from pallas_kernels.tpu.launch import BlockOperand, HeadOf, Step, TileOperand
+from pallas_kernels.tpu.launch import BlockOperand, HeadOf, TileOperand
 from pallas_kernels.tpu.runs import TpuSizes
 
 
@@ -67,8 +67,8 @@ def columns_of(refs: SideOperands) -> SideOperands:
 
 
 def prepared(inputs: Inputs) -> Inputs:
-    """``q, k, v`` in a dtype that the kernels multiply."""
-    # The chip has no f16 arithmetic, and bf16 would lose three bits.
+    """``q, k, v`` in a dtype that the kernels can multiply."""
+    # The chip has no f16 arithmetic, and bf16 has three bits less.
     half = inputs.q.dtype == jnp.float16
     return Inputs(*(x.astype(jnp.float32) if half else x for x in inputs))
 
@@ -99,7 +99,11 @@ def vector_operand(
 def head_of_array(
     own: tuple[int, int], batch_and_heads: tuple[int, int], members: int
 ) -> HeadOf:
-    """Where an array of ``own`` batch entries and heads, or 1 of them, has a head."""
+    """The function ``head_of(head, member)`` of an array with flat heads.
+
+    ``own`` are its numbers of batch entries and heads, each of which may be 1;
+    ``batch_and_heads`` are those of the queries.
+    """
     own_batch, own_heads = own
     batch, num_heads = batch_and_heads
 
@@ -132,7 +136,7 @@ def word_operand(
     *,
     by: Axis,
 ) -> TileOperand:
-    """The words of a tile of a plan ``by`` the queries or the keys."""
+    """The words of pair bits, for a kernel with rows ``by`` "q" or "kv"."""
     words, block_q = x.words, sizes.block_q
     length = bits.padded_length(x, block_q, sizes.q_seq_len, sizes.kv_seq_len)
     short = max(0, length - words.shape[4])
@@ -164,7 +168,7 @@ def bit_tiles(words: tuple, numbers: tuple, *, by: Axis) -> tuple[jax.Array, ...
     return tuple(map(tile, words, numbers))
 
 
-def factor(call: Call, q_seeds: Any, kv_seeds: Any) -> jax.Array | None:
+def dropout_factor(call: Call, q_seeds: Any, kv_seeds: Any) -> jax.Array | None:
     """The dropout factor of the weights of a tile; None without dropout."""
     if not call.dropout_rate:
         return None
@@ -175,7 +179,7 @@ def to_column(row: jax.Array) -> jax.Array:
     """``[1, n]`` as ``[n, 1]``."""
     if row.dtype == jnp.bool_:
         return to_column(row.astype(jnp.float32)) > 0
-    # The chip transposes whole registers, which have eight sublanes.
+    # The chip transposes whole registers, which have 8 sublanes.
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
 
@@ -185,32 +189,32 @@ def to_row(column: jax.Array) -> jax.Array:
 
 
 def allowed(
-    call: Call, sizes: TpuSizes, step: Step, ids: tuple[Any, Any], vectors: tuple
+    call: Call, sizes: TpuSizes, test: Any, ids: tuple[Any, Any], vectors: tuple
 ) -> jax.Array:
-    """The pairs of a partial tile; ids are ``(queries, keys)``.
+    """The allowed pairs of a partial tile, bool; ``ids`` are ``(q_ids, k_ids)``.
 
-    ``vectors`` are those of the queries, those of the keys, and tiles of bits.
+    ``vectors`` are those of the queries, those of the keys, and the tiles of pair bits.
     """
     q_ids, k_ids = ids
-    pairs = call.predicate(step.test, q_ids, k_ids, *vectors)
+    pairs = call.predicate(test, q_ids, k_ids, *vectors)
     if sizes.kv_seq_len % sizes.block_kv:
         pairs &= k_ids < sizes.kv_seq_len
     if sizes.q_seq_len % sizes.block_q:
-        # What a query of the padding sees is not seen.
+        # A key that only padded queries see counts as not seen.
         pairs &= q_ids < sizes.q_seq_len
     return pairs
 
 
-def kept(x: jax.Array, where: jax.Array) -> jax.Array:
-    """The rows of ``x`` that a bool column names, and 0 for the others."""
+def rows_kept(x: jax.Array, where: jax.Array) -> jax.Array:
+    """``x`` with 0 in the rows where the bool column ``where`` is false."""
     return jnp.where(where, x, jnp.zeros_like(x))
 
 
 def column_ids(block: Any, size: int) -> jax.Array:
-    """The positions of a block, ``[size, 1]``."""
+    """The positions of a block, int32 ``[size, 1]``."""
     return block * size + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
 
 
 def row_ids(block: Any, size: int) -> jax.Array:
-    """The positions of a block, ``[1, size]``."""
+    """The positions of a block, int32 ``[1, size]``."""
     return block * size + lax.broadcasted_iota(jnp.int32, (1, size), 1)

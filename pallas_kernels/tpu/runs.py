@@ -1,4 +1,4 @@
-"""The plan as the TPU kernels read it: runs in scalar memory."""
+"""Converts block masks to the run lists that TPU kernels read from scalar memory."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,15 +10,15 @@ import numpy as np
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Call, Masks
 
-# Bytes of scalar memory that one plan may take: every TPU so far has 1 MiB of it.
+# The bytes of scalar memory that one plan may use. Every TPU so far has 1 MiB.
 SCALAR_BYTES = 900_000
-# A block is a multiple of this on the chip: the lanes of a vector register.
+# The lanes of a vector register. On the chip, a block is a multiple of this.
 LANES = 128
 
 
 @dataclass(frozen=True)
 class TpuSizes:
-    """The static sizes of a plan; a row is a query block, or a key block for dkv."""
+    """The static sizes of a plan. A row is a query block, or a key block for dkv."""
 
     q_seq_len: int
     kv_seq_len: int
@@ -29,18 +29,22 @@ class TpuSizes:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class RowList:
-    """The rows of one kernel, in one of two forms.
+class TpuPlan:
+    """The runs of one kernel, in one of two forms.
 
-    Run ``j`` is the pair of words ``(2 * start + full, stop)``. Either all runs lie in
-    ``runs`` and those of row ``r`` are ``row_ptr[r] : row_ptr[r + 1]`` (all of it in
-    scalar memory), or ``table[r, 0]`` holds the count of the row and then its runs (a
-    row at a time in scalar memory). The rows of query head ``h`` start at
-    ``first_row[h]``, and its test is ``test_of_head[h]``; heads count over all batch
-    entries, and both lists repeat every ``len(first_row)`` of them.
+    A run is the pair of words ``(2 * start + full, stop)``.
+
+    - List: ``runs`` has the words of all runs. Those of row ``r`` are runs ``row_ptr[r]
+      : row_ptr[r + 1]``. Scalar memory holds the whole list.
+    - Table: ``table[r, 0]`` is the number of runs of row ``r``, followed by their
+      words. Scalar memory holds one row at a time.
+
+    Query head ``h`` has the rows from ``first_row[h]`` on and the test
+    ``test_of_head[h]``. Heads are counted over all batch entries, and both arrays
+    repeat with period ``len(first_row)``.
     """
 
-    # int32; jax also builds trees of placeholders, so no annotation can say so.
+    # int32. Any, because jax rebuilds a pytree with placeholders in it.
     test_of_head: Any  # [heads]
     first_row: Any  # [heads]
     row_ptr: Any  # [rows + 1] or None
@@ -50,19 +54,24 @@ class RowList:
 
 
 class TpuLists(NamedTuple):
-    """The rows of the three kernels."""
+    """The plans of the three kernels."""
 
-    forward: RowList
-    dq: RowList
-    dkv: RowList
+    forward: TpuPlan
+    dq: TpuPlan
+    dkv: TpuPlan
 
 
 def prepare(masks: Masks, call: Call) -> TpuLists:
-    """The run lists of the three kernels; traced plans take the form of a table."""
+    """The plans of the three kernels. A traced plan has the form of a table.
+
+    Raises:
+      ValueError: a block size that the chip does not support, or no ``max_runs``.
+      NotImplementedError: the runs of one row do not fit scalar memory.
+    """
     if call.interpret is False:
         for name, mask in masks._asdict().items():
             _check_blocks(name, mask)
-    return TpuLists(*(_row_list(mask) for mask in masks))
+    return TpuLists(*(_plan(mask) for mask in masks))
 
 
 def _check_blocks(name: str, mask: BlockMask) -> None:
@@ -75,32 +84,32 @@ def _check_blocks(name: str, mask: BlockMask) -> None:
             )
 
 
-def _row_list(mask: BlockMask) -> RowList:
+def _plan(mask: BlockMask) -> TpuPlan:
     sizes = TpuSizes(
         mask.q_seq_len, mask.kv_seq_len, mask.block_q, mask.block_kv, mask.num_rows
     )
-    lists = (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
-    static = all(isinstance(x, np.ndarray) for x in (*lists, mask.map_of_head))
+    arrays = (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
+    static = all(isinstance(x, np.ndarray) for x in (*arrays, mask.map_of_head))
     xp: Any = np if static else jnp
     test_of_head = xp.asarray(mask.test_of_head, np.int32)
     first_row = xp.asarray(mask.map_of_head, np.int32) * np.int32(mask.num_rows)
-    run_start, run_stop, run_full = (xp.asarray(x, np.int32) for x in lists[1:])
+    run_start, run_stop, run_full = (xp.asarray(x, np.int32) for x in arrays[1:])
     first = run_start * 2 + (run_full != 0).astype(np.int32)
     words = xp.stack([first, run_stop], axis=-1)
     ptr = xp.asarray(mask.row_ptr, np.int32)
     if static and ptr.nbytes + words.nbytes + 2 * first_row.nbytes <= SCALAR_BYTES:
-        # An array of scalar memory cannot be empty.
+        # An array in scalar memory cannot be empty.
         runs = words.reshape(-1) if words.size else np.zeros(2, np.int32)
-        return RowList(test_of_head, first_row, ptr, runs, None, sizes)
+        return TpuPlan(test_of_head, first_row, ptr, runs, None, sizes)
     table = _table(mask, ptr, words, xp)
-    return RowList(test_of_head, first_row, None, None, table, sizes)
+    return TpuPlan(test_of_head, first_row, None, None, table, sizes)
 
 
 def _table(mask: BlockMask, ptr: Any, words: Any, xp: Any) -> Any:
     if mask.max_runs < 1 and words.shape[0]:
         raise ValueError(
-            "max_runs=0 in a BlockMask with traced runs: give the most runs that a row "
-            "can have, which is the room a TPU reserves for each row"
+            "max_runs=0 in a BlockMask with traced runs: a TPU reserves memory for "
+            "max_runs runs in each row; give the largest number that a row can have"
         )
     row_bytes = 4 * (1 + 2 * mask.max_runs)
     if 2 * row_bytes > SCALAR_BYTES:
@@ -112,7 +121,7 @@ def _table(mask: BlockMask, ptr: Any, words: Any, xp: Any) -> Any:
     if not words.shape[0]:
         return count[:, None, None]
     at = ptr[:-1, None] + np.arange(mask.max_runs, dtype=np.int32)[None]
-    # What lies past the end of a row is never read; it only has to be an index.
+    # Entries past the end of a row are never read, but their index must be valid.
     row = words[xp.minimum(at, words.shape[0] - 1)]
     row = row.reshape(row.shape[0], -1)
     return xp.concatenate([count[:, None], row], axis=1)[:, None]

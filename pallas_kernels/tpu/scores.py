@@ -1,4 +1,4 @@
-"""What is added to the scores of a tile: windows of pairs, and vectors."""
+"""Computes the values that a TPU kernel adds to the scores of a tile."""
 
 import math
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ from pallas_kernels.tpu.launch import Step, TileOperand
 from pallas_kernels.tpu.operands import PairOperands
 from pallas_kernels.tpu.runs import TpuSizes
 
-# Rows of a vector register: so many copies of a strip travel, each a place further.
+# The rows (sublanes) of a vector register, and the number of shifted copies of a strip.
 SUBLANES = 8
 
 
 @dataclass(frozen=True)
-class OnTop:
-    """How a kernel ``by`` the queries or the keys adds to its scores.
+class AddedScores:
+    """The function that adds to the scores of a tile.
 
-    Tiles are ``[queries, keys]`` or ``[keys, queries]``.
+    Tiles are ``[queries, keys]`` if ``by == "q"`` and ``[keys, queries]`` if "kv".
     """
 
     call: Call
     sizes: TpuSizes
     by: Axis
-    diagonal: tuple[bool, ...]  # of each of the pairs
+    diagonal: tuple[bool, ...]  # of each of ScoreValues.pairs
 
     def __call__(
         self,
@@ -39,12 +39,15 @@ class OnTop:
         windows: tuple,
         allowed: jax.Array | None,
     ) -> tuple[jax.Array | None, jax.Array | None]:
-        """What is added to capped scores, and the pairs that it does not leave out.
+        """The values to add to capped scores, and the pairs that they do not remove.
 
-        None for nothing, and for all pairs. ``values`` are those of the queries and of
-        the keys, shaped like their ids; ``allowed`` are the pairs of the map. Where the
-        sums of a row tell whether all was finite, a full tile stays without a test: a
-        finite score with ``-inf`` has no weight as it is.
+        ``values`` are the score values of the queries and of the keys, shaped like
+        their ids. ``windows`` are refs, one for each of ``ScoreValues.pairs``.
+        ``allowed`` are the pairs of the map. Returns None instead of values if nothing
+        is added, and None instead of pairs if all are allowed.
+
+        The kernels with rows of queries check the sums of a row for finiteness. There a
+        full tile needs no test: the sum of a finite score and ``-inf`` has weight 0.
         """
         if self.call.scores is None:
             return None, allowed
@@ -68,9 +71,11 @@ class OnTop:
         return added, kept if allowed is None else kept & allowed
 
 
-def on_top(values: ScoreValues, call: Call, sizes: TpuSizes, by: Axis) -> OnTop:
-    """What a kernel has to know of the values."""
-    return OnTop(call, sizes, by, tuple(x.diagonal for x in values.pairs))
+def added_scores(
+    values: ScoreValues, call: Call, sizes: TpuSizes, by: Axis
+) -> AddedScores:
+    """The ``AddedScores`` of a kernel with rows ``by`` "q" or "kv"."""
+    return AddedScores(call, sizes, by, tuple(x.diagonal for x in values.pairs))
 
 
 def pair_operands(
@@ -97,13 +102,13 @@ def _operand(
     *,
     by: Axis,
 ) -> TileOperand:
-    """The values that each tile reads."""
+    """The operand of one of ``ScoreValues.pairs``."""
     lengths = sizes.q_seq_len, sizes.kv_seq_len
     blocks = sizes.block_q, sizes.block_kv
     values = x.values
     if by == "kv":
         lengths, blocks = lengths[::-1], blocks[::-1]
-        # The other way along a diagonal: from the last query to the last key.
+        # With the roles of q and k exchanged, the diagonals are in reverse order.
         values = jnp.flip(values, 2) if x.diagonal else jnp.swapaxes(values, 2, 3)
     x = PairValues(values, x.diagonal)
     head_of = operands.head_of_array(values.shape[:2], batch_and_heads, members)
@@ -125,7 +130,7 @@ def _operand(
 
 
 def _rows(x: PairValues, blocks: tuple[int, int]) -> jax.Array:
-    """All pairs, a plane for each block of rows: ``[b, h, planes, rows, columns]``."""
+    """All pairs, one plane per block of rows: ``[b, h, planes, rows, columns]``."""
     values = operands.padded(operands.padded(x.values, blocks[0], 2), blocks[1], 3)
     return values.reshape(*values.shape[:2], -1, blocks[0], values.shape[3])
 
@@ -133,9 +138,10 @@ def _rows(x: PairValues, blocks: tuple[int, int]) -> jax.Array:
 def _strips(
     x: PairValues, lengths: tuple[int, int], blocks: tuple[int, int]
 ) -> jax.Array:
-    """Diagonals ``[b, h, 1, copies, length]``, each copy a place behind the one before.
+    """A diagonal array as ``[b, h, 1, copies, length]``, each copy shifted by one more.
 
-    A tile is then made of windows that all start within one register.
+    Row ``r`` of a tile reads copy ``r % copies``, so that all rows of a register start
+    at the same index.
     """
     strip = pair_values.strip(x, *lengths, block_q=blocks[0], block_kv=blocks[1])
     copies = math.gcd(blocks[0], SUBLANES)
@@ -146,7 +152,7 @@ def _strips(
 
 
 def _tile(ref: Any, rows: int, columns: int) -> jax.Array:
-    """The tile of a window ``[copies, rows + columns]`` of strips."""
+    """The tile ``[rows, columns]`` of a window ``[copies, rows + columns]``."""
     copies, window = ref.shape[0], ref[...]
     starts = range(rows - copies, -1, -copies)
     return jnp.concatenate([window[:, at : at + columns] for at in starts], axis=0)

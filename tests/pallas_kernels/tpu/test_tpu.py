@@ -18,7 +18,7 @@ from pallas_kernels import dispatch, tpu
 from pallas_kernels.block_mask import FULL, blank, from_blocks, from_runs
 from pallas_kernels.call import Inputs, Masks, Vectors
 from pallas_kernels.config import Tile
-from pallas_kernels.tpu import runs as lists
+from pallas_kernels.tpu import runs
 
 SMALL = Case(batch=2, q_len=50, kv_len=50, pattern=Pattern("window"))
 SEGMENTS = replace(SMALL, pattern=Pattern("segments", segments=True), q_heads=4)
@@ -204,13 +204,13 @@ class TestTables:
     """Plans that do not fit scalar memory whole, or are traced."""
 
     def test_a_long_plan(self, monkeypatch):
-        monkeypatch.setattr(lists, "SCALAR_BYTES", 60)
+        monkeypatch.setattr(runs, "SCALAR_BYTES", 60)
         case = replace(SMALL, pattern=Pattern("two maps", maps=2), q_len=90)
         assert tpu.prepare(case.masks(), case.call(interpret=True)).dq.table is not None
         case.check("tpu", interpret=True)
 
     def test_an_empty_plan(self, monkeypatch):
-        monkeypatch.setattr(lists, "SCALAR_BYTES", 60)
+        monkeypatch.setattr(runs, "SCALAR_BYTES", 60)
         replace(SMALL, pattern=Pattern("empty")).check("tpu", interpret=True)
 
     def valued(self, case):
