@@ -113,9 +113,9 @@ def _dq_kernel(
     """Computes ``dq [block_q, head_dim]``, the sum over the key blocks of the row.
 
     ``rows`` are ``q [block_q, head_dim]``, ``do [block_q, head_dim_v]``, ``[2,
-    block_q]`` (f32 ``lse`` and ``delta``) and ``SideOperands``. A tile ``[block_q, block_kv]``
-    reads ``k [block_kv, head_dim]``, ``v [block_kv, head_dim_v]``, ``SideOperands`` and
-    ``PairOperands``.
+    block_q]`` (f32 ``lse`` and ``delta``) and ``SideOperands``. A tile ``[block_q,
+    block_kv]`` reads ``k [block_kv, head_dim]``, ``v [block_kv, head_dim_v]``,
+    ``SideOperands`` and ``PairOperands``.
     """
     q_ref, do_ref, statistics_ref, q_side_refs = rows
     (dq_ref,) = scratch

@@ -1,4 +1,9 @@
-"""The backward kernels: dq by query blocks, dk and dv by key blocks."""
+"""The backward kernels: one computes dq by query blocks, one dk and dv by key blocks.
+
+The weights are computed again from the lse, as in FlashAttention-2 (Dao, 2023,
+algorithm 2). That algorithm adds to dq by atomics. Here dq has a kernel of its own, so
+results repeat bit by bit.
+"""
 
 from functools import partial
 from typing import Any
@@ -29,14 +34,14 @@ from pallas_kernels.triton.runs import (
     allowed,
     along,
     bit_tiles,
+    block_ids,
     first_of_batch,
-    ids,
+    fold_runs,
+    fold_runs_tested,
     map_and_test,
     rows_kept,
-    walk,
-    walk_tested,
 )
-from pallas_kernels.triton.scores import Here, added_scores, factor, not_left_out
+from pallas_kernels.triton.scores import Here, added_scores, dropout_factor, not_removed
 from pallas_kernels.varying import shape_like
 
 
@@ -44,8 +49,16 @@ def dq_kernel(
     runs: Runs, inputs: Inputs, cotangents: Cotangents, vectors: Vectors, dq_ref: Any,
     *, sizes: TritonSizes, call: Call, num_heads: int,
 ) -> None:  # fmt: skip
-    """Writes one query block of ``dq``."""
+    """Writes one query block of ``dq``.
+
+    The refs have one batch entry and head: ``q, dq [padded_q, head_dim]``, ``k
+    [padded_kv, head_dim]``, ``v [padded_kv, head_dim_v]``, ``do [padded_q,
+    head_dim_v]``, f32 ``lse`` and ``delta [padded_q]``.
+    """
     q_ref, k_ref, v_ref = inputs
+    assert q_ref.shape == dq_ref.shape == (sizes.padded_q, k_ref.shape[1])
+    assert k_ref.shape[0] == v_ref.shape[0] == sizes.padded_kv
+    assert cotangents.lse.shape == cotangents.delta.shape == (sizes.padded_q,)
     block_q, block_kv = sizes.block_q, sizes.block_kv
     row = runs.order[pl.program_id(0)]
     first = first_of_batch(runs, sizes, num_heads)
@@ -53,7 +66,7 @@ def dq_kernel(
     rows = pl.ds(row * block_q, block_q)
     q, do = q_ref[rows, :], cotangents.do[rows, :]
     lse, delta = along(cotangents.lse[rows], 0), along(cotangents.delta[rows], 0)
-    q_ids = ids(row, block_q, 0)
+    q_ids = block_ids(row, block_q, 0)
     q_vectors = tuple(along(ref[rows], 0) for ref in vectors.q)
 
     def add(
@@ -63,16 +76,16 @@ def dq_kernel(
         k = k_ref[columns, :]
         s = softmax.dot(q, k, contract=(1, 1)) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
-        here = Here(q_ids, ids(block, block_kv, 1), rows, columns)
+        here = Here(q_ids, block_ids(block, block_kv, 1), rows, columns)
         added = added_scores(vectors.scores, here, sizes, call)
         dp = softmax.dot(do, v_ref[columns, :], contract=(1, 1))
-        kept = factor(vectors, here, call)
-        pairs = not_left_out(vectors.scores, added, pairs)
+        factor = dropout_factor(vectors, here, call)
+        pairs = not_removed(vectors.scores, added, pairs)
         total = softmax.mask(s if added is None else s + added, pairs)
         slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
         _, ds = softmax.score_gradient(
             total, lse, dp, delta,
-            factor=kept, slope=slope, unit=call.unit, careful=careful,
+            factor=factor, slope=slope, unit=call.unit, careful=careful,
         )  # fmt: skip
         if careful:
             k = rows_kept(k, jnp.squeeze(softmax.seen(total, 0), 0))
@@ -85,20 +98,19 @@ def dq_kernel(
         columns = pl.ds(block * block_kv, block_kv)
         kv_vectors = tuple(along(ref[columns], 1) for ref in vectors.kv)
         tiles = bit_tiles(vectors, sizes, row, block, transposed=False)
-        pairs = allowed(
-            sizes, call.predicate, test, q_ids, ids(block, block_kv, 1),
-            (q_vectors, kv_vectors, tiles),
-        )  # fmt: skip
+        positions = q_ids, block_ids(block, block_kv, 1)
+        read = q_vectors, kv_vectors, tiles
+        pairs = allowed(call, sizes, test, positions, read)
         return add(block, dq, pairs, careful)
 
     start = jnp.zeros(q.shape, jnp.float32)
     row_of_map = index * sizes.num_rows + row
-    dq = walk(runs, sizes, row_of_map, full=full, partial=partial_, carry=start)
+    dq = fold_runs(runs, sizes, row_of_map, full=full, partial=partial_, carry=start)
     careful = partial(partial_, careful=True)
     dq = jax.lax.cond(
         softmax.all_finite(dq),
         lambda: dq,
-        lambda: walk_tested(runs, sizes, row_of_map, careful, start),
+        lambda: fold_runs_tested(runs, sizes, row_of_map, careful, start),
     )
     dq_ref[rows, :] = (dq * call.sm_scale).astype(dq_ref.dtype)
 
@@ -107,18 +119,26 @@ def dkv_kernel(
     runs: Runs, inputs: Inputs, cotangents: Cotangents, vectors: Vectors,
     dk_ref: Any, dv_ref: Any, *, sizes: TritonSizes, call: Call, num_heads: int,
 ) -> None:  # fmt: skip
-    """Writes one key block of ``dk`` and ``dv``, summed over its query heads.
+    """Writes one key block of ``dk`` and ``dv``, summed over the group of query heads.
 
-    Tiles are transposed, ``[keys, queries]``: then both products take the gradient of
-    the scores as it comes, without a transpose through shared memory.
+    The refs have one batch entry and key head: ``q [padded_q, group, head_dim]``, ``k,
+    dk [padded_kv, head_dim]``, ``v, dv [padded_kv, head_dim_v]``, ``do [padded_q,
+    group, head_dim_v]``, f32 ``lse`` and ``delta [group, padded_q]``.
+
+    Tiles are transposed, ``[keys, queries]``. So both products use the gradient of the
+    scores without a transpose through shared memory.
     """
     q_ref, k_ref, v_ref = inputs
+    assert q_ref.shape[0] == sizes.padded_q
+    assert k_ref.shape == dk_ref.shape == (sizes.padded_kv, q_ref.shape[2])
+    assert v_ref.shape == dv_ref.shape
+    assert cotangents.do.shape == (*q_ref.shape[:2], v_ref.shape[1])
     block_q, block_kv = sizes.block_q, sizes.block_kv
     group = q_ref.shape[1]
     row, first_head = runs.order[pl.program_id(0)], pl.program_id(1) * group
     rows = pl.ds(row * block_kv, block_kv)
     k, v = k_ref[rows, :], v_ref[rows, :]
-    k_ids = ids(row, block_kv, 0)
+    k_ids = block_ids(row, block_kv, 0)
     first = first_of_batch(runs, sizes, num_heads)
 
     def of_head(member: Any, carry: tuple, *, careful: bool) -> tuple:
@@ -137,16 +157,16 @@ def dkv_kernel(
             delta = vector(cotangents.delta, columns, 1)
             s = softmax.dot(k, q, contract=(1, 1)) * call.scale
             s = softmax.cap(s, call.logits_soft_cap, call.unit)
-            here = Here(ids(block, block_q, 1), k_ids, columns, rows, member)
+            here = Here(block_ids(block, block_q, 1), k_ids, columns, rows, member)
             added = added_scores(vectors.scores, here, sizes, call)
             dp = softmax.dot(v, do, contract=(1, 1))
-            kept = factor(vectors, here, call)
-            pairs = not_left_out(vectors.scores, added, pairs)
+            factor = dropout_factor(vectors, here, call)
+            pairs = not_removed(vectors.scores, added, pairs)
             total = softmax.mask(s if added is None else s + added, pairs)
             slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
             p, ds = softmax.score_gradient(
                 total, lse, dp, delta,
-                factor=kept, slope=slope, unit=call.unit, careful=careful,
+                factor=factor, slope=slope, unit=call.unit, careful=careful,
             )  # fmt: skip
             dv = dv + softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
             dk = dk + softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
@@ -161,16 +181,17 @@ def dkv_kernel(
             tiles = bit_tiles(
                 vectors, sizes, block, row, transposed=True, member=member
             )
-            pairs = allowed(
-                sizes, call.predicate, test, ids(block, block_q, 1), k_ids,
-                (q_vectors, kv_vectors, tiles),
-            )  # fmt: skip
+            positions = block_ids(block, block_q, 1), k_ids
+            read = q_vectors, kv_vectors, tiles
+            pairs = allowed(call, sizes, test, positions, read)
             return add(block, carry, pairs)
 
         row_of_map = index * sizes.num_rows + row
         if careful:
-            return walk_tested(runs, sizes, row_of_map, partial_, carry)
-        return walk(runs, sizes, row_of_map, full=full, partial=partial_, carry=carry)
+            return fold_runs_tested(runs, sizes, row_of_map, partial_, carry)
+        return fold_runs(
+            runs, sizes, row_of_map, full=full, partial=partial_, carry=carry
+        )
 
     def of_heads(careful: bool) -> tuple:
         carry = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
@@ -196,7 +217,7 @@ def backward(
     lists: TritonLists,
     call: Call,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``dq, dk, dv`` in the shapes and dtypes of the inputs."""
+    """``dq, dk, dv`` over the blocks of ``lists``; see ``call.Backend.backward``."""
     lse, do, delta = cotangents
     cotangents = Cotangents(softmax.lse_for_backward(lse, call.unit), do, delta)
     dq = _dq(inputs, cotangents, vectors, lists.dq, call)

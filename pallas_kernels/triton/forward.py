@@ -1,4 +1,8 @@
-"""The forward kernel: a program folds the runs of one query block of one head."""
+"""The forward kernel: each program computes one query block of one head.
+
+It is the forward pass of FlashAttention-2 (Dao, 2023, algorithm 1) over the key blocks
+that the plan lists, as in block-sparse FlashAttention (Dao et al., 2022, section 3.3).
+"""
 
 from functools import partial
 from typing import Any
@@ -26,14 +30,14 @@ from pallas_kernels.triton.runs import (
     allowed,
     along,
     bit_tiles,
+    block_ids,
     first_of_batch,
-    ids,
+    fold_runs,
+    fold_runs_tested,
     map_and_test,
     rows_kept,
-    walk,
-    walk_tested,
 )
-from pallas_kernels.triton.scores import Here, added_scores, factor, not_left_out
+from pallas_kernels.triton.scores import Here, added_scores, dropout_factor, not_removed
 from pallas_kernels.varying import shape_like
 
 
@@ -41,35 +45,44 @@ def forward_kernel(
     runs: Runs, inputs: Inputs, vectors: Vectors, o_ref: Any, lse_ref: Any,
     total_ref: Any, *, sizes: TritonSizes, call: Call, num_heads: int,
 ) -> None:  # fmt: skip
-    """Writes one query block of ``o``, ``lse`` and ``total``."""
+    """Writes one query block of ``o``, ``lse`` and ``total``.
+
+    The refs have one batch entry and head: ``q [padded_q, head_dim]``, ``k [padded_kv,
+    head_dim]``, ``v [padded_kv, head_dim_v]``, ``o [padded_q, head_dim_v]``, and f32
+    ``lse`` and ``total [padded_q]``.
+    """
     q_ref, k_ref, v_ref = inputs
+    assert q_ref.shape[0] == o_ref.shape[0] == sizes.padded_q
+    assert k_ref.shape == (sizes.padded_kv, q_ref.shape[1])
+    assert v_ref.shape == (sizes.padded_kv, o_ref.shape[1])
+    assert lse_ref.shape == total_ref.shape == (sizes.padded_q,)
     block_q, block_kv = sizes.block_q, sizes.block_kv
     row = runs.order[pl.program_id(0)]
     first = first_of_batch(runs, sizes, num_heads)
     index, test = map_and_test(runs, sizes, pl.program_id(1), first)
     rows = pl.ds(row * block_q, block_q)
     q = q_ref[rows, :]
-    q_ids = ids(row, block_q, 0)
+    q_ids = block_ids(row, block_q, 0)
     q_vectors = tuple(along(ref[rows], 0) for ref in vectors.q)
 
     def here(block: Any, columns: Any) -> Here:
-        return Here(q_ids, ids(block, block_kv, 1), rows, columns)
+        return Here(q_ids, block_ids(block, block_kv, 1), rows, columns)
 
     def fold(
         block: Any, carry: softmax.Carry, pairs: jax.Array | None, careful: bool
     ) -> softmax.Carry:
         columns = pl.ds(block * block_kv, block_kv)
-        # Scaled here in f32: a scaled q rounded to bf16 costs accuracy.
+        # The scale is applied in f32: rounding a scaled q to bf16 loses accuracy.
         s = softmax.dot(q, k_ref[columns, :], contract=(1, 1)) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         added = added_scores(vectors.scores, here(block, columns), sizes, call)
         s = s if added is None else s + added
         v = v_ref[columns, :]
-        s = softmax.mask(s, not_left_out(vectors.scores, added, pairs))
+        s = softmax.mask(s, not_removed(vectors.scores, added, pairs))
         if careful:
             v = rows_kept(v, jnp.squeeze(softmax.seen(s, 0), 0))
-        kept = factor(vectors, here(block, columns), call)
-        return softmax.fold(carry, s, v, kept, call.unit)
+        factor = dropout_factor(vectors, here(block, columns), call)
+        return softmax.fold(carry, s, v, factor, call.unit)
 
     def full(block: Any, carry: softmax.Carry) -> softmax.Carry:
         return fold(block, carry, None, careful=False)
@@ -80,20 +93,19 @@ def forward_kernel(
         columns = pl.ds(block * block_kv, block_kv)
         kv_vectors = tuple(along(ref[columns], 1) for ref in vectors.kv)
         tiles = bit_tiles(vectors, sizes, row, block, transposed=False)
-        pairs = allowed(
-            sizes, call.predicate, test, q_ids, ids(block, block_kv, 1),
-            (q_vectors, kv_vectors, tiles),
-        )  # fmt: skip
+        positions = q_ids, block_ids(block, block_kv, 1)
+        read = q_vectors, kv_vectors, tiles
+        pairs = allowed(call, sizes, test, positions, read)
         return fold(block, carry, pairs, careful)
 
     start = softmax.start(block_q, v_ref.shape[-1])
     row_of_map = index * sizes.num_rows + row
-    carry = walk(runs, sizes, row_of_map, full=full, partial=partial_, carry=start)
+    carry = fold_runs(runs, sizes, row_of_map, full=full, partial=partial_, carry=start)
     careful = partial(partial_, careful=True)
     carry = jax.lax.cond(
         softmax.all_finite(carry.acc),
         lambda: carry,
-        lambda: walk_tested(runs, sizes, row_of_map, careful, start),
+        lambda: fold_runs_tested(runs, sizes, row_of_map, careful, start),
     )
     found = softmax.finish(carry, call.unit)
     o_ref[rows, :] = found.o.astype(o_ref.dtype)
@@ -102,7 +114,7 @@ def forward_kernel(
 
 
 def forward(inputs: Inputs, vectors: Vectors, lists: TritonLists, call: Call) -> Kept:
-    """Attention over the blocks of ``lists``."""
+    """Attention over the blocks of ``lists.forward``; see ``call.Backend.forward``."""
     plan, tile = lists.forward, call.tiles.forward
     bits.check(vectors.bits, *(x.sizes.block_kv for x in lists))
     batch, num_q_heads, q_seq_len, _ = inputs.q.shape

@@ -1,4 +1,4 @@
-"""How a kernel is launched: what each program sees, padding, compiler options."""
+"""Block specs, padding and compiler options of the Triton kernels."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,12 +19,12 @@ from pallas_kernels.triton.tiles import power_of_two
 def whole(
     x: Any, heads: int | None = None, group: int = 1, head_axis: int | None = None
 ) -> Any:
-    """The BlockSpec of a batch row of ``x``, all of it: in Triton just a pointer.
+    """The BlockSpec of ``x`` for one batch entry; in Triton it is only a pointer.
 
-    ``x`` is ``[batch, heads, seq]`` or ``[batch, seq, heads, dim]``, or heads are its
-    ``head_axis``; the grid is ``(row, head, batch)``. A program sees one head, without
-    the axis, or ``heads`` of them; ``group`` programs in a row see the same. An axis of
-    length one is shared by all.
+    ``x`` is ``[batch, heads, seq]`` or ``[batch, seq, heads, dim]``; otherwise
+    ``head_axis`` is its axis of heads. The grid is ``(row, head, batch)``. A program
+    sees one head, without the axis, or ``heads`` of them. ``group`` successive programs
+    see the same head. All programs share an axis of size 1.
     """
     shape = list(x.shape)
     head_axis = x.ndim - 2 if head_axis is None else head_axis
@@ -45,14 +45,14 @@ def whole(
 
 
 def input_specs(inputs: Inputs) -> Inputs:
-    """What the program of one query head sees of the inputs."""
+    """The block specs of ``q, k, v`` for a program per query head."""
     group = inputs.q.shape[2] // inputs.k.shape[2]
     q, k, v = inputs
     return Inputs(whole(q), whole(k, group=group), whole(v, group=group))
 
 
 def vector_specs(vectors: Vectors, heads: int | None = None) -> Vectors:
-    """What the program of a query head, or of ``heads`` of them, sees of vectors."""
+    """The block specs of vectors for a program per query head, or per ``heads``."""
     pair_bits = tuple(
         replace(x, words=whole(x.words, heads, head_axis=1), bit=everything(x.bit))
         for x in vectors.bits
@@ -64,12 +64,12 @@ def vector_specs(vectors: Vectors, heads: int | None = None) -> Vectors:
 
 
 def everything(x: Any) -> pl.BlockSpec:
-    """All of ``x``, for every program."""
+    """The BlockSpec with which every program sees all of ``x``."""
     return pl.BlockSpec(x.shape, lambda *program: (0,) * x.ndim)
 
 
 def pad(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
-    """``x`` filled up with ``fill`` to ``size`` along an axis."""
+    """``x`` padded with ``fill`` to ``size`` along ``axis``."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
     if size == x.shape[axis]:
@@ -78,10 +78,10 @@ def pad(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
 
 
 def rows_first(x: jax.Array, seq_len: int) -> jax.Array:
-    """``[batch, heads, seq, dim]`` turned to ``[batch, seq, heads, dim]``, and padded.
+    """``[batch, heads, seq, dim]`` as ``[batch, seq, heads, dim]``, padded.
 
-    ``seq`` is filled up to ``seq_len`` and ``dim`` to a power of two. The arrays that
-    users have lie this way already: XLA cancels the two transposes, and none is left.
+    ``seq`` is padded to ``seq_len`` and ``dim`` to a power of two. Users pass arrays in
+    this layout, so XLA cancels this transpose with the one before the call.
     """
     x = jnp.swapaxes(x, 1, 2)
     return pad(pad(x, 1, seq_len), 3, power_of_two(x.shape[3]))
@@ -93,7 +93,7 @@ def heads_first(x: jax.Array, seq_len: int, dim: int) -> jax.Array:
 
 
 def pad_inputs(inputs: Inputs, sizes: TritonSizes) -> Inputs:
-    """The inputs as the kernels read them."""
+    """The inputs in the layout that the kernels read (``rows_first``)."""
     return Inputs(
         rows_first(inputs.q, sizes.padded_q),
         rows_first(inputs.k, sizes.padded_kv),
@@ -102,7 +102,10 @@ def pad_inputs(inputs: Inputs, sizes: TritonSizes) -> Inputs:
 
 
 def pad_vectors(vectors: Vectors, sizes: TritonSizes) -> Vectors:
-    """Whole blocks; what a predicate makes of the padding is masked or dropped."""
+    """The vectors padded to whole blocks.
+
+    The value of the padding does not matter: its pairs are masked or dropped.
+    """
 
     def q(x: jax.Array) -> jax.Array:
         return pad(x, 2, sizes.padded_q)
@@ -128,8 +131,8 @@ def _pad_bits(x: PairBits, sizes: TritonSizes) -> PairBits:
 
 
 def pad_cotangents(cotangents: Cotangents, sizes: TritonSizes) -> Cotangents:
-    """The cotangents as the kernels read them."""
-    # Padded queries have do == 0, delta == 0 and p == 0: they add exactly nothing.
+    """The cotangents padded to whole blocks, ``do`` in the layout of ``rows_first``."""
+    # Padded queries have do == 0, delta == 0 and p == 0: they add exactly 0.
     return Cotangents(
         pad(cotangents.lse, 2, sizes.padded_q, softmax.ABSENT),
         rows_first(cotangents.do, sizes.padded_q),
@@ -138,5 +141,5 @@ def pad_cotangents(cotangents: Cotangents, sizes: TritonSizes) -> Cotangents:
 
 
 def compiler_params(tile: Tile) -> plgpu.CompilerParams:
-    """The options of a tile."""
+    """The compiler options of a tile."""
     return plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)

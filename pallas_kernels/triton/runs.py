@@ -1,6 +1,5 @@
-"""Run lists as the GPU kernels read them, and the walk over one row of them."""
+"""Run lists for the Triton kernels, and the loop over the runs of one row."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,22 +18,22 @@ Int32s = Array | np.ndarray
 
 
 class Runs(NamedTuple):
-    """The arrays of a plan (refs in a kernel), read one scalar at a time."""
+    """The arrays of a plan, or their refs in a kernel, which reads single scalars."""
 
     row_ptr: Int32[Int32s, " rows_plus_1"]
     start: Int32[Int32s, " runs"]
     stop: Int32[Int32s, " runs"]
     full: Int32[Int32s, " runs"]
     map_of_head: Int32[Int32s, " heads"]  # or [batch * heads]
-    # The rows of a map, those with most blocks first.
+    # The rows of a map, sorted by their number of blocks, largest first.
     order: Int32[Int32s, " rows"]
-    # Only where it is neither the map nor known before the kernel runs.
+    # None if the test of a head is the number of its map, or is known statically.
     test_of_head: Int32[Int32s, " heads"] | None = None
 
 
 @dataclass(frozen=True)
 class TritonSizes:
-    """What a kernel knows of its plan before it runs."""
+    """The static sizes of a plan. A row is a query block, or a key block for dkv."""
 
     q_seq_len: int
     kv_seq_len: int
@@ -42,20 +41,20 @@ class TritonSizes:
     block_kv: int
     num_rows: int
     num_maps: int
-    # Code for a kind of run that the plan has none of is left out.
+    # Whether the plan can have such runs; the kernel has no code for an absent kind.
     has_full: bool
     has_partial: bool
-    # The test of every head, where it is known; else the map or a list says.
+    # The test that all heads share, if it is static. None: see Runs.test_of_head.
     test: int | None = None
 
     @property
     def padded_q(self) -> int:
-        """The queries, rounded up to whole blocks."""
+        """The number of queries, rounded up to whole blocks."""
         return -(-self.q_seq_len // self.block_q) * self.block_q
 
     @property
     def padded_kv(self) -> int:
-        """The keys, rounded up to whole blocks."""
+        """The number of keys, rounded up to whole blocks."""
         return -(-self.kv_seq_len // self.block_kv) * self.block_kv
 
 
@@ -77,7 +76,11 @@ class TritonLists(NamedTuple):
 
 
 def prepare(masks: Masks, call: Call) -> TritonLists:
-    """The plans of a call; traced run lists are taken as they are."""
+    """The plans of the three kernels; traced run lists are used unchanged.
+
+    Raises:
+      ValueError: a block size or number of warps that Triton does not support.
+    """
     chosen = call.tiles.forward, call.tiles.dq, call.tiles.dkv
     for mask, tile in zip(masks, chosen, strict=True):
         tiles.check(mask, tile)
@@ -90,7 +93,7 @@ def _plan(mask: BlockMask) -> TritonPlan:
     count = mask.run_start.shape[0]
 
     def filled(x: Int32s) -> Int32s:
-        # A kernel takes no array of size zero.
+        # A kernel operand cannot have size 0.
         return x if count else np_or_jnp.zeros(1, np.int32)
 
     given = mask.test_of_map is not None
@@ -119,7 +122,7 @@ def _plan(mask: BlockMask) -> TritonPlan:
 
 
 def _single_test(mask: BlockMask) -> int | None:
-    """The test that all heads share, if that is known while the call is traced."""
+    """The test that all heads share, or None if there are several or it is traced."""
     if mask.test_of_map is None:
         return 0 if mask.num_maps == 1 else None
     known = isinstance(mask.test_of_map, np.ndarray)
@@ -128,7 +131,8 @@ def _single_test(mask: BlockMask) -> int | None:
 
 
 def _order(mask: BlockMask, np_or_jnp: Any) -> Int32s:
-    # Programs start in order: long rows first leaves the short ones to fill the end.
+    """The rows, sorted by their number of blocks over all maps, largest first."""
+    # Programs start in this order, so the short rows fill the GPU at the end.
     start = np_or_jnp.zeros(1, np.int32)
     length = mask.run_stop - mask.run_start
     before = np_or_jnp.concatenate([start, np_or_jnp.cumsum(length, dtype=np.int32)])
@@ -138,7 +142,10 @@ def _order(mask: BlockMask, np_or_jnp: Any) -> Int32s:
 
 
 def first_of_batch(runs: Any, sizes: TritonSizes, num_heads: int) -> Any:
-    """Where the lists of heads start for the batch entry of a program; None: at 0."""
+    """The index of the first head of a program's batch entry in ``map_of_head``.
+
+    None means 0: all batch entries share one list of heads.
+    """
     if sizes.num_maps == 1 or runs.map_of_head.shape[0] == num_heads:
         return None
     return pl.program_id(2) * num_heads
@@ -147,7 +154,7 @@ def first_of_batch(runs: Any, sizes: TritonSizes, num_heads: int) -> Any:
 def map_and_test(
     runs: Any, sizes: TritonSizes, head: Any, first: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """The map of a query head and its test; ``first`` is of ``first_of_batch``."""
+    """The map of a query head and its test; ``first`` is from ``first_of_batch``."""
     at = head if first is None else first + head
     index = runs.map_of_head[at] if sizes.num_maps > 1 else jnp.int32(0)
     if sizes.test is not None:
@@ -155,12 +162,13 @@ def map_and_test(
     return index, index if runs.test_of_head is None else runs.test_of_head[at]
 
 
-def walk(
+def fold_runs(
     runs: Any, sizes: TritonSizes, row: Any, *, full: Any, partial: Any, carry: Any
 ) -> Any:
-    """Folds the blocks of a row: ``carry = full(block, carry)``, or ``partial``.
+    """Computes ``carry = full(block, carry)``, or ``partial``, for each block of a row.
 
-    ``row`` counts over all maps. Of the two loops of a run one is empty.
+    ``row`` counts over all maps. A run has two loops, for full and for partial blocks,
+    one of which is empty.
     """
 
     def run(r: Any, carry: Any) -> Any:
@@ -180,10 +188,10 @@ def walk(
     return jax.lax.fori_loop(runs.row_ptr[row], runs.row_ptr[row + 1], run, carry)
 
 
-def walk_tested(
+def fold_runs_tested(
     runs: Any, sizes: TritonSizes, row: Any, partial: Any, carry: Any
 ) -> Any:
-    """``walk`` with every block taken as a partial one."""
+    """``fold_runs`` with every block treated as partial."""
 
     def run(r: Any, carry: Any) -> Any:
         return jax.lax.fori_loop(runs.start[r], runs.stop[r], partial, carry)
@@ -191,19 +199,19 @@ def walk_tested(
     return jax.lax.fori_loop(runs.row_ptr[row], runs.row_ptr[row + 1], run, carry)
 
 
-def ids(block: Any, size: int, axis: int) -> jax.Array:
-    """The positions of a block, as a column (``axis=0``) or a row (``axis=1``)."""
+def block_ids(block: Any, size: int, axis: int) -> jax.Array:
+    """The positions of a block, int32 ``[size, 1]`` (``axis=0``) or ``[1, size]``."""
     shape = (size, 1) if axis == 0 else (1, size)
     return block * size + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def along(x: jax.Array, axis: int) -> jax.Array:
-    """The values of a block, as a column (``axis=0``) or a row (``axis=1``)."""
+    """``x [n]`` as ``[n, 1]`` (``axis=0``) or ``[1, n]`` (``axis=1``)."""
     return jnp.expand_dims(x, 1 - axis)
 
 
 def rows_kept(x: jax.Array, where: jax.Array) -> jax.Array:
-    """The rows of ``x`` that a bool vector names, and 0 for the others."""
+    """``x [n, dim]`` with 0 in the rows where the bool ``where [n]`` is false."""
     return jnp.where(jnp.expand_dims(where, 1), x, jnp.zeros_like(x))
 
 
@@ -211,9 +219,10 @@ def bit_tiles(
     vectors: Vectors, sizes: TritonSizes, q_block: Any, kv_block: Any, *,
     transposed: bool, member: Any = None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """The tiles of the bits, ``[q, k]``, or ``[k, q]`` if transposed.
+    """The bool tiles of the pair bits: ``[q, k]``, or ``[k, q]`` if ``transposed``.
 
-    The words have an axis of heads if there is a ``member`` to pick one.
+    Refs of words have an axis of heads only if ``member``, the index of the head in its
+    group, is given.
     """
     block_q, block_kv = sizes.block_q, sizes.block_kv
 
@@ -235,16 +244,17 @@ def bit_tiles(
 
 
 def allowed(
-    sizes: TritonSizes, predicate: Callable, test: Any, q: Any, kv: Any, vectors: Any
+    call: Call, sizes: TritonSizes, test: Any, ids: tuple[Any, Any], vectors: tuple
 ) -> jax.Array:
-    """The pairs of a partial tile, from the positions of its queries and keys.
+    """The allowed pairs of a partial tile, bool; ``ids`` are ``(q_ids, k_ids)``.
 
-    ``vectors`` are those of the queries, those of the keys, and tiles of bits.
+    ``vectors`` are those of the queries, those of the keys, and the tiles of pair bits.
     """
-    pairs = predicate(test, q, kv, *vectors)
+    q_ids, k_ids = ids
+    pairs = call.predicate(test, q_ids, k_ids, *vectors)
     if sizes.padded_kv != sizes.kv_seq_len:
-        pairs = pairs & (kv < sizes.kv_seq_len)
+        pairs = pairs & (k_ids < sizes.kv_seq_len)
     if sizes.padded_q != sizes.q_seq_len:
-        # What a query of the padding sees is not seen.
-        pairs = pairs & (q < sizes.q_seq_len)
-    return jnp.broadcast_to(pairs, jnp.broadcast_shapes(q.shape, kv.shape))
+        # A key that only padded queries see counts as not seen.
+        pairs = pairs & (q_ids < sizes.q_seq_len)
+    return jnp.broadcast_to(pairs, jnp.broadcast_shapes(q_ids.shape, k_ids.shape))

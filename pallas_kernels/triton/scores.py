@@ -1,4 +1,4 @@
-"""What is added to the scores of a tile, in the kernels: read by index."""
+"""Computes the score values and the dropout factor of a tile in a Triton kernel."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,10 +12,11 @@ from pallas_kernels.triton.runs import TritonSizes, along
 
 
 class Here(NamedTuple):
-    """A tile: its ids and ranges of positions, and the head of its arrays.
+    """The place of a tile: its positions, and the head of its arrays.
 
-    The ids of one side are a column ``[n, 1]``, those of the other a row ``[1, n]``.
-    ``member`` is None where a program sees one head without an axis of heads.
+    ``q_ids`` are ``[q, 1]`` and ``k_ids`` are ``[1, k]``, or ``[1, q]`` and ``[k, 1]``.
+    The ranges are ``pl.ds`` slices of positions. ``member`` is the index of the query
+    head in its group; None if the refs have no axis of heads.
     """
 
     q_ids: jax.Array
@@ -28,7 +29,7 @@ class Here(NamedTuple):
 def added_scores(
     values: ScoreValues, here: Here, sizes: TritonSizes, call: Call
 ) -> jax.Array | None:
-    """What the call adds to the capped scores of a tile; None for nothing."""
+    """The values added to the capped scores of a tile; None if nothing is added."""
     if call.scores is None:
         return None
     q_ids, k_ids, q_range, kv_range, member = here
@@ -54,19 +55,19 @@ def added_scores(
     )
 
 
-def not_left_out(
+def not_removed(
     values: ScoreValues, added: jax.Array | None, pairs: jax.Array | None
 ) -> jax.Array | None:
-    """``pairs`` without those to which ``-inf`` is added; None for all pairs.
+    """``pairs`` without those to which ``-inf`` is added; None means all pairs.
 
-    All pairs stay all: a finite score with ``-inf`` has no weight without a test.
+    None stays None: the sum of a finite score and ``-inf`` has weight 0 anyway.
     """
     if pairs is None or added is None or not any(values):
         return pairs
     return pairs & (added > -jnp.inf)
 
 
-def factor(vectors: Vectors, here: Here, call: Call) -> jax.Array | None:
+def dropout_factor(vectors: Vectors, here: Here, call: Call) -> jax.Array | None:
     """The dropout factor of the weights of a tile; None without dropout."""
     if not call.dropout_rate:
         return None
@@ -88,7 +89,10 @@ def _lead(ref: Any, member: Any) -> tuple:
 
 
 def padded(values: ScoreValues, sizes: TritonSizes) -> ScoreValues:
-    """Arrays for whole blocks; what is added to the padding is masked or dropped."""
+    """The score values padded to whole blocks.
+
+    The value of the padding does not matter: its pairs are masked or dropped.
+    """
     more_q = sizes.padded_q - sizes.q_seq_len
     more_kv = sizes.padded_kv - sizes.kv_seq_len
 

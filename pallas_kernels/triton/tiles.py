@@ -1,4 +1,4 @@
-"""Block sizes, warps and stages that fit the registers and shared memory of a GPU."""
+"""Default block sizes, warps and stages of the Triton kernels."""
 
 import math
 
@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.config import Tile, Tiles
 
-# The tensor cores take no smaller matrix.
+# The smallest matrix size of the tensor cores.
 SMALLEST = 16
 
 
 def power_of_two(size: int) -> int:
-    """The smallest power of two that Triton multiplies and that holds ``size``."""
+    """The smallest power of two that is at least ``size`` and ``SMALLEST``."""
     return max(SMALLEST, 1 << max(size - 1, 0).bit_length())
 
 
@@ -23,14 +23,15 @@ def _tiles(*sizes: tuple[int, int, int, int]) -> Tiles:
     return Tiles(forward, dq, dkv)
 
 
-# By the largest head size: block_q, block_kv, warps, stages of forward, dq and dkv.
+# 16-bit inputs: (largest head size, tiles of forward, dq and dkv), each of which is
+# (block_q, block_kv, num_warps, num_stages).
 HALF = (
     (64, _tiles((128, 128, 8, 2), (128, 128, 8, 2), (64, 128, 8, 2))),
     (128, _tiles((128, 64, 8, 4), (128, 64, 8, 4), (32, 128, 8, 2))),
     (256, _tiles((128, 32, 8, 2), (64, 32, 8, 2), (16, 64, 8, 2))),
     (math.inf, _tiles((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1))),
 )
-# Full-precision products run outside of the tensor cores, from registers.
+# 32-bit inputs: full-precision products run outside of the tensor cores.
 SINGLE = (
     (64, _tiles((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2))),
     (128, _tiles((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2))),
@@ -45,11 +46,11 @@ def default_tiles(
     head_dim_v: int,
     dtype: jax.typing.DTypeLike,
 ) -> Tiles:
-    """The tiles of a head size and input dtype, or less for shorter sequences.
+    """The tiles for a head size and input dtype, smaller for shorter sequences.
 
-    Chosen by the registers of the code compiled for sm_90: up to head size 256 in 16
-    bits and 128 in 32 bits the kernels of causal attention spill none. Shared memory
-    fits that of an A100 too.
+    They are chosen by the registers of the code compiled for sm_90. The kernels of
+    causal attention spill no register up to head size 256 in 16 bits and 128 in 32
+    bits. Their shared memory also fits an A100.
     """
     size = power_of_two(max(head_dim, head_dim_v))
     table = HALF if jnp.dtype(dtype).itemsize <= 2 else SINGLE
@@ -58,7 +59,11 @@ def default_tiles(
 
 
 def check(mask: BlockMask, tile: Tile) -> None:
-    """Refuses sizes that Triton has no code for."""
+    """Checks the sizes of a kernel.
+
+    Raises:
+      ValueError: a block size or number of warps that Triton does not support.
+    """
     sizes = {"block_q": mask.block_q, "block_kv": mask.block_kv}
     for name, value in sizes.items():
         if value != power_of_two(value):

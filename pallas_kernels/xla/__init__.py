@@ -1,4 +1,4 @@
-"""Block-sparse attention in plain XLA: scans, gathers and matrix products; for CPUs."""
+"""Block-sparse attention in plain JAX (scans, gathers, products), for CPUs."""
 
 from pallas_kernels.xla.backward import backward as backward
 from pallas_kernels.xla.forward import forward as forward

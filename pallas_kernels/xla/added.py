@@ -1,7 +1,7 @@
-"""What is added to the scores of a row of blocks, and the gradient of it, in pieces.
+"""The values added to the scores of a row of blocks, and their gradient.
 
-A piece is what some blocks of a row read of an array: a tile is made of pieces, and the
-gradient of a tile goes back to them.
+A piece is the part of one array that some blocks of a row read. A tile of added values
+is computed from pieces, and its gradient is added back to the arrays piece by piece.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,16 @@ from pallas_kernels.xla.heads import HeadGroup
 
 
 class Pieces(NamedTuple):
-    """Each with axes of batch, key heads and group in front, of length one if shared.
+    """The arrays of ``ScoreValues`` in blocks, or the pieces that one row reads.
 
-    As arrays: ``q [..., blocks, block_q]``, ``kv [..., blocks, block_kv]``, all pairs
-    ``[..., q_blocks, block_q, kv_blocks, block_kv]``, and diagonals by ``k - q``,
-    ``[..., length]``. As pieces of a row and ``slots`` blocks: ``q [..., block_q]``,
-    ``kv [..., slots, block_kv]``, ``[..., block_q, slots, block_kv]``, and ``[...,
-    slots, block_q + block_kv]``.
+    The first axes ``...`` are batch, key heads and group, each of size 1 if shared.
+
+    - ``q``: array ``[..., q_blocks, block_q]``, piece ``[..., block_q]``.
+    - ``kv``: array ``[..., kv_blocks, block_kv]``, piece ``[..., slots, block_kv]``.
+    - ``pairs``: array ``[..., q_blocks, block_q, kv_blocks, block_kv]``, piece ``[...,
+      block_q, slots, block_kv]``.
+    - diagonal ``pairs``: array ``[..., length]`` sorted by ``k - q``, piece ``[...,
+      slots, block_q + block_kv]``.
     """
 
     q: tuple[Array, ...]
@@ -36,22 +39,22 @@ class Pieces(NamedTuple):
 
 @dataclass(frozen=True)
 class Added:
-    """How the pieces of some heads are read, put together and added to."""
+    """The score function of some heads, with the arrays that it reads."""
 
     scores: Scores
     arrays: Pieces
-    diagonal: tuple[bool, ...]  # of each of the pairs
-    lengths: tuple[int, int]
+    diagonal: tuple[bool, ...]  # of each of arrays.pairs
+    lengths: tuple[int, int]  # of queries and keys
     block_q: int
     block_kv: int
 
     @property
     def has_arrays(self) -> bool:
-        """Whether a user passes numbers, of which any may be ``-inf``."""
+        """Whether there are arrays, any value of which may be ``-inf``."""
         return any(self.arrays)
 
     def pieces(self, row: Int32[Array, ""], block: Int32[Array, " slots"]) -> Pieces:
-        """What the blocks of a row read."""
+        """The pieces that the blocks of a row read."""
 
         def of_pairs(x: Array, diagonal: bool) -> Array:
             if diagonal:
@@ -71,7 +74,7 @@ class Added:
     def tile(
         self, pieces: Pieces, row: Int32[Array, ""], block: Int32[Array, " slots"]
     ) -> Float[Array, "..."]:
-        """What is added, natural units: broadcasts to ``[b, h, g, q, slots * k]``."""
+        """The added values in natural units; broadcasts to ``[b, h, g, q, slots * k]``."""
         along_q = jnp.arange(self.block_q, dtype=jnp.int32)
         along_kv = jnp.arange(self.block_kv, dtype=jnp.int32)
         q_ids = (row * self.block_q + along_q)[:, None]
@@ -99,7 +102,7 @@ class Added:
         row: Int32[Array, ""],
         block: Int32[Array, " slots"],
     ) -> Pieces:
-        """``total`` with the pieces added where they were read, one block at a time."""
+        """Adds ``pieces`` to ``total`` where they were read, one block at a time."""
 
         def q(x: Array, piece: Array) -> Array:
             new = _at(x, row) + piece
@@ -144,7 +147,7 @@ class Added:
         )
 
     def restored(self, total: Pieces) -> ScoreValues:
-        """Arrays as they were given, but for axes of key heads and group."""
+        """Undoes the blocks of ``total``; the heads stay as key heads and group."""
         q_len, kv_len = self.lengths
 
         def of_pairs(x: Array, diagonal: bool) -> PairValues:
@@ -175,7 +178,7 @@ def added(
     lengths: tuple[int, int],
     blocks: tuple[int, int],
 ) -> Added:
-    """The values of the heads of a group, in blocks."""
+    """The score function and its arrays for some heads, in blocks."""
     block_q, block_kv = blocks
 
     def of_pairs(x: PairValues) -> Array:

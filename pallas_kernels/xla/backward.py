@@ -1,4 +1,8 @@
-"""The backward pass: one sweep over query blocks that carries dk and dv along."""
+"""The backward pass: one loop over query blocks, whose state holds dk and dv.
+
+The weights are computed again from the lse (FlashAttention-2, Dao, 2023, algorithm 2),
+for one row of blocks at a time.
+"""
 
 from typing import Any, NamedTuple
 
@@ -18,7 +22,7 @@ from pallas_kernels.xla.walk_types import XlaLists
 
 
 class Gradients(NamedTuple):
-    """The gradients of a head group in blocks; those of keys add up in f32."""
+    """The gradients of some heads in blocks; those of keys are summed in f32."""
 
     dq: Float[Array, "batch q_blocks block_q q_heads head_dim"]
     dk: Float[Array, "batch kv_heads kv_blocks block_kv head_dim"]
@@ -26,9 +30,9 @@ class Gradients(NamedTuple):
 
 
 class GradientRow(NamedTuple):
-    """What the tiles of a row share, ``[batch, kv_heads, group * queries, ...]``.
+    """The arrays that all tiles of a row use, ``[batch, kv_heads, group * q, ...]``.
 
-    ``lse`` is that of ``softmax.lse_for_backward``.
+    ``lse`` is from ``softmax.lse_for_backward``.
     """
 
     at: Int32[Array, ""]
@@ -41,7 +45,7 @@ class GradientRow(NamedTuple):
 def row_of(
     at: Int32[Array, ""], q: Array, do: Array, lse: Array, delta: Array, call: Call
 ) -> GradientRow:
-    """The row ``at`` of arrays in blocks."""
+    """The row with index ``at`` of arrays in blocks."""
     kv_heads = lse.shape[1]
     lse, delta = tile.row_of(lse, at), tile.row_of(delta, at)
     q, do = (tile.queries_of(x, at, kv_heads) for x in (q, do))
@@ -55,7 +59,7 @@ def backward(
     lists: XlaLists,
     call: Call,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``dq, dk, dv``; scores are computed again, a row at a time."""
+    """``dq, dk, dv`` over the blocks of ``lists.backward``."""
     num_kv_heads = inputs.k.shape[1]
     if is_traced(lists):
 
@@ -84,7 +88,7 @@ def _backward(
     inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: Any,
     group: HeadGroup, call: Call,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """The heads of one group."""
+    """``dq, dk, dv`` of the heads of one group."""
     q_seq_len, kv_seq_len = inputs.q.shape[2], inputs.k.shape[2]
     blocks = tile.operands(inputs, group, plan)
     pairs = tile.pairs_of(call, vectors, group, plan, (q_seq_len, kv_seq_len))
@@ -103,7 +107,7 @@ def _backward(
         total, dq = state
         k, v = (tile.gather(x, block, shown.seen) for x in (blocks.k, blocks.v))
         factor = pairs.factor(fixed.at, block, lse.dtype)
-        p, ds = score_gradient(fixed, k, v, (shown, factor), (size, call))
+        p, ds = score_gradient(fixed, k, v, shown, factor, size, call)
         dq += tile.batched_dot(ds, k, contract=(1, 0))
         total = total._replace(
             dk=add_keys(total.dk, ds, fixed.q, block),
@@ -135,15 +139,16 @@ def score_gradient(
     row: GradientRow,
     k: Float[Array, "b h k d"],
     v: Float[Array, "b h k dv"],
-    on_top: tuple[tile.Shown, Float[Array, "..."] | None],
-    options: tuple[int, Call],
+    shown: tile.Shown,
+    factor: Float[Array, "..."] | None,
+    group: int,
+    call: Call,
 ) -> tuple[Float[Array, "b h gq k"], Float[Array, "b h gq k"]]:
-    """``p`` and the gradient of ``q k^T`` of some blocks of a row.
+    """``p`` and the gradient of ``q k^T``, for some blocks of a row.
 
-    ``on_top`` are the pairs, and the factor of the weights.
+    The arguments are those of ``gradient_of_added``.
     """
-    call = options[1]
-    s, p, ds = gradient_of_added(row, k, v, on_top, options)
+    s, p, ds = gradient_of_added(row, k, v, shown, factor, group, call)
     ds *= call.sm_scale * softmax.cap_slope(s, call.logits_soft_cap, call.unit)
     flat = *row.q.shape[:-1], s.shape[-1]
     return p.reshape(flat), ds.reshape(flat)
@@ -153,16 +158,20 @@ def gradient_of_added(
     row: GradientRow,
     k: Float[Array, "b h k d"],
     v: Float[Array, "b h k dv"],
-    on_top: tuple[tile.Shown, Float[Array, "..."] | None],
-    options: tuple[int, Call],
+    shown: tile.Shown,
+    factor: Float[Array, "..."] | None,
+    group: int,
+    call: Call,
 ) -> tuple[
     Float[Array, "b h g q k"], Float[Array, "b h g q k"],
     Float[Array, "b h g q k"],
 ]:  # fmt: skip
-    """Capped scores, ``p``, and the gradient of what comes on top of these scores."""
-    size, call = options
-    shown, factor = on_top
-    s = tile.scores(row.q * call.scale, k, size, call)
+    """Capped scores, ``p``, and the gradient of the values added to capped scores.
+
+    ``shown`` has the allowed pairs, ``factor`` is the dropout factor, and ``group`` the
+    number of query heads per key head.
+    """
+    s = tile.scores(row.q * call.scale, k, group, call)
     dp = tile.batched_dot(row.do, v, contract=(1, 1)).reshape(s.shape)
     lse, delta = (x.reshape(*s.shape[:-1], 1) for x in (row.lse, row.delta))
     p, ds = softmax.score_gradient(
@@ -177,12 +186,12 @@ def add_keys(
     queries: Float[Array, "b h gq d"],
     block: Int32[Array, " slots"],
 ) -> Float[Array, "b h blocks d k"]:
-    """Adds ``gradient^T queries``, transposed, to the blocks it belongs to, in order.
+    """Adds ``queries^T gradient`` to the blocks of keys that ``block`` lists, in order.
 
     Padding adds zeros to a block that the row visits anyway.
     """
-    # Unlike gradient^T queries, queries^T gradient transposes the small operand alone.
-    # The barrier keeps XLA from folding that into the product, which is then slower.
+    # queries^T gradient transposes the smaller operand, unlike gradient^T queries. The
+    # barrier keeps XLA from fusing the transpose into the product, which is slower.
     turned = jax.lax.optimization_barrier(jnp.swapaxes(queries, 2, 3))
     tiles = tile.batched_dot(turned, gradient, contract=(1, 0))
     size = total.shape[-1]

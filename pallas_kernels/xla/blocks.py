@@ -1,4 +1,4 @@
-"""Arrays in blocks of positions, and with their heads by the key head they read."""
+"""Splits arrays into blocks of positions, and query heads into groups per key head."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from pallas_kernels.xla.heads import HeadGroup, pick
 
 
 def to_blocks(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
-    """Splits ``axis`` into blocks of ``size``, the last one padded with ``fill``."""
+    """Splits ``axis`` into ``[blocks, size]``, padded with ``fill`` at the end."""
     short = -x.shape[axis] % size
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, short)
@@ -23,11 +23,11 @@ def from_blocks(x: jax.Array, axis: int, length: int) -> jax.Array:
 
 
 def fold_heads(x: jax.Array, group: HeadGroup) -> jax.Array:
-    """``[batch, heads, ...]`` to ``[batch, kv_heads, group, ...]`` of the group."""
+    """Picks ``heads`` of ``[batch, heads, ...]`` as ``[batch, kv_heads, group, ...]``."""
     x = pick(x, group.q_heads)
     return x.reshape(x.shape[0], len(group.kv_heads), -1, *x.shape[2:])
 
 
 def fold_if_own(x: jax.Array, group: HeadGroup) -> jax.Array:
-    """``fold_heads``, or ``[batch, 1, 1, ...]`` where all heads share one entry."""
+    """``fold_heads``, or ``[batch, 1, 1, ...]`` if all heads share one entry."""
     return fold_heads(x, group) if x.shape[1] > 1 else x[:, :, None]

@@ -1,4 +1,8 @@
-"""The forward pass: one scan over the query blocks of every shape of row."""
+"""The forward pass: a scan over query blocks, for each shape of row.
+
+A short row takes one softmax over all its keys. A longer row takes some blocks at a
+time with the online softmax (Milakov and Gimelshein, 2018).
+"""
 
 from functools import partial
 from typing import Any
@@ -19,12 +23,12 @@ from pallas_kernels.xla.walk_types import XlaLists, XlaPlan
 
 
 def fold_tiles(unit: float, *args: Any) -> softmax.Carry:
-    """``softmax.fold`` of every batch entry and key head."""
+    """``softmax.fold`` for each batch entry and key head."""
     return jax.vmap(jax.vmap(partial(softmax.fold, unit=unit)))(*args)
 
 
 def forward(inputs: Inputs, vectors: Vectors, lists: XlaLists, call: Call) -> Kept:
-    """Attention over the blocks of ``lists``, in memory linear in the lengths."""
+    """Attention over the blocks of ``lists.forward``; memory is linear in the length."""
     if is_traced(lists):
 
         def of_owner(owner: Owner) -> Kept:
@@ -41,7 +45,7 @@ def forward(inputs: Inputs, vectors: Vectors, lists: XlaLists, call: Call) -> Ke
 def _forward(
     inputs: Inputs, vectors: Vectors, plan: XlaPlan, group: HeadGroup, call: Call
 ) -> Kept:
-    """The heads of one group."""
+    """The results of the heads of one group."""
     _, _, q_seq_len, _ = inputs.q.shape
     _, _, kv_seq_len, head_dim_v = inputs.v.shape
     blocks = tile.operands(inputs, group, plan)

@@ -1,4 +1,4 @@
-"""Which heads share a loop: those of one map, folded by the key head they read."""
+"""Groups the query heads that one loop processes: those with the same map."""
 
 from typing import Any, NamedTuple
 
@@ -8,19 +8,19 @@ import numpy as np
 
 
 class HeadGroup(NamedTuple):
-    """Query heads of one map, equally many per key head and sorted by it."""
+    """Query heads of one map, sorted by key head, with equally many per key head."""
 
     map_index: int
     q_heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
-    # Which test of the predicate: an integer, traced where maps are looped over.
+    # The number of the predicate's test; traced if a loop runs over maps.
     test: Any
 
 
 def head_groups(
     map_of_head: tuple[int, ...], test_of_map: tuple[int, ...], num_kv_heads: int
 ) -> list[HeadGroup]:
-    """Every query head in one group: a call with one map has one group."""
+    """Splits all query heads into groups; a call with one map has one group."""
     group = len(map_of_head) // num_kv_heads
     of_kv_head: dict[tuple[int, int], list[int]] = {}
     for head, index in enumerate(map_of_head):
@@ -40,14 +40,14 @@ def head_groups(
 
 
 def pick(x: jax.Array, heads: tuple[int, ...]) -> jax.Array:
-    """``x[:, heads]``, which is ``x`` itself when these are all heads in order."""
+    """``x[:, heads]``; ``x`` itself if these are all heads in order."""
     if heads == tuple(range(x.shape[1])):
         return x
     return x[:, np.array(heads)]
 
 
 def join(parts: list[jax.Array], heads: list[tuple[int, ...]]) -> jax.Array:
-    """Undoes ``pick`` of disjoint groups that hold all heads."""
+    """Joins the parts of disjoint groups that contain all heads; undoes ``pick``."""
     if len(parts) == 1 and heads[0] == tuple(range(len(heads[0]))):
         return parts[0]
     order = np.argsort(np.concatenate([np.array(h) for h in heads]))
@@ -57,7 +57,7 @@ def join(parts: list[jax.Array], heads: list[tuple[int, ...]]) -> jax.Array:
 def add_up(
     parts: list[jax.Array], heads: list[tuple[int, ...]], num_heads: int
 ) -> jax.Array:
-    """The sum of what groups say about key heads, of which they may share some."""
+    """Sums the parts of groups into ``[batch, num_heads, ...]``; groups may overlap."""
     if len(parts) == 1 and heads[0] == tuple(range(num_heads)):
         return parts[0]
     total = jnp.zeros(

@@ -1,22 +1,23 @@
-"""Derivatives of every order and mode for this backend.
+"""The derivatives of the XLA backend, in both modes and of every order.
 
-Attention is a map ``f`` of its variables ``x`` to ``(o, lse)``. Four functions close it
-under differentiation up to the second order, each a sweep over the blocks of the plan:
+Attention is a function ``f`` of its variables ``x`` with the result ``(o, lse)``. Four
+functions give all derivatives up to the second order. Each is a loop over the blocks of
+the plan:
 
 - ``tangent(x; u) = f'(x) u``, and its transpose ``gradient(x; c) = f'(x)^T c``;
 - ``tangent2(x; u, w) = f''(x)[u, w]``, the derivative of ``tangent(x; u)`` along ``w``;
-- ``gradient2(x; c, w)``, that of ``gradient(x; c)``: the Hessian of ``<c, f>`` times
-  ``w``. The Hessian is symmetric, so as a function of ``w`` it is its own transpose,
-  and as a function of ``c`` it has the transpose ``tangent2(x; w, .)``.
+- ``gradient2(x; c, w)``, the derivative of ``gradient(x; c)`` along ``w``: the Hessian
+  of ``<c, f>`` times ``w``. The Hessian is symmetric, so this function of ``w`` is its
+  own transpose. As a function of ``c`` its transpose is ``tangent2(x; w, .)``.
 
-One primitive stands for the four. Its first operands are the point ``x`` with what was
-kept of the forward pass, the others are those that it is linear in. JAX's own means do
-not do: a ``custom_vjp`` has no forward mode, and the linear part of a ``custom_jvp``,
-transposed by JAX, would keep the probabilities of all blocks.
+One primitive represents the four. Its first operands are the point ``x`` with the
+results of the forward pass. It is linear in each of the others. The tools of JAX do not
+suffice: a ``custom_vjp`` has no forward mode, and JAX's transpose of a ``custom_jvp``
+would store the probabilities of all blocks.
 
-What was kept, ``o``, ``lse`` and ``total``, is a function of ``x``, not a variable of
-its own. Derivatives beyond the second go through plain JAX over all pairs, in quadratic
-memory.
+The results of the forward pass (``o``, ``lse``, ``total``) are functions of ``x``, not
+variables of their own. Derivatives beyond the second use plain JAX over all pairs
+(``dense.py``), in quadratic memory.
 """
 
 from functools import partial
@@ -50,18 +51,18 @@ Kind: TypeAlias = Literal["tangent", "gradient", "tangent2", "gradient2"]
 
 
 class Variables(NamedTuple):
-    """What is differentiated in; with None for zero, a direction."""
+    """The variables ``x``, or a direction, in which None stands for zero."""
 
     inputs: Inputs
     scores: ScoreValues
 
 
 class Point(NamedTuple):
-    """Where a derivative is taken: a call and what it yielded."""
+    """The point of a derivative: the arrays of a call and its results."""
 
     variables: Variables
     kept: Kept
-    vectors: Vectors  # but for the scores
+    vectors: Vectors  # without the scores, which are variables
     tests: Any
     lists: XlaLists
 
@@ -69,15 +70,15 @@ class Point(NamedTuple):
 class DerivativeRule(NamedTuple):
     """The static part of the primitive.
 
-    ``axes`` has an entry for each ``vmap`` around it, the innermost first: its size,
-    and for every array of the point whether it has the axis. The other operands and the
-    results have all of these axes, in front, the outermost first.
+    ``axes`` has an entry for each enclosing ``vmap``, the innermost first: the size of
+    its axis, and for each array of the point whether the array has that axis. The other
+    operands and the results have all these axes in front, the outermost first.
     """
 
     kind: Kind
     call: Call
-    # The structures of the point and of the linear operands, which are Variables and
-    # Outputs with None for zeros.
+    # The tree structures of the point and of the linear operands. The latter are
+    # Variables and Outputs, with None for zeros.
     point: Any
     linear: Any
     axes: tuple[tuple[int, tuple[bool, ...]], ...] = ()
@@ -87,9 +88,9 @@ class DerivativeRule(NamedTuple):
 def attend(
     call: Call, inputs: Inputs, vectors: Vectors, tests: Any, lists: XlaLists
 ) -> Kept:
-    """``forward``, differentiable by both modes and to any order.
+    """``forward``, differentiable in both modes and to any order.
 
-    That is, in ``inputs`` and, if they are learned, in ``vectors.scores``.
+    The variables are ``inputs`` and, if they are learned, ``vectors.scores``.
     """
     del tests
     return forward(inputs, vectors, lists, call)
@@ -101,7 +102,7 @@ def _attend_jvp(call: Call, primals: tuple, tangents: tuple) -> tuple[Kept, Kept
     variables = Variables(inputs, vectors.scores)
     rest = vectors._replace(scores=ScoreValues())
     point = Point(variables, kept, rest, tests, lists)
-    # Nothing is kept for what nobody differentiates in.
+    # A None instead of a zero tangent saves the memory and time of that variable.
     moves = Variables(tangents[0], tangents[1].scores)
     if not call.learned_scores:
         moves = moves._replace(scores=jax.tree.map(lambda _: None, moves.scores))
@@ -110,7 +111,7 @@ def _attend_jvp(call: Call, primals: tuple, tangents: tuple) -> tuple[Kept, Kept
 
 
 def _moved(kept: Kept, tangent: Any) -> Kept:
-    """The tangent of what was kept; the total is 1 but for rounding, and stays."""
+    """The tangent of ``kept``; the total is 1 up to rounding, so its tangent is 0."""
     return Kept(tangent.o, tangent.lse, jnp.zeros_like(kept.total))
 
 
@@ -122,7 +123,7 @@ derivative_p.multiple_results = True
 
 
 def _bind(kind: Kind, call: Call, point: Point, *linear: Any, axes: Any = ()) -> Any:
-    """The primitive, from and to values of the structures that it stands for."""
+    """Binds the primitive to trees, and returns the result as a tree."""
     point, linear = alike((point, linear))
     point_leaves, point_tree = jax.tree.flatten(point)
     leaves, tree = jax.tree.flatten(linear)
@@ -132,7 +133,7 @@ def _bind(kind: Kind, call: Call, point: Point, *linear: Any, axes: Any = ()) ->
 
 
 def _like(kind: Kind, point: Point) -> Variables | Outputs:
-    """What the result of ``kind`` is like."""
+    """Arrays with the structure and the shapes of the result of ``kind``."""
     match kind:
         case "tangent" | "tangent2":
             return point.kept.outputs
@@ -142,20 +143,20 @@ def _like(kind: Kind, point: Point) -> Variables | Outputs:
 
 
 def _split(rule: DerivativeRule, leaves: Any) -> tuple[Point, tuple]:
-    """The point and the linear operands, as they were before flattening."""
+    """The trees of the point and of the linear operands from their ``leaves``."""
     count = rule.point.num_leaves
     point = jax.tree.unflatten(rule.point, leaves[:count])
     return point, jax.tree.unflatten(rule.linear, leaves[count:])
 
 
 def _indices(rule: DerivativeRule) -> tuple[Point, tuple]:
-    """The operands as their numbers."""
+    """The same trees, with the index of each operand as its leaf."""
     count = rule.point.num_leaves + rule.linear.num_leaves
     return _split(rule, list(range(count)))
 
 
 def _run(*leaves: Any, rule: DerivativeRule, pairs: bool = False) -> list[jax.Array]:
-    """What the primitive computes: by sweeps over blocks, or over all ``pairs``."""
+    """Evaluates the primitive, by loops over blocks or over all ``pairs``."""
     function = over_pairs if pairs else over_blocks
 
     def run(*leaves: Any) -> list[jax.Array]:
@@ -172,7 +173,7 @@ def _run(*leaves: Any, rule: DerivativeRule, pairs: bool = False) -> list[jax.Ar
 def over_blocks(
     kind: Kind, call: Call, point: Point, linear: tuple
 ) -> Variables | Outputs:
-    """The four functions in memory linear in the lengths; see the module."""
+    """The four functions of the module docstring, in memory linear in the lengths."""
     x, kept, vectors, _, lists = point
     vectors = vectors._replace(scores=x.scores)
     match kind:
@@ -204,7 +205,7 @@ def over_blocks(
 def over_pairs(
     kind: Kind, call: Call, point: Point, linear: tuple
 ) -> Variables | Outputs:
-    """The same in plain JAX, differentiable to any order."""
+    """The four functions in plain JAX, differentiable to any order."""
     variables, kept, vectors, tests, _ = point
 
     def f(x: Variables) -> Outputs:
@@ -261,13 +262,13 @@ def _abstract(*leaves: Any, rule: DerivativeRule) -> list[jax.core.ShapedArray]:
 def _with_axes(
     shape: tuple[int, ...], rule: DerivativeRule, index: int
 ) -> tuple[int, ...]:
-    """The shape of an array of the point, given the axes of every ``vmap``."""
+    """The shape of an array of the point with the axes of every ``vmap``."""
     own = sum(has_axis[index] for _, has_axis in rule.axes)
     return (*(size for size, _ in reversed(rule.axes)), *shape[own:])
 
 
 def _widened(x: jax.Array, rule: DerivativeRule, index: int) -> jax.Array:
-    """The tangent of an array of the point, given the axes of every ``vmap``."""
+    """The tangent of an array of the point with the axes of every ``vmap``."""
     lead = [slice(None) if has[index] else None for _, has in reversed(rule.axes)]
     return jnp.broadcast_to(x[tuple(lead)], _with_axes(x.shape, rule, index))
 
@@ -347,7 +348,7 @@ def _transpose(cotangents: Any, *leaves: Any, rule: DerivativeRule) -> list[Any]
 
 
 def _transposed(kind: Kind, at: int, others: tuple, c: Any) -> tuple[Kind, tuple]:
-    """The transpose in the linear operand ``at``, applied to ``c``; see the module."""
+    """The transpose in linear operand ``at``, applied to ``c`` (module docstring)."""
     match kind:
         case "tangent":
             return "gradient", (c,)
