@@ -1,4 +1,4 @@
-"""Chunked linear recurrences: one algebra on values, three backends."""
+"""Linear attention as a chunked recurrence: one algebra, three backends."""
 
 from pallas_kernels.linear.algebra import Recurrence as Recurrence
 from pallas_kernels.linear.algebra import State as State

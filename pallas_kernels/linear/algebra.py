@@ -1,20 +1,23 @@
-"""One chunk of a linear recurrence, on values: what every backend computes with.
+"""The arithmetic of one chunk of a linear recurrence, on values, for all backends.
 
-A state ``S`` of size ``[features, head_dim_v]`` takes in one key after the other,
-``S_t = a_t S_(t-1) + k_t v_t``, and a query reads ``q_t S_t`` (Katharopoulos et al.,
-Transformers are RNNs, 2020, section 3.4; with a decay ``a_t`` Sun et al., Retentive
-Network, 2023, section 2). For a chunk of tokens that is three products: what its
-queries get from its own keys, ``scores @ v``; from the state at its start, ``reads @
-S``; and the state after it, ``carry S + writes.T @ v``.
+A state ``S [features, head_dim_v]`` is updated by one key after the other, ``S_t = a_t
+S_(t-1) + k_t^T v_t``, and a query reads ``q_t S_t`` (Katharopoulos et al., Transformers
+are RNNs, 2020, section 3.4; with a decay ``a_t``: Sun et al., Retentive Network, 2023,
+section 2). The chunkwise form (Sun et al., 2023; Yang et al., Gated Linear Attention,
+2024) takes three products for a chunk of tokens:
 
-A ``Recurrence`` says what these four are, so that a kernel knows nothing of decays. Its
-gradient is never written down: backends differentiate ``read`` and ``write`` by
-``jax.vjp`` inside of their kernels. A gate for every feature (Gated Linear Attention,
-LightNet) is a rule whose ``reads``, ``writes`` and ``carry`` scale features. A delta
-rule needs one function more, the values less what the state holds of them already.
+- ``scores @ v``: what its queries read from its own keys;
+- ``reads @ S``: what they read from the state at its start;
+- ``carry S + writes.T @ v``: the state at its end.
 
-Everything is f32 (f64 for f64); ``dot`` rounds the operands of a product to the dtype
-of the inputs.
+A ``Recurrence`` defines ``scores``, ``reads``, ``writes`` and ``carry``, so kernels do
+not depend on the kind of decay. The gradient is not written by hand: backends apply
+``jax.vjp`` to ``read`` and ``write`` inside their kernels. A gate per feature (Gated
+Linear Attention, LightNet) would be a rule whose ``reads``, ``writes`` and ``carry``
+scale features.
+
+All values are f32 (f64 for f64 inputs). ``dot`` rounds the operands of a product to the
+dtype of the inputs.
 """
 
 from collections.abc import Callable
@@ -30,27 +33,27 @@ from pallas_kernels.precision import wide
 # dot(a, b, (axis of a, axis of b)), accumulated in f32.
 Dot: TypeAlias = Callable[[Any, Any, tuple[int, int]], Any]
 
-# A normaliser with its epsilon that is as close to zero as the epsilon, or the first of
-# these, has vanished. The second holds without an epsilon: the square of its inverse,
-# in a gradient, is still a number in f32.
+# A normaliser plus its epsilon counts as 0 if its absolute value is below the epsilon
+# and below VANISHING. TINY is the bound for small epsilons: the square of its inverse,
+# which a gradient contains, is still finite in f32.
 VANISHING = 1e-10
 TINY = 1e-15
 
 
 class Pair(NamedTuple):
-    """A number for every position of a chunk: down the rows, and along the columns."""
+    """The same number per position of a chunk, as a column and as a row."""
 
     col: Any  # [chunk, 1]
     row: Any  # [1, chunk]
 
 
 class Marks(NamedTuple):
-    """What a chunk's positions carry beside q, k and v: a ``Pair`` each, or None.
+    """The decays and resets at the positions of a chunk: a ``Pair`` each, or None.
 
-    The log-decays from the start of the chunk on, each position's own included, are
-    ``coarse + fine``: ``coarse`` is exact, and ``fine`` so small that a difference of
-    two has no rounding error to speak of (``marks.of_chunks``). ``run`` counts the
-    resets of the state so far.
+    ``coarse + fine`` is the sum of the log-decays from the start of the chunk up to and
+    including the position. ``coarse`` is exact, and ``fine`` is so small that the
+    difference of two has a negligible rounding error (``marks.of_chunks``). ``run`` is
+    the number of resets of the state in the chunk so far.
     """
 
     fine: Any = None
@@ -67,7 +70,7 @@ class ChunkKeys(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is kept of the keys so far; ``z`` is None without a normaliser."""
+    """The state after some keys; ``z`` is None without a normaliser."""
 
     s: Any  # [features, head_dim_v]
     z: Any  # [1, features]: the sum of the keys
@@ -77,11 +80,12 @@ class State(NamedTuple):
 class Recurrence:
     """A linear recurrence, as pure functions on the values of a chunk.
 
-    ``scores(dot, q, keys)`` are the weights ``[chunk, chunk]`` of the chunk's own keys;
-    ``reads(q, marks)`` and ``writes(k, marks)`` the queries and keys as they meet the
-    states at the start and at the end; ``carry(marks)`` the factor of the old state,
-    a ``Pair`` of ``[features or 1, 1]`` and ``[1, features or 1]``, or None for 1. With
-    ``eps`` an output is divided by the sum of its weights, plus ``eps``.
+    - ``scores(dot, q, keys)``: the weights ``[chunk, chunk]`` of the chunk's own keys.
+    - ``reads(q, marks)``: the queries that multiply the state at the chunk's start.
+    - ``writes(k, marks)``: the keys that add to the state at the chunk's end.
+    - ``carry(marks)``: the factor of the old state, a ``Pair`` of ``[features or 1,
+      1]`` and ``[1, features or 1]``; None means 1.
+    - ``eps``: if given, an output is divided by the sum of its weights plus ``eps``.
     """
 
     scores: Callable[[Dot, Any, ChunkKeys], Any]
@@ -94,16 +98,16 @@ class Recurrence:
 def read(
     rule: Recurrence, dot: Dot, q: Any, keys: ChunkKeys, state: State
 ) -> tuple[Any, Any | None]:
-    """What the queries of a chunk get, ``[chunk, head_dim_v]``, and their normaliser.
+    """The outputs of a chunk, ``[chunk, head_dim_v]``, and the normaliser.
 
-    ``state`` is that at the start of the chunk. The normaliser, ``[chunk, 1]``, is the
-    sum of weights plus ``eps``; 0 where it vanishes, and so is the output there.
+    ``state`` is the state at the start of the chunk. The normaliser ``[chunk, 1]`` is
+    the sum of weights plus ``eps``. Where it vanishes, it and the output are 0.
     """
     weights = rule.scores(dot, q, keys)
     reads, run = rule.reads(q, keys.marks), keys.marks.run
 
     def before_resets(x: Any) -> Any:
-        # What a reset forgets may be no number, and 0 times it none either.
+        # The state before a reset may be NaN, and 0 * nan is NaN.
         return x if run is None else jnp.where(run.col == 0, x, number(0.0, x))
 
     out = dot(weights, keys.v, (1, 0)) + before_resets(dot(reads, state.s, (1, 0)))
@@ -115,10 +119,10 @@ def read(
 
 
 def normalised(out: Any, total: Any, eps: float) -> tuple[Any, Any]:
-    """``out / (total + eps)`` and ``total + eps``; both 0 where there is no total.
+    """``out / (total + eps)`` and ``total + eps``; both are 0 where that vanishes.
 
-    That is where ``total == 0``, so that nothing was seen, or ``|total + eps|`` is
-    below ``min(eps, 1e-10)`` (and 1e-15): the weights cancel. NaN stays NaN.
+    It vanishes if ``total == 0`` (no key was seen), or if ``|total + eps|`` is below
+    ``max(min(eps, 1e-10), 1e-15)`` (the weights cancel). NaN stays NaN.
     """
     least = max(min(eps, VANISHING), TINY)
     gone = (total == 0) | (jnp.abs(total + eps) < least)
@@ -129,13 +133,13 @@ def normalised(out: Any, total: Any, eps: float) -> tuple[Any, Any]:
 def number(value: int | float, like: Any) -> Any:
     """``value`` in the dtype of ``like``.
 
-    With ``jax_enable_x64`` a bare number is a float64 at first, and kernels have none.
+    With ``jax_enable_x64``, a Python float is a float64, which kernels do not have.
     """
     return like.dtype.type(value)
 
 
 def write(rule: Recurrence, dot: Dot, keys: ChunkKeys, state: State) -> State:
-    """The state at the end of a chunk, from that at its start."""
+    """The state at the end of a chunk, from the ``state`` at its start."""
     writes, carry = rule.writes(keys.k, keys.marks), rule.carry(keys.marks)
     v, run = keys.v, keys.marks.run
     if run is not None:
@@ -149,11 +153,11 @@ def write(rule: Recurrence, dot: Dot, keys: ChunkKeys, state: State) -> State:
 
 
 def carried(factor: Any, state: Any) -> Any:
-    """``factor * state``; 0 where the factor is, also of a state that is not finite."""
+    """``factor * state``; 0 where ``factor == 0``, also if the state is not finite."""
     return jnp.where(factor == 0, 0.0, factor * state)
 
 
-# --- the scalar rule: no decay, or one factor a step, and resets ---
+# --- the scalar rule: no decay, or one factor per position, and resets ---
 
 
 def _scores(dot: Dot, q: Any, keys: ChunkKeys) -> Any:
@@ -168,7 +172,7 @@ def _scores(dot: Dot, q: Any, keys: ChunkKeys) -> Any:
         return jnp.where(seen, s, number(0.0, s))
     past = marks.coarse.col - marks.coarse.row
     past += marks.fine.col - marks.fine.row
-    # Two choices: a gradient goes through both the factor and the product.
+    # Both selections are needed: the gradient flows through the factor and the product.
     factor = jnp.exp(jnp.where(seen, past, number(0.0, past)))
     return jnp.where(seen, s * factor, number(0.0, s))
 
@@ -200,15 +204,15 @@ def _carry(marks: Marks) -> Pair | None:
 
 
 def _last(row: Any) -> Any:
-    """The last of ``[1, chunk]``, as ``[1, 1]``."""
-    # Not every backend takes an element out of a value, and a sum they all have.
+    """The last entry of ``[1, chunk]``, as ``[1, 1]``."""
+    # Not every backend can index a value; all can sum.
     position = jax.lax.broadcasted_iota(jnp.int32, row.shape, 1)
     end = position == row.shape[1] - 1
     return jnp.sum(jnp.where(end, row, number(0.0, row)), axis=1, keepdims=True)
 
 
 def scalar(eps: float | None) -> Recurrence:
-    """The rule of linear attention: a decay a step, the same for all features."""
+    """The rule of linear attention with one decay per position for all features."""
     return Recurrence(_scores, _reads, _writes, _carry, eps)
 
 
@@ -216,17 +220,17 @@ def scalar(eps: float | None) -> Recurrence:
 
 
 def plain_dot(dtype: Any) -> Dot:
-    """Products of operands rounded to ``dtype``, as jax differentiates them."""
+    """The product of operands rounded to ``dtype``, with JAX's own derivative."""
     return partial(_product, dtype=jnp.dtype(dtype))
 
 
 def kernel_dot(dtype: Any) -> Dot:
-    """The same, whose derivatives are such products too, with no transpose around."""
+    """``plain_dot`` whose derivatives are such products too, without transposes."""
     return partial(_rounded, jnp.dtype(dtype))
 
 
 def _product(a: Any, b: Any, contract: tuple[int, int], *, dtype: Any) -> Any:
-    # What is not rounded is multiplied in full precision: chips default to less.
+    # 32-bit operands are multiplied in full precision; the default of chips is less.
     exact = dtype.itemsize >= 4
     return jax.lax.dot_general(
         a.astype(dtype),

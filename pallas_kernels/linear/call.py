@@ -1,4 +1,4 @@
-"""What a call of a linear recurrence is made of: the contract of its backends."""
+"""The arguments and results of a linear attention call, for every backend."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ from pallas_kernels.linear.algebra import Marks, Recurrence
 
 
 class LinearInputs(NamedTuple):
-    """The arrays of a call; ``group`` queries share a key head.
+    """The arrays of a call; ``group`` query heads share a key head.
 
-    ``log_decay`` is at most 0 and f32: the state is multiplied by its exponential
-    before it takes in the key of that position. Where ``starts`` it is emptied first.
+    ``log_decay`` is f32 and at most 0. The state is multiplied by its exponential
+    before the key of that position is added. Where ``starts`` is true, the state is
+    first set to 0.
     """
 
     q: Float[Array, "batch heads group seq features"]
@@ -24,9 +25,9 @@ class LinearInputs(NamedTuple):
 
 
 class LinearOutputs(NamedTuple):
-    """What a call yields; ``total`` is None without a normaliser.
+    """The results of a call; ``total`` is None without a normaliser.
 
-    ``total`` is the sum of weights plus ``eps``, 0 where it vanishes.
+    ``total`` is the sum of weights plus ``eps``, and 0 where it vanishes.
     """
 
     out: Float[Array, "batch heads group seq head_dim_v"]  # in the dtype of q
@@ -45,11 +46,11 @@ class LinearCall:
 
 
 class ChunkInputs(NamedTuple):
-    """The arrays as backends see them: heads flat, the sequence padded to chunks.
+    """The arrays that backends read: flat heads, and a sequence padded to chunks.
 
-    What is padded has keys and values of 0, so that no state knows of it. ``marks``
-    has an array ``[heads, chunks, chunk]`` where those of a chunk have a ``Pair``.
-    Blocks and their specs come in this form too.
+    Padding has keys and values of 0, so it does not change the state. An entry of
+    ``marks`` is an array ``[heads, chunks, chunk]``, where a chunk has a ``Pair``.
+    Block specs and refs have this structure too.
     """
 
     q: Any  # [heads, group, padded, features]
@@ -59,7 +60,7 @@ class ChunkInputs(NamedTuple):
 
 
 class ChunkOutputs(NamedTuple):
-    """What a backend yields for the queries of a call, or takes as cotangents."""
+    """The results of a backend, or their cotangents."""
 
     out: Any  # [heads, group, padded, head_dim_v]
     total: Any  # f32 [heads, group, padded], or None

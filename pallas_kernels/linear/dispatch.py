@@ -1,8 +1,8 @@
-"""One linear recurrence on a chosen backend, with its gradient.
+"""Runs linear attention on a chosen backend and defines its gradient.
 
-The xla path is differentiated by JAX itself. A kernel has a backward kernel, and a
-second derivative goes through the xla path (the forward rules call the differentiated
-functions, never a raw kernel, so that they find one).
+JAX differentiates the "xla" backend. Each kernel has a backward kernel, and second
+derivatives use the "xla" backend. The forward rule of each ``custom_vjp`` calls the
+``custom_vjp`` itself, not the raw kernel, so that a second derivative finds a rule.
 """
 
 from functools import partial
@@ -28,10 +28,10 @@ KERNELS: dict[str, ModuleType] = {"tpu": tpu, "triton": triton}
 
 
 def attend(inputs: LinearInputs, call: LinearCall, *, impl: str) -> LinearOutputs:
-    """What every query reads from the state at its position.
+    """Reads the state at the position of each query.
 
-    ``jit``, ``grad``, ``vmap`` and ``jax.checkpoint`` hold on every backend; ``jvp`` on
-    "xla". Lengths need not be multiples of ``call.chunk``.
+    It works under ``jit``, ``grad``, ``vmap`` and ``jax.checkpoint``; on "xla" also
+    under ``jvp``. Lengths need not be multiples of ``call.chunk``.
     """
     batch, heads, group, seq, _ = inputs.q.shape
     chunks = alike(chunked(inputs, call.chunk))
@@ -45,14 +45,14 @@ def attend(inputs: LinearInputs, call: LinearCall, *, impl: str) -> LinearOutput
 
 
 def final_state(inputs: LinearInputs, call: LinearCall) -> State:
-    """What is kept of all keys, f32, each array ``[batch, heads, ...]``."""
+    """The state after all keys, f32; each array is ``[batch, heads, ...]``."""
     batch, heads = inputs.k.shape[:2]
     state = xla.final_state(alike(chunked(inputs, call.chunk)), call)
     return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), state)
 
 
 def chunked(inputs: LinearInputs, chunk: int) -> ChunkInputs:
-    """The arrays with flat heads, filled up to whole chunks."""
+    """The arrays with flat heads, padded to whole chunks."""
     batch, heads, _, seq, _ = inputs.q.shape
 
     def padded(x: Any, axis: int) -> Any:
@@ -124,7 +124,7 @@ _backward.defvjp(_backward_fwd, _backward_bwd)
 
 
 def _twin(call: LinearCall, chunks: ChunkInputs, cotangent: ChunkOutputs) -> tuple:
-    """What a backward kernel computes, in plain JAX."""
+    """The results of a backward kernel, computed in plain JAX."""
     _, pull = jax.vjp(partial(xla.forward, call=call), chunks)
     (found,) = pull(cotangent)
     return found.q, found.k, found.v, found.marks.fine

@@ -1,4 +1,4 @@
-"""The derivatives of a chunk, from its rule: what backward kernels compute with."""
+"""The derivatives of one chunk, by ``jax.vjp`` of its rule inside backward kernels."""
 
 from typing import Any, NamedTuple
 
@@ -16,15 +16,11 @@ from pallas_kernels.linear.algebra import (
 
 
 class KeyGradients(NamedTuple):
-    """The cotangents of the keys of a chunk; ``fine`` stands for the log-decays."""
+    """The cotangents of ``ChunkKeys``; that of the log-decays is ``fine``."""
 
-    k: Any
-    v: Any
+    k: Any  # [chunk, features]
+    v: Any  # [chunk, head_dim_v]
     fine: Pair | None
-
-    def plus(self, other: "KeyGradients") -> "KeyGradients":
-        """Both together."""
-        return jax.tree.map(lambda a, b: a + b, self, other)
 
 
 def of_read(
@@ -35,7 +31,7 @@ def of_read(
     state: State,
     cotangents: tuple[Any, Any],
 ) -> tuple[Any, KeyGradients, State]:
-    """The cotangents of ``q``, the keys and the state, from those of what is read."""
+    """The cotangents of ``q``, the keys and the state, from those of ``read``."""
 
     def f(q: Any, k: Any, v: Any, fine: Any, state: State) -> Any:
         marks = keys.marks._replace(fine=fine)
@@ -49,7 +45,7 @@ def of_read(
 def of_write(
     rule: Recurrence, dot: Dot, keys: ChunkKeys, state: State, cotangent: State
 ) -> tuple[KeyGradients, State]:
-    """The cotangents of the keys and the old state, from that of the new one."""
+    """The cotangents of the keys and the old state, from that of the new state."""
 
     def f(k: Any, v: Any, fine: Any, state: State) -> State:
         marks = keys.marks._replace(fine=fine)

@@ -1,4 +1,4 @@
-"""What every position of a chunk carries: log-decays from its start on, and resets."""
+"""Computes the ``Marks`` of chunks: cumulative log-decays, and counts of resets."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.linear.algebra import Marks, Pair
 
-# A factor of exp(-60) = 9e-27 forgets all that f32 could tell of.
+# The strongest log-decay: a factor of exp(-60) = 9e-27 is below the precision of f32.
 STRONGEST = -60.0
-# The exact part of a log-decay is a multiple of this. The sum over a chunk has then at
-# most the 24 bits of an f32, and what is left sums up to a quarter.
+# The coarse part of a log-decay is a multiple of this. Its sum over a chunk then fits
+# the 24 bits of an f32 exactly, and the sum of the fine parts is at most 1/2.
 GRAIN = 2.0**-9
 LONGEST_CHUNK = 512
 
@@ -24,7 +24,7 @@ def of_chunks(
 ) -> Marks:
     """The marks of all chunks, arrays ``[heads, chunks, chunk]``.
 
-    A log-decay below -60 counts as -60. The gradient goes by way of ``fine``.
+    A log-decay below -60 counts as -60. The gradient flows through ``fine`` alone.
     """
     assert chunk <= LONGEST_CHUNK
     fine = coarse = run = None
@@ -44,7 +44,7 @@ def _summed(x: jax.Array, chunk: int) -> jax.Array:
 
 
 def pairs(marks: Marks) -> Marks:
-    """Marks ``[..., chunk]`` of a chunk, or of several, as columns and rows."""
+    """Marks ``[..., chunk]`` as a ``Pair`` of columns and rows each."""
 
     def pair(x: Any) -> Pair | None:
         return None if x is None else Pair(x[..., :, None], x[..., None, :])

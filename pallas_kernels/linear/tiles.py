@@ -1,4 +1,4 @@
-"""The chunk and the launch options of a call, where the caller leaves them open."""
+"""Default chunk lengths and launch options of linear attention."""
 
 from collections.abc import Hashable
 
@@ -12,7 +12,7 @@ from pallas_kernels.linear.marks import LONGEST_CHUNK
 from pallas_kernels.tpu.runs import LANES
 from pallas_kernels.triton.tiles import power_of_two
 
-# xla: the fastest of 32 to 256 on two cores. tpu: the fewest bundles a token.
+# xla: the fastest of 32 to 256 on two cores. tpu: the fewest bundles per token.
 CHUNKS = {"xla": 64, "tpu": 256}
 
 
@@ -24,10 +24,10 @@ def default_call(
     config: KernelConfig,
     interpret: Hashable = False,
 ) -> LinearCall:
-    """The static part of a call; ``sizes``: the length, those of features and values.
+    """The static part of a call; ``sizes`` are ``(length, features, head_dim_v)``.
 
-    ``block_kv`` of the config, or else ``block_q``, is the length of a chunk; one that
-    is not named is no longer than the sequence needs.
+    The length of a chunk is ``config.block_kv``, else ``config.block_q``, else a
+    default that is not longer than the sequence needs.
 
     Raises:
       ValueError: the chunk is too long.
@@ -46,7 +46,7 @@ def default_call(
         raise ValueError(
             f"config: a chunk of {chunk} positions (block_kv, or else block_q) must "
             f"be at most {LONGEST_CHUNK}, so that the log-decays of a chunk keep their "
-            "precision: leave it None for one that fits"
+            "precision: leave both None, or give a smaller one"
         )
     return LinearCall(
         rule=rule,

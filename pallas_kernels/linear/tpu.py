@@ -1,7 +1,9 @@
-"""The recurrence on TPUs: chunks in order, the state in VMEM from one to the next.
+"""Linear attention on TPUs: a loop over chunks, with the state in VMEM.
 
-The backward pass first works out the state at the start of every chunk, and then walks
-the chunks from the last to the first with the cotangent of the state in VMEM.
+It is the chunkwise form in which states are not stored (Yang et al., Gated Linear
+Attention, 2024, section 3). The backward pass first computes the state at the start of
+every chunk. It then goes from the last chunk to the first, with the cotangent of the
+state in VMEM.
 """
 
 from collections.abc import Callable
@@ -26,15 +28,15 @@ ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbi
 
 
 def forward(chunks: ChunkInputs, call: LinearCall) -> ChunkOutputs:
-    """Output and normaliser of all queries."""
+    """The outputs and normalisers of all queries."""
     chunks, dtype = _ready(chunks, call)
     heads, group, padded, _ = chunks.q.shape
-    sizes = heads, padded // call.chunk, group
+    grid = heads, padded // call.chunk, group
     out = shape_like((*chunks.q.shape[:3], chunks.v.shape[-1]), dtype, chunks.q)
     total = _total_shape(chunks, call)
     out, total = pl.pallas_call(
         partial(_forward_kernel, call=call, group=group),
-        grid=sizes,
+        grid=grid,
         in_specs=[_chunk_specs(chunks, call)],
         out_specs=[_row_spec(out, call), _total_spec(call)],
         out_shape=[out, total],
@@ -120,6 +122,14 @@ def _forward_kernel(
     refs: ChunkInputs, out_ref: Any, total_ref: Any, state_ref: State,
     *, call: LinearCall, group: int,
 ) -> None:  # fmt: skip
+    """Computes ``out [chunk, head_dim_v]`` and ``total [1, chunk]`` of one query head.
+
+    ``refs`` are ``q [chunk, features]``, ``k`` like it, ``v [chunk, head_dim_v]`` and
+    marks ``[1, chunk]``. The scratch ``state_ref`` is f32 ``[features, head_dim_v]``
+    and ``[1, features]``.
+    """
+    assert refs.q.shape == refs.k.shape == (call.chunk, state_ref.s.shape[0])
+    assert refs.v.shape == out_ref.shape == (call.chunk, state_ref.s.shape[1])
     _zero_at_first(state_ref)
     dot = algebra.plain_dot(refs.v.dtype)
     keys, state = _keys(refs.k, refs.v, refs.marks), _values(state_ref)
@@ -138,6 +148,8 @@ def _states_kernel(
     k_ref: Any, v_ref: Any, marks: Marks, out_ref: State, state_ref: State,
     *, call: LinearCall,
 ) -> None:  # fmt: skip
+    """Stores the state at the start of each chunk; shapes as in the forward kernel."""
+    assert out_ref.s.shape == state_ref.s.shape == (k_ref.shape[1], v_ref.shape[1])
     _zero_at_first(state_ref)
     dot = algebra.plain_dot(v_ref.dtype)
     state = _values(state_ref)
@@ -150,6 +162,14 @@ def _backward_kernel(
     refs: ChunkInputs, states: State, cotangent: ChunkOutputs, outs: tuple,
     dstate_ref: State, sums: tuple, *, call: LinearCall, group: int,
 ) -> None:  # fmt: skip
+    """Computes the cotangents of ``q``, ``k``, ``v`` and ``fine`` of one chunk.
+
+    Shapes are those of the forward kernel: ``outs`` are like ``q, k, v`` and ``fine [1,
+    chunk]``. The scratch ``dstate_ref`` is like the state. The scratch ``sums`` holds
+    the cotangents of the keys, f32, summed over the query heads of the group.
+    """
+    assert cotangent.out.shape == refs.v.shape
+    assert dstate_ref.s.shape == states.s.shape
     _zero_at_first(dstate_ref)
     dot = algebra.kernel_dot(refs.v.dtype)
     keys, state = _keys(refs.k, refs.v, refs.marks), _values(states)
@@ -187,10 +207,10 @@ def _backward_kernel(
 
 
 def _ready(chunks: ChunkInputs, call: LinearCall) -> tuple[ChunkInputs, Any]:
-    """The arrays as the kernels take them, and the dtype of the output.
+    """The arrays in the form that the kernels read, and the dtype of the output.
 
     Raises:
-      ValueError: the chip has no registers for such a chunk.
+      ValueError: the chunk is not a multiple of the lanes of a register.
     """
     if call.chunk % LANES and not call.interpret:
         raise ValueError(
@@ -200,7 +220,7 @@ def _ready(chunks: ChunkInputs, call: LinearCall) -> tuple[ChunkInputs, Any]:
     dtype = chunks.q.dtype
     q, k, v, marks = chunks
     if dtype == jnp.float16:
-        # The chip has no f16 arithmetic, and bf16 would lose three bits.
+        # The chip has no f16 arithmetic, and bf16 has three bits less.
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     marks = jax.tree.map(lambda x: x[:, :, None], marks)
     return ChunkInputs(q, k, v, marks), dtype
@@ -213,7 +233,7 @@ def _same(c: Any) -> Any:
 def _chunk_specs(
     chunks: ChunkInputs, call: LinearCall, at: Callable[[Any], Any] = _same
 ) -> ChunkInputs:
-    """A chunk of the queries of a member, and of the keys."""
+    """The specs of a chunk: the queries of one member of the group, and the keys."""
 
     def keys(x: Any) -> pl.BlockSpec:
         shape = None, call.chunk, x.shape[-1]
@@ -294,7 +314,7 @@ def _add(refs: Any, values: Any) -> None:
 
 
 def _zero_at_first(refs: State) -> None:
-    """Empties a state at the first step of a head."""
+    """Sets a state to 0 at the first grid step of a head."""
 
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _() -> None:

@@ -1,9 +1,13 @@
-"""The recurrence on NVIDIA GPUs: all chunks at once, between two scans over states.
+"""Linear attention on NVIDIA GPUs: all chunks in parallel, with stored states.
 
-What a chunk adds to the state needs no earlier one: a batch of products in XLA, and an
-associative scan over the chunks. A program then has one chunk of one head. The backward
-pass has a kernel for the queries, which yields what they ask of the states too, a scan
-over those from the last chunk to the first, and a kernel for the keys and values.
+It is the chunkwise form in which states are stored (Yang et al., Gated Linear
+Attention, 2024, section 3), with an associative scan over chunks:
+
+- Forward: XLA computes the update of each chunk by batched products, and the state at
+  the start of each chunk by a scan. Then a kernel has one program per chunk and head.
+- Backward: a kernel for the queries also computes the cotangents of the states. A scan
+  sums them from the last chunk to the first. A second kernel computes the cotangents of
+  keys and values.
 """
 
 from collections.abc import Callable
@@ -26,7 +30,7 @@ from pallas_kernels.varying import shape_like
 
 
 def forward(chunks: ChunkInputs, call: LinearCall) -> ChunkOutputs:
-    """Output and normaliser of all queries."""
+    """The outputs and normalisers of all queries."""
     head_dim_v, dtype = chunks.v.shape[-1], chunks.q.dtype
     chunks = _ready(chunks, call)
     states = _before(*_updates(chunks, call))
@@ -100,7 +104,7 @@ def backward(chunks: ChunkInputs, cotangent: ChunkOutputs, call: LinearCall) -> 
 
 
 def _updates(chunks: ChunkInputs, call: LinearCall) -> tuple[State, Pair | None]:
-    """What each chunk adds to the state, ``[heads, chunks, ...]``, and its factor."""
+    """What each chunk adds to the state, and its factor, ``[heads, chunks, ...]``."""
     rule, dot = call.rule, algebra.plain_dot(chunks.v.dtype)
     heads, _, features = chunks.k.shape
     start = empty(rule, heads, features, chunks.v.shape[-1], jnp.float32)
@@ -109,17 +113,17 @@ def _updates(chunks: ChunkInputs, call: LinearCall) -> tuple[State, Pair | None]
     def of_chunk(keys: ChunkKeys) -> tuple[State, Pair | None]:
         return algebra.write(rule, dot, keys, start), rule.carry(keys.marks)
 
-    # Axes of chunks and of heads.
+    # The axes in front are chunks and heads.
     keys = keys_of(by_chunk(chunks, call.chunk))
     found = jax.vmap(jax.vmap(of_chunk))(keys)
     return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
 def _before(states: State, carry: Pair | None, *, reverse: bool = False) -> State:
-    """The state at the start of every chunk, from what each adds and its factor.
+    """The state at the start of every chunk, from the updates and factors of chunks.
 
-    In reverse, the cotangent of the state at the end of every chunk, from what the
-    chunk itself asks of the state at its start.
+    With ``reverse``: the cotangent of the state at the end of every chunk, from the
+    cotangents of the state at the start that each chunk itself causes.
     """
 
     def shifted(x: jax.Array) -> jax.Array:
@@ -149,6 +153,15 @@ def _before(states: State, carry: Pair | None, *, reverse: bool = False) -> Stat
 def _forward_kernel(
     refs: ChunkInputs, states: State, out_ref: Any, total_ref: Any, *, call: LinearCall
 ) -> None:
+    """Computes ``out [1, chunk, head_dim_v]`` and ``total [1, chunk]`` of a query head.
+
+    ``refs`` are ``q [1, chunk, features]``, ``k [chunk, features]``, ``v [chunk,
+    head_dim_v]`` and marks ``[chunk]``; the state at the start is f32 ``[features,
+    head_dim_v]`` and ``[1, features]``.
+    """
+    assert refs.q.shape == (1, *refs.k.shape)
+    assert out_ref.shape == (1, *refs.v.shape)
+    assert states.s.shape == (refs.k.shape[1], refs.v.shape[1])
     dot = algebra.plain_dot(refs.v.dtype)
     q = refs.q[0].astype(jnp.float32)
     out, total = algebra.read(call.rule, dot, q, _keys(refs), _values(states))
@@ -161,12 +174,18 @@ def _queries_kernel(
     refs: ChunkInputs, states: State, cotangent: ChunkOutputs, dq_ref: Any,
     dstate_ref: State, *, call: LinearCall,
 ) -> None:  # fmt: skip
-    """The cotangents of the queries, and of the state at the start of the chunk."""
+    """Computes the cotangents of the queries and of the state at the chunk's start.
+
+    ``refs`` are as in the forward kernel, but ``q``, ``out`` and ``total`` have all
+    query heads of the group in front: ``q [group, chunk, features]``.
+    """
+    assert refs.q.shape == dq_ref.shape
+    assert dstate_ref.s.shape == states.s.shape
     dot = algebra.kernel_dot(refs.v.dtype)
     keys, state = _keys(refs), _values(states)
 
     def of(g: Any) -> State:
-        # What is not asked for is dead code to the compiler.
+        # The unused cotangents are dead code, which the compiler removes.
         q = refs.q[g].astype(jnp.float32)
         dq, _, own = gradient.of_read(
             call.rule, dot, q, keys, state, _member(cotangent, g)
@@ -183,7 +202,13 @@ def _keys_kernel(
     refs: ChunkInputs, states: State, cotangent: ChunkOutputs, dstates: State,
     dk_ref: Any, dv_ref: Any, dfine_ref: Any, *, call: LinearCall,
 ) -> None:  # fmt: skip
-    """The cotangents of the keys: of what is read in the chunk, and of the state."""
+    """Computes the cotangents of ``k [chunk, features]``, ``v`` and ``fine [chunk]``.
+
+    They come from the reads within the chunk, and from the state at its end, whose
+    cotangent is ``dstates``. ``refs`` are as in ``_queries_kernel``.
+    """
+    assert refs.k.shape == dk_ref.shape
+    assert refs.v.shape == dv_ref.shape
     dot = algebra.kernel_dot(refs.v.dtype)
     keys, state = _keys(refs), _values(states)
 
@@ -203,12 +228,12 @@ def _keys_kernel(
 
 
 def _summed(of: Callable[[Any], Any], members: int) -> Any:
-    """The sum of ``of(g)`` over the members of a group."""
+    """The sum of ``of(g)`` over the query heads ``g`` of a group."""
 
     def add(g: Any, total: Any) -> Any:
         return jax.tree.map(jnp.add, total, of(g))
 
-    # A loop would keep the sum in registers where a single member needs none.
+    # A loop keeps its sum in registers; a single member needs no loop.
     first = of(0)
     return (
         first
@@ -228,7 +253,7 @@ def _values(refs: State) -> State:
 
 
 def _member(cotangent: ChunkOutputs, g: Any) -> tuple[Any, Any]:
-    """The cotangents of what a member of the group reads."""
+    """The cotangents of the output and the normaliser of query head ``g``."""
     total = None if cotangent.total is None else cotangent.total[g][:, None]
     return cotangent.out[g].astype(jnp.float32), total
 
@@ -237,10 +262,10 @@ def _member(cotangent: ChunkOutputs, g: Any) -> tuple[Any, Any]:
 
 
 def _ready(chunks: ChunkInputs, call: LinearCall) -> ChunkInputs:
-    """The arrays as the kernels take them: sizes that Triton multiplies.
+    """The arrays padded to sizes that Triton can multiply.
 
     Raises:
-      ValueError: it has no code for such a chunk.
+      ValueError: the chunk is not a power of two, or is too short.
     """
     if call.chunk != power_of_two(call.chunk):
         raise ValueError(
@@ -258,7 +283,7 @@ def _ready(chunks: ChunkInputs, call: LinearCall) -> ChunkInputs:
 
 
 def _chunk_specs(chunks: ChunkInputs, call: LinearCall, members: int) -> ChunkInputs:
-    """A chunk of the keys of a head, and of the queries of ``members`` of its group."""
+    """The specs of a chunk: keys, and the queries of ``members`` of the group."""
 
     def keys(x: Any) -> pl.BlockSpec:
         shape = None, call.chunk, x.shape[-1]
@@ -271,7 +296,7 @@ def _chunk_specs(chunks: ChunkInputs, call: LinearCall, members: int) -> ChunkIn
 
 
 def _row_specs(rows: ChunkOutputs, call: LinearCall, members: int) -> ChunkOutputs:
-    """A chunk of ``members`` of the group."""
+    """The specs of a chunk of outputs of ``members`` of the group."""
     shape = None, members, call.chunk
     out = pl.BlockSpec((*shape, rows.out.shape[-1]), lambda c, h, g: (h, g, c, 0))
     total = pl.BlockSpec(shape, lambda c, h, g: (h, g, c))

@@ -1,8 +1,8 @@
-"""The recurrence as a scan over chunks in plain JAX: the CPU path.
+"""Linear attention as a scan over chunks in plain JAX, for CPUs.
 
-It has no rule of differentiation of its own: ``jvp`` and derivatives of any order go
-through. A reverse pass keeps the state at the start of every chunk and works out the
-rest again, so that its memory is linear in the length.
+JAX differentiates it, in both modes and to any order. A reverse pass stores the state
+at the start of every chunk and computes the rest again, so its memory is linear in the
+length.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ from pallas_kernels.varying import vary
 
 
 def forward(chunks: ChunkInputs, call: LinearCall) -> ChunkOutputs:
-    """Output and normaliser of all queries."""
+    """The outputs and normalisers of all queries."""
     rule, dtype = call.rule, chunks.q.dtype
     heads, group, padded, features = chunks.q.shape
     head_dim_v = chunks.v.shape[-1]
@@ -32,7 +32,7 @@ def forward(chunks: ChunkInputs, call: LinearCall) -> ChunkOutputs:
             total = total[..., 0]
         return _write(rule, keys, state), ChunkOutputs(out.astype(dtype), total)
 
-    # The body of a scan is compiled by itself: nothing there to keep apart.
+    # XLA compiles the body of a scan apart, so CSE need not be prevented.
     body = jax.checkpoint(body, prevent_cse=False)
     start = vary(empty(rule, heads, features, head_dim_v, wide(dtype)), chunks.k)
     _, (out, total) = jax.lax.scan(body, start, by_chunk(chunks, call.chunk))
@@ -43,7 +43,7 @@ def forward(chunks: ChunkInputs, call: LinearCall) -> ChunkOutputs:
 
 
 def final_state(chunks: ChunkInputs, call: LinearCall) -> State:
-    """What is kept of all keys, with a leading axis of heads."""
+    """The state after all keys, with an axis of heads in front."""
     heads, _, features = chunks.k.shape
     sizes = heads, features, chunks.v.shape[-1]
     state = vary(empty(call.rule, *sizes, wide(chunks.k.dtype)), chunks.k)
@@ -58,7 +58,7 @@ def final_state(chunks: ChunkInputs, call: LinearCall) -> State:
 def _read(
     rule: Recurrence, q: jax.Array, keys: ChunkKeys, state: State
 ) -> tuple[jax.Array, jax.Array | None]:
-    """``algebra.read`` for all heads, and the queries of a group of each."""
+    """``algebra.read`` for each key head and each query head of its group."""
     member = jax.vmap(
         partial(algebra.read, rule, algebra.plain_dot(q.dtype)), in_axes=(0, None, None)
     )
@@ -73,14 +73,14 @@ def _write(rule: Recurrence, keys: ChunkKeys, state: State) -> State:
 def empty(
     rule: Recurrence, heads: Any, features: int, head_dim_v: int, dtype: Any
 ) -> State:
-    """The state of no key, with a leading axis of heads."""
+    """The state before the first key, with an axis of heads in front."""
     s = jnp.zeros((heads, features, head_dim_v), dtype)
     z = jnp.zeros((heads, 1, features), dtype)
     return State(s, None if rule.eps is None else z)
 
 
 def keys_of(x: ChunkInputs) -> ChunkKeys:
-    """The keys of a chunk of every head, or of all chunks, in the dtype of sums."""
+    """The ``ChunkKeys`` of ``x`` in the dtype of sums; ``x`` may have further axes."""
     return ChunkKeys(widened(x.k), widened(x.v), pairs(x.marks))
 
 

@@ -74,7 +74,7 @@ class Added:
     def tile(
         self, pieces: Pieces, row: Int32[Array, ""], block: Int32[Array, " slots"]
     ) -> Float[Array, "..."]:
-        """The added values in natural units; broadcasts to ``[b, h, g, q, slots * k]``."""
+        """The added values in natural units, like ``[b, h, g, q, slots * k]``."""
         along_q = jnp.arange(self.block_q, dtype=jnp.int32)
         along_kv = jnp.arange(self.block_kv, dtype=jnp.int32)
         q_ids = (row * self.block_q + along_q)[:, None]
@@ -174,7 +174,7 @@ class Added:
 def added(
     scores: Scores,
     values: ScoreValues,
-    group: HeadGroup,
+    heads: HeadGroup,
     lengths: tuple[int, int],
     blocks: tuple[int, int],
 ) -> Added:
@@ -184,13 +184,13 @@ def added(
     def of_pairs(x: PairValues) -> Array:
         if x.diagonal:
             found = pair_values.strip(x, *lengths, block_q=block_q, block_kv=block_kv)
-            return fold_if_own(found, group)
-        found = to_blocks(fold_if_own(x.values, group), 3, block_q)
+            return fold_if_own(found, heads)
+        found = to_blocks(fold_if_own(x.values, heads), 3, block_q)
         return to_blocks(found, 5, block_kv)
 
     arrays = Pieces(
-        tuple(to_blocks(fold_if_own(x, group), 3, block_q) for x in values.q),
-        tuple(to_blocks(fold_if_own(x, group), 3, block_kv) for x in values.kv),
+        tuple(to_blocks(fold_if_own(x, heads), 3, block_q) for x in values.q),
+        tuple(to_blocks(fold_if_own(x, heads), 3, block_kv) for x in values.kv),
         tuple(map(of_pairs, values.pairs)),
     )
     diagonal = tuple(x.diagonal for x in values.pairs)

@@ -65,20 +65,20 @@ def backward(
 
         def of_owner(owner: Owner) -> tuple[jax.Array, ...]:
             args = owner.inputs, owner.of_queries(cotangents), owner.vectors
-            return _backward(*args, owner.plan(lists.backward), owner.group, call)
+            return _backward(*args, owner.plan(lists.backward), owner.heads, call)
 
         dq, dk, dv = for_owners(of_owner, inputs, vectors, lists)
         dk, dv = (add_group(x, num_kv_heads) for x in (dk, dv))
         return dq, dk.astype(inputs.k.dtype), dv.astype(inputs.v.dtype)
     groups = head_groups(lists.map_of_head, lists.test_of_map, num_kv_heads)
     parts = [
-        _backward(inputs, cotangents, vectors, lists.backward, group, call)
-        for group in groups
+        _backward(inputs, cotangents, vectors, lists.backward, heads, call)
+        for heads in groups
     ]
     dq, dk, dv = (list(x) for x in zip(*parts, strict=True))
-    kv_heads = [group.kv_heads for group in groups]
+    kv_heads = [heads.kv_heads for heads in groups]
     return (
-        join(dq, [group.q_heads for group in groups]),
+        join(dq, [heads.q_heads for heads in groups]),
         add_up(dk, kv_heads, num_kv_heads).astype(inputs.k.dtype),
         add_up(dv, kv_heads, num_kv_heads).astype(inputs.v.dtype),
     )
@@ -86,18 +86,18 @@ def backward(
 
 def _backward(
     inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: Any,
-    group: HeadGroup, call: Call,
+    heads: HeadGroup, call: Call,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """``dq, dk, dv`` of the heads of one group."""
     q_seq_len, kv_seq_len = inputs.q.shape[2], inputs.k.shape[2]
-    blocks = tile.operands(inputs, group, plan)
-    pairs = tile.pairs_of(call, vectors, group, plan, (q_seq_len, kv_seq_len))
+    blocks = tile.operands(inputs, heads, plan)
+    pairs = tile.pairs_of(call, vectors, heads, plan, (q_seq_len, kv_seq_len))
     lse = tile.to_blocks(
-        tile.fold_heads(cotangents.lse, group), 3, plan.block_q, -jnp.inf
+        tile.fold_heads(cotangents.lse, heads), 3, plan.block_q, -jnp.inf
     )
-    delta = tile.to_blocks(tile.fold_heads(cotangents.delta, group), 3, plan.block_q)
-    do = tile.positions_first(pick(cotangents.do, group.q_heads), plan.block_q)
-    batch, kv_heads, size = lse.shape[:3]
+    delta = tile.to_blocks(tile.fold_heads(cotangents.delta, heads), 3, plan.block_q)
+    do = tile.positions_first(pick(cotangents.do, heads.q_heads), plan.block_q)
+    batch, kv_heads, group = lse.shape[:3]
 
     def start(total: Gradients, row: Array) -> tuple[Any, Any]:
         fixed = row_of(row, blocks.q, do, lse, delta, call)
@@ -107,7 +107,7 @@ def _backward(
         total, dq = state
         k, v = (tile.gather(x, block, shown.seen) for x in (blocks.k, blocks.v))
         factor = pairs.factor(fixed.at, block, lse.dtype)
-        p, ds = score_gradient(fixed, k, v, shown, factor, size, call)
+        p, ds = score_gradient(fixed, k, v, shown, factor, group, call)
         dq += tile.batched_dot(ds, k, contract=(1, 0))
         total = total._replace(
             dk=add_keys(total.dk, ds, fixed.q, block),
@@ -127,7 +127,7 @@ def _backward(
             for _, n, size_kv, _, d in (blocks.k.shape, blocks.v.shape)
         ),
     )
-    walk = plan.walks[group.map_index]
+    walk = plan.walks[heads.map_index]
     total = vary(total, inputs.q)
     total = fold_rows(walk, pairs, Pass(start, fold, close), total)
     dq = tile.heads_first(total.dq, q_seq_len)

@@ -22,12 +22,12 @@ def from_blocks(x: jax.Array, axis: int, length: int) -> jax.Array:
     return jax.lax.slice_in_dim(x, 0, length, axis=axis)
 
 
-def fold_heads(x: jax.Array, group: HeadGroup) -> jax.Array:
-    """Picks ``heads`` of ``[batch, heads, ...]`` as ``[batch, kv_heads, group, ...]``."""
-    x = pick(x, group.q_heads)
-    return x.reshape(x.shape[0], len(group.kv_heads), -1, *x.shape[2:])
+def fold_heads(x: jax.Array, heads: HeadGroup) -> jax.Array:
+    """Picks ``heads`` of ``x`` as ``[batch, kv_heads, group, ...]``."""
+    x = pick(x, heads.q_heads)
+    return x.reshape(x.shape[0], len(heads.kv_heads), -1, *x.shape[2:])
 
 
-def fold_if_own(x: jax.Array, group: HeadGroup) -> jax.Array:
+def fold_if_own(x: jax.Array, heads: HeadGroup) -> jax.Array:
     """``fold_heads``, or ``[batch, 1, 1, ...]`` if all heads share one entry."""
-    return fold_heads(x, group) if x.shape[1] > 1 else x[:, :, None]
+    return fold_heads(x, heads) if x.shape[1] > 1 else x[:, :, None]

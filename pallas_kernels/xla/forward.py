@@ -28,49 +28,49 @@ def fold_tiles(unit: float, *args: Any) -> softmax.Carry:
 
 
 def forward(inputs: Inputs, vectors: Vectors, lists: XlaLists, call: Call) -> Kept:
-    """Attention over the blocks of ``lists.forward``; memory is linear in the length."""
+    """Attention over the blocks of ``lists.forward``, in linear memory."""
     if is_traced(lists):
 
         def of_owner(owner: Owner) -> Kept:
             args = owner.inputs, owner.vectors, owner.plan(lists.forward)
-            return _forward(*args, owner.group, call)
+            return _forward(*args, owner.heads, call)
 
         return Kept(*for_owners(of_owner, inputs, vectors, lists))
     groups = head_groups(lists.map_of_head, lists.test_of_map, inputs.k.shape[1])
-    parts = [_forward(inputs, vectors, lists.forward, group, call) for group in groups]
-    heads = [group.q_heads for group in groups]
-    return Kept(*(join(list(x), heads) for x in zip(*parts, strict=True)))
+    parts = [_forward(inputs, vectors, lists.forward, heads, call) for heads in groups]
+    q_heads = [heads.q_heads for heads in groups]
+    return Kept(*(join(list(x), q_heads) for x in zip(*parts, strict=True)))
 
 
 def _forward(
-    inputs: Inputs, vectors: Vectors, plan: XlaPlan, group: HeadGroup, call: Call
+    inputs: Inputs, vectors: Vectors, plan: XlaPlan, heads: HeadGroup, call: Call
 ) -> Kept:
     """The results of the heads of one group."""
     _, _, q_seq_len, _ = inputs.q.shape
     _, _, kv_seq_len, head_dim_v = inputs.v.shape
-    blocks = tile.operands(inputs, group, plan)
-    pairs = tile.pairs_of(call, vectors, group, plan, (q_seq_len, kv_seq_len))
+    blocks = tile.operands(inputs, heads, plan)
+    pairs = tile.pairs_of(call, vectors, heads, plan, (q_seq_len, kv_seq_len))
     batch, q_blocks, block_q, q_heads, _ = blocks.q.shape
-    kv_heads = len(group.kv_heads)
-    size, dtype = q_heads // kv_heads, wide(inputs.q.dtype)
+    kv_heads = len(heads.kv_heads)
+    group, dtype = q_heads // kv_heads, wide(inputs.q.dtype)
 
     def start(total: Any, row: Array) -> tuple[Any, Any]:
         q = tile.queries_of(blocks.q, row, kv_heads)
         q *= call.scale
-        empty = softmax.start(size * block_q, head_dim_v, dtype=dtype)
+        empty = softmax.start(group * block_q, head_dim_v, dtype=dtype)
         lead = batch, kv_heads
         state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), empty)
         return (q, total, row), vary(state, q)
 
     def fold(fixed: Any, state: Any, block: Array, shown: tile.Shown) -> Any:
         q, _, row = fixed
-        s = tile.scores(q, tile.gather(blocks.k, block), size, call)
+        s = tile.scores(q, tile.gather(blocks.k, block), group, call)
         s = tile.masked(s, shown).reshape(*q.shape[:-1], s.shape[-1])
         v = tile.gather(blocks.v, block, shown.seen)
         factor = pairs.factor(row, block, dtype)
         args = (state, s, v)
         if factor is not None:
-            args = (*args, tile.for_all(factor, size, s.shape))
+            args = (*args, tile.for_all(factor, group, s.shape))
         return fold_tiles(call.unit, *args)
 
     def close(fixed: Any, state: Any, row: Array) -> Any:
@@ -84,10 +84,10 @@ def _forward(
 
     total = Kept(
         jnp.zeros((batch, q_blocks, block_q, q_heads, head_dim_v), inputs.q.dtype),
-        jnp.full((batch, kv_heads, size, q_blocks, block_q), -jnp.inf, dtype),
-        jnp.ones((batch, kv_heads, size, q_blocks, block_q), dtype),
+        jnp.full((batch, kv_heads, group, q_blocks, block_q), -jnp.inf, dtype),
+        jnp.ones((batch, kv_heads, group, q_blocks, block_q), dtype),
     )
-    walk = plan.walks[group.map_index]
+    walk = plan.walks[heads.map_index]
     total = vary(total, inputs.q)
     total = fold_rows(walk, pairs, Pass(start, fold, close), total)
     lse, weights = (

@@ -1,4 +1,7 @@
-"""The loop that both passes share: rows of blocks, each folded in one go or chunked."""
+"""The loop over rows of blocks that all passes share.
+
+A short row is processed in one step, a long row in chunks of blocks.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,18 +15,22 @@ from pallas_kernels.xla.walk_types import Chunks, Long, Short, Walk
 
 
 class Pass(NamedTuple):
-    """What a pass does with a row of query blocks."""
+    """The three steps of a pass on one row of query blocks.
 
-    # open(total, row) -> (what stays the same within the row, the state to fold into)
-    open: Callable[[Any, Array], tuple[Any, Any]]
-    # fold(fixed, state, block, tile) -> state, where the tile says which pairs count
+    ``row`` is an int32 scalar, ``block`` int32 ``[slots]``. ``total`` holds the results
+    of all rows.
+    """
+
+    # start(total, row) -> (fixed, state): the constants of the row and its first state.
+    start: Callable[[Any, Array], tuple[Any, Any]]
+    # fold(fixed, state, block, shown) -> state, for some blocks and their pairs.
     fold: Callable[[Any, Any, Array, Shown], Any]
     # close(fixed, state, row) -> total
     close: Callable[[Any, Any, Array], Any]
 
 
 def fold_rows(walk: Walk, pairs: Pairs, steps: Pass, total: Any) -> Any:
-    """Takes ``total`` through all rows of ``walk`` that visit a block."""
+    """Applies ``steps`` to all rows of ``walk`` and returns the last ``total``."""
     for short in walk.short:
         total = _fold_short(short, pairs, steps, total)
     return total if walk.long is None else _fold_long(walk.long, pairs, steps, total)
@@ -32,7 +39,7 @@ def fold_rows(walk: Walk, pairs: Pairs, steps: Pass, total: Any) -> Any:
 def _fold_short(short: Short, pairs: Pairs, steps: Pass, total: Any) -> Any:
     def step(total: Any, line: tuple[Array, ...]) -> tuple[Any, None]:
         row, block, *_ = line
-        fixed, state = steps.open(total, row)
+        fixed, state = steps.start(total, row)
         tile = pairs.with_scores(row_tile(short, pairs, line), row, block)
         state = steps.fold(fixed, state, block, tile)
         return steps.close(fixed, state, row), None
@@ -42,7 +49,7 @@ def _fold_short(short: Short, pairs: Pairs, steps: Pass, total: Any) -> Any:
 
 
 def row_tile(short: Short, pairs: Pairs, line: tuple[Array, ...]) -> Shown:
-    """The pairs of one row: the predicate is asked about the partial blocks alone."""
+    """The pairs of one short row; only partial blocks evaluate the predicate."""
     row, block, num_full, num_partial = line
     slots, full_slots = block.shape[0], short.full_slots
     full = real_keys(num_full, full_slots, pairs.block_kv)
@@ -52,7 +59,7 @@ def row_tile(short: Short, pairs: Pairs, line: tuple[Array, ...]) -> Shown:
     partial = shown(pairs.real(row, block[full_slots:], num_partial))
     if not full_slots:
         return partial
-    # One tile of both kinds keeps a row at one matrix product and one softmax.
+    # One tile of both kinds: the row takes one matrix product and one softmax.
     full = shown(jnp.broadcast_to(full, (*partial.limit.shape[:3], 1, full.shape[-1])))
     limit = jnp.broadcast_to(
         full.limit, (*partial.limit.shape[:-1], full.limit.shape[-1])
@@ -76,7 +83,7 @@ def _fold_long(long: Long, pairs: Pairs, steps: Pass, total: Any) -> Any:
 
     def step(total: Any, line: tuple[Array, ...]) -> tuple[Any, None]:
         row, *ends = line
-        fixed, state = steps.open(total, row)
+        fixed, state = steps.start(total, row)
 
         def folded(
             state: Any, chunks: Chunks, span: tuple[Array, Array], tile: Callable

@@ -1,7 +1,7 @@
-"""The gradient of what is added to the scores: a walk over the blocks of the plan.
+"""The gradient of learned scores: a loop over the blocks of the plan, in plain JAX.
 
-One implementation for all backends. It computes the probabilities once more, so that
-who asks for no such gradient does not pay: the compiler drops the whole walk.
+All backends use it. It computes the probabilities again, apart from the other
+gradients. So XLA removes the whole loop if its result is not used.
 """
 
 from functools import partial
@@ -34,13 +34,13 @@ def score_gradient(
     lists: XlaLists,
     call: Call,
 ) -> ScoreValues:
-    """The gradient of ``vectors.scores``, summed over what shares an entry.
+    """The gradient of ``vectors.scores``, summed over all pairs that share an entry.
 
-    Blocks are added one after the other, the same way every time.
+    Blocks are added in a fixed order, so results repeat bit by bit.
     """
     values = vectors.scores
     if is_traced(lists):
-        # Who has a walk of their own has a gradient of their own; they are added up.
+        # Each traced walk yields its own gradient; they are summed.
         lead = inputs.q.shape[:2]
         own = vectors._replace(
             scores=jax.tree.map(
@@ -50,15 +50,15 @@ def score_gradient(
 
         def of_owner(owner: Owner) -> ScoreValues:
             args = owner.inputs, owner.of_queries(cotangents), owner.vectors
-            return _gradient(*args, owner.plan(lists.backward), owner.group, call)
+            return _gradient(*args, owner.plan(lists.backward), owner.heads, call)
 
         found = for_owners(of_owner, inputs, own, lists)
         return jax.tree.map(_summed_like, found, values)
     groups = head_groups(lists.map_of_head, lists.test_of_map, inputs.k.shape[1])
     total = jax.tree.map(jnp.zeros_like, values)
-    for group in groups:
-        part = _gradient(inputs, cotangents, vectors, lists.backward, group, call)
-        total = jax.tree.map(partial(_placed, group=group), total, part)
+    for heads in groups:
+        part = _gradient(inputs, cotangents, vectors, lists.backward, heads, call)
+        total = jax.tree.map(partial(_placed, heads=heads), total, part)
     return total
 
 
@@ -67,29 +67,29 @@ def _summed_like(x: Array, like: Array) -> Array:
     return x.sum(axis=axes, keepdims=True)
 
 
-def _placed(total: Array, part: Array, *, group: HeadGroup) -> Array:
-    """``total`` with the gradient of the heads of a group."""
+def _placed(total: Array, part: Array, *, heads: HeadGroup) -> Array:
+    """``total`` with the gradient ``part`` of the heads of a group."""
     if total.shape[1] == 1:
         return total + part
-    return total.at[:, np.array(group.q_heads)].set(part)
+    return total.at[:, np.array(heads.q_heads)].set(part)
 
 
 def _gradient(
     inputs: Inputs, cotangents: Cotangents, vectors: Vectors, plan: XlaPlan,
-    group: HeadGroup, call: Call,
+    heads: HeadGroup, call: Call,
 ) -> ScoreValues:  # fmt: skip
-    """The heads of one group: ``[batch or 1, heads of the group or 1, ...]``."""
+    """The gradient of one group: ``[batch or 1, heads of the group or 1, ...]``."""
     lengths = inputs.q.shape[2], inputs.k.shape[2]
-    blocks = tile.operands(inputs, group, plan)
-    pairs = tile.pairs_of(call, vectors, group, plan, lengths)
+    blocks = tile.operands(inputs, heads, plan)
+    pairs = tile.pairs_of(call, vectors, heads, plan, lengths)
     added = pairs.scores
     assert added is not None
     lse = tile.to_blocks(
-        tile.fold_heads(cotangents.lse, group), 3, plan.block_q, -jnp.inf
+        tile.fold_heads(cotangents.lse, heads), 3, plan.block_q, -jnp.inf
     )
-    delta = tile.to_blocks(tile.fold_heads(cotangents.delta, group), 3, plan.block_q)
-    do = tile.positions_first(pick(cotangents.do, group.q_heads), plan.block_q)
-    size = lse.shape[2]
+    delta = tile.to_blocks(tile.fold_heads(cotangents.delta, heads), 3, plan.block_q)
+    do = tile.positions_first(pick(cotangents.do, heads.q_heads), plan.block_q)
+    group = lse.shape[2]
 
     def start(total: Pieces, row: Array) -> tuple[GradientRow, Pieces]:
         return row_of(row, blocks.q, do, lse, delta, call), total
@@ -99,8 +99,8 @@ def _gradient(
     ) -> Pieces:
         row = of_row.at
         k, v = (tile.gather(x, block, shown.seen) for x in (blocks.k, blocks.v))
-        on_top = shown, pairs.factor(row, block, lse.dtype)
-        _, _, gradient = gradient_of_added(of_row, k, v, on_top, (size, call))
+        factor = pairs.factor(row, block, lse.dtype)
+        _, _, gradient = gradient_of_added(of_row, k, v, shown, factor, group, call)
 
         def spread(pieces: Pieces) -> Array:
             return jnp.broadcast_to(added.tile(pieces, row, block), gradient.shape)
@@ -113,7 +113,7 @@ def _gradient(
         return total
 
     total = jax.tree.map(jnp.zeros_like, added.arrays)
-    walk = plan.walks[group.map_index]
+    walk = plan.walks[heads.map_index]
     total = fold_rows(walk, pairs, Pass(start, fold, close), total)
     found = added.restored(total)
     return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), found)

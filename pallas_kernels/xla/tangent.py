@@ -1,8 +1,8 @@
-"""Forward mode: one sweep over query blocks that carries the tangents of the outputs.
+"""Forward mode: one loop over query blocks that computes the tangents of the outputs.
 
-With ``p`` the probabilities and ``s'`` the tangents of the scores, ``lse' = sum p s'``
-and ``o' = sum p (s' v + v') - lse' o`` in each row: the derivative of the softmax, for
-which Dao et al. (FlashAttention, 2022, appendix B) work out the reverse mode.
+Let ``p`` be the probabilities and ``s'`` the tangents of the scores. Then each row has
+``lse' = sum p s'`` and ``o' = sum p (s' v + v') - lse' o``. This is the derivative of
+the softmax. Dao et al. (FlashAttention, 2022, appendix B) derive its reverse mode.
 """
 
 from typing import Any, NamedTuple
@@ -25,17 +25,17 @@ from pallas_kernels.xla.walk_types import XlaLists, XlaPlan
 
 
 class TangentRow(NamedTuple):
-    """What the tiles of a row share, ``[batch, kv_heads, group * queries, ...]``."""
+    """The arrays that all tiles of a row use, ``[batch, kv_heads, group * q, ...]``."""
 
     at: Int32[Array, ""]
     q: Float[Array, "b h gq d"]
-    # The tangents of q, then q: with keys and then their tangents, one product.
+    # [q', q] along the features: its product with [k, k'] is q' k + q k'.
     turned: Float[Array, "b h gq two_d"]
     lse: Float[Array, "b h gq"]
 
 
 class Sums(NamedTuple):
-    """``sum p (s' v + v')`` and ``sum p s'``, of a row or in blocks of all rows."""
+    """``sum p (s' v + v')`` and ``sum p s'``, of one row or of all rows in blocks."""
 
     o: Float[Array, "..."]
     lse: Float[Array, "..."]
@@ -49,16 +49,17 @@ def tangent(
     lists: XlaLists,
     call: Call,
 ) -> Outputs:
-    """The derivative of the outputs along a ``direction``.
+    """The derivative of the outputs along ``direction``.
 
-    That is one of the inputs and of ``vectors.scores``, None if these stay. Memory is
-    linear in the lengths. An empty row has tangents 0.
+    A direction has tangents of the inputs and of ``vectors.scores``; None means that
+    the scores are constant. Memory is linear in the lengths. An empty row has tangents
+    0.
     """
     directions, moved = direction
-    # What is added and its tangents: both are for those who share a walk.
+    # The score values and their tangents: for_owners splits both the same way.
     both_scores: Any = (vectors.scores, moved)
     vectors = vectors._replace(scores=both_scores)
-    # Side by side along the features, so that a block and its tangents travel together.
+    # Arrays and tangents side by side along the features: one gather reads both.
     pairs = zip(inputs, directions, strict=True)
     both = Inputs(*(jnp.concatenate(pair, axis=-1) for pair in pairs))
     if is_traced(lists):
@@ -66,17 +67,17 @@ def tangent(
         def of_owner(owner: Owner) -> Sums:
             lse = owner.of_queries(kept.lse)
             plan = owner.plan(lists.backward)
-            return _tangent(owner.inputs, lse, owner.vectors, plan, owner.group, call)
+            return _tangent(owner.inputs, lse, owner.vectors, plan, owner.heads, call)
 
         sums = Sums(*for_owners(of_owner, both, vectors, lists))
     else:
         groups = head_groups(lists.map_of_head, lists.test_of_map, inputs.k.shape[1])
         parts = [
-            _tangent(both, kept.lse, vectors, lists.backward, group, call)
-            for group in groups
+            _tangent(both, kept.lse, vectors, lists.backward, heads, call)
+            for heads in groups
         ]
-        heads = [group.q_heads for group in groups]
-        sums = Sums(*(join(list(x), heads) for x in zip(*parts, strict=True)))
+        q_heads = [heads.q_heads for heads in groups]
+        sums = Sums(*(join(list(x), q_heads) for x in zip(*parts, strict=True)))
     moved_lse = sums.lse / kept.total
     o = sums.o / kept.total[..., None] - moved_lse[..., None] * widened(kept.o)
     return Outputs(o.astype(kept.o.dtype), moved_lse)
@@ -87,23 +88,23 @@ def _tangent(
     lse: Array,
     vectors: Vectors,
     plan: XlaPlan,
-    group: HeadGroup,
+    heads: HeadGroup,
     call: Call,
 ) -> Sums:
-    """The heads of one group."""
+    """The sums of the heads of one group."""
     both_scores: Any = vectors.scores
     values, moved = both_scores
     vectors = vectors._replace(scores=values)
     q_seq_len, kv_seq_len = both.q.shape[2], both.k.shape[2]
-    blocks = tile.operands(both, group, plan)
-    pairs = tile.pairs_of(call, vectors, group, plan, (q_seq_len, kv_seq_len))
+    blocks = tile.operands(both, heads, plan)
+    pairs = tile.pairs_of(call, vectors, heads, plan, (q_seq_len, kv_seq_len))
     added = pairs.scores
     if moved is not None:
         assert added is not None
         lengths, sizes = added.lengths, (added.block_q, added.block_kv)
-        moved = scores.added(added.scores, moved, group, lengths, sizes)
-    lse = tile.to_blocks(tile.fold_heads(lse, group), 3, plan.block_q, -jnp.inf)
-    batch, kv_heads, size = lse.shape[:3]
+        moved = scores.added(added.scores, moved, heads, lengths, sizes)
+    lse = tile.to_blocks(tile.fold_heads(lse, heads), 3, plan.block_q, -jnp.inf)
+    batch, kv_heads, group = lse.shape[:3]
     head_dim_v = both.v.shape[-1] // 2
 
     def start(total: Sums, row: Array) -> tuple[Any, Any]:
@@ -113,7 +114,7 @@ def _tangent(
         q, dq = jnp.split(both_q, 2, axis=-1)
         of_row = softmax.lse_for_backward(of_row, call.unit)
         fixed = TangentRow(row, q, jnp.concatenate([dq, q], axis=-1), of_row)
-        lead = batch, kv_heads, size * plan.block_q
+        lead = batch, kv_heads, group * plan.block_q
         empty = Sums(
             jnp.zeros((*lead, head_dim_v), lse.dtype), jnp.zeros(lead, lse.dtype)
         )
@@ -125,11 +126,11 @@ def _tangent(
         ds = None
         if added is not None and moved is not None:
             ds = tile_tangent(added, moved, row.at, block)
-        p, pds = probabilities(row, k, (shown, ds), size, call)
+        p, pds = probabilities(row, k, shown, ds, group, call)
         v, dv = jnp.split(v, 2, axis=-1)
         lse, factor = pds.sum(axis=-1), pairs.factor(row.at, block, p.dtype)
         if factor is not None:
-            factor = tile.for_all(factor, size, p.shape)
+            factor = tile.for_all(factor, group, p.shape)
             p, pds = p * factor, pds * factor
         o = tile.batched_dot(pds, v, contract=(1, 0))
         o += tile.batched_dot(p, dv, contract=(1, 0))
@@ -147,7 +148,7 @@ def _tangent(
         jnp.zeros((batch, q_blocks, block_q, q_heads, head_dim_v), lse.dtype),
         jnp.zeros(lse.shape, lse.dtype),
     )
-    walk = plan.walks[group.map_index]
+    walk = plan.walks[heads.map_index]
     total = vary(total, both.q)
     total = fold_rows(walk, pairs, Pass(start, fold, close), total)
     lse = tile.from_blocks(total.lse, 3, q_seq_len).reshape(batch, q_heads, -1)
@@ -157,15 +158,15 @@ def _tangent(
 def probabilities(
     row: TangentRow,
     k: Float[Array, "b h k two_d"],
-    pairs: tuple[tile.Shown, Float[Array, "..."] | None],
+    shown: tile.Shown,
+    dbias: Float[Array, "..."] | None,
     group: int,
     call: Call,
 ) -> tuple[Float[Array, "b h gq k"], Float[Array, "b h gq k"]]:
-    """``p`` and ``p s'`` of some blocks; ``k`` is keys, then their tangents.
+    """``p`` and ``p s'`` of some blocks; ``k`` holds keys, then their tangents.
 
-    ``pairs`` come with the tangent of what is added to the scores, if it has one.
+    ``dbias`` is the tangent of the values added to the scores, or None.
     """
-    shown, dbias = pairs
     keys = k[..., : row.q.shape[-1]]
     s = tile.scores(row.q * call.scale, keys, group, call)
     ds = tile.batched_dot(row.turned, k, contract=(1, 1)).reshape(s.shape)
@@ -181,7 +182,7 @@ def probabilities(
 def tile_tangent(
     added: Added, moved: Added, row: Int32[Array, ""], block: Int32[Array, " slots"]
 ) -> Float[Array, "..."]:
-    """The tangent of what is added to some blocks, in natural units."""
+    """The tangent of the values added to some blocks, in natural units."""
 
     def of(pieces: Pieces) -> Array:
         return added.tile(pieces, row, block)

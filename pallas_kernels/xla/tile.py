@@ -1,7 +1,7 @@
-"""One row of blocks on values: operands, the allowed pairs, scores.
+"""The arithmetic of one row of blocks: its operands, allowed pairs and scores.
 
-Axes are ``[batch, kv_heads, group, queries, ...]``: the query heads that read one key
-head are folded into its matrix products, and keys are never repeated.
+Axes are ``[batch, kv_heads, group, queries, ...]``. One matrix product per key head
+covers all query heads of its group, so keys are never repeated.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ from pallas_kernels.xla.walk_types import XlaPlan
 class Operands(NamedTuple):
     """The inputs of a head group, in blocks, with positions before heads.
 
-    That is the layout of the public call: its transposition and this one cancel, and
-    only the blocks at hand are turned, in cache.
+    The public call has this layout too, so XLA cancels the two transposes. Only the
+    blocks of the current row are transposed, in cache.
     """
 
     q: Float[Array, "batch q_blocks block_q q_heads head_dim"]
@@ -35,17 +35,17 @@ class Operands(NamedTuple):
     v: Float[Array, "batch kv_blocks block_kv kv_heads head_dim_v"]
 
 
-def operands(inputs: Inputs, group: HeadGroup, plan: XlaPlan) -> Operands:
-    """Picks and splits; free of copies for one map and aligned lengths."""
-    q = positions_first(pick(inputs.q, group.q_heads), plan.block_q)
-    k, v = (positions_first(pick(x, group.kv_heads), plan.block_kv) for x in inputs[1:])
+def operands(inputs: Inputs, heads: HeadGroup, plan: XlaPlan) -> Operands:
+    """The inputs of a head group in blocks; no copy for one map and whole blocks."""
+    q = positions_first(pick(inputs.q, heads.q_heads), plan.block_q)
+    k, v = (positions_first(pick(x, heads.kv_heads), plan.block_kv) for x in inputs[1:])
     return Operands(q, k, v)
 
 
 def positions_first(
     x: Float[Array, "b h n d"], size: int
 ) -> Float[Array, "b blocks {size} h d"]:
-    """Blocks of positions of all heads."""
+    """Splits positions into blocks, and moves the heads behind them."""
     return to_blocks(jnp.swapaxes(x, 1, 2), 1, size)
 
 
@@ -59,40 +59,40 @@ def heads_first(
 def queries_of(
     x: Float[Array, "b blocks q h d"], row: Array, kv_heads: int
 ) -> Float[Array, "b {kv_heads} gq d"]:
-    """One block of queries of every head, in f32, folded by key head."""
+    """The block ``row`` of queries of every head, in f32, grouped by key head."""
     x = jax.lax.dynamic_index_in_dim(x, row, axis=1, keepdims=False)
     b, _, _, d = x.shape
     return jnp.swapaxes(x, 1, 2).reshape(b, kv_heads, -1, d).astype(wide(x.dtype))
 
 
 def put_queries(x: jax.Array, value: jax.Array, row: Array) -> jax.Array:
-    """Writes what ``queries_of`` reads."""
+    """``x`` with ``value`` at the place that ``queries_of`` reads."""
     b, _, q, h, d = x.shape
     value = jnp.swapaxes(value.reshape(b, h, q, d).astype(x.dtype), 1, 2)
     return jax.lax.dynamic_update_index_in_dim(x, value, row, axis=1)
 
 
 def row_of(x: Float[Array, "b h g blocks q *rest"], row: Array) -> Float[Array, "..."]:
-    """One block of queries of every head: f32 ``[b, h, g * q, *rest]``."""
+    """The block ``row`` of every head, f32 ``[b, h, g * q, *rest]``."""
     x = jax.lax.dynamic_index_in_dim(x, row, axis=3, keepdims=False)
     b, h, g, q, *rest = x.shape
     return x.reshape(b, h, g * q, *rest).astype(wide(x.dtype))
 
 
 def put_row(x: jax.Array, value: jax.Array, row: Array) -> jax.Array:
-    """Writes what ``row_of`` reads."""
+    """``x`` with ``value`` at the place that ``row_of`` reads."""
     b, h, g, _, q, *rest = x.shape
     value = value.reshape(b, h, g, q, *rest).astype(x.dtype)
     return jax.lax.dynamic_update_index_in_dim(x, value, row, axis=3)
 
 
 class Shown(NamedTuple):
-    """Which pairs of a row of blocks are allowed, and what is added to their scores.
+    """The allowed pairs of a row of blocks, and the values added to their scores.
 
-    Axes are those of a tile of scores, of length one where all have the same. ``limit``
-    is ``inf`` for an allowed pair and ``-inf`` for another, ``seen`` the keys that some
-    query sees, ``[batch or 1, kv_heads or 1, k]`` (None: all of them); ``added`` has
-    natural units.
+    ``limit`` and ``added`` have the axes of a tile of scores, each of size 1 if shared.
+    ``limit`` is ``inf`` for an allowed pair and ``-inf`` for any other. ``seen`` marks
+    the keys that some query sees, ``[batch or 1, kv_heads or 1, k]``; None means all.
+    ``added`` has natural units.
     """
 
     limit: Float[Array, "..."]
@@ -101,16 +101,16 @@ class Shown(NamedTuple):
 
 
 def shown(allowed: Bool[Array, "..."], *, some_unseen: bool = True) -> Shown:
-    """``Shown`` of a tile of pairs, with nothing added to the scores."""
+    """The ``Shown`` of a bool tile of pairs, with nothing added to the scores."""
     limit = jnp.where(allowed, jnp.float32(jnp.inf), jnp.float32(-jnp.inf))
     return Shown(limit, allowed.any(axis=(2, 3)) if some_unseen else None)
 
 
 def masked(s: Float[Array, "b h g q k"], of: Shown) -> Float[Array, "b h g q k"]:
-    """Capped scores with what is added, and ``-inf`` where a pair is not allowed.
+    """Capped scores with the added values, and ``-inf`` where a pair is not allowed.
 
-    A comparison of floats: one instruction, that of a minimum, where a choice by a
-    boolean takes a pass more. Other than a minimum it drops a NaN that is not allowed.
+    Comparing floats takes one instruction, as a minimum does; selecting by a bool takes
+    one pass more. Unlike a minimum, it replaces a NaN of a pair that is not allowed.
     """
     s = s if of.added is None else s + of.added
     limit = of.limit.astype(s.dtype)
@@ -124,24 +124,24 @@ def gather(
 ) -> Float[Array, "b h slots_k d"]:
     """The keys or values of some blocks, side by side, 0 for those not ``seen``.
 
-    16-bit operands are widened: CPUs multiply f32 faster.
+    16-bit operands are widened, since CPUs multiply f32 faster.
     """
     b, _, _, h, d = x.shape
-    # Every index is of a block: out-of-bounds checks would cost a pass over the tile.
+    # Every index is valid; checking the bounds would cost one pass over the tile.
     tiles = jnp.take(x, block, axis=1, mode="clip").reshape(b, -1, h, d)
     tiles = jnp.swapaxes(tiles, 1, 2).astype(wide(x.dtype))
     return tiles if seen is None else jnp.where(seen[..., None], tiles, 0.0)
 
 
 def batched_dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
-    """``softmax.dot`` of every batch entry and key head."""
+    """``softmax.dot`` for each batch entry and key head."""
     return jax.vmap(jax.vmap(partial(softmax.dot, contract=contract)))(a, b)
 
 
 def scores(
     q: Float[Array, "b h gq d"], k: Float[Array, "b h k d"], group: int, call: Call
 ) -> Float[Array, "b h {group} q k"]:
-    """Capped scores of a scaled ``q``, not masked yet."""
+    """Capped scores of an already scaled ``q``, without a mask."""
     s = batched_dot(q, k, contract=(1, 1))
     s = softmax.cap(s, call.logits_soft_cap, call.unit)
     return s.reshape(*s.shape[:2], group, -1, s.shape[-1])
@@ -150,7 +150,7 @@ def scores(
 def for_all(
     x: Float[Array, "..."], group: int, shape: tuple[int, ...]
 ) -> Float[Array, "b h gq k"]:
-    """A tile ``[batch or 1, kv_heads or 1, group or 1, q, k]`` for every query head."""
+    """Broadcasts ``[b or 1, h or 1, group or 1, q, k]`` to ``shape``."""
     b, h, gq, k = shape
     return jnp.broadcast_to(x, (b, h, group, gq // group, k)).reshape(shape)
 
@@ -158,17 +158,14 @@ def for_all(
 def real_keys(
     count: Int32[Array, ""], slots: int, block_kv: int
 ) -> Bool[Array, "1 1 1 1 k"]:
-    """The keys of the first ``count`` blocks; full blocks need no other test."""
+    """Marks the keys of the first ``count`` of ``slots`` blocks; others are padding."""
     real = jnp.arange(slots, dtype=jnp.int32) < count
     return jnp.repeat(real, block_kv)[None, None, None, None]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which pairs of partial blocks are allowed, and what is added to the scores.
-
-    For the heads of one group.
-    """
+    """Computes allowed pairs, added scores and dropout factors of a head group."""
 
     call: Call
     test: Any
@@ -185,7 +182,7 @@ class Pairs:
         row: Int32[Array, ""],
         block: Int32[Array, " slots"],
     ) -> Shown:
-        """A tile with what the call adds to the scores; ``-inf`` leaves a pair out."""
+        """``tile`` with the values added to the scores; ``-inf`` removes a pair."""
         if self.scores is None:
             return tile
         pieces = self.scores.pieces(row, block)
@@ -213,15 +210,15 @@ class Pairs:
     def real(
         self, row: Int32[Array, ""], block: Int32[Array, " slots"], count: Array
     ) -> Bool[Array, "..."]:
-        """What is allowed of the first ``count`` of some partial blocks."""
+        """The allowed pairs of the first ``count`` of some partial blocks."""
         return self.allowed(row, block) & real_keys(count, len(block), self.block_kv)
 
     def allowed(
         self, row: Int32[Array, ""], block: Int32[Array, " slots"]
     ) -> Bool[Array, "..."]:
-        """The predicate on a row of blocks, once for heads that it treats alike.
+        """The predicate on a row of blocks, evaluated once for heads that share it.
 
-        ``[batch or 1, kv_heads or 1, group or 1, q, slots * k]``.
+        The result is ``[batch or 1, kv_heads or 1, group or 1, q, slots * k]``.
         """
         along_q = jnp.arange(self.block_q, dtype=jnp.int32)
         along_kv = jnp.arange(self.block_kv, dtype=jnp.int32)
@@ -246,12 +243,12 @@ class Pairs:
         if self.kv_seq_len % self.block_kv:
             allowed &= (k_ids < self.kv_seq_len)[None, None, None]
         if self.q_seq_len % self.block_q:
-            # What a query of the padding sees is not seen.
+            # A key that only padded queries see counts as not seen.
             allowed &= self.real_queries(row)
         return allowed
 
     def real_queries(self, row: Int32[Array, ""]) -> Bool[Array, "1 1 1 q 1"]:
-        """The queries of a row that are not of the padding."""
+        """Marks the queries of a row that are not padding."""
         along = jnp.arange(self.block_q, dtype=jnp.int32)
         return (row * self.block_q + along < self.q_seq_len)[None, None, None, :, None]
 
@@ -279,9 +276,10 @@ class Pairs:
 
 
 def mapped(f: Callable, axes: int) -> Callable:
-    """``f`` over leading axes that may have size 1, which stays 1 if all have it.
+    """``f`` mapped over ``axes`` leading axes, each of which may have size 1.
 
-    The predicate then sees vectors of the rank of its ids, as in the other backends.
+    An axis that has size 1 in all arguments keeps size 1 and is evaluated once. So the
+    predicate sees vectors of the rank of its ids, as on the other backends.
     """
     if not axes:
         return f
@@ -302,17 +300,17 @@ def mapped(f: Callable, axes: int) -> Callable:
 def pairs_of(
     call: Call,
     vectors: Vectors,
-    group: HeadGroup,
+    heads: HeadGroup,
     plan: XlaPlan,
     lengths: tuple[int, int],
 ) -> Pairs:
-    """``Pairs`` with what the group reads in blocks."""
+    """The ``Pairs`` of a head group, with its vectors in blocks."""
 
     def split(x: jax.Array, size: int) -> jax.Array:
-        return to_blocks(fold_if_own(x, group), 3, size)
+        return to_blocks(fold_if_own(x, heads), 3, size)
 
     def whole(x: PairBits) -> PairBits:
-        words = fold_if_own(x.words, group)
+        words = fold_if_own(x.words, heads)
         length = bits.padded_length(x, plan.block_q, *lengths)
         short = length - words.shape[-1]
         words = jnp.pad(words, [(0, 0)] * 5 + [(0, short)])
@@ -331,5 +329,5 @@ def pairs_of(
     sizes = plan.block_q, plan.block_kv
     own = None
     if call.scores is not None:
-        own = added(call.scores, vectors.scores, group, lengths, sizes)
-    return Pairs(call, group.test, blocked, *sizes, *lengths, own)
+        own = added(call.scores, vectors.scores, heads, lengths, sizes)
+    return Pairs(call, heads.test, blocked, *sizes, *lengths, own)

@@ -1,8 +1,8 @@
-"""Traced plans: a loop over who has a walk of their own, batch entries or heads.
+"""Loops over batch entries or heads that have their own traced plan.
 
-One program for all of them, whatever the content: the walks are rows of one table, and
-a loop picks one with the arrays that it is for. Batch entries or heads that share a
-walk stay together, in one step of the loop.
+The walks of all maps are the rows of one table. Each step of the loop picks one walk
+and the arrays that use it (its owner), so the program does not depend on the content.
+Batch entries or heads that share a walk are processed together in one step.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from pallas_kernels.xla.walk_types import XlaLists, XlaPlan
 
 @dataclass(frozen=True)
 class Owner:
-    """The arrays of those who share a walk; ``None``: all batch entries, or heads."""
+    """The arrays that use one walk: those of a batch entry, of a head, or of all."""
 
     inputs: Inputs
     vectors: Vectors
-    group: HeadGroup
-    walk: Any
-    batch: Any
-    head: Any
+    heads: HeadGroup
+    walk: Any  # index of the walk
+    batch: Any  # index of the batch entry; None: all
+    head: Any  # index of the query head; None: all
 
     def plan(self, plan: XlaPlan) -> XlaPlan:
         """The plan with the one walk of this owner."""
@@ -37,12 +37,12 @@ class Owner:
         return replace(plan, walks=(own,))
 
     def of_queries(self, arrays: Any) -> Any:
-        """The part of ``[batch, q_heads, ...]`` arrays that is theirs."""
+        """The part of ``[batch, q_heads, ...]`` arrays that belongs to this owner."""
         return jax.tree.map(lambda x: _at(_at(x, self.batch, 0), self.head, 1), arrays)
 
 
 def is_traced(lists: XlaLists) -> bool:
-    """Whether the walks are a table with an axis of maps."""
+    """Whether the walks are traced: one table with an axis of maps."""
     walk = lists.forward.walks[0]
     return walk.long is not None and np.ndim(walk.long.row) == 2
 
@@ -50,10 +50,10 @@ def is_traced(lists: XlaLists) -> bool:
 def for_owners(
     run: Callable[[Owner], Any], inputs: Inputs, vectors: Vectors, lists: XlaLists
 ) -> Any:
-    """``run`` for every owner; its arrays are ``[batch, heads, ...]``, put together.
+    """Runs ``run`` for each owner and joins its results into ``[batch, heads, ...]``.
 
-    Where heads have walks of their own, so do all arrays: ``dk`` and ``dv`` come one
-    for each query head (see ``add_group``).
+    If heads have walks of their own, each query head yields its own result. This holds
+    for ``dk`` and ``dv`` too, which ``add_group`` sums.
     """
     batch, num_heads = inputs.q.shape[:2]
     maps = np.array(lists.map_of_head).reshape(-1, num_heads)
@@ -89,7 +89,7 @@ def for_owners(
 
 
 def add_group(x: jax.Array, num_kv_heads: int) -> jax.Array:
-    """The sum over the query heads that read a key head, where they come apart."""
+    """Sums ``[batch, q_heads, ...]`` per key head; ``x`` if it has the key heads."""
     if x.shape[1] == num_kv_heads:
         return x
     x = x.reshape(x.shape[0], num_kv_heads, -1, *x.shape[2:])

@@ -1,21 +1,25 @@
-"""What the loops of this backend walk: rows of blocks, padded to equal shapes."""
+"""The form in which the XLA backend stores a plan: rows of blocks in padded tables.
+
+A ``Walk`` lists the blocks of each row of one map. Rows of similar length share a
+table, and a table is padded so that a scan can loop over its rows.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
-# Arrays are annotated Any: JAX unflattens these classes with leaves of every kind.
+# Arrays are annotated Any, because JAX unflattens these classes with other leaves too.
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Short:
-    """Rows that are folded in one go, each its full blocks first, then its partial.
+    """Rows whose blocks are all processed in one step.
 
-    A row has ``num_full`` real blocks in the first ``full_slots`` columns and
-    ``num_partial`` in the others. Padding repeats a block of the same row: a block
-    that the row does not visit is never read.
+    A row has ``num_full`` full blocks in the first ``full_slots`` columns, and
+    ``num_partial`` partial blocks in the others. Padding repeats a block of the same
+    row, so that a block that the row does not visit is never read.
     """
 
     row: Any  # int32 [rows]
@@ -28,9 +32,9 @@ class Short:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Chunks:
-    """Blocks of one kind, some at a time: row ``i`` has chunks ``begin[i]:end[i]``.
+    """Blocks of one kind in chunks of ``slots``: row ``i`` has ``begin[i]:end[i]``.
 
-    The first ``count`` blocks of a chunk are real; padding repeats the last of them.
+    The first ``count`` blocks of a chunk are real. Padding repeats the last of them.
     """
 
     block: Any  # int32 [chunks, slots]
@@ -42,7 +46,7 @@ class Chunks:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Long:
-    """Rows that are folded chunk by chunk, the full blocks apart from the partial."""
+    """Rows that are processed in chunks, first full and then partial blocks."""
 
     row: Any  # int32 [rows]
     full: Chunks
@@ -52,7 +56,7 @@ class Long:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Walk:
-    """The rows of one map; a row in none of the parts is empty."""
+    """The rows of one map. A row that is in no part is empty."""
 
     short: tuple[Short, ...]
     long: Long | None
@@ -61,9 +65,9 @@ class Walk:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class XlaPlan:
-    """The walks of all maps and the block sizes they count in.
+    """The walks of all maps, and their block sizes.
 
-    Traced walks are one, with a leading axis of maps on every array.
+    Traced walks are a single ``Walk`` whose arrays have a leading axis of maps.
     """
 
     walks: tuple[Walk, ...]
@@ -74,7 +78,10 @@ class XlaPlan:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class XlaLists:
-    """Query rows for the forward pass, and for all three gradients of the backward."""
+    """The plans of a call, both with rows of queries.
+
+    ``backward`` serves all three gradients.
+    """
 
     forward: XlaPlan
     backward: XlaPlan

@@ -1,4 +1,4 @@
-"""From runs to the lists of this backend, on the host or, for traced runs, in JAX."""
+"""Converts block masks to walks: on the host, or in JAX if the runs are traced."""
 
 from itertools import combinations
 
@@ -11,24 +11,24 @@ from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Call, Masks
 from pallas_kernels.xla.walk_types import Chunks, Long, Short, Walk, XlaLists, XlaPlan
 
-# Keys that are folded at once. A row of up to SHORT keys takes one softmax; a longer
-# one is folded CHUNK keys at a time, so that its scores stay in the cache.
+# The number of keys that one step processes. A row of up to SHORT keys takes one
+# softmax. A longer row is processed CHUNK keys at a time, so its scores stay in cache.
 SHORT = 2048
 CHUNK = 1024
-# How many a traced row takes at once: its padding is not known to the planner.
+# The same for a traced row, which has more padding.
 TRACED_CHUNK = 512
 
-# A further shape of short rows is a further loop to compile: it has to save this part
-# of all blocks.
+# Each further table of short rows is one more loop to compile. It must save at least
+# this fraction of all blocks.
 WORTH_A_LOOP = 0.05
 MOST_LOOPS = 3
 
-# What a chunk costs beside its blocks, in blocks.
+# The fixed cost of a chunk, in units of the cost of a block.
 CHUNK_OVERHEAD = 6
 
 
 def prepare(masks: Masks, call: Call) -> XlaLists:
-    """Padded query rows; the gradients of keys come from the rows of ``dq`` as well."""
+    """The plans of a call. The backward pass takes the rows of ``masks.dq``."""
     del call
     forward = plan(masks.forward)
     backward = forward if masks.dq is masks.forward else plan(masks.dq)
@@ -39,20 +39,24 @@ def prepare(masks: Masks, call: Call) -> XlaLists:
 
 
 def head_maps(mask: BlockMask) -> tuple[int, ...]:
-    """The map of every head, which has to be known when the call is traced."""
+    """The map of every head, which must be known when the call is traced.
+
+    Raises:
+      NotImplementedError: it is traced.
+    """
     (num_heads,) = mask.map_of_head.shape
     if mask.num_maps == 1:
         return (0,) * num_heads
     if isinstance(mask.map_of_head, jax.core.Tracer):
         raise NotImplementedError(
-            "map_of_head is traced: impl='xla' needs to know the map of every head "
-            "when it is traced; pass a NumPy array"
+            "map_of_head is traced: impl='xla' must know the map of every head when "
+            "the call is traced; pass a NumPy array"
         )
     return tuple(np.asarray(mask.map_of_head).tolist())
 
 
 def plan(mask: BlockMask) -> XlaPlan:
-    """The walks of a ``by="q"`` mask."""
+    """The walks of all maps of a mask with ``by="q"``."""
     arrays = (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
         slots = max(1, min(mask.max_blocks, TRACED_CHUNK // mask.block_kv))
@@ -63,7 +67,7 @@ def plan(mask: BlockMask) -> XlaPlan:
 
 
 class HostBlocks:
-    """The blocks of one kind on the host, row after row."""
+    """All full or all partial blocks of a mask, row after row, on the host."""
 
     def __init__(self, mask: BlockMask, *, full: bool) -> None:
         ptr, start, stop, kind = (
@@ -88,7 +92,7 @@ class HostBlocks:
         return np.where(real, self.block[at], -1) if self.block.size else at - 1
 
     def chunks(self, rows: np.ndarray, most: int) -> Chunks:
-        """The blocks of ``rows``, some at a time and at most ``most``."""
+        """The blocks of ``rows`` in chunks of at most ``most`` blocks."""
         count = self.count[rows]
         slots = chunk_slots(count, most)
         of_row = -(-count // slots)
@@ -106,19 +110,19 @@ class HostBlocks:
 
 
 def int32(x: np.ndarray) -> Int32[np.ndarray, "..."]:
-    """Indices as the device holds them."""
+    """Indices as int32, the dtype on the device."""
     return x.astype(np.int32)
 
 
 def chunk_slots(count: np.ndarray, most: int) -> int:
-    """The chunk size at which rows of ``count`` blocks cost the least."""
+    """The chunk size with the least cost for rows of ``count`` blocks, ``[rows]``."""
     sizes = np.arange(1, max(1, min(most, count.max(initial=1))) + 1)
     chunks = -(-count[:, None] // sizes)
     return int(sizes[np.argmin(chunks.sum(axis=0) * (sizes + CHUNK_OVERHEAD))])
 
 
 def host_walks(mask: BlockMask) -> tuple[Walk, ...]:
-    """The rows of every map, sorted into short and long ones."""
+    """The walk of every map, with its rows split into short and long ones."""
     full, partial = HostBlocks(mask, full=True), HostBlocks(mask, full=False)
     total = full.count + partial.count
     most = SHORT // mask.block_kv
@@ -137,7 +141,7 @@ def host_walks(mask: BlockMask) -> tuple[Walk, ...]:
 def short_rows(
     rows: np.ndarray, full: HostBlocks, partial: HostBlocks, mask: BlockMask
 ) -> Short:
-    """``rows`` in one table, as wide as the widest."""
+    """One table of ``rows``, as wide as the longest row."""
     num_full, num_partial = full.count[rows], partial.count[rows]
     slots = int(num_full.max()), int(num_partial.max())
     block = np.concatenate(
@@ -152,14 +156,20 @@ def short_rows(
 def long_rows(
     rows: np.ndarray, full: HostBlocks, partial: HostBlocks, mask: BlockMask
 ) -> Long:
-    """``rows`` in chunks."""
+    """The chunks of ``rows``."""
     most = max(1, CHUNK // mask.block_kv)
     chunks = full.chunks(rows, most), partial.chunks(rows, most)
     return Long(int32(rows % mask.num_rows), *chunks)
 
 
 def similar(full: np.ndarray, partial: np.ndarray) -> list[np.ndarray]:
-    """Splits rows into few groups such that padding each to its widest costs little."""
+    """Splits rows into few groups of similar length, to minimise padding.
+
+    ``full`` and ``partial`` are the numbers of such blocks of each row, ``[rows]``.
+    Each group is a list of row indices, and is padded to its longest row. The groups
+    are intervals of rows sorted by length; all splits into up to MOST_LOOPS intervals
+    are compared.
+    """
     if not len(full):
         return []
     keys = np.stack([full + partial, full], axis=1)
@@ -190,9 +200,9 @@ def similar(full: np.ndarray, partial: np.ndarray) -> list[np.ndarray]:
 
 
 def traced_walk(mask: BlockMask, slots: int) -> Walk:
-    """The rows of every map, all of them in chunks of ``slots`` blocks.
+    """The rows of every map in chunks of ``slots`` blocks; runs in JAX.
 
-    Every array has the maps as its first axis.
+    Every array has an axis of maps in front.
     """
     if not mask.max_blocks:
         return Walk((), None)
@@ -207,7 +217,7 @@ def traced_walk(mask: BlockMask, slots: int) -> Walk:
 
 
 def _chunks(mask: BlockMask, rows: jax.Array, slots: int, *, full: bool) -> Chunks:
-    """The blocks of one kind of ``rows``, in as many chunks as the capacity needs."""
+    """The blocks of one kind of ``rows``, in as many chunks as ``max_blocks`` needs."""
     ptr, start, stop, kind = (
         jnp.asarray(x)
         for x in (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
@@ -222,7 +232,7 @@ def _chunks(mask: BlockMask, rows: jax.Array, slots: int, *, full: bool) -> Chun
 
     slot = jnp.arange(per_row * slots, dtype=jnp.int32)[None, :]
     slot = jnp.clip(slot, 0, jnp.maximum(count - 1, 0)[:, None])
-    # The run that holds a slot is the first whose end lies beyond it.
+    # The run that contains a slot is the first whose end is greater than the slot.
     holder = jax.vmap(lambda e, s: jnp.searchsorted(e, s, side="right"))(end, slot)
     holder = jnp.minimum(holder, mask.max_runs - 1)
 
