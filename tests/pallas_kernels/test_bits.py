@@ -1,4 +1,4 @@
-"""Bits of pairs, and plans of every batch entry and head, on TPUs and GPUs."""
+"""Pair bits, and plans that differ by batch entry and head, on TPU and Triton."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ KERNELS = ("tpu", "triton")
 
 @dataclass(frozen=True)
 class Reads:
-    """The last bits among earlier keys; test 1 adds the first bits of any."""
+    """Test 0 allows ``k <= q`` with the last bits; test 1 adds all first bits."""
 
     def __call__(self, test, q, k, q_vectors, kv_vectors, bits):
         earlier = (k <= q) & bits[-1]
@@ -37,7 +37,7 @@ class Reads:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Random bits: keys of a block share one by ``width``; heads and entries or 1."""
+    """Random bits; ``width`` keys share a bit, and ``shape`` is (batch, heads) or 1."""
 
     width: int
     shape: tuple[int, int] = (1, 1)
@@ -45,7 +45,7 @@ class Table:
     seed: int = 0
 
     def build(self, case, block_kv):
-        """As the kernels take them, and as ``[batch or 1, heads or 1, q, kv]``."""
+        """The ``PairBits``, and their pairs ``[batch or 1, heads or 1, q, kv]``."""
         rng = np.random.default_rng(self.seed)
         count = -(-case.kv_len // block_kv)
         planes, start = (1, (count - 1) * block_kv) if self.diagonal else (count, 0)
@@ -65,11 +65,11 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """A case whose plan is random for every batch entry and head."""
+    """A case with a random plan for each batch entry and head."""
 
     case: Case
     tables: tuple[Table, ...]
-    tests: tuple[int, ...]  # of every map: heads of all entries have one each
+    tests: tuple[int, ...]  # of each map; each batch entry and head has its own map
     block_kv: int = 64
     block_q: int = 32
 
@@ -79,11 +79,11 @@ class Content:
 
     @property
     def half(self):
-        """The query blocks of dk and dv: half of the others, but whole registers."""
+        """The block_q of the dkv kernel: half of the others, unless that is 128."""
         return self.block_q if self.block_q == 128 else self.block_q // 2
 
     def kinds(self):
-        """[maps, query blocks, key blocks]: rows and columns may be empty."""
+        """Block kinds ``[maps, q blocks, kv blocks]``, with empty rows and columns."""
         case, maps = self.case, len(self.tests)
         rng = np.random.default_rng(case.seed)
         shape = (maps, -(-case.q_len // self.block_q), -(-case.kv_len // self.block_kv))
@@ -98,7 +98,7 @@ class Content:
         return np.arange(self.case.batch * self.case.q_heads)[::-1]
 
     def masks(self):
-        """The plans; that of dk and dv has smaller blocks of queries."""
+        """The plans of the three kernels; dkv has smaller blocks of queries."""
         case, maps = self.case, self.heads()
         rows = blank(case.q_len, case.kv_len, self.block_q, self.block_kv)
         rows = from_blocks(self.kinds(), map_of_head=maps, like=rows)
@@ -109,7 +109,7 @@ class Content:
         columns = from_blocks(halves, map_of_head=maps, like=columns)
         for mask in (rows, columns):
             check(mask)
-        # Room for any content, as a plan of the run time has it.
+        # The capacity for any content, as a run-time plan has.
         tests = np.array(self.tests, np.int32)
         found = (
             replace(m, test_of_map=tests, max_runs=m.num_columns)
@@ -118,12 +118,12 @@ class Content:
         return Masks(*found)
 
     def bits(self):
-        """The arguments of a call, and the pairs of every table."""
+        """The vectors of a call, and the pairs of each table."""
         built = [table.build(self.case, self.block_kv) for table in self.tables]
         return Vectors(bits=tuple(b for b, _ in built)), [pairs for _, pairs in built]
 
     def pairs(self):
-        """What is attended, bool ``[batch, heads, q, kv]``, pair by pair."""
+        """The allowed pairs, bool ``[batch, heads, q, kv]``."""
         case, maps = self.case, self.heads()
         shape = (case.batch, case.q_heads, case.q_len, case.kv_len)
         first, *_, last = (np.broadcast_to(x, shape) for x in (self.bits()[1] * 2))
@@ -145,7 +145,7 @@ class Content:
 
 
 def arrays_of(mask):
-    """The runs as arrays to trace, with room for more whose content means nothing."""
+    """The runs as arrays to trace, with unused entries at the end."""
     names, room = ("run_start", "run_stop", "run_full"), np.full(9, 10**6, np.int32)
     arrays = {n: np.concatenate([getattr(mask, n), room]) for n in names}
     return {n: jnp.asarray(x) for n, x in arrays.items()} | {
@@ -171,7 +171,7 @@ def gradient_of(content, impl, **options):
 
 
 CASE = Case(batch=2, q_heads=4, kv_heads=2, dim_v=32)
-# Words of its own for every batch entry and head, some of one entry or head, of none.
+# Words that differ by batch entry and head, by head, by batch entry, and by neither.
 OWN = Table(width=5, shape=(2, 4))
 SLIDING = Table(width=3, shape=(1, 4), diagonal=True, seed=1)
 WIDE = Table(width=1, shape=(2, 1), seed=2)
@@ -181,7 +181,7 @@ TRACED = Content(
     tables=(OWN, SLIDING),
     tests=(0, 1, 0, 0, 1, 1, 0, 1),
 )
-# All heads take one test, and it is not that of their map.
+# All heads take test 1, which is not the number of their map.
 STATIC = Content(
     case=replace(CASE, q_len=257, kv_len=130, dtype="bfloat16"),
     tables=(SHARED, WIDE),
@@ -224,7 +224,7 @@ def test_vmap_over_words_and_plans(impl):
     inputs, do, dlse = case.arrays()
     vectors = [c.bits()[0] for c in contents]
     arrays = [[arrays_of(m) for m in c.masks()] for c in contents]
-    # Both in the room of the larger.
+    # Both plans take the capacity of the larger.
     length = max(len(x["run_start"]) for plans in arrays for x in plans)
     for x in (x for plans in arrays for x in plans):
         for n in ("run_start", "run_stop", "run_full"):
@@ -266,7 +266,7 @@ def test_refuses_bits_of_other_key_blocks(impl):
         gradient_of(content, impl, interpret=True)(inputs, vectors, None, do, dlse)
 
 
-# Code for chips that are not there: words of every form, and a plan that is traced.
+# Lowering for other chips, with words of every form and a traced plan.
 
 ON_CHIP = Content(
     case=replace(CASE, q_len=700, kv_len=600, dim=64, dim_v=64, dtype="bfloat16"),
@@ -276,7 +276,7 @@ ON_CHIP = Content(
 
 
 def shapes_for(content, impl):
-    """The gradient of a call and the shapes of its arguments."""
+    """The gradient of a call as a function, and its argument shapes."""
     inputs, do, dlse = content.case.arrays()
     vectors, arrays = content.bits()[0], [arrays_of(m) for m in content.masks()]
     args = jax.tree.map(
@@ -295,7 +295,7 @@ def test_machine_code_for_a_tpu():
 def test_lowers_for_a_gpu():
     f, args = shapes_for(ON_CHIP, "triton")
     with warnings.catch_warnings():
-        # jax 0.11 and later say that Pallas Triton is on its way out.
+        # jax 0.11 and later warn that Pallas Triton is deprecated.
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
         lowered = targets.lower_for(f, args, "h100")
     names = [kernel.name for kernel in inspect_code.triton_kernels(lowered)]

@@ -1,4 +1,4 @@
-"""BlockMask, config and the contract of dispatch, whatever the backend."""
+"""``BlockMask``, ``KernelConfig`` and ``dispatch``, for every backend."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Which weights are dropped, and what the kernels make of it, by themselves."""
+"""Dropout in the kernels: which weights are dropped, values and gradients."""
 
 from dataclasses import replace
 
@@ -13,18 +13,18 @@ from pallas_kernels import dense, dispatch, dropout
 from pallas_kernels.call import Outputs, Seeds
 from pallas_kernels.config import Tile
 
-# Compiled in a hurry: nothing here is about speed.
+# Compiled without optimisations: no test here measures speed.
 pytestmark = pytest.mark.usefixtures("quick")
 
 RATE = 0.3
 CASES = [
-    # Every tile partial, an integer vector beside the seeds, queries of one key head.
+    # Every tile partial, an integer vector, and a group of query heads.
     Case(
         pattern=Pattern("segments", segments=True),
         q_len=45, kv_len=61, q_heads=4, kv_heads=2, soft_cap=3.0,
         forward=Tile(block_q=16, block_kv=32), dkv=Tile(block_q=32, block_kv=16),
     ),
-    # Full tiles too, rows and keys that nothing meets, other sizes of the same block.
+    # Full tiles too, empty rows and keys, and other block sizes.
     Case(
         pattern=Pattern("holes"), q_len=130, kv_len=77, q_heads=1, kv_heads=1,
         forward=Tile(block_q=32, block_kv=16), dkv=Tile(block_q=16, block_kv=16),
@@ -33,7 +33,7 @@ CASES = [
 
 
 def hashed(x):
-    """The steps of the hash on Python's own integers."""
+    """The hash on Python integers."""
     x ^= x >> 16
     x = x * 0x7FEB352D % 2**32
     x ^= x >> 15
@@ -59,14 +59,14 @@ def test_the_hash_is_that_of_integers_modulo_two_to_the_32():
     assert found.tolist() == [hashed(int(x)) for x in values]
     queries, keys = (np.asarray(x).reshape(-1) for x in seeds((7, 9), 9, 7, 1, 1))
     pairs = queries[:, None].view(np.uint32) ^ keys[None].view(np.uint32)
-    # Signed numbers are as far from the smallest as unsigned ones from zero.
+    # A signed number minus the smallest one is the unsigned number minus zero.
     large = [[(hashed(int(x)) ^ 2**31) / 2**32 >= RATE for x in row] for row in pairs]
     np.testing.assert_array_equal(kept((7, 9), 9, 7)[0, 0], large)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.3, 0.9])
 def test_as_many_are_dropped_as_asked(rate):
-    """In all, and of every query and every key, up to what chance allows."""
+    """In total, per query and per key, within statistical error."""
     n = 512
     drops = ~kept((1, 2), n, n, 2, 2, rate)
     deviation = np.sqrt(rate * (1 - rate))
@@ -91,7 +91,7 @@ def test_no_two_rows_columns_heads_entries_or_keys_are_alike():
         correlation = x @ x.T * 4 / np.sqrt(n) - np.sqrt(n) * np.eye(n)
         assert np.abs(correlation).max() < 6
         assert abs(np.std(correlation) - 1) < 0.1
-    # Neighbours, along both axes and their diagonals.
+    # Neighbours along both axes and along diagonals.
     x = one[0, 0]
     for a, b in ((x[1:], x[:-1]), (x[:, 1:], x[:, :-1]), (x[1:, 1:], x[:-1, :-1])):
         assert abs((a * b).sum() * 4 / np.sqrt(a.size)) < 4
@@ -152,7 +152,7 @@ def test_values_and_gradients(impl, case):
 
 @pytest.mark.parametrize("impl", ["xla", "tpu", "triton"])
 def test_gradient_of_keys_is_that_of_the_dense_pass(impl):
-    """``dk`` sees the dropped weights only through the gradient of the scores."""
+    """``dk`` under dropout equals that of ``pallas_kernels.dense``."""
     case = CASES[0]
     inputs, do, dlse = case.arrays()
     queries, keys = seeds((3, 4), case.q_len, case.kv_len, case.batch, case.q_heads)
@@ -185,7 +185,7 @@ def test_gradient_of_keys_is_that_of_the_dense_pass(impl):
 
 @pytest.mark.slow
 def test_second_order():
-    """With the same weights dropped, in both modes mixed."""
+    """Both modes mixed, with the same weights dropped."""
     case = CASES[0]
     x, do, dlse = case.arrays()
     queries, keys = seeds((5, 6), case.q_len, case.kv_len, case.batch, case.q_heads)

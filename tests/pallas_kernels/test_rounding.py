@@ -1,4 +1,4 @@
-"""bf16 inputs of large values: what is rounded to bf16, and when."""
+"""bf16 inputs with large values lose no accuracy in the scores."""
 
 import jax
 import jax.numpy as jnp

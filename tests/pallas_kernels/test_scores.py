@@ -1,4 +1,4 @@
-"""What is added to the scores, in the kernels: strips, padding, vmap."""
+"""Values added to the scores in the kernels: strips, padding, vmap."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ from pallas_kernels import dispatch, pair_values
 from pallas_kernels.call import PairValues, ScoreValues
 from pallas_kernels.config import Tile
 
-# Compiled in a hurry: nothing here is about speed.
+# Compiled without optimisations: no test here measures speed.
 pytestmark = pytest.mark.usefixtures("quick")
 
 IMPLS = {"xla": {}, "tpu": {"interpret": True}, "triton": {"interpret": True}}
@@ -31,7 +31,7 @@ SMALL = Case(
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5), (8, 2)])
 def test_tiles_of_diagonals(rows, columns):
-    """Each entry is where the difference of its row and column says."""
+    """An entry depends on the difference of its row and column alone."""
     window = jnp.asarray(np.random.default_rng(0).normal(size=rows + columns))
     found = pair_values.toeplitz(window, rows, columns)
     for i in range(rows):
@@ -41,7 +41,7 @@ def test_tiles_of_diagonals(rows, columns):
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (13, 7), (6, 20)])
 def test_values_of_all_pairs(q_len, kv_len):
-    """A diagonal array holds the value of every ``q - k``."""
+    """A diagonal array has a value for each ``q - k``."""
     values = np.random.default_rng(0).normal(size=(1, 2, q_len + kv_len - 1))
     x = PairValues(jnp.asarray(values, jnp.float32), diagonal=True)
     found = pair_values.of_all(x, q_len, kv_len)
@@ -51,7 +51,7 @@ def test_values_of_all_pairs(q_len, kv_len):
 
 @dataclass(frozen=True)
 class Beyond:
-    """Nothing for the queries that are there, and very much for those that are not."""
+    """Adds 0 to real queries and 1e6 to padded ones."""
 
     length: int
 
@@ -62,7 +62,7 @@ class Beyond:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_padded_queries_change_nothing(impl):
-    """Whatever is added to their scores."""
+    """Even if a large number is added to their scores."""
     inputs, do, dlse = SMALL.arrays()
     masks = SMALL.masks()
     call = replace(SMALL.call(**IMPLS[impl]), scores=Beyond(SMALL.q_len))
@@ -79,7 +79,7 @@ def test_padded_queries_change_nothing(impl):
 
 @dataclass(frozen=True)
 class Every:
-    """The sum of all values."""
+    """Adds the sum of all values."""
 
     def __call__(self, q, k, q_values, kv_values, pairs):
         del q, k
@@ -88,7 +88,7 @@ class Every:
 
 @pytest.mark.parametrize("impl", ["tpu", "triton"])
 def test_vmap(impl):
-    """Of what is added alone: one call for all of it."""
+    """``vmap`` over the added values alone."""
     inputs, _, _ = SMALL.arrays()
     masks = SMALL.masks()
     call = replace(SMALL.call(**IMPLS[impl]), scores=Every(), learned_scores=True)

@@ -1,4 +1,4 @@
-"""The block sizes that a call picks follow the lengths, on every backend."""
+"""Default block sizes depend on the lengths of the call, on every backend."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def test_blocks_follow_both_lengths(impl, q, kv, dim, dtype):
         sizes = (tile.block_q, widest.block_q, q), (tile.block_kv, widest.block_kv, kv)
         for block, limit, length in sizes:
             assert LEAST[impl] <= block <= limit
-            # No block lies past the end, and what is padded is less than it has to be.
+            # A block is less than twice its sequence, so padding is bounded.
             assert block < 2 * max(length, LEAST[impl])
             if impl == "xla":
                 blocks = -(-length // block)

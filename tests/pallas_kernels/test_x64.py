@@ -1,4 +1,4 @@
-"""Kernels with ``jax_enable_x64``: no literal takes 64 bits because it has no type."""
+"""Kernels with ``jax_enable_x64``: untyped literals do not become 64-bit."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Linear recurrences on every backend, held against one token after the other."""
+"""Linear attention on every backend, against a float64 loop over tokens."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from pallas_kernels import linear
 from pallas_kernels.config import KernelConfig
 from pallas_kernels.linear import algebra, marks
 
-# Compiled in a hurry: nothing here is about speed.
+# Compiled without optimisations: no test here measures speed.
 pytestmark = pytest.mark.usefixtures("quick")
 
 EPS = 1e-10
@@ -25,7 +25,7 @@ BACKENDS = ("xla", "tpu", "triton")
 
 @pytest.fixture(autouse=True)
 def quick():
-    """An interpreted kernel takes far longer to compile than to run once."""
+    """Compiles without optimisations: compiling takes longer than running once."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -33,7 +33,7 @@ def quick():
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of a call, and what it has: "d" decays, "s" starts, "n" normaliser."""
+    """The sizes of a call; ``has`` lists "d" decays, "s" starts, "n" normaliser."""
 
     seq: int = 45
     has: str = "dsn"
@@ -56,14 +56,14 @@ class Case:
         def array(x, dtype=self.dtype):
             return jnp.asarray(x, "float32").astype(dtype)
 
-        # Positive features where they are divided by their sum.
+        # With a normaliser, features are positive, so that their sum is not near 0.
         sign = np.abs if "n" in self.has else np.asarray
         q = sign(rng.normal(size=(*lead, self.group, self.seq, self.dim)))
         k = sign(rng.normal(size=(*lead, self.seq, self.dim)))
         v = rng.normal(size=(*lead, self.seq, self.dim_v))
         decay = starts = None
         if "d" in self.has:
-            # Weak for the most part, with a few that forget nearly everything.
+            # Most decays are weak; a few forget nearly everything.
             decay = -np.exp(rng.normal(size=(*lead, self.seq)) - 2)
             decay[rng.random(decay.shape) < 0.05] = -40
             decay = array(decay, "float32")
@@ -88,14 +88,14 @@ CASES = [
     pytest.param(Case(45, "dn", dtype="bfloat16", dim=16), "tpu", marks=slow),
     pytest.param(Case(45, "dn", dtype="bfloat16", dim=16), "xla", marks=slow),
     pytest.param(Case(45, "dn", dtype="bfloat16", dim=16), "triton", marks=slow),
-    # Summed in f32.
+    # A sum of f16 inputs in f32.
     pytest.param(Case(33, "n", dtype="float16"), "tpu", marks=slow),
 ]
 MOST_SLOW = ["xla", *(pytest.param(impl, marks=slow) for impl in BACKENDS[1:])]
 
 
 def expected(case, inputs, do, dlog):
-    """Out, the logarithm of its normaliser, and gradients: token by token, float64."""
+    """Output, log of the normaliser, and gradients by a float64 loop over tokens."""
     q, k, v, do, dlog = (np.asarray(x, np.float64) for x in (*inputs[:3], do, dlog))
     decay, starts = inputs.log_decay, inputs.starts
     kept = np.exp(np.zeros(k.shape[:3]) if decay is None else np.float64(decay))
@@ -132,7 +132,7 @@ def expected(case, inputs, do, dlog):
 
 
 def found(case, impl, inputs, do, dlog):
-    """The same of a backend: the logarithm of the normaliser is 0 without one."""
+    """The results of a backend, like ``expected``; the log is 0 without normaliser."""
 
     def f(q, k, v, decay):
         out, total = linear.attend(
@@ -238,7 +238,7 @@ class TestDerivatives:
         return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.log(total))
 
     def test_forward_over_reverse(self):
-        """A Hessian times a vector, against a difference of gradients."""
+        """A Hessian times a vector equals a difference of gradients."""
         arrays = self.CASE.inputs()[:4]
         turn = jax.tree.map(jnp.cos, arrays)
         gradient = jax.grad(partial(self.loss, "xla"))
@@ -288,13 +288,13 @@ class TestDerivatives:
 
 @pytest.mark.parametrize("has", ["n", "dn"])
 def test_a_long_sequence(has):
-    """131,072 tokens, at rows of the recurrence in float64."""
+    """131,072 tokens, compared with some rows of the recurrence in float64."""
     case = Case(131_072, has, dim=2, dim_v=2, chunk=256, batch=1, heads=1)
     q, k, v, decay, _ = inputs = case.inputs()
     call = case.call("xla")
     out, total = jax.jit(partial(linear.attend, call=call, impl="xla"))(inputs)
     assert np.isfinite(out).all()
-    # For every row, the keys of the last 40,000, which hold all that it knows of.
+    # The last 40,000 keys before a row determine it: older ones have decayed to 0.
     q, k, v = (np.asarray(x, np.float64) for x in (q[0, 0, 0], k[0, 0], v[0, 0]))
     steps = np.zeros(case.seq) if decay is None else np.asarray(decay[0, 0], np.float64)
     for row in (0, 1, 255, 256, 65_537, 131_071):
@@ -317,11 +317,11 @@ def test_memory_grows_as_the_length():
     assert large < 4.2 * small
 
 
-# --- chips that are not there ---
+# --- lowering for other chips ---
 
 
 def program(case, impl):
-    """Value and gradient of a case, and the shapes that it takes."""
+    """The value and gradient of a case as a function, and its argument shapes."""
     call = replace(case.call(impl), interpret=False)
     starts = jax.ShapeDtypeStruct((case.batch, case.seq), bool)
     shapes = jax.eval_shape(case.inputs)[:4]

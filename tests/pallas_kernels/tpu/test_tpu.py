@@ -27,7 +27,7 @@ CHIPS = ("tpu-v5e", "tpu-v6e", "tpu7x")
 
 @pytest.fixture
 def quick():
-    """Compiles the interpreter without optimisations, which costs most of a test."""
+    """Compiles without optimisations, since compiling takes most of a test's time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -46,7 +46,7 @@ def loss(case, inputs, *args, **options):
 
 
 def arrays_of(mask, keep=None):
-    """The lists of a plan as arrays that can be traced, of the first ``keep`` rows."""
+    """The run lists of a mask as arrays to trace, cut to the first ``keep`` rows."""
     names = ("row_ptr", "run_start", "run_stop", "run_full")
     arrays = {name: jnp.asarray(getattr(mask, name)) for name in names}
     if keep is not None:
@@ -55,7 +55,7 @@ def arrays_of(mask, keep=None):
 
 
 def with_arrays(masks, arrays):
-    """Plans whose lists are replaced, perhaps by tracers."""
+    """The masks with their run lists replaced by ``arrays``, perhaps tracers."""
     pairs = zip(masks, arrays, strict=True)
     return Masks(*(replace(mask, **traced) for mask, traced in pairs))
 
@@ -98,7 +98,7 @@ class TestValues:
 @pytest.mark.usefixtures("quick")
 class TestBlocks:
     def masks_of(self, kinds, case):
-        """The same table of kinds ``[q blocks, kv blocks]`` in both orientations."""
+        """The masks of a table of kinds ``[q blocks, kv blocks]``."""
         heads = case.map_of_head()
         like = blank(case.q_len, case.kv_len, 32, 32)
         rows = from_blocks(kinds[None], map_of_head=heads, like=like)
@@ -201,7 +201,7 @@ class TestTransforms:
 
 @pytest.mark.usefixtures("quick")
 class TestTables:
-    """Plans that do not fit scalar memory whole, or are traced."""
+    """Plans in table form: too long for scalar memory, or traced."""
 
     def test_a_long_plan(self, monkeypatch):
         monkeypatch.setattr(runs, "SCALAR_BYTES", 60)
@@ -214,7 +214,7 @@ class TestTables:
         replace(SMALL, pattern=Pattern("empty")).check("tpu", interpret=True)
 
     def valued(self, case):
-        """``f(inputs, arrays)``: loss and gradient under plans that are traced."""
+        """``f(inputs, arrays)``: loss and gradient with traced plans."""
         plans = case.masks()
 
         def f(inputs, arrays):
@@ -237,7 +237,7 @@ class TestTables:
         inputs, *_ = case.arrays()
         plans = []
         for keep in (6, 3):
-            # The second example loses its last rows: same shapes, other runs.
+            # The second example has no runs in its last rows: same shapes, other runs.
             plans.append([arrays_of(m, keep) for m in case.masks()])
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *plans)
         value = self.valued(case)
@@ -274,12 +274,12 @@ def test_blocks_that_no_chip_takes(axis, tile):
 
 
 def band(n, block, window, by="q"):
-    """``q - window <= k <= q`` for multiples of the block: a few runs a row."""
+    """The mask of ``q - window <= k <= q``, with a few runs per row."""
     like = blank(n, n, block, block, by)
     rows, reach = like.num_rows, window // block
     runs = []
     for i in range(rows):
-        # The far end of the band lies before a row of queries, after one of keys.
+        # A row of queries sees earlier keys; a row of keys is seen by later queries.
         near, far = (i, i - reach) if by == "q" else (i, i + reach)
         low, high = min(near, far), max(near, far)
         runs += [(i, j, j + 1, 0) for j in {low, high} if 0 <= j < rows]
@@ -302,7 +302,7 @@ def shapes(case):
 
 
 def compile_gradient(case, target, masks=None):
-    """Machine code of the three kernels of ``jax.grad`` through ``dispatch.attend``."""
+    """Compiles the three kernels of ``jax.grad`` through ``dispatch.attend``."""
     masks = masks or case.masks()
 
     def value(inputs, vectors):

@@ -1,4 +1,4 @@
-"""The Triton kernels in Pallas' interpreter, and their lowering for GPUs."""
+"""The Triton kernels: values in the interpreter, and lowering for GPUs."""
 
 import warnings
 from dataclasses import replace
@@ -26,7 +26,7 @@ SMALL = Case(pattern=PATTERNS[4], q_len=45, kv_len=45, q_heads=4)
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """An interpreted kernel takes far longer to compile than to run once."""
+    """Compiles without optimisations: compiling takes longer than running once."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -97,7 +97,7 @@ def test_checkpoint():
 
 def test_shard_map():
     case = replace(SMALL, batch=4, q_heads=2, kv_heads=1)
-    # The plan is that of any batch row; a shard sees one of them.
+    # All batch entries share the plan; a shard has one batch entry.
     f, (inputs, do, _) = attend(case), case.arrays()
     mesh = jax.make_mesh((4,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = PartitionSpec("b")
@@ -193,7 +193,7 @@ def test_blocks_outside_of_runs_are_never_read():
         return (*out, *pull(Outputs(do, dlse))[0])
 
     clean, dirty = run(inputs), run(poison)
-    # Late queries see no poisoned key; late keys are seen by late queries alone.
+    # Late queries see no poisoned key, and only late queries see late keys.
     for a, b in zip(clean, dirty, strict=True):
         assert np.isfinite(b[:, :, 96:]).all()
         np.testing.assert_array_equal(a[:, :, 96:], b[:, :, 96:])
@@ -239,14 +239,14 @@ def test_default_tiles_resolve(dim, dtype):
     assert KernelConfig(block_q=16).resolve(tiles).dkv.block_q == 16
 
 
-# Lowering for a GPU that is not there.
+# Lowering for GPUs, without one.
 
-# jax 0.11 and later say that Pallas Triton is on its way out.
+# jax 0.11 and later warn that Pallas Triton is deprecated.
 DEPRECATED = "The Pallas Triton backend is deprecated"
 
 
 def lowered(case, target="h200"):
-    """Value and gradient of a case, lowered."""
+    """The lowered value and gradient of a case."""
     masks, call = case.masks(), case.call()
 
     def f(inputs, vectors):
@@ -320,8 +320,8 @@ def test_only_needed_loops_are_there():
         return forward.code.count("scf.for")
 
     sizes = {"q_len": 128, "kv_len": 128}
-    # A loop over runs and one over the blocks of each kind; and the careful walk of
-    # rows whose sums are not finite, which has one kind of block only.
+    # One loop over runs and one over the blocks of each kind. Rows whose sums are not
+    # finite run again (careful), with two loops: runs, and blocks of one kind.
     careful = 2
     assert loops(Case(pattern=Pattern("full"), **sizes)) == 2 + careful
     assert loops(Case(pattern=Pattern("strided"), **sizes)) == 2 + careful
@@ -353,7 +353,7 @@ def test_lowers_a_long_sequence():
     program = quietly_lowered(f, (Inputs(q, kv, kv),), "h100")
     forward, *_ = inspect_code.triton_kernels(program)
     assert forward.grid == (length // 128, 8, 1)
-    # The plan is linear in the length: two runs a row.
+    # The plan is linear in the length: two runs per row.
     assert len(program.as_text()) < 1_000_000
     assert "tt.dot" in inspect_code.triton_ir(program)
 

@@ -1,4 +1,4 @@
-"""Forward mode and second order of the XLA backend, against dense float64."""
+"""Forward mode and second derivatives of the XLA backend, against dense float64."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from pallas_kernels.call import Outputs, PairValues, ScoreValues
 from pallas_kernels.config import Tile
 from pallas_kernels.xla import walks
 
-# Compiled in a hurry: nothing here is about speed.
+# Compiled without optimisations: no test here measures speed.
 pytestmark = pytest.mark.usefixtures("quick")
 
 BLOCK = Tile(block_q=16, block_kv=16)
@@ -34,7 +34,7 @@ TINY = Case(q_len=13, kv_len=13, q_heads=2, kv_heads=1, dim=4, dim_v=4)
 
 @dataclass(frozen=True)
 class Product:
-    """Added scores that are not linear in their values."""
+    """A score function that is not linear in its values."""
 
     def __call__(self, q, k, q_values, kv_values, pairs):
         away = 0.05 * (q - k).astype(q_values[0].dtype)
@@ -43,12 +43,12 @@ class Product:
 
 @pytest.fixture(autouse=True)
 def one_loop(monkeypatch):
-    """Less to compile."""
+    """Limits short rows to one loop, to compile less."""
     monkeypatch.setattr(walks, "MOST_LOOPS", 1)
 
 
 def attend(case, scores=None):
-    """A function of the inputs and what is added to the scores."""
+    """``f(inputs, scores)`` through ``dispatch.attend``."""
     masks, vectors = case.masks(), case.vectors()
     call = replace(case.call(), scores=scores, learned_scores=scores is not None)
 
@@ -61,7 +61,7 @@ def attend(case, scores=None):
 
 
 def dense(case, scores=None):
-    """The definition over all pairs, by autodiff."""
+    """The definition over all pairs, which JAX differentiates."""
     pairs = jnp.asarray(case.pairs())
     group = case.q_heads // case.kv_heads
 
@@ -96,7 +96,7 @@ def dense(case, scores=None):
 
 
 def operands(case, scores=None):
-    """Where to differentiate, two directions, and cotangents of the outputs."""
+    """A point, two directions, and cotangents of the outputs."""
     rng = np.random.default_rng(7)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     inputs, *cotangents = case.arrays()
@@ -129,7 +129,7 @@ def pulled(f, x, c):
 
 
 def derivatives(f, x, u, w, c):
-    """First order forward, and every order of two modes."""
+    """First derivatives in forward mode, and second ones in all pairs of modes."""
     return {
         "fwd": along(f, x, u),
         "fwd fwd": along(lambda x: along(f, x, u), x, w),
@@ -190,7 +190,7 @@ def test_heads_of_different_maps():
 
 @pytest.mark.slow
 def test_third_order():
-    """Dense from there on; <c, f> has a symmetric third derivative in both modes."""
+    """Third derivatives are dense; that of ``<c, f>`` is symmetric in both modes."""
 
     def third(f, x, u, w, c):
         product = lambda x: hessian_product(f, x, c, w)
@@ -214,7 +214,7 @@ def test_vmap_of_some_operands_and_derivatives_of_vmap():
     for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(a[1, 1], 4 * b, rtol=1e-5, atol=1e-5)
 
-    # Keys that no example has of its own: their derivatives add up.
+    # All examples share the keys: their derivatives are summed.
     inputs, values = x
     many = jnp.stack([inputs.q, -inputs.q])
     at = lambda q, k: f((inputs._replace(q=q, k=k), values)).o
@@ -250,7 +250,7 @@ def test_remat_shard_map_and_half_precision():
 
 
 def test_what_the_first_order_keeps_and_runs():
-    """Inputs, outputs, a total a row and lists, nothing for zeros; one sweep back."""
+    """Residuals are inputs, outputs, row totals and lists, without zeros."""
     f = attend(TINY)
     x, *_ = operands(TINY)
     inputs, values = x

@@ -1,3 +1,5 @@
+"""The XLA backend: values, gradients, walks, transforms and memory."""
+
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,7 +15,7 @@ from kernel_cases import PATTERNS, Case, Pattern, table
 from pallas_kernels import block_mask, dispatch, xla
 from pallas_kernels.block_mask import EMPTY, FULL, PARTIAL, blank, from_blocks
 from pallas_kernels.call import Inputs, Masks, Vectors
-from pallas_kernels.xla import walks as plan
+from pallas_kernels.xla import walks
 
 LONG = ("causal", "sinks", "holes", "segments", "two maps")
 SMALL = Case(pattern=Pattern("sinks"), q_len=77, kv_len=77, q_heads=4, kv_heads=2)
@@ -21,15 +23,15 @@ SMALL = Case(pattern=Pattern("sinks"), q_len=77, kv_len=77, q_heads=4, kv_heads=
 
 @pytest.fixture
 def one_loop(monkeypatch):
-    """Less to compile."""
-    monkeypatch.setattr(plan, "MOST_LOOPS", 1)
+    """Limits short rows to one loop, to compile less."""
+    monkeypatch.setattr(walks, "MOST_LOOPS", 1)
 
 
 @pytest.fixture
 def chunked(monkeypatch):
-    """Every row is long, in chunks of at most two blocks of 32."""
-    monkeypatch.setattr(plan, "SHORT", 0)
-    monkeypatch.setattr(plan, "CHUNK", 64)
+    """Makes every row long, in chunks of at most two blocks of 32."""
+    monkeypatch.setattr(walks, "SHORT", 0)
+    monkeypatch.setattr(walks, "CHUNK", 64)
 
 
 def attend(case, inputs, vectors=None, **changes):
@@ -82,7 +84,7 @@ def test_long_rows(pattern):
 
 @pytest.mark.usefixtures("one_loop")
 def test_heads_of_one_key_head_may_follow_different_maps():
-    """Key head 0 has one head of each map, key head 1 two of one map."""
+    """Key head 0 has one query head of each map, key head 1 two of one map."""
     case = Case(pattern=Pattern("two maps", maps=2), q_heads=4, kv_heads=2, q_len=77)
     maps = np.array([1, 0, 1, 1], np.int32)
 
@@ -95,7 +97,7 @@ def test_heads_of_one_key_head_may_follow_different_maps():
 
 
 def visited(walk, mask):
-    """The kinds ``[rows, columns]`` that the lists of one map name; each block once."""
+    """The kinds ``[rows, columns]`` that a walk lists; asserts each block is once."""
     kinds = np.zeros((mask.num_rows, mask.num_columns), np.int8)
 
     def see(row, blocks, kind):
@@ -111,7 +113,7 @@ def visited(walk, mask):
             at = short.full_slots
             see(row, block[:num_full], FULL)
             see(row, block[at : at + num_partial], PARTIAL)
-            # Padding reads nothing that the row does not read anyway.
+            # Padding repeats blocks of the same row.
             assert np.all(kinds[row, block] != EMPTY)
     if walk.long is not None:
         for chunks, kind in ((walk.long.full, FULL), (walk.long.partial, PARTIAL)):
@@ -138,18 +140,18 @@ def random_mask(seed, maps=2, rows=23, columns=19, sparsity=0.5):
 @pytest.mark.parametrize("short", [0, 24, 72, 1000])
 @pytest.mark.parametrize("seed", range(4))
 def test_lists_hold_every_block_once(seed, short, monkeypatch):
-    monkeypatch.setattr(plan, "SHORT", short)
-    monkeypatch.setattr(plan, "CHUNK", 32)
+    monkeypatch.setattr(walks, "SHORT", short)
+    monkeypatch.setattr(walks, "CHUNK", 32)
     mask = random_mask(seed, sparsity=(0.1, 0.5, 0.9, 1.0)[seed])
     kinds = block_mask.expand(mask)
-    for index, walk in enumerate(plan.plan(mask).walks):
+    for index, walk in enumerate(walks.plan(mask).walks):
         np.testing.assert_array_equal(visited(walk, mask), kinds[index])
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_traced_lists_hold_every_block_once(seed):
     mask = random_mask(seed)
-    traced = jax.jit(lambda p: plan.plan(replace(mask, row_ptr=p)).walks)(mask.row_ptr)
+    traced = jax.jit(lambda p: walks.plan(replace(mask, row_ptr=p)).walks)(mask.row_ptr)
     (walks,) = jax.tree.map(np.asarray, traced)
     for index, kinds in enumerate(block_mask.expand(mask)):
         walk = jax.tree.map(lambda x, index=index: x[index], walks)
@@ -158,7 +160,7 @@ def test_traced_lists_hold_every_block_once(seed):
 
 @pytest.mark.usefixtures("one_loop")
 def test_traced_runs_attend():
-    """As static ones do, under jit, and batched by vmap."""
+    """Traced plans match static ones, under jit and under vmap."""
     case = replace(SMALL, batch=1)
     inputs, *_ = case.arrays()
     masks, call = case.masks(), case.call()
@@ -181,15 +183,15 @@ def test_traced_runs_attend():
 def test_traced_map_of_head_is_refused():
     mask = random_mask(0)
     with pytest.raises(NotImplementedError, match="map_of_head is traced"):
-        jax.jit(lambda m: plan.head_maps(replace(mask, map_of_head=m)))(
+        jax.jit(lambda m: walks.head_maps(replace(mask, map_of_head=m)))(
             mask.map_of_head
         )
 
 
 def test_grouping_rows_costs_little():
-    """Window rows: short ones at the start, equal ones after; two loops do."""
+    """The first rows of a window are shorter, the others equal: two loops."""
     full, partial = np.minimum(np.arange(64), 3), np.where(np.arange(64) < 4, 1, 2)
-    groups = plan.similar(full, partial)
+    groups = walks.similar(full, partial)
     assert np.array_equal(np.sort(np.concatenate(groups)), np.arange(64))
     padded = sum(len(g) * (full[g].max() + partial[g].max()) for g in groups)
     assert padded <= 1.05 * (full + partial).sum()
@@ -197,7 +199,7 @@ def test_grouping_rows_costs_little():
 
 @dataclass(frozen=True)
 class Diagonal:
-    """Causal on the diagonal blocks, False on the full ones below them."""
+    """Causal on diagonal blocks, and False on the full blocks below them."""
 
     def __call__(self, index, q, k, q_vectors, kv_vectors, bits):
         return (k <= q) & (q // 32 == k // 32)
@@ -229,7 +231,7 @@ def test_full_blocks_of_long_rows_never_meet_the_predicate():
 
 
 def poisoned():
-    """Column 1 is visited by no row, and row 2 visits nothing."""
+    """No row visits column 1, and row 2 visits no block."""
     rng = np.random.default_rng(3)
     kinds = rng.integers(EMPTY, FULL + 1, (1, 5, 4)).astype(np.int8)
     kinds[:, :, 1], kinds[:, 2], kinds[:, 3, 0] = EMPTY, EMPTY, FULL
@@ -285,7 +287,7 @@ def test_jit_of_vmap_and_vmap_of_grad():
 
 @pytest.mark.usefixtures("one_loop")
 def test_checkpoint_and_repeatability():
-    """Recomputation changes no bit, and neither does running again."""
+    """Neither recomputation nor a second run changes a bit."""
     case = replace(SMALL, q_len=130, kv_len=130)
     inputs, *_ = case.arrays()
     grad = jax.jit(jax.grad(jax.checkpoint(loss(case))))
