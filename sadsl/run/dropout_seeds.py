@@ -1,4 +1,4 @@
-"""Dropout on attention weights: from a key to the seeds of queries and keys."""
+"""Computes the dropout seeds of queries and keys from a random key."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,15 +14,16 @@ from pallas_kernels import dropout
 from pallas_kernels.call import Seeds, Vectors
 from sadsl.terms.base import DROPOUT_KEY
 
-# Which entry of the batch the first one is, where a call has a part of the batch.
+# The name of the array that holds, for a part of a batch, the index of each entry in
+# the whole batch.
 ENTRY = "dropout.entry"
 
 
 def key_words(key: Any) -> Int32[Array, " words"]:
-    """The words of a key of ``jax.random``, new style or old, as int32.
+    """The words of a ``jax.random`` key, typed or raw uint32, as int32.
 
     Raises:
-      ValueError: it is none, or an array of several.
+      ValueError: ``key`` is not a key, or is an array of several keys.
     """
     key = jnp.asarray(key)
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -36,15 +37,15 @@ def key_words(key: Any) -> Int32[Array, " words"]:
 
 
 def of_part(given: Mapping[str, Any], part: int) -> Mapping[str, Any]:
-    """The arrays of a part of a spec, whose dropout has a key of its own.
+    """The arrays of part number ``part`` of a spec, with its own dropout key.
 
-    It is ``jax.random.fold_in(key, part)``, so that it follows from the key of the call
-    and the place of the part in the spec, on every backend.
+    That key is ``jax.random.fold_in(key, part)``. So it depends only on the key of the
+    call and the place of the part in the spec, and is the same on every backend.
     """
     if DROPOUT_KEY not in given:
         return given
     key = given[DROPOUT_KEY]
-    key_words(key)  # Refuses what is no key.
+    key_words(key)  # Raises ValueError if it is not one key.
     return {**given, DROPOUT_KEY: jax.random.fold_in(key, part)}
 
 
@@ -73,7 +74,7 @@ def with_seeds(
 def of_all_pairs(
     arrays: Mapping[str, Array], batch: int, problem: Problem, rate: float, dtype: Any
 ) -> Float[Array, "batch heads q kv"]:
-    """What every weight is multiplied by: 0 or ``1 / (1 - rate)``."""
+    """The factor of every weight: 0 or ``1 / (1 - rate)``."""
     q, kv = (x[None, None] for x in _positions(problem))
     seeds = _query_seeds(arrays, q, batch, problem)
     keys = dropout.key_seeds(kv)
