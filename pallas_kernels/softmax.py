@@ -102,7 +102,7 @@ def mask(s: jax.Array, allowed: jax.Array | None) -> jax.Array:
 
 
 def seen(s: jax.Array, axis: int) -> jax.Array:
-    """Whether a key (``axis`` of queries) or query has a pair in a tile of scores."""
+    """Whether any masked score along ``axis`` is left; that axis then has size 1."""
     return s.max(axis=axis, keepdims=True) > MASKED
 
 

@@ -16,7 +16,7 @@ from pallas_kernels.tpu.runs import TpuSizes
 
 
 class SideOperands(NamedTuple):
-    """What the queries, or the keys, of a block carry beside ``q, k, v``.
+    """The arrays of the queries or of the keys of a block, beside ``q, k, v``.
 
     Each entry is a ``BlockOperand`` in a launch, a ref ``[1, block]`` in a kernel, and
     then a value ``[1, block]`` (``values_of``) or ``[block, 1]`` (``columns_of``).
@@ -29,7 +29,7 @@ class SideOperands(NamedTuple):
 
 
 class PairOperands(NamedTuple):
-    """What the pairs of a tile carry: ``TileOperand`` in a launch, refs in a kernel."""
+    """The arrays of the pairs of a tile: ``TileOperand``, and refs in a kernel."""
 
     words: tuple  # int32 [words, block_q]: of each of ``Vectors.bits``
     scores: tuple  # f32 windows of each of ``ScoreValues.pairs``
