@@ -104,7 +104,7 @@ def backward(chunks: ChunkInputs, cotangent: ChunkOutputs, call: LinearCall) -> 
 
 
 def _updates(chunks: ChunkInputs, call: LinearCall) -> tuple[State, Pair | None]:
-    """The update and the factor of the state by each chunk, ``[heads, chunks, ...]``."""
+    """The update by each chunk and the factor of the state, ``[heads, chunks, ..]``."""
     rule, dot = call.rule, algebra.plain_dot(chunks.v.dtype)
     heads, _, features = chunks.k.shape
     start = empty(rule, heads, features, chunks.v.shape[-1], jnp.float32)
