@@ -135,7 +135,10 @@ def expand(mask: BlockMask) -> np.ndarray:
 def from_blocks(
     kinds: np.ndarray, *, map_of_head: np.ndarray, like: BlockMask
 ) -> BlockMask:
-    """The runs of a table of kinds ``[maps, rows, columns]``; sizes from ``like``."""
+    """A host BlockMask of a table of kinds, int ``[maps, rows, columns]``.
+
+    The sizes are those of ``like``.
+    """
     flat = kinds.reshape(-1, kinds.shape[-1])
     edge = np.zeros((len(flat), 1), flat.dtype)
     padded = np.concatenate([edge, flat, edge], axis=1)
