@@ -8,7 +8,6 @@ comparison that looks up a pair, or that 32 bits cannot do, becomes a bit of eve
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from lowering import ir
 from lowering.expr.fits import (
@@ -34,20 +33,20 @@ def hoist(maps: tuple[ir.Pred, ...], known: Known) -> Hoists:
     slots: dict[ir.Side, dict[ir.Expr, int]] = {"q": {}, "k": {}}
     bits: dict[ir.Pred, int] = {}
 
-    def change(node: ir.Node) -> ir.Node:
+    def rule(node: ir.Node) -> ir.Node | None:
         if is_plain(node, known):
             return node
         if isinstance(node, ir.Expr):
             if not is_one_sided(node):
-                return ir.rebuild(node, change)
+                return None
             axis: ir.Side = "k" if ir.axes(node) - {"h"} == {"k"} else "q"
             return ir.Hoisted(axis, slots[axis].setdefault(node, len(slots[axis])))
         comparison = isinstance(node, ir.Le | ir.Eq | ir.In | ir.PowerOfTwo)
         if comparison and (looks_up_pairs(node) or not fits(node, known)):
             return ir.HoistedBits(bits.setdefault(node, len(bits)))
-        return ir.rebuild(node, change)
+        return None
 
-    changed: Any = tuple(change(node) for node in maps)
+    changed = tuple(ir.rewrite(node, rule) for node in maps)
     return Hoists(changed, tuple(slots["q"]), tuple(slots["k"]), tuple(bits))
 
 

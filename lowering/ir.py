@@ -7,7 +7,7 @@ frozen, hashable and equal by content. Passes ``match`` on them and end in
 again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, assert_never, overload
 
@@ -218,8 +218,10 @@ Node: TypeAlias = Expr | Pred
 
 Q, K, H, N = Var("q"), Var("k"), Var("h"), Var("n")
 
-# Gives an expression for an expression and a predicate for a predicate.
+# Returns an expression for an expression and a predicate for a predicate.
 Change: TypeAlias = Callable[[Any], Any]
+# The same, or None: the node itself stays, and its children are asked.
+Rule: TypeAlias = Callable[[Any], Any]
 
 
 @overload
@@ -227,7 +229,7 @@ def rebuild(node: Expr, change: Change) -> Expr: ...
 @overload
 def rebuild(node: Pred, change: Change) -> Pred: ...
 def rebuild(node: Node, change: Change) -> Node:
-    """``node`` with ``change`` applied to each of its children."""
+    """``node`` with ``change`` applied to each child: one level of a rewriting."""
     match node:
         case Var() | Const() | Hoisted() | Bool() | HoistedBits():
             return node
@@ -248,6 +250,83 @@ def rebuild(node: Node, change: Change) -> Node:
         case Not(term):
             return Not(change(term))
     assert_never(node)
+
+
+@overload
+def with_children(node: Expr, new: Iterable[Node | None]) -> Expr: ...
+@overload
+def with_children(node: Pred, new: Iterable[Node | None]) -> Pred: ...
+def with_children(node: Node, new: Iterable[Node | None]) -> Node:
+    """``node`` with new children, in the order of ``children``."""
+    rest = iter(new)
+    return rebuild(node, lambda _: next(rest))
+
+
+@overload
+def rewrite(node: Expr, rule: Rule) -> Expr: ...
+@overload
+def rewrite(node: Pred, rule: Rule) -> Pred: ...
+def rewrite(node: Node, rule: Rule) -> Node:
+    """``node`` with the largest parts that ``rule`` covers replaced.
+
+    The rule is asked from the root down. Where it returns a node, that node replaces
+    the part, and nothing inside of it is asked; where it returns None, the children of
+    the part are asked.
+    """
+
+    def change(part: Any) -> Any:
+        new = rule(part)
+        return rebuild(part, change) if new is None else new
+
+    return change(node)
+
+
+@overload
+def replace(node: Expr, new: Mapping[Any, Expr]) -> Expr: ...
+@overload
+def replace(node: Pred, new: Mapping[Any, Expr]) -> Pred: ...
+def replace(node: Node, new: Mapping[Any, Expr]) -> Node:
+    """``node`` with every part that is a key of ``new`` replaced, all at once."""
+    kinds = {type(old) for old in new}
+    return rewrite(node, lambda part: new.get(part) if type(part) in kinds else None)
+
+
+@overload
+def substitute(node: Expr, new: dict[Axis, Expr]) -> Expr: ...
+@overload
+def substitute(node: Pred, new: dict[Axis, Expr]) -> Pred: ...
+def substitute(node: Node, new: dict[Axis, Expr]) -> Node:
+    """``node`` with variables replaced, all at once."""
+    return rewrite(node, lambda part: new.get(part.axis) if type(part) is Var else None)
+
+
+@overload
+def shift_queries(node: Expr, offset: int) -> Expr: ...
+@overload
+def shift_queries(node: Pred, offset: int) -> Pred: ...
+def shift_queries(node: Node, offset: int) -> Node:
+    """``node`` with ``q + offset`` for ``q``: array indices instead of positions.
+
+    An axis of a run-time array that is indexed by the query alone stays: the array
+    holds the queries of the call, whatever their positions are.
+    """
+    position = Add(Q, Const(offset))
+
+    def rule(part: Node) -> Node | None:
+        match part:
+            case Var("q"):
+                return position
+            case Operand(name, index):
+                new = (i if axes(i) <= {"q", "h"} else rewrite(i, rule) for i in index)
+                return Operand(name, tuple(new))
+        return None
+
+    return rewrite(node, rule)
+
+
+def transpose(node: Pred) -> Pred:
+    """Queries for keys and keys for queries."""
+    return substitute(node, {"q": K, "k": Q})
 
 
 def children(node: Node) -> tuple[Node, ...]:
@@ -275,26 +354,6 @@ def walk(node: Node) -> Iterator[Node]:
     yield node
     for child in children(node):
         yield from walk(child)
-
-
-@overload
-def substitute(node: Expr, new: dict[Axis, Expr]) -> Expr: ...
-@overload
-def substitute(node: Pred, new: dict[Axis, Expr]) -> Pred: ...
-def substitute(node: Node, new: dict[Axis, Expr]) -> Node:
-    """``node`` with variables replaced, all at once."""
-
-    def change(child: Node) -> Node:
-        if isinstance(child, Var):
-            return new.get(child.axis, child)
-        return rebuild(child, change)
-
-    return change(node)
-
-
-def transpose(node: Pred) -> Pred:
-    """Queries for keys and keys for queries."""
-    return substitute(node, {"q": K, "k": Q})
 
 
 def axes(node: Node) -> frozenset[Axis]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 from lowering import hoist as hoisting
 from lowering import ir
@@ -65,20 +64,7 @@ def shift_queries(program: Program) -> Program:
     offset = program.problem.q_offset
     if not offset:
         return program
-    position = ir.Add(ir.Q, ir.Const(offset))
-
-    def change(node: ir.Node) -> ir.Node:
-        if node == ir.Q:
-            return position
-        if isinstance(node, ir.Operand):
-            # Run-time arrays over queries are given for the queries at hand.
-            index: Any = (
-                i if ir.axes(i) <= {"q", "h"} else change(i) for i in node.index
-            )
-            return ir.Operand(node.name, tuple(index))
-        return ir.rebuild(node, change)
-
-    maps = tuple(ir.rebuild(node, change) for node in program.maps)
+    maps = tuple(ir.shift_queries(node, offset) for node in program.maps)
     return replace(program, maps=maps)
 
 

@@ -181,12 +181,12 @@ def lower(score: Score, problem: Problem) -> LoweredScore:
 
 def resolved(score: Score, problem: Problem) -> Score:
     """The bias in terms of array indices, with the number of keys for ``n``."""
-    position = ir.Add(ir.Q, ir.Const(problem.q_offset))
+    offset = problem.q_offset
 
     def at_positions(expr: ir.Expr) -> ir.Expr:
         new: dict[ir.Axis, ir.Expr] = {"n": ir.Const(problem.kv_seq_len)}
         expr = ir.substitute(expr, new)
-        return integer(_shifted(expr, position) if problem.q_offset else expr)
+        return integer(ir.shift_queries(expr, offset) if offset else expr)
 
     def change(node: Score) -> Score:
         match node:
@@ -205,17 +205,6 @@ def resolved(score: Score, problem: Problem) -> Score:
         assert_never(node)
 
     return change(score)
-
-
-def _shifted(node: Any, position: ir.Expr) -> Any:
-    if node == ir.Q:
-        return position
-    if isinstance(node, ir.Operand):
-        index: Any = (
-            i if ir.axes(i) <= {"q", "h"} else _shifted(i, position) for i in node.index
-        )
-        return ir.Operand(node.name, tuple(index))
-    return ir.rebuild(node, lambda child: _shifted(child, position))
 
 
 def terms_of(score: Score) -> list[ScoreTerm]:

@@ -107,19 +107,22 @@ def check_64_bits(node: ir.Node, known: Known) -> None:
 
 
 def _bounded(node: ir.Pred, known: Known) -> ir.Pred:
-    match node:
-        case ir.Le(a, ir.Const(value)) if not is_32(value):
-            low, high = ends(a, known)
-            return ir.Le(a, ir.Const(min(max(value, low - 1), high)))
-        case ir.Eq(a, ir.Const(value)) if not is_32(value):
-            low, high = ends(a, known)
-            return node if low <= value <= high else ir.Bool(False)
-        case ir.In(a, values) if not all(map(is_32, values)):
-            low, high = ends(a, known)
-            return ir.In(a, tuple(v for v in values if low <= v <= high))
-        case ir.And() | ir.Or() | ir.Not() | ir.ByHead():
-            return ir.rebuild(node, lambda term: _bounded(term, known))
-    return node
+    def rule(part: ir.Pred) -> ir.Pred | None:
+        match part:
+            case ir.Le(a, ir.Const(value)) if not is_32(value):
+                low, high = ends(a, known)
+                return ir.Le(a, ir.Const(min(max(value, low - 1), high)))
+            case ir.Eq(a, ir.Const(value)) if not is_32(value):
+                low, high = ends(a, known)
+                return part if low <= value <= high else ir.Bool(False)
+            case ir.In(a, values) if not all(map(is_32, values)):
+                low, high = ends(a, known)
+                return ir.In(a, tuple(v for v in values if low <= v <= high))
+            case ir.And() | ir.Or() | ir.Not() | ir.ByHead():
+                return None
+        return part
+
+    return ir.rewrite(node, rule)
 
 
 def is_32(value: int) -> bool:

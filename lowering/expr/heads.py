@@ -1,7 +1,5 @@
 """Which map each head has: a node with heads in it becomes one node a head."""
 
-from typing import overload
-
 from lowering import ir
 
 
@@ -23,23 +21,22 @@ def distinct(
     return maps, tuple(index[node] for node in nodes)
 
 
-@overload
-def _of_head(node: ir.Expr, head: int, num_heads: int) -> ir.Expr: ...
-@overload
-def _of_head(node: ir.Pred, head: int, num_heads: int) -> ir.Pred: ...
-def _of_head(node: ir.Node, head: int, num_heads: int) -> ir.Node:
-    match node:
-        case ir.Var("h"):
-            return ir.Const(head)
-        case ir.Operand():
-            return node
-        case ir.ByHead(terms):
-            count = len(terms)
-            if num_heads % count:
-                raise ValueError(
-                    f"per_head has {count} maps, which do not divide {num_heads} "
-                    "heads: give a number of maps that does (each map serves an equal "
-                    "group)"
-                )
-            return _of_head(terms[head * count // num_heads], head, num_heads)
-    return ir.rebuild(node, lambda child: _of_head(child, head, num_heads))
+def _of_head(node: ir.Pred, head: int, num_heads: int) -> ir.Pred:
+    def rule(part: ir.Node) -> ir.Node | None:
+        match part:
+            case ir.Var("h"):
+                return ir.Const(head)
+            case ir.Operand():
+                return part
+            case ir.ByHead(terms):
+                count = len(terms)
+                if num_heads % count:
+                    raise ValueError(
+                        f"per_head has {count} maps, which do not divide {num_heads} "
+                        "heads: give a number of maps that does (each map serves an "
+                        "equal group of heads)"
+                    )
+                return ir.rewrite(terms[head * count // num_heads], rule)
+        return None
+
+    return ir.rewrite(node, rule)

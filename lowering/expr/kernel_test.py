@@ -76,5 +76,4 @@ def join(maps: tuple[ir.Node, ...]) -> ir.Node | None:
     bare = {ir.rebuild(node, lambda _: ir.Const(0)) for node in maps}
     if None in joined or len(bare) > 1:
         return None
-    new = iter(joined)
-    return ir.rebuild(first, lambda _: next(new))
+    return ir.with_children(first, joined)

@@ -143,14 +143,18 @@ def _pick(
 
 
 def _key(atom: ir.Expr) -> tuple[bool, str]:
-    return not isinstance(atom, ir.Var), show(_digest(atom))
+    if isinstance(atom, ir.Var):
+        return False, atom.axis
+    return True, show(ir.rewrite(atom, _short_table))
 
 
-def _digest(node: ir.Node) -> ir.Node:
-    """The node with long tables cut to their length and hash: quick to print."""
-    if isinstance(node, ir.Table) and len(node.values) > 16:
-        node = ir.Table((len(node.values), hash(node.values)), node.index)
-    return ir.rebuild(node, _digest)
+def _short_table(node: ir.Node) -> ir.Node | None:
+    """A long table cut to its length and hash, which are quick to print."""
+    match node:
+        case ir.Table(values, index) if len(values) > 16:
+            short = len(values), hash(values)
+            return ir.Table(short, ir.rewrite(index, _short_table))
+    return None
 
 
 def _build(total: Sum, constant: int) -> ir.Expr:

@@ -9,7 +9,7 @@ covers is left to the descent of ``settle``.
 
 from collections import Counter
 from math import lcm
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,20 +71,14 @@ def _count_dense(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int:
 
 def _without_order(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> ir.Pred:
     """Positions for the entries of a permutation of them: as many pairs."""
-
-    def replaced(child: Any, old: ir.Node, new: ir.Expr) -> Any:
-        if child == old:
-            return new
-        return ir.rebuild(child, lambda inner: replaced(inner, old, new))
-
     for x, length in ((ir.Q, q_seq_len), (ir.K, kv_seq_len)):
         tables = {n for n in ir.walk(node) if isinstance(n, ir.Table) and n.index == x}
         if len(tables) != 1:
             continue
         (table,) = tables
-        alone = not depends(replaced(node, table, ir.Const(0)), x)
+        alone = not depends(ir.replace(node, {table: ir.Const(0)}), x)
         if alone and sorted(table.values[:length]) == list(range(length)):
-            node = replaced(node, table, x)
+            node = ir.replace(node, {table: x})
     return simplify(node)
 
 
@@ -116,8 +110,7 @@ def _of_difference(node: ir.Node) -> ir.Node | None:
     parts = [_of_difference(child) for child in ir.children(node)]
     if any(part is None for part in parts):
         return None
-    new = iter(parts)
-    return ir.rebuild(node, lambda _: next(new))
+    return ir.with_children(node, parts)
 
 
 # --- solved for one side ---

@@ -38,14 +38,15 @@ def first_and_last(node: ir.Pred, x: ir.Var, n: int) -> tuple[np.ndarray, np.nda
 
 def in_finite(node: ir.Pred, n: int) -> ir.Pred:
     """The node with powers of two as a finite set, on ``n`` positions a side."""
-    if isinstance(node, ir.PowerOfTwo):
-        _, high = index_range(node.expr, n, n)
-        return ir.In(node.expr, tuple(1 << i for i in range(max(high, 0).bit_length())))
 
-    def change(child: ir.Node) -> ir.Node:
-        return in_finite(child, n) if isinstance(child, ir.Pred) else child
+    def rule(part: ir.Node) -> ir.Node | None:
+        if isinstance(part, ir.PowerOfTwo):
+            _, high = index_range(part.expr, n, n)
+            powers = tuple(1 << i for i in range(max(high, 0).bit_length()))
+            return ir.In(part.expr, powers)
+        return part if isinstance(part, ir.Expr) else None
 
-    return ir.rebuild(node, change)
+    return ir.rewrite(node, rule)
 
 
 def _walk(node: ir.Pred, n: int) -> tuple[np.ndarray, np.ndarray]:

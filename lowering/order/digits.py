@@ -5,11 +5,10 @@ radix. ``axes_of`` collects the radices from the expression; ``in_digits`` write
 in digits that stand for themselves, and ``in_slots`` in the slots of a layout.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd, prod
-from typing import Any
 
 from lowering import ir
 from lowering.expr.simplify import integer, simplify, sum_of
@@ -65,7 +64,7 @@ def in_digits(node: ir.Pred, sides: Sequence[Side]) -> ir.Pred:
         for i, axis in enumerate(side.axes)
         if axis.padded > axis.size
     ]
-    return simplify(ir.And((replace_parts(flat, sums), *inside)))
+    return simplify(ir.And((ir.replace(flat, sums), *inside)))
 
 
 def digit(name: ir.Side, i: int, radix: int) -> ir.Expr:
@@ -82,7 +81,7 @@ def in_slots(node: ir.Pred, q: Layout, kv: Layout) -> ir.Pred:
         digits = layout.digits(ir.Var(side.name))
         for i, radix in enumerate(side.radices):
             new[digit(side.name, i, radix)] = digits[i]
-    return simplify(replace_parts(written, new))
+    return simplify(ir.replace(written, new))
 
 
 def _in_coordinates(node: ir.Pred, sides: Sequence[Side]) -> ir.Pred:
@@ -120,15 +119,6 @@ def _exists(side: Side) -> ir.Pred:
     if prod(axis.size for axis in side.axes) == side.length:
         return ir.Bool(True)
     return ir.Le(ir.Var(side.name), ir.Const(side.length - 1))
-
-
-def replace_parts(node: ir.Pred, new: Mapping[Any, ir.Expr]) -> ir.Pred:
-    """The node with parts of it replaced."""
-
-    def change(child: ir.Node) -> ir.Node:
-        return new[child] if child in new else ir.rebuild(child, change)
-
-    return ir.rebuild(node, change)
 
 
 # --- which digits ---

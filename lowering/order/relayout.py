@@ -22,7 +22,6 @@ from lowering.order.digits import (
     in_digits,
     in_slots,
     read_sides,
-    replace_parts,
 )
 from lowering.order.layout import Layout, places
 from lowering.planning import BlockSizes, plan, widest
@@ -178,7 +177,7 @@ def _open(node: ir.Pred, sides: Sequence[Side]) -> ir.Pred:
         for side in sides
         for i, radix in enumerate(side.radices)
     }
-    return replace_parts(node, new)
+    return ir.replace(node, new)
 
 
 def _digit_ranges(

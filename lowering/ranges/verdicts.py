@@ -239,12 +239,9 @@ def _table_of(node: ir.Pred) -> ir.Table | None:
     if len(tables) != 1:
         return None
     (table,) = tables
-
-    def bare(child: ir.Node) -> ir.Node:
-        return ir.Const(0) if child == table else ir.rebuild(child, bare)
-
-    apart = not ir.axes(ir.rebuild(node, bare)) & ir.axes(table)
-    return table if apart else None
+    # Not `ir.replace`: a long table is slow to hash, and quick to compare with itself.
+    others = ir.rewrite(node, lambda part: ir.Const(0) if part == table else None)
+    return None if ir.axes(others) & ir.axes(table) else table
 
 
 def _cycle(expr: ir.Expr, r: Range) -> tuple[int, int] | None:

@@ -1,7 +1,6 @@
 """A map as a product of maps of digits: rows and columns of a grid, each by itself."""
 
 from itertools import pairwise
-from typing import Any
 
 from lowering import ir
 from lowering.solve.eliminate import by_digits, cuts_of
@@ -20,6 +19,7 @@ def factors(node: ir.Pred, n: int) -> list[tuple[ir.Pred, int]] | None:
         return None
     assert by_q.weights == by_k.weights
     terms = by_k.node.terms if isinstance(by_k.node, ir.And) else (by_k.node,)
+    as_pair = dict.fromkeys(by_q.names, ir.Q) | dict.fromkeys(by_k.names, ir.K)
     parts: list[list[ir.Pred]] = [[] for _ in by_q.names]
     for term in terms:
         names = ir.operand_names(term)
@@ -30,14 +30,7 @@ def factors(node: ir.Pred, n: int) -> list[tuple[ir.Pred, int]] | None:
         }
         if len(digits) > 1 or ir.axes(term):
             return None
-        parts[min(digits, default=0)].append(_as_pair(term))
+        parts[min(digits, default=0)].append(ir.replace(term, as_pair))
     sizes = [*(b // a for a, b in pairwise(by_q.weights)), n // by_q.weights[-1]]
     nodes = [ir.And((ir.Bool(True), *found)) for found in parts]
     return list(zip(nodes, sizes, strict=True))
-
-
-def _as_pair(node: Any) -> Any:
-    """Digits of a query and a key, by their names, as ``q`` and ``k``."""
-    if isinstance(node, ir.Operand):
-        return ir.Var("q" if node.name.startswith("q") else "k")
-    return ir.rebuild(node, _as_pair)

@@ -7,7 +7,7 @@ nothing, one of the others.
 
 from collections.abc import Callable, Iterator
 from math import gcd
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,14 +71,7 @@ def levels_of(node: ir.Node, levels: tuple[Level, ...]) -> tuple[Level, ...]:
 
 def as_pairs(node: ir.Pred, level: Level) -> ir.Pred:
     """A node that reads one level as a predicate of ``q`` and ``k``."""
-    new: dict[ir.Node, ir.Expr] = {level.q: ir.Q, level.k: ir.K}
-    return simplify(_replaced(node, new))
-
-
-def _replaced(node: Any, new: dict[ir.Node, ir.Expr]) -> Any:
-    if node in new:
-        return new[node]
-    return ir.rebuild(node, lambda child: _replaced(child, new))
+    return simplify(ir.replace(node, {level.q: ir.Q, level.k: ir.K}))
 
 
 # --- tests of one level ---
@@ -86,19 +79,23 @@ def _replaced(node: Any, new: dict[ir.Node, ir.Expr]) -> Any:
 
 def _apart(node: ir.Pred, levels: tuple[Level, ...]) -> ir.Pred:
     """The node, in normal form, in tests of one level each."""
-    if len(levels_of(node, levels)) <= 1:
-        return node
-    match node:
-        case ir.And() | ir.Or() | ir.Not():
-            return ir.rebuild(node, lambda term: _apart(term, levels))
-        case ir.Le(left, ir.Const(bound)):
-            return _compared(left, bound, levels, equal=False)
-        case ir.Eq(left, ir.Const(bound)):
-            return _compared(left, bound, levels, equal=True)
-        case ir.In(expr, values) if len(values) <= MOST_TESTS:
-            tests = [simplify(ir.Eq(expr, ir.Const(value))) for value in values]
-            return ir.Or(tuple(_apart(test, levels) for test in tests))
-    raise NotImplementedError("a test mixes digits of several levels")
+
+    def rule(part: ir.Pred) -> ir.Pred | None:
+        if len(levels_of(part, levels)) <= 1:
+            return part
+        match part:
+            case ir.And() | ir.Or() | ir.Not():
+                return None
+            case ir.Le(left, ir.Const(bound)):
+                return _compared(left, bound, levels, equal=False)
+            case ir.Eq(left, ir.Const(bound)):
+                return _compared(left, bound, levels, equal=True)
+            case ir.In(expr, values) if len(values) <= MOST_TESTS:
+                tests = [simplify(ir.Eq(expr, ir.Const(value))) for value in values]
+                return ir.Or(tuple(_apart(test, levels) for test in tests))
+        raise NotImplementedError("a test mixes digits of several levels")
+
+    return ir.rewrite(node, rule)
 
 
 def _compared(
@@ -137,7 +134,7 @@ def _range(expr: ir.Expr, levels: tuple[Level, ...]) -> tuple[int, int]:
     for level in levels:
         new[level.q] = ir.Mod(level.q, level.num_q)
         new[level.k] = ir.Mod(level.k, level.num_k)
-    low, high = span(_replaced(expr, new))
+    low, high = span(ir.replace(expr, new))
     if low is None or high is None:
         raise NotImplementedError("a number is not bounded by its digits")
     return low, high

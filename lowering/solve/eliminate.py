@@ -8,7 +8,7 @@ unknown of its own.
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from math import lcm
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -120,25 +120,25 @@ def _compose(a: ir.Pred, b: ir.Pred) -> ir.Pred:
         ir.Eq(kept, kept)
         for part in dict.fromkeys(ir.walk(both))
         if isinstance(part, ir.Within | ir.Table) and depends(part, MIDDLE)
-        for kept in [_renamed(part)]
+        for kept in [ir.replace(part, {MIDDLE: ir.K})]
         if ir.axes(kept) <= {"k", "n"}
     ]
     return ir.And((found, *checks)) if checks else found
-
-
-def _renamed(node: Any) -> Any:
-    return ir.K if node == MIDDLE else ir.rebuild(node, _renamed)
 
 
 def _by_head(node: ir.Node) -> list[ir.ByHead]:
     return [n for n in ir.walk(node) if isinstance(n, ir.ByHead)]
 
 
-def _of_head(node: Any, head: int, count: int) -> Any:
+def _of_head(node: ir.Pred, head: int, count: int) -> ir.Pred:
     """The node with its choices by head made; ``h`` stays."""
-    if isinstance(node, ir.ByHead):
-        return _of_head(node.terms[head * len(node.terms) // count], head, count)
-    return ir.rebuild(node, lambda child: _of_head(child, head, count))
+
+    def rule(part: ir.Node) -> ir.Node | None:
+        if isinstance(part, ir.ByHead):
+            return ir.rewrite(part.terms[head * len(part.terms) // count], rule)
+        return None
+
+    return ir.rewrite(node, rule)
 
 
 def _extent(node: ir.Pred, x: Unknown, last: ir.Expr) -> ir.Expr:
@@ -257,7 +257,7 @@ def by_digits(
                 total = ir.Add(total, ir.Mul(name, w // start))
         return total
 
-    def change(child: Any) -> Any:
+    def rule(child: ir.Node) -> ir.Node | None:
         match child:
             case ir.Mod(ir.FloorDiv(y, a), b) if y == x and {a, a * b} <= {*weights}:
                 return part(a, a * b)
@@ -270,9 +270,9 @@ def by_digits(
             case ir.FloorDiv(y, a) if y == x:
                 base = max(w for w in weights if a % w == 0)
                 return ir.FloorDiv(part(base, None), a // base)
-        return part(1, None) if child == x else ir.rebuild(child, change)
+        return part(1, None) if child == x else None
 
-    new = change(node)
+    new = ir.rewrite(node, rule)
     if size is None or size % weights[-1]:
         new = ir.And((new, ir.Le(part(1, None), last)))
     return Digits(simplify(new), names, tuple(weights), tuple(ends))

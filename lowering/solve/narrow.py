@@ -24,21 +24,25 @@ MOST_INTERVALS = 16
 
 def narrow(node: ir.Pred, known: Known) -> ir.Pred:
     """An equal predicate, of one in normal form, whose comparisons fit if they can."""
-    if is_plain(node, known):
-        return node
-    match node:
-        case ir.And(terms) | ir.Or(terms):
-            return _joined(type(node), [narrow(term, known) for term in terms])
-        case ir.ByHead() | ir.Not():
-            return ir.rebuild(node, lambda term: narrow(term, known))
-        case ir.Bool() | ir.HoistedBits():
-            return node
-        case ir.Le() | ir.Eq() | ir.In() | ir.PowerOfTwo():
-            if fits(node, known) or _looks_up_pairs(node):
-                return node
-            found = _Comparison(known)(node)
-            return node if found is None or not fits(found, known) else found
-    assert_never(node)
+
+    def rule(part: ir.Pred) -> ir.Pred | None:
+        if is_plain(part, known):
+            return part
+        match part:
+            case ir.And(terms) | ir.Or(terms):
+                return _joined(type(part), [narrow(term, known) for term in terms])
+            case ir.ByHead() | ir.Not():
+                return None
+            case ir.Bool() | ir.HoistedBits():
+                return part
+            case ir.Le() | ir.Eq() | ir.In() | ir.PowerOfTwo():
+                if fits(part, known) or _looks_up_pairs(part):
+                    return part
+                found = _Comparison(known)(part)
+                return part if found is None or not fits(found, known) else found
+        assert_never(part)
+
+    return ir.rewrite(node, rule)
 
 
 def _joined(kind: type[ir.And] | type[ir.Or], terms: list[ir.Pred]) -> ir.Pred:

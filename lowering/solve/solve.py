@@ -9,7 +9,7 @@ minima and maxima, one residue class, finite sets.
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import gcd, lcm
-from typing import Any, TypeAlias, assert_never
+from typing import TypeAlias, assert_never
 
 from lowering import ir
 from lowering.expr.evaluate import intervals
@@ -240,18 +240,11 @@ def _by_order(node: ir.Pred, x: Unknown) -> ir.Pred | None:
         if isinstance(part, ir.Min | ir.Max) and depends(part, x):
             a, b = part.left, part.right
             low, high = (a, b) if isinstance(part, ir.Min) else (b, a)
-            ordered = ir.And((ir.Le(a, b), _replaced(node, part, low)))
-            reverse = ir.And(
-                (ir.Le(ir.Add(b, ir.Const(1)), a), _replaced(node, part, high))
-            )
+            ordered = ir.And((ir.Le(a, b), ir.replace(node, {part: low})))
+            after = ir.Le(ir.Add(b, ir.Const(1)), a)
+            reverse = ir.And((after, ir.replace(node, {part: high})))
             return simplify(ir.Or((ordered, reverse)))
     return None
-
-
-def _replaced(node: Any, old: ir.Expr, new: ir.Expr) -> Any:
-    if node == old:
-        return new
-    return ir.rebuild(node, lambda child: _replaced(child, old, new))
 
 
 def _residue_of(inner: ir.Expr, x: Unknown) -> int | None:

@@ -172,12 +172,11 @@ def without_missing(node: ir.Pred, arrays: Mapping[str, Array]) -> ir.Pred:
     ``check_operands`` has made sure that the map does not depend on those.
     """
 
-    def change(part: Any) -> Any:
-        if isinstance(part, ir.Operand) and part.name not in arrays:
-            return ir.Const(0)
-        return ir.rebuild(part, change)
+    def rule(part: ir.Node) -> ir.Node | None:
+        absent = isinstance(part, ir.Operand) and part.name not in arrays
+        return ir.Const(0) if absent else None
 
-    return change(node)
+    return ir.rewrite(node, rule)
 
 
 def _dense_bias(

@@ -53,8 +53,8 @@ def lowered(text, n):
 def planned(stages, given, n, blocks, by):
     program = stages["hoist"]
     vectors = Vectors(
-        hoist.vectors(program.q_vectors, n, HEADS, given),
-        hoist.vectors(program.kv_vectors, n, HEADS, given),
+        vectors_of(program.q_vectors, n, HEADS, given),
+        vectors_of(program.kv_vectors, n, HEADS, given),
         pair_bits.pack(program.bits, (n, n), blocks[1], HEADS, given),
     )
     mask = plans.plan(stages, *blocks, vectors, by)
