@@ -14,6 +14,7 @@ from lowering.expr.fits import (
     fits,
     is_one_sided,
     is_plain,
+    looks_up_pairs,
 )
 from lowering.expr.static_range import Known
 
@@ -48,10 +49,3 @@ def hoist(maps: tuple[ir.Pred, ...], known: Known) -> Hoists:
 
     changed = tuple(ir.rewrite(node, rule) for node in maps)
     return Hoists(changed, tuple(slots["q"]), tuple(slots["k"]), tuple(bits))
-
-
-def looks_up_pairs(node: ir.Pred) -> bool:
-    """Whether the node reads a run-time array at both the query and the key."""
-    return any(
-        isinstance(n, ir.Operand) and {"q", "k"} <= ir.axes(n) for n in ir.walk(node)
-    )

@@ -9,7 +9,7 @@ again.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, assert_never, overload
+from typing import Any, Literal, TypeAlias, TypeGuard, assert_never, overload
 
 Axis = Literal["q", "k", "h", "n"]
 Side = Literal["q", "k"]
@@ -364,6 +364,14 @@ def axes(node: Node) -> frozenset[Axis]:
         case HoistedBits():
             return frozenset({"q", "k"})
     return frozenset().union(*(axes(child) for child in children(node)))
+
+
+def is_name(x: Any) -> TypeGuard[str]:
+    """Whether a user can give this name to a run-time array: a Python identifier.
+
+    Passes name arrays of their own, and unknowns, by strings that are none.
+    """
+    return isinstance(x, str) and x.isidentifier()
 
 
 def operand_names(node: Node) -> tuple[str, ...]:

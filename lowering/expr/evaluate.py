@@ -29,7 +29,7 @@ class _Positions:
         """The value of a run-time array."""
         if name not in self.operands:
             how = f"pass operands={{{name!r}: array}}"
-            if not name.isidentifier():
+            if not ir.is_name(name):
                 how = "pass an entry of the batch of what sadsl.select(spec, q, k) says"
             raise ValueError(f"the map reads the run-time array {name!r}: {how}")
         return self.operands[name][index]

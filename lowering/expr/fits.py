@@ -171,3 +171,10 @@ def fits(node: ir.Node, known: Known) -> bool:
         low, high = ends(node, known)
         return is_32(low) and is_32(high)
     return _has_room(node, known) and all(fits(c, known) for c in ir.children(node))
+
+
+def looks_up_pairs(node: ir.Pred) -> bool:
+    """Whether the node reads a run-time array at both the query and the key."""
+    return any(
+        isinstance(n, ir.Operand) and {"q", "k"} <= ir.axes(n) for n in ir.walk(node)
+    )

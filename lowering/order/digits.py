@@ -7,6 +7,7 @@ in digits that stand for themselves, and ``in_slots`` in the slots of a layout.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from math import gcd, prod
 
@@ -90,7 +91,7 @@ def _in_coordinates(node: ir.Pred, sides: Sequence[Side]) -> ir.Pred:
     for side in sides:
         values = places(tuple(axis.size for axis in side.axes))
         terms = [ir.Mul(_coordinate(side, i), place) for i, place in enumerate(values)]
-        new[side.name] = integer(_sum(terms))
+        new[side.name] = integer(reduce(ir.Add, terms))
     return simplify(ir.substitute(node, new))
 
 
@@ -109,7 +110,7 @@ def _digit_sums(sides: Sequence[Side]) -> dict[ir.Node, ir.Expr]:
                 ir.Mul(digit(side.name, first + j, radix), place)
                 for j, (radix, place) in enumerate(pairs)
             ]
-            found[_coordinate(side, i)] = _sum(terms)
+            found[_coordinate(side, i)] = reduce(ir.Add, terms)
             first += len(axis.radices)
     return found
 
@@ -154,10 +155,3 @@ def _radices(periods: frozenset[int], length: int) -> tuple[int, ...]:
             chain.append(period)
     low = [b // a for a, b in pairwise(chain)]
     return (-(-length // chain[-1]), *reversed(low))
-
-
-def _sum(terms: Sequence[ir.Expr]) -> ir.Expr:
-    total = terms[0]
-    for term in terms[1:]:
-        total = ir.Add(total, term)
-    return total

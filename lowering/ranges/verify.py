@@ -127,7 +127,7 @@ def _operand_range(
 
 
 def _how(name: str) -> str:
-    if not name.isidentifier():
+    if not ir.is_name(name):
         return "it is what content decides; pass what sadsl.select(spec, q, k) returns"
     if name.endswith("_segment_ids"):
         return "pass q_segment_ids= and kv_segment_ids=, int32 [batch, seq]"

@@ -16,6 +16,7 @@ from lowering.expr.evaluate import NumPy, evaluate
 from lowering.expr.simplify import simplify, sum_of
 from lowering.expr.static_range import span
 from lowering.solve.eliminate import by_digits, cuts_of
+from lowering.solve.solve import from_linear
 
 # Pairs of digits of one level that are tried, and classes that they may fall into.
 MOST_TRIED = 1 << 20
@@ -112,9 +113,9 @@ def _compared(
     weights = {level: gcd(*terms.values()) for level, terms in parts.items()}
     top = max(weights, key=weights.__getitem__)
     weight = weights.pop(top)
-    high = _sum({x: f // weight for x, f in parts[top].items()}, 0)
+    high = from_linear({x: f // weight for x, f in parts[top].items()}, 0)
     rest = {x: f for level in weights for x, f in parts[level].items()}
-    low = _sum(rest, constant)
+    low = from_linear(rest, constant)
     least, most = _range(low, levels)
     # weight * high + low <= bound, for a low between least and most.
     surely, last = (bound - most) // weight, (bound - least) // weight
@@ -138,13 +139,6 @@ def _range(expr: ir.Expr, levels: tuple[Level, ...]) -> tuple[int, int]:
     if low is None or high is None:
         raise NotImplementedError("a number is not bounded by its digits")
     return low, high
-
-
-def _sum(terms: dict[ir.Expr, int], constant: int) -> ir.Expr:
-    total: ir.Expr = ir.Const(constant)
-    for atom, factor in terms.items():
-        total = ir.Add(total, ir.Mul(atom, factor))
-    return total
 
 
 # --- classes of one level ---

@@ -6,17 +6,16 @@ What no rule covers stays as it is, and becomes bits that are computed outside
 (``hoist``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import reduce
 from typing import assert_never
 
 from lowering import ir
 from lowering.expr.evaluate import intervals
-from lowering.expr.fits import bounded, ends, fits, is_plain
-from lowering.expr.simplify import Sum, integer, simplify
+from lowering.expr.fits import bounded, ends, fits, is_plain, looks_up_pairs
+from lowering.expr.simplify import integer, simplify
 from lowering.expr.static_range import Known
-from lowering.solve.solve import linear, log2_le, minus
+from lowering.solve.solve import from_linear, linear, log2_le, minus
 
 # A set beyond 32 bits becomes at most so many comparisons.
 MOST_INTERVALS = 16
@@ -36,7 +35,7 @@ def narrow(node: ir.Pred, known: Known) -> ir.Pred:
             case ir.Bool() | ir.HoistedBits():
                 return part
             case ir.Le() | ir.Eq() | ir.In() | ir.PowerOfTwo():
-                if fits(part, known) or _looks_up_pairs(part):
+                if fits(part, known) or looks_up_pairs(part):
                     return part
                 found = _Comparison(known)(part)
                 return part if found is None or not fits(found, known) else found
@@ -50,12 +49,6 @@ def _joined(kind: type[ir.And] | type[ir.Or], terms: list[ir.Pred]) -> ir.Pred:
     flat = [t.terms if isinstance(t, kind) else (t,) for t in terms]
     found = tuple(dict.fromkeys(x for part in flat for x in part))
     return found[0] if len(found) == 1 else kind(found)
-
-
-def _looks_up_pairs(node: ir.Pred) -> bool:
-    return any(
-        isinstance(n, ir.Operand) and {"q", "k"} <= ir.axes(n) for n in ir.walk(node)
-    )
 
 
 @dataclass(frozen=True)
@@ -96,10 +89,19 @@ class _Comparison:
         a = self.reduced(a)
         if fits(whole := ir.Le(a, ir.Const(value)), self.known):
             return whole
-        found: list[tuple[int, ir.Pred]] = []
+        return (
+            _cheapest(self.le_by_sides(a, value))
+            or self.le_by_parts(a, value)
+            or self.le_in_two(a, value)
+        )
+
+    def le_by_sides(self, a: ir.Expr, value: int) -> Iterator[tuple[int, ir.Pred]]:
+        """Comparisons of two sides that fit, each with its cost.
+
+        left <= right  iff  not (right + 1 <= left)  iff  not (right <= left - 1)
+        """
+        one = ir.Const(1)
         for left, right in self.sides(a, value):
-            # left <= right  iff  not right + 1 <= left
-            one = ir.Const(1)
             for at_least, (x, y) in (
                 (False, (left, right)),
                 (True, (integer(ir.Add(right, one)), left)),
@@ -108,13 +110,7 @@ class _Comparison:
                 node = self.ordered(x, y)
                 if node is not None:
                     cost = 2 * _minuses(x, y) + at_least
-                    node = ir.Not(node) if at_least else node
-                    if not cost:
-                        return node
-                    found.append((cost, node))
-        if found:
-            return min(found, key=lambda each: each[0])[1]
-        return self.le_by_parts(a, value) or self.le_in_two(a, value)
+                    yield cost, ir.Not(node) if at_least else node
 
     def ordered(self, left: ir.Expr, right: ir.Expr) -> ir.Pred | None:
         """``left <= right``, with one of them clipped to the other, or one beyond."""
@@ -167,20 +163,19 @@ class _Comparison:
         reduced = self.reduced(a)
         if fits(whole := ir.Eq(reduced, ir.Const(value)), self.known):
             return whole
-        found: list[tuple[int, ir.Pred]] = []
-        for left, right in self.sides(reduced, value):
+        low, high = ir.Le(a, ir.Const(value)), ir.Le(ir.Const(value), a)
+        return _cheapest(self.eq_by_sides(reduced, value)) or self.both(
+            ir.And, low, high
+        )
+
+    def eq_by_sides(self, a: ir.Expr, value: int) -> Iterator[tuple[int, ir.Pred]]:
+        """Equations of two sides that fit, each with its cost."""
+        for left, right in self.sides(a, value):
             if fits(left, self.known):
                 low, high = ends(left, self.known)
                 node = ir.Eq(left, self.clipped(right, low - 1, high + 1))
                 if fits(node, self.known):
-                    cost = _minuses(left, right)
-                    if not cost:
-                        return node
-                    found.append((cost, node))
-        if found:
-            return min(found, key=lambda each: each[0])[1]
-        low, high = ir.Le(a, ir.Const(value)), ir.Le(ir.Const(value), a)
-        return self.both(ir.And, low, high)
+                    yield _minuses(left, right), node
 
     def one_of(self, a: ir.Expr, values: tuple[int, ...]) -> ir.Pred | None:
         a = self.reduced(a)
@@ -212,7 +207,7 @@ class _Comparison:
             mine = {x: f for x, f in terms.items() if axes[x] <= {side}}
             others = {x: f for x, f in terms.items() if x not in mine}
             if any(axes[x] for x in mine) or not others:
-                yield _sum(mine, 0), _sum(others, constant)
+                yield from_linear(mine, 0), from_linear(others, constant)
 
     def sides(self, a: ir.Expr, value: int) -> Iterator[tuple[ir.Expr, ir.Expr]]:
         """Expressions ``(left, right)`` with ``left <= right`` iff ``a <= value``."""
@@ -262,12 +257,15 @@ class _Comparison:
         return atom
 
 
-def _sum(terms: Sum, constant: int) -> ir.Expr:
-    """Some terms of a sum in normal form, in their order."""
-    parts = [x if f == 1 else ir.Mul(x, f) for x, f in terms.items()]
-    if constant or not parts:
-        parts.append(ir.Const(constant))
-    return reduce(ir.Add, parts)
+def _cheapest(found: Iterable[tuple[int, ir.Pred]]) -> ir.Pred | None:
+    """The first node that costs nothing, else the first of those that cost least."""
+    best: tuple[int, ir.Pred] | None = None
+    for cost, node in found:
+        if not cost:
+            return node
+        if best is None or cost < best[0]:
+            best = cost, node
+    return None if best is None else best[1]
 
 
 def _minuses(*nodes: ir.Expr) -> int:

@@ -7,6 +7,7 @@ minima and maxima, one residue class, finite sets.
 """
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import pairwise
 from math import gcd, lcm
 from typing import TypeAlias, assert_never
@@ -14,7 +15,7 @@ from typing import TypeAlias, assert_never
 from lowering import ir
 from lowering.expr.evaluate import intervals
 from lowering.expr.printing import show
-from lowering.expr.simplify import integer, simplify
+from lowering.expr.simplify import Sum, integer, simplify
 
 # A position, or a fresh name: an operand whose name is no identifier is nobody's.
 Unknown: TypeAlias = ir.Var | ir.Operand
@@ -99,6 +100,14 @@ def linear(expr: ir.Expr) -> tuple[dict[ir.Expr, int], int]:
     return {expr: 1}, 0
 
 
+def from_linear(terms: Sum, constant: int) -> ir.Expr:
+    """The inverse of ``linear``: the terms in their order, the constant last."""
+    parts = [x if f == 1 else ir.Mul(x, f) for x, f in terms.items()]
+    if constant or not parts:
+        parts.append(ir.Const(constant))
+    return reduce(ir.Add, parts)
+
+
 def minus(a: ir.Expr, b: ir.Expr) -> ir.Expr:
     """``a - b``."""
     return integer(ir.Add(a, ir.Mul(b, -1)))
@@ -136,7 +145,7 @@ def _resists(node: ir.Node, x: Unknown) -> NotImplementedError:
 def _short(node: ir.Node) -> str:
     text = show(node)
     for part in {n for n in ir.walk(node) if isinstance(n, ir.Operand)}:
-        if not part.name.isidentifier():
+        if not ir.is_name(part.name):
             text = text.replace(show(part), name_of(part))
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -153,15 +162,9 @@ def _apart(left: ir.Expr, bound: int, x: Unknown) -> tuple[dict[ir.Expr, int], i
     """``left ? bound`` as atoms with ``x`` on the left, and the rest on the right."""
     terms, constant = linear(left)
     mine = {atom: f for atom, f in terms.items() if depends(atom, x)}
-    rest = _sum({a: f for a, f in terms.items() if a not in mine}, constant - bound)
+    others = {a: f for a, f in terms.items() if a not in mine}
+    rest = from_linear(others, constant - bound)
     return mine, integer(ir.Mul(rest, -1))
-
-
-def _sum(terms: dict[ir.Expr, int], constant: int) -> ir.Expr:
-    total: ir.Expr = ir.Const(constant)
-    for atom, factor in terms.items():
-        total = ir.Add(total, ir.Mul(atom, factor))
-    return total
 
 
 def _le(left: ir.Expr, bound: int, x: Unknown) -> tuple[Branch, ...]:
@@ -200,7 +203,7 @@ def _le(left: ir.Expr, bound: int, x: Unknown) -> tuple[Branch, ...]:
 def _with(mine: dict[ir.Expr, int], atom: ir.Expr, new: ir.Expr) -> ir.Expr:
     """The sum with one of its atoms replaced."""
     others = {a: f for a, f in mine.items() if a != atom}
-    return ir.Add(_sum(others, 0), ir.Mul(new, mine[atom]))
+    return ir.Add(from_linear(others, 0), ir.Mul(new, mine[atom]))
 
 
 def log2_le(inner: ir.Expr, f: int, right: int) -> ir.Pred:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import sadsl as sa
-from lowering import hoist, ir, pipeline
+from lowering import ir, pipeline
 from lowering.run_time import pair_bits, plans
 from lowering.run_time.pair_bits import key_groups
+from lowering.run_time.vectors import vectors_of
 from pallas_kernels import dense
 from pallas_kernels.block_mask import EMPTY, FULL, blank, check, expand, from_blocks
 from pallas_kernels.call import PairBits, Vectors
