@@ -1,1 +1,4 @@
-"""Node in, kernel call out; imported by sadsl. No stability promise."""
+"""The compiler: turns an index map into a block plan and what kernels need.
+
+Imported by ``sadsl``; no stability promise.
+"""

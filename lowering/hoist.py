@@ -1,10 +1,11 @@
-"""Takes out of predicates what kernels cannot compute: look-ups, and too large numbers.
+"""Moves out of kernels what they cannot compute: look-ups and numbers beyond 32 bits.
 
-Whatever reads a table or a run-time array and depends on the query alone, or on the key
-alone, becomes a vector that is computed once, outside of the kernel, and fetched with
-its block. So does what 32 bits cannot hold on the way; there, 64 bits compute it. A
-comparison that looks up a pair, or that 32 bits cannot do, becomes a bit of every pair
-(``lowering/bits.py`` packs them).
+An expression that reads a table or a run-time array and depends on the query alone, or
+on the key alone, becomes a vector. The vector is computed once, outside of the kernel,
+and fetched with its block. The same happens to an expression whose parts may exceed 32
+bits; outside, it is computed in 64. A comparison that looks up an array at both the
+query and the key, or that does not fit 32 bits, becomes one bit for every pair
+(``run_time/pair_bits.py`` packs them).
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from lowering.expr.static_range import Known
 
 @dataclass(frozen=True)
 class Hoists:
-    """Maps that kernels can compute, and the vectors and bits they read."""
+    """Maps that kernels can compute, and the vectors and bits that they read."""
 
     maps: tuple[ir.Pred, ...]
     q: tuple[ir.Expr, ...] = ()
@@ -30,7 +31,10 @@ class Hoists:
 
 
 def hoist(maps: tuple[ir.Pred, ...], known: Known) -> Hoists:
-    """Replaces the largest such expressions by ``Hoisted``; equal ones share a slot."""
+    """Replaces the largest parts that kernels cannot compute; equal parts share a slot.
+
+    ``known`` holds the spans of positions and of run-time arrays.
+    """
     slots: dict[ir.Side, dict[ir.Expr, int]] = {"q": {}, "k": {}}
     bits: dict[ir.Pred, int] = {}
 

@@ -1,7 +1,7 @@
-"""The array namespace of run-time plans: NumPy as long as nothing is traced.
+"""An array namespace for run-time plans: NumPy until an argument is a JAX array.
 
-What a plan knows of positions alone is then a NumPy array when the call is traced, and
-no part of the compiled program. XLA would fold it at compile time, one element at a
+What depends on positions alone is then computed by NumPy while the call is traced, and
+is no part of the compiled program. XLA would fold it at compile time, one element at a
 time.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class HostFirst:
-    """The functions of ``jnp``, in NumPy where no argument is an array of JAX.
+    """The functions of ``jnp``; those of NumPy where no argument is a JAX array.
 
     Integers are int32, as they are on the device.
     """
@@ -32,12 +32,12 @@ HOST_FIRST = HostFirst()
 
 
 def is_known(x: Any) -> bool:
-    """Whether no leaf of ``x`` is an array of JAX, traced or not."""
+    """Whether no leaf of ``x`` is a JAX array, traced or not."""
     return not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
 
 
 def look_up(table: Any, *index: Any) -> Any:
-    """``table[index]``, where the table may be known although the index is traced."""
+    """``table[index]``; the table may be a NumPy array although the index is traced."""
     return (table if is_known(index) else jnp.asarray(table))[index]
 
 

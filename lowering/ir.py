@@ -1,10 +1,10 @@
-"""The closed union of nodes that every index map is made of: integers and predicates.
+"""The nodes of every index map: integer expressions and predicates, a closed union.
 
-An expression is an integer of a query position ``q``, a key position ``k``, a head
-``h`` and the number of keys ``n``; a predicate says which pairs attend. Nodes are
-frozen, hashable and equal by content. Passes ``match`` on them and end in
-``assert_never``; ``printing.show`` prints the Python expression that builds a node
-again.
+An expression is an integer computed from a query position ``q``, a key position ``k``,
+a head ``h`` and the number of keys ``n``; a predicate is true for the pairs that attend.
+Nodes are frozen, hashable and equal by content. A pass is a function that matches on
+them and ends in ``assert_never``. ``printing.show`` prints the Python expression that
+builds a node again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +24,7 @@ class Var:
 
 @dataclass(frozen=True, slots=True)
 class Const:
-    """A number."""
+    """An integer constant."""
 
     value: int
 
@@ -63,7 +63,7 @@ class Mod:
 
 @dataclass(frozen=True, slots=True)
 class Min:
-    """The smaller of two."""
+    """The smaller of ``left`` and ``right``."""
 
     left: "Expr"
     right: "Expr"
@@ -71,7 +71,7 @@ class Min:
 
 @dataclass(frozen=True, slots=True)
 class Max:
-    """The larger of two."""
+    """The larger of ``left`` and ``right``."""
 
     left: "Expr"
     right: "Expr"
@@ -86,7 +86,7 @@ class Log2:
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """``expr``, which has to run through 0 .. ``size - 1``, and no further.
+    """``expr``, which must take exactly the values 0 .. ``size - 1``.
 
     ``verify`` checks that it does; ``simplify`` then drops the node.
     """
@@ -105,10 +105,10 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A run-time array at ``index``, one expression an axis; none: a value a batch row.
+    """A run-time array at ``index``: one expression for each axis after the batch axis.
 
-    Queries count here as the array has them: ``q_offset`` does not shift an axis that
-    is indexed by the query alone.
+    An empty index reads one value for each batch row. An axis that is indexed by the
+    query alone counts the queries of the call: ``q_offset`` does not shift it.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Hoisted:
-    """A run-time vector over the queries or the keys, made outside of the kernel."""
+    """A vector over the queries or the keys that is computed outside of the kernel."""
 
     axis: Side
     slot: int
@@ -125,14 +125,14 @@ class Hoisted:
 
 @dataclass(frozen=True, slots=True)
 class HoistedBits:
-    """A run-time bit of every pair, made outside of the kernel."""
+    """One bit for every pair, computed outside of the kernel."""
 
     slot: int
 
 
 @dataclass(frozen=True, slots=True)
 class Bool:
-    """All pairs, or none."""
+    """True: all pairs attend. False: no pair does."""
 
     value: bool
 
@@ -155,7 +155,7 @@ class Eq:
 
 @dataclass(frozen=True, slots=True)
 class In:
-    """``expr`` is one of ``values``, which ascend."""
+    """``expr`` is one of ``values``, which are sorted in ascending order."""
 
     expr: "Expr"
     values: tuple[int, ...]
@@ -177,7 +177,7 @@ class And:
 
 @dataclass(frozen=True, slots=True)
 class Or:
-    """One of the terms holds."""
+    """At least one of the terms holds."""
 
     terms: tuple["Pred", ...]
 
@@ -191,7 +191,7 @@ class Not:
 
 @dataclass(frozen=True, slots=True)
 class ByHead:
-    """Of ``n`` terms, head ``h`` of ``num_heads`` has term ``h * n // num_heads``."""
+    """Head ``h`` of ``num_heads`` has term ``h * len(terms) // num_heads``."""
 
     terms: tuple["Pred", ...]
 
@@ -325,12 +325,12 @@ def shift_queries(node: Node, offset: int) -> Node:
 
 
 def transpose(node: Pred) -> Pred:
-    """Queries for keys and keys for queries."""
+    """``node`` with the roles of queries and keys exchanged."""
     return substitute(node, {"q": K, "k": Q})
 
 
 def children(node: Node) -> tuple[Node, ...]:
-    """The nodes directly below."""
+    """The direct children of ``node``."""
     match node:
         case Var() | Const() | Hoisted() | Bool() | HoistedBits():
             return ()
@@ -350,14 +350,14 @@ def children(node: Node) -> tuple[Node, ...]:
 
 
 def walk(node: Node) -> Iterator[Node]:
-    """The node and all below it."""
+    """``node`` and all its descendants, parents first."""
     yield node
     for child in children(node):
         yield from walk(child)
 
 
 def axes(node: Node) -> frozenset[Axis]:
-    """The variables that the node depends on."""
+    """The variables that the node depends on; hoisted values count as their axis."""
     match node:
         case Var(axis) | Hoisted(axis, _):
             return frozenset({axis})

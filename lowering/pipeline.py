@@ -1,4 +1,4 @@
-"""The passes from a node to a program and its plans; every stage is kept."""
+"""Runs the passes that turn a map into a program and its plans; keeps every stage."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,12 +23,12 @@ from pallas_kernels.config import Tile, Tiles
 
 @dataclass(frozen=True)
 class Program:
-    """The maps of all heads in some stage of lowering.
+    """The maps of all heads at one stage of lowering.
 
-    ``maps`` are the distinct predicates, ``map_of_head`` says who has which. After
-    ``arrange`` they speak of slots of ``layouts``, and the lengths count slots. After
-    hoisting, ``q_vectors``, ``kv_vectors`` and ``bits`` are what is computed outside of
-    kernels.
+    ``maps`` are the distinct predicates; head ``h`` has ``maps[map_of_head[h]]``. After
+    ``arrange``, ``q`` and ``k`` are slots of ``layouts`` instead of positions, and the
+    lengths of the problem count slots. After ``hoist``, ``q_vectors``, ``kv_vectors``
+    and ``bits`` are computed outside of kernels.
     """
 
     problem: Problem
@@ -40,7 +40,7 @@ class Program:
     layouts: Layouts | None = None
 
     def sizes_in(self, block_q: int, block_kv: int) -> BlockSizes:
-        """The extent of a plan with such blocks."""
+        """The lengths of this program together with the given block sizes."""
         lengths = self.problem.q_seq_len, self.problem.kv_seq_len
         return BlockSizes(*lengths, block_q, block_kv)
 
@@ -60,7 +60,7 @@ class Program:
 
 
 def shift_queries(program: Program) -> Program:
-    """Writes positions in terms of array indices: ``q`` becomes ``q + q_offset``."""
+    """Replaces positions by array indices: ``q`` becomes ``q + q_offset``."""
     offset = program.problem.q_offset
     if not offset:
         return program
@@ -69,7 +69,7 @@ def shift_queries(program: Program) -> Program:
 
 
 def resolve_heads(program: Program) -> Program:
-    """One map a head, with the number of keys written for ``n``."""
+    """Makes one map for each head, and replaces ``n`` by the number of keys."""
     (node,) = program.maps
     node = ir.substitute(node, {"n": ir.Const(program.problem.kv_seq_len)})
     num_heads = program.problem.num_heads
@@ -79,7 +79,7 @@ def resolve_heads(program: Program) -> Program:
 
 
 def simplify(program: Program) -> Program:
-    """Normal form; heads whose maps turn out equal share one."""
+    """Brings maps into normal form; heads whose maps become equal share one."""
     known = _known(program)
     every = tuple(
         fits.bounded(simplification.simplify(node), known) for node in program.maps
@@ -91,9 +91,9 @@ def simplify(program: Program) -> Program:
 
 
 def hoist(program: Program, arrays: dict[str, Span] | None = None) -> Program:
-    """Tables, run-time arrays and what needs 64 bits become vectors, or bits.
+    """Replaces tables, run-time arrays and 64-bit parts by hoisted vectors or bits.
 
-    ``arrays`` are the spans of run-time arrays that do not hold just any int32.
+    ``arrays`` gives spans of run-time arrays that are narrower than int32.
     """
     known = _known(program, arrays)
     maps = tuple(narrow.narrow(node, known) for node in program.maps)
@@ -123,7 +123,7 @@ PASSES: tuple[Callable[[Program], Program], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class Stages:
-    """The program after every pass, by the name of the pass; equal only to itself."""
+    """The program after every pass, by the name of the pass; compared by identity."""
 
     named: tuple[tuple[str, Program], ...]
 
@@ -132,12 +132,12 @@ class Stages:
 
     @property
     def planned(self) -> Program:
-        """The program that plans are made of: all passes but ``hoist``."""
+        """The program from which plans are made: after all passes but ``hoist``."""
         return self.named[-2][1]
 
     @property
     def layouts(self) -> Layouts | None:
-        """The order of positions that kernels work in, if it is not the given one."""
+        """The order of positions that kernels use, or None if it is the given one."""
         return self.planned.layouts
 
     def __str__(self) -> str:
@@ -152,7 +152,7 @@ class Stages:
 
 @lru_cache(maxsize=512)
 def run(node: ir.Pred, problem: Problem) -> Stages:
-    """All passes over a map.
+    """Runs all passes over a map.
 
     Raises:
       ValueError: the map does not fit the problem (heads, tables, grids).
@@ -169,7 +169,7 @@ def run(node: ir.Pred, problem: Problem) -> Stages:
 
 @lru_cache(maxsize=512)
 def arrange(stages: Stages, block_q: int, block_kv: int) -> Stages:
-    """The stages in the best order of positions for such blocks, if there is one."""
+    """The stages in a better order of positions for these blocks, if one pays off."""
     program = stages["simplify"]
     if stages["hoist"].bits:
         return stages
@@ -189,14 +189,14 @@ def arrange(stages: Stages, block_q: int, block_kv: int) -> Stages:
 def block_mask(
     stages: Stages, block_q: int, block_kv: int, by: Axis = "q", exact: bool = False
 ) -> BlockMask:
-    """The plan of a lowered map, on host arrays."""
+    """The plan of a lowered map, as NumPy arrays."""
     program = stages.planned
     sizes = program.sizes_in(block_q, block_kv)
     return plan(program.maps, program.map_of_head, sizes, by=by, exact=exact)
 
 
 def masks(stages: Stages, tiles: Tiles) -> Masks:
-    """The plans of the three kernels."""
+    """The plans of the three kernels: forward, dq and dkv."""
 
     def of(tile: Tile, by: Axis) -> BlockMask:
         return block_mask(stages, tile.block_q, tile.block_kv, by)

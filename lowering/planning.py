@@ -1,8 +1,9 @@
-"""Predicate + block sizes -> BlockMask, by splitting rectangles from the whole square.
+"""Plans a predicate: which blocks are full, partial or empty, as runs of blocks.
 
-A rectangle that holds all pairs, or none, or surely a mixture in each of its blocks, is
-done; any other is split four by four. All rectangles of one level are analysed at once,
-so the cost follows the boundary of the pattern and never its area.
+Planning starts with the whole square. A rectangle is decided if all of its pairs
+attend, none does, or each of its blocks surely holds a mixture; any other rectangle is
+split four by four. All rectangles of one level are analysed at once, as arrays, so the
+cost follows the boundary of the pattern and not its area.
 """
 
 from dataclasses import dataclass, replace
@@ -18,13 +19,13 @@ from lowering.ranges.verdicts import Analysis
 from pallas_kernels.block_mask import Axis, BlockMask, blank, from_runs
 
 SPLIT = 4
-# Rectangles to look at, at most, for what bounds alone leave open in one plan.
+# At most so many rectangles are examined where interval analysis leaves a plan open.
 BUDGET = 1 << 18
 
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """The extent of a plan and its blocks."""
+    """The sequence lengths and block sizes of a plan."""
 
     q_seq_len: int
     kv_seq_len: int
@@ -32,7 +33,10 @@ class BlockSizes:
     block_kv: int
 
     def elements(self, i: np.ndarray, j: np.ndarray, size: int) -> Rectangles:
-        """The pairs of block squares ``size`` wide, clipped to the sequences."""
+        """The pairs of the squares at ``(i, j)``, clipped to the sequence lengths.
+
+        ``i`` and ``j`` are int arrays ``[squares]``; they and ``size`` count blocks.
+        """
         q, k = i * self.block_q, j * self.block_kv
         return Rectangles(
             q,
@@ -42,7 +46,7 @@ class BlockSizes:
         )
 
     def sides(self, i: np.ndarray, j: np.ndarray, size: int) -> Sides:
-        """The rows and columns of such squares, and which of them each square has."""
+        """The rows and columns of these squares, and the row and column of each."""
         rows = np.arange(0, -(-self.q_seq_len // self.block_q), size)
         columns = np.arange(0, -(-self.kv_seq_len // self.block_kv), size)
         first = np.zeros(1, np.int64)
@@ -53,7 +57,7 @@ class BlockSizes:
 
     @property
     def leaf(self) -> tuple[int, int]:
-        """The smallest extent of a block: that of the ragged last one."""
+        """The smallest extent of a block: that of the last one, which may be ragged."""
         return (
             self.q_seq_len % self.block_q or self.block_q,
             self.kv_seq_len % self.block_kv or self.block_kv,
@@ -62,7 +66,7 @@ class BlockSizes:
 
 @dataclass(frozen=True)
 class Squares:
-    """Squares of blocks: corner ``(i, j)`` in blocks, ``size``, and whether full."""
+    """Squares of blocks: corners ``(i, j)``, sizes, whether full; ``[squares]`` each."""
 
     i: np.ndarray
     j: np.ndarray
@@ -78,11 +82,11 @@ def plan(
     by: Axis = "q",
     exact: bool = False,
 ) -> BlockMask:
-    """The runs of every map: sound always, exact but for what passes the budget.
+    """Plans every map: always sound, and exact unless the budget runs out.
 
     Args:
       maps: distinct simplified predicates without heads.
-      map_of_head: which of them each head has.
+      map_of_head: the index into ``maps`` for each head.
       sizes: sequence lengths and block sizes.
       by: rows of queries (forward, dq), or of keys (the transposed plan).
       exact: evaluate every undecided block, however many there are.
@@ -104,10 +108,10 @@ def plan(
 
 
 def cover(node: ir.Pred, sizes: BlockSizes, *, exact: bool) -> Squares:
-    """Disjoint squares of blocks that hold all pairs: each full, or partial throughout.
+    """Disjoint squares that cover all pairs; the blocks of each are full or partial.
 
-    Run-time operands are unknown here: a block is visited if some value of them gives
-    it a pair, and full only if every value does.
+    Run-time operands are unknown here. A block is visited if it holds a pair for some
+    value of them, and full only if all its pairs attend for every value.
     """
     upper, lower = widest(node), narrowest(node)
     found: list[tuple] = []
@@ -144,17 +148,17 @@ def cover(node: ir.Pred, sizes: BlockSizes, *, exact: bool) -> Squares:
 
 
 def widest(node: ir.Pred) -> ir.Pred:
-    """What holds for some value of the run-time operands, at the least."""
+    """A predicate that holds wherever ``node`` does, for any value of operands."""
     return _assume(node, held=True)
 
 
 def narrowest(node: ir.Pred) -> ir.Pred:
-    """What holds for every value of the run-time operands, at the most."""
+    """A predicate that holds only where ``node`` does, for every value of operands."""
     return _assume(node, held=False)
 
 
 def _assume(node: ir.Pred, *, held: bool) -> ir.Pred:
-    """The node, in normal form, with each test of an operand taken as ``held``."""
+    """The node with each comparison that reads an operand replaced by ``held``."""
     if not ir.operand_names(node):
         return node
     return simplify.simplify(envelope(node, lambda _: True, held=held))
@@ -172,7 +176,7 @@ def _roots(sizes: BlockSizes) -> tuple[np.ndarray, np.ndarray, int]:
 def _split(
     i: np.ndarray, j: np.ndarray, size: int, sizes: BlockSizes
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The children, ``size`` wide, that begin inside the sequences."""
+    """The parts of squares, ``size`` wide, that begin inside the sequences."""
     steps = np.arange(SPLIT) * size
     shape = (len(i), SPLIT, SPLIT)
     i = np.broadcast_to(i[:, None, None] + steps[:, None], shape).ravel()
@@ -186,7 +190,7 @@ def _split(
 def _runs(
     found: Squares, sizes: BlockSizes, by: Axis
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Squares -> runs ``(row, start, stop, full)``, merged and sorted."""
+    """Squares as runs ``(row, start, stop, full)``, sorted, adjacent ones merged."""
     num_q = -(-sizes.q_seq_len // sizes.block_q)
     num_kv = -(-sizes.kv_seq_len // sizes.block_kv)
     squares = _cut_overhang(found, sizes, num_kv)
@@ -216,7 +220,7 @@ def _runs(
 
 
 def _cut_overhang(found: Squares, sizes: BlockSizes, num_kv: int) -> tuple:
-    """Splits the last key blocks off full squares if they overhang: as partial ones."""
+    """Makes the last key block of full squares partial if it exceeds the sequence."""
     i, j, full = found.i, found.j, found.full
     i_stop, j_stop = i + found.size, np.minimum(j + found.size, num_kv)
     if sizes.kv_seq_len % sizes.block_kv == 0:

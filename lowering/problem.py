@@ -1,4 +1,4 @@
-"""The sizes of a call."""
+"""The sizes of an attention call: sequence lengths, heads, offset of the queries."""
 
 from dataclasses import dataclass
 

@@ -1,1 +1,1 @@
-"""Numbers that are added to scores."""
+"""Biases: expressions for the numbers that are added to attention scores."""

@@ -1,1 +1,1 @@
-"""Counts as FLOPs, bytes and time; chips, and the code made for them."""
+"""Costs of a call: FLOPs, bytes and time on a chip; and the code made for a chip."""

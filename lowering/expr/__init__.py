@@ -1,1 +1,1 @@
-"""One expression: printed, simplified, evaluated, tested in a kernel."""
+"""Passes over one expression: print, simplify, evaluate, test inside a kernel."""

@@ -1,4 +1,4 @@
-"""The widest map that a predicate can be, whatever some run-time arrays hold."""
+"""Bounds a predicate from above or below when some run-time arrays are unknown."""
 
 from collections.abc import Callable
 from typing import assert_never
@@ -9,11 +9,11 @@ from lowering import ir
 def envelope(
     node: ir.Pred, unknown: Callable[[str], bool], *, held: bool = True
 ) -> ir.Pred:
-    """``node`` with each comparison that reads an unknown array taken to hold.
+    """``node`` with each comparison that reads an unknown array replaced by a constant.
 
-    Every pair of ``node`` is in the result, for any values of the arrays whose names
-    are ``unknown``. Under a negation such comparisons are taken not to hold; that is
-    what ``held=False`` asks for: pairs that ``node`` has for any values.
+    ``unknown`` is asked by the name of an array. With ``held=True`` such comparisons
+    become true, and false under a negation: the result holds wherever ``node`` does,
+    for any values of the arrays. With ``held=False`` it holds only where ``node`` does.
     """
     match node:
         case ir.And(terms) | ir.Or(terms) | ir.ByHead(terms):

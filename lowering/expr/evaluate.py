@@ -1,4 +1,4 @@
-"""Node -> the elementwise test: of NumPy positions, of jnp arrays, inside a kernel."""
+"""Evaluates a node elementwise: on NumPy arrays, on JAX arrays and inside a kernel."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ MAX_SELECTS = 64
 
 @dataclass(frozen=True)
 class _Positions:
-    """Positions that broadcast, the head, and the run-time arrays."""
+    """Positions ``q`` and ``k`` that broadcast, the head, and the run-time arrays."""
 
     q: Any
     k: Any
@@ -42,11 +42,11 @@ class NumPy(_Positions):
     xp: ClassVar[ModuleType] = np
 
     def hoisted(self, axis: str, slot: int) -> Any:
-        """Not there: only kernels have hoisted vectors."""
+        """Never called: only kernels have hoisted vectors."""
         raise AssertionError(f"hoisted {axis} vector {slot} outside of a kernel")
 
     def hoisted_bits(self, slot: int) -> Any:
-        """Not there: only kernels have hoisted bits."""
+        """Never called: only kernels have hoisted bits."""
         raise AssertionError(f"hoisted bits {slot} outside of a kernel")
 
     def floor_div(self, x: Any, n: int) -> Any:
@@ -70,15 +70,15 @@ class NumPy(_Positions):
         return self.xp.maximum(a, b)
 
     def log2(self, x: Any) -> Any:
-        """The floor of the binary logarithm, 0 below 1."""
+        """The floor of the binary logarithm; 0 for values below 1."""
         return floor_log2(x)
 
     def table(self, values: tuple[int, ...], index: Any) -> Any:
-        """``values[index]``; the end of the table for what holds no position."""
+        """``values[index]``, clipped: the index of padding may be outside."""
         return np.take(np.asarray(values, np.int64), index, mode="clip")
 
     def isin(self, x: Any, values: tuple[int, ...]) -> Any:
-        """Membership."""
+        """Whether ``x`` is one of ``values``."""
         return np.isin(x, np.asarray(values, np.int64))
 
     def constant(self, value: bool) -> Any:
@@ -90,8 +90,8 @@ class NumPy(_Positions):
 class Jax(_Positions):
     """Positions and vectors as int32 arrays that broadcast; also inside kernels.
 
-    Division is spelt with ``lax`` primitives: what jnp makes of ``//`` and ``%`` asks
-    for the chip while it is traced, which a cross-compiler does not have.
+    Division uses ``lax`` primitives: while jnp traces ``//`` and ``%`` it queries the
+    device, and a cross-compiler has none.
     """
 
     q_vectors: tuple = ()
@@ -110,7 +110,7 @@ class Jax(_Positions):
         """``x // n``, rounded down."""
         if n & (n - 1) == 0:
             return lax.shift_right_arithmetic(x, _like(x, n.bit_length() - 1))
-        # Rounded to zero, and down by one, the sign bit, where a remainder is negative.
+        # div rounds to zero; the sign bit of a negative remainder subtracts one.
         quotient = lax.div(x, _like(x, n))
         sign = jnp.iinfo(jnp.result_type(x)).bits - 1
         return quotient + lax.shift_right_arithmetic(x - quotient * n, _like(x, sign))
@@ -131,9 +131,10 @@ class Jax(_Positions):
         return jnp.maximum(a, b)
 
     def log2(self, x: Any) -> Any:
-        """The floor of the binary logarithm, 0 below 1, from a float's exponent.
+        """The floor of the binary logarithm, from a float's exponent; 0 below 1.
 
-        Without the lower of two neighbouring bits, rounding never carries.
+        ``x & ~(x >> 1)`` keeps the highest bit and clears the one below it, so that
+        rounding to a float never carries into the next power of two.
         """
         x = jnp.maximum(x, 1)
         top = x & ~lax.shift_right_arithmetic(x, _like(x, 1))
@@ -153,7 +154,7 @@ class Jax(_Positions):
         return reduce(lambda a, iv: jnp.where(index == iv[0], iv[1], a), pairs, start)
 
     def isin(self, x: Any, values: tuple[int, ...]) -> Any:
-        """Membership, an interval at a time."""
+        """Whether ``x`` is one of ``values``: one or two tests for each interval."""
         if not values:
             return x != x
         tests = [
@@ -163,7 +164,7 @@ class Jax(_Positions):
         return reduce(lambda a, b: a | b, tests)
 
     def constant(self, value: bool) -> Any:
-        """All pairs, or none: as a comparison, which every backend can broadcast."""
+        """A constant as a comparison, which every backend can broadcast."""
         return (self.q >= 0) if value else (self.q < 0)
 
 
@@ -180,7 +181,7 @@ def floor_log2(x: Any) -> Any:
 
 
 def intervals(values: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Ascending numbers as maximal closed intervals."""
+    """Ascending numbers as maximal closed intervals ``(first, last)``."""
     found: list[tuple[int, int]] = []
     for value in values:
         if found and found[-1][1] == value - 1:
@@ -191,7 +192,7 @@ def intervals(values: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def evaluate(node: ir.Node, at: NumPy | Jax) -> Any:
-    """The value of ``node`` at positions: integers, or bools of a predicate."""
+    """The value of ``node`` at positions: integers, or bools for a predicate."""
     seen: dict[ir.Expr, Any] = {}
     if isinstance(node, ir.Expr):
         return _integer(node, at, seen)
@@ -266,5 +267,5 @@ def _truth(node: ir.Pred, at: NumPy | Jax, seen: dict[ir.Expr, Any]) -> Any:
 
 
 def _array(test: Any, at: NumPy | Jax) -> Any:
-    """A comparison of two numbers is a Python bool, which ``~`` would make an int."""
+    """``test`` as an array: of a Python bool, ``~`` would make an int."""
     return at.constant(test) if isinstance(test, bool) else test

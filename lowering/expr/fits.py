@@ -1,7 +1,7 @@
-"""What 32 bits hold: the span of every part of a predicate, from the lengths.
+"""Checks that 32 bits, or 64, hold every part of a predicate for the given lengths.
 
-Kernels compute with int32, and run-time arrays hold any int32. Plans and what is
-evaluated outside of kernels have 64 bits.
+Kernels compute with int32, and run-time arrays hold any int32. Plans use 64 bits, and
+so does what is evaluated outside of kernels where 32 are not enough.
 """
 
 from lowering import ir
@@ -12,7 +12,7 @@ from lowering.expr.static_range import Known, Span, span
 INT32 = -(2**31), 2**31 - 1
 # Sums in kernels stay below half of it: the bounds of a plan subtract two of them.
 MOST_SUM = 2**30 - 1
-# What plans and exact evaluation hold: NumPy's 64 bits, with room for a sum of two.
+# The range of plans and exact evaluation: int64, with room for a sum of two.
 INT62 = -(2**62), 2**62 - 1
 
 
@@ -22,14 +22,14 @@ def known_of(
     num_heads: int = 1,
     arrays: dict[str, Span] | None = None,
 ) -> Known:
-    """What is known of positions and heads; ``arrays`` are spans other than int32."""
+    """The spans of positions and heads; ``arrays`` has those narrower than int32."""
     sizes: dict[ir.Axis, int] = {"q": q_seq_len, "k": kv_seq_len, "h": num_heads}
     axes = {axis: (0, max(size, 1) - 1) for axis, size in sizes.items()}
     return Known(axes, INT32, arrays or {})
 
 
 def ends(node: ir.Expr, known: Known) -> tuple[int, int]:
-    """The span of an expression whose variables are all known."""
+    """Least and greatest value of an expression whose variables all have spans."""
     low, high = span(node, known)
     assert low is not None, node
     assert high is not None, node
@@ -37,7 +37,7 @@ def ends(node: ir.Expr, known: Known) -> tuple[int, int]:
 
 
 def within(node: ir.Node, bits: tuple[int, int], known: Known) -> bool:
-    """Whether such integers hold every part of the node, constants as well."""
+    """Whether every part of the node, and its constants, stays within ``bits``."""
     return _beyond(node, bits, known) is None
 
 
@@ -59,10 +59,10 @@ def _beyond(node: ir.Node, bits: tuple[int, int], known: Known) -> ir.Node | Non
 
 
 def exact(node: ir.Pred, known: Known) -> ir.Pred:
-    """``node``, or an equal one in normal form, that 64 bits hold.
+    """``node``, or an equal one in normal form, whose parts 64 bits hold.
 
     Raises:
-      ValueError: some part of it grows beyond them.
+      ValueError: some part grows beyond 64 bits.
     """
     if within(node, INT62, known):
         return node
@@ -70,10 +70,12 @@ def exact(node: ir.Pred, known: Known) -> ir.Pred:
 
 
 def bounded(node: ir.Pred, known: Known) -> ir.Pred:
-    """A predicate in normal form with no constant beyond 32 bits that need not be.
+    """A predicate in normal form whose constants are clipped to what is reachable.
 
-    A bound beyond all that is compared with it becomes the nearest one that is not: a
-    window longer than the sequence is as long as the sequence.
+    For ``a`` in ``low .. high`` and a constant ``c`` that is no int32:
+    a <= c  is  a <= min(max(c, low - 1), high);  a == c  is  False if c is outside;
+    a in set  keeps the members inside. So a window longer than the sequence becomes as
+    long as the sequence.
 
     Raises:
       ValueError: some part grows beyond 64 bits.
@@ -88,10 +90,10 @@ def bounded(node: ir.Pred, known: Known) -> ir.Pred:
 
 
 def check_64_bits(node: ir.Node, known: Known) -> None:
-    """Refuses by name what 64 bits may not hold.
+    """Raises an error that names a part which 64 bits may not hold.
 
     Raises:
-      ValueError: some part of the node may grow beyond them.
+      ValueError: some part of the node may grow beyond 64 bits.
     """
     part = _beyond(node, INT62, known)
     if part is None:
@@ -126,17 +128,17 @@ def _bounded(node: ir.Pred, known: Known) -> ir.Pred:
 
 
 def is_32(value: int) -> bool:
-    """Whether it is an int32."""
+    """Whether ``value`` is an int32."""
     return INT32[0] <= value <= INT32[1]
 
 
 def is_one_sided(node: ir.Expr) -> bool:
-    """Whether it can be made outside of kernels, as a vector of queries or of keys."""
+    """Whether the node can be a hoisted vector: it reads queries, or keys, alone."""
     return not isinstance(node, ir.Const) and len(ir.axes(node) - {"h"}) <= 1
 
 
 def is_plain(node: ir.Node, known: Known) -> bool:
-    """Whether it is arithmetic of positions that 32 bits hold with room to spare."""
+    """Whether the node is arithmetic of positions that 32 bits hold with a margin."""
     match node:
         case ir.Table() | ir.Operand():
             return False
@@ -159,7 +161,7 @@ def _has_room(node: ir.Expr, known: Known) -> bool:
 
 
 def fits(node: ir.Node, known: Known) -> bool:
-    """Whether kernels can compute it, given what is made outside as int32 vectors."""
+    """Whether a kernel can compute the node, if one-sided parts are int32 vectors."""
     if is_plain(node, known):
         return True
     if not isinstance(node, ir.Expr):

@@ -1,4 +1,4 @@
-"""Which map each head has: a node with heads in it becomes one node a head."""
+"""Resolves heads: turns a map that depends on the head into one map for each head."""
 
 from lowering import ir
 
@@ -6,7 +6,7 @@ from lowering import ir
 def per_head(node: ir.Pred, num_heads: int) -> tuple[ir.Pred, ...]:
     """The node of every head, with ``h`` and ``ByHead`` resolved.
 
-    ``h`` in the index of an operand stays: its value is known at run time only, and
+    ``h`` in the index of an operand stays: the operand is known at run time only, and
     static plans do not depend on it.
     """
     return tuple(_of_head(node, head, num_heads) for head in range(num_heads))
@@ -15,7 +15,7 @@ def per_head(node: ir.Pred, num_heads: int) -> tuple[ir.Pred, ...]:
 def distinct(
     nodes: tuple[ir.Pred, ...],
 ) -> tuple[tuple[ir.Pred, ...], tuple[int, ...]]:
-    """The different nodes in order of appearance, and which of them each head has."""
+    """The distinct nodes in order of appearance, and the index of each head's node."""
     maps = tuple(dict.fromkeys(nodes))
     index = {node: i for i, node in enumerate(maps)}
     return maps, tuple(index[node] for node in nodes)

@@ -1,4 +1,4 @@
-"""The predicate as kernels call it: hashable, for all maps of a plan."""
+"""The predicate that kernels call: one hashable object for all maps of a plan."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,8 +15,9 @@ from lowering.expr.evaluate import Jax, evaluate
 class KernelPredicate:
     """Tests the pairs of one map on tiles of positions.
 
-    ``maps`` are hoisted nodes. Maps that differ in constants only (a window a head)
-    become one test whose constants are selected by the map index; others are branches.
+    ``maps`` are nodes after hoisting. Maps that differ in constants only (a window for
+    each head) become one test, which selects its constants by the map index. Other maps
+    become the branches of a ``lax.switch``.
     """
 
     maps: tuple[ir.Pred, ...]
@@ -57,7 +58,10 @@ class KernelPredicate:
 
 @lru_cache(maxsize=256)
 def join(maps: tuple[ir.Node, ...]) -> ir.Node | None:
-    """One node for maps of one form, their constants in tables by ``h``; or None."""
+    """One node for maps that differ in constants only, or None.
+
+    A constant that differs becomes a table over ``h``, which is the map index here.
+    """
     first = maps[0]
     if all(node == first for node in maps):
         return first

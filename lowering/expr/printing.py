@@ -1,4 +1,4 @@
-"""Nodes as text: the Python expression that builds the node again."""
+"""Prints a node as the Python expression that builds it again."""
 
 from typing import assert_never
 
@@ -31,7 +31,7 @@ from lowering.ir import (
 
 
 def show(node: Node) -> str:
-    """One line of Python in ``q``, ``k`` and ``h`` (and ``n``, the number of keys)."""
+    """The node as one line of Python in ``q``, ``k``, ``h`` and ``n``."""
     match node:
         case Var(axis):
             return axis
@@ -89,7 +89,7 @@ def show(node: Node) -> str:
 
 
 def show_set(values: tuple[int, ...]) -> str:
-    """Numbers as a set; the empty one as a tuple, since ``{}`` is a dict."""
+    """Numbers as a set; the empty set as ``()``, since ``{}`` is a dict."""
     return f"{{{', '.join(map(str, values))}}}" if values else "()"
 
 
@@ -102,7 +102,7 @@ def _factor(node: Node) -> str:
 
 
 def _tight(node: Node) -> str:
-    """``show(node)`` in parentheses unless nothing can come between its parts."""
+    """``show(node)``, in parentheses where a tighter operator could split it."""
     if isinstance(node, Within):
         return _tight(node.expr)
     text = show(node)

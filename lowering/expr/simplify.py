@@ -1,7 +1,8 @@
-"""Node -> an equal node that is smaller and easier to bound.
+"""Simplifies a node to a normal form, which is smaller and easier to bound.
 
-Integers become sums of atoms with coefficients, comparisons ``sum <= constant``, and
-negation sinks to the atoms. Inside ``&`` and ``|``, bounds on the same sum merge.
+An integer becomes a sum of atoms with coefficients, and a comparison becomes
+``sum <= constant``. Negations move inwards to the comparisons. Inside ``&`` and ``|``,
+bounds on the same sum merge. Each rule below has its formula above it.
 """
 
 from math import gcd
@@ -11,6 +12,7 @@ from lowering import ir
 from lowering.expr.printing import show
 from lowering.expr.static_range import span
 
+# Coefficients by atom: a variable, quotient, remainder, minimum, look-up ...
 Sum = dict[ir.Expr, int]
 
 
@@ -47,7 +49,7 @@ def integer(node: ir.Expr) -> ir.Expr:
 
 
 def sum_of(node: ir.Expr) -> tuple[Sum, int]:
-    """The expression as coefficients of atoms, none of them zero, and a constant."""
+    """The expression as nonzero coefficients of atoms, and a constant."""
     match node:
         case ir.Const(value):
             return {}, value
@@ -61,14 +63,14 @@ def sum_of(node: ir.Expr) -> tuple[Sum, int]:
             return _mod(sum_of(a), n)
         case ir.Min(a, b) | ir.Max(a, b):
             return _pick(type(node), sum_of(a), sum_of(b))
-        case ir.Log2(a):
+        case ir.Log2(a):  # floor_log2(c) == max(c, 1).bit_length() - 1
             a = integer(a)
             if isinstance(a, ir.Const):
                 return {}, max(a.value, 1).bit_length() - 1
             return {ir.Log2(a): 1}, 0
         case ir.Within(a, _):
             return sum_of(a)
-        case ir.Table(values, index):
+        case ir.Table(values, index):  # table[c] == values[c]
             index = integer(index)
             if isinstance(index, ir.Const) and 0 <= index.value < len(values):
                 return {}, values[index.value]
@@ -91,8 +93,11 @@ def _scale(a: tuple[Sum, int], n: int) -> tuple[Sum, int]:
     return ({x: f * n for x, f in a[0].items()} if n else {}), a[1] * n
 
 
+# (n x + y) // n == x + y // n
+# (n c + d + y) // n == c + (d + y) // n,  0 <= d < n
+# y // n == low // n  if low <= y <= high and low // n == high // n
 def _floor_div(a: tuple[Sum, int], n: int) -> tuple[Sum, int]:
-    """Multiples of ``n`` leave the division; the rest stays below it."""
+    """``a // n``: multiples of ``n`` leave the division, the rest stays inside."""
     whole = {x: f // n for x, f in a[0].items() if f % n == 0}
     rest = {x: f for x, f in a[0].items() if f % n}
     outside = whole, a[1] // n
@@ -111,8 +116,11 @@ def _floor_div(a: tuple[Sum, int], n: int) -> tuple[Sum, int]:
     return _plus(outside, quotient)
 
 
+# (f x + c) % n == ((f % n) x + c % n) % n
+# y % n == y - n (low // n)  if low <= y <= high and low // n == high // n
+# (y % m) % n == y % m  if m divides n
 def _mod(a: tuple[Sum, int], n: int) -> tuple[Sum, int]:
-    """Multiples of ``n`` vanish, and factors and the constant are reduced by it."""
+    """``a % n``: multiples of ``n`` vanish, coefficients and constant are reduced."""
     rest = {x: f % n for x, f in a[0].items() if f % n}
     # q - k keeps its sign: -1 reads better than n - 1 and bounds as tightly.
     rest = {x: (f - n if f > n // 2 else f) for x, f in rest.items()}
@@ -127,6 +135,8 @@ def _mod(a: tuple[Sum, int], n: int) -> tuple[Sum, int]:
     return {ir.Mod(inner, n): 1}, 0
 
 
+# min(a, b) == a  if a - b <= 0 always;  min(a, b) == b  if a - b >= 0 always
+# max(a, b) == b  if a - b <= 0 always;  max(a, b) == a  if a - b >= 0 always
 def _pick(
     kind: type[ir.Min] | type[ir.Max], a: tuple[Sum, int], b: tuple[Sum, int]
 ) -> tuple[Sum, int]:
@@ -172,6 +182,9 @@ def _build(total: Sum, constant: int) -> ir.Expr:
 # --- comparisons: a sum against a constant ---
 
 
+# a <= b  iff  a - b <= 0
+# g x + c <= 0  iff  x <= floor(-c / g),  g the gcd of the coefficients
+# x <= c is True if x <= c always, False if x > c always
 def _le(a: ir.Expr, b: ir.Expr) -> ir.Pred:
     total, constant = _plus(sum_of(a), sum_of(b), -1)
     if not total:
@@ -192,6 +205,9 @@ def _le(a: ir.Expr, b: ir.Expr) -> ir.Pred:
     return ir.Le(_build(total, 0), ir.Const(bound))
 
 
+# a == b  iff  a - b == 0
+# g x + c == 0  iff  x == -c / g;  False if g does not divide c
+# x == c is False if c is outside of the span of x, True if the span is {c}
 def _eq(a: ir.Expr, b: ir.Expr) -> ir.Pred:
     total, constant = _plus(sum_of(a), sum_of(b), -1)
     if not total:
@@ -214,8 +230,10 @@ def _eq(a: ir.Expr, b: ir.Expr) -> ir.Pred:
     return ir.Eq(left, ir.Const(right))
 
 
+# y % n == r  iff  y == first  if low <= y <= high holds one such number, first;
+# False if it holds none
 def _congruent(left: ir.Mod, right: int) -> ir.Pred:
-    """``inner % n == right``, as an equality if the span of ``inner`` has one such."""
+    """``inner % n == right``, decided by the span of ``inner`` where that is enough."""
     low, high = span(left.expr)
     if low is None or high is None:
         return ir.Eq(left, ir.Const(right))
@@ -227,6 +245,8 @@ def _congruent(left: ir.Mod, right: int) -> ir.Pred:
     return ir.Eq(left, ir.Const(right))
 
 
+# x + c in S  iff  x in S - c
+# x in {v}  iff  x == v;  x in {a, a + 1, ..., b}  iff  a <= x & x <= b
 def _in(a: ir.Expr, values: tuple[int, ...]) -> ir.Pred:
     total, constant = sum_of(a)
     shifted = tuple(v - constant for v in values)
@@ -252,6 +272,7 @@ def _power_of_two(expr: ir.Expr) -> ir.Pred:
 # --- conjunctions and disjunctions ---
 
 
+# ~(a <= b) is b + 1 <= a;  ~(A & B) is ~A | ~B;  ~(A | B) is ~A & ~B;  ~~A is A
 def _negate(node: ir.Pred) -> ir.Pred:
     """The negation of a node in normal form, in normal form."""
     match node:
@@ -280,10 +301,16 @@ def _any(terms: list[ir.Pred]) -> ir.Pred:
     return _merge(terms, ir.Or, neutral=False)
 
 
+# A & A is A;  A & True is A;  A & False is False  (and the same of | with the other)
+# x <= a & x <= b  is  x <= min(a, b);  x <= a | x <= b  is  x <= max(a, b)
+# A & B  is  A & (B where A holds);  A | B  is  A | (B where A does not hold)
 def _merge(
     terms: list[ir.Pred], kind: type[ir.And] | type[ir.Or], *, neutral: bool
 ) -> ir.Pred:
-    """Flattens, drops repeats and what others imply, and finds contradictions."""
+    """The terms as one node: flattened, without repeats and without implied terms.
+
+    ``neutral`` is True for ``&`` and False for ``|``.
+    """
     flat: list[ir.Pred] = []
     for term in terms:
         flat += term.terms if isinstance(term, kind) else (term,)
@@ -313,13 +340,13 @@ def _merge(
 
 
 def _bound(node: ir.Le) -> int:
-    """What a comparison in normal form has on its right: a constant."""
+    """The constant on the right of a comparison in normal form."""
     assert isinstance(node.right, ir.Const)
     return node.right.value
 
 
 def _opposed(terms: tuple[ir.Pred, ...], *, neutral: bool) -> bool:
-    """Whether two terms contradict each other (``&``), or leave nothing out (``|``)."""
+    """Whether two terms contradict each other (``&``), or cover everything (``|``)."""
     present = set(terms)
     bounds = {t.left: _bound(t) for t in terms if isinstance(t, ir.Le)}
     for term in terms:
@@ -331,6 +358,7 @@ def _opposed(terms: tuple[ir.Pred, ...], *, neutral: bool) -> bool:
         other = bounds.get(_minus(term.left))
         if other is None:
             continue
+        # x <= b & x >= c is False if b < c; x <= b | x >= c is True if b >= c - 1.
         b, c = _bound(term), -other
         if (b < c) if neutral else (b >= c - 1):
             return True
@@ -342,7 +370,10 @@ def _minus(expr: ir.Expr) -> ir.Expr:
 
 
 def _facts(terms: tuple[ir.Pred, ...], *, neutral: bool) -> dict[ir.Expr, int]:
-    """Upper bounds that the other terms may assume: in ``|``, that a bound failed."""
+    """Upper bounds that the other terms may assume.
+
+    In ``&`` the bounds hold; in ``|`` they fail: ``x > b``, that is ``-x <= -b - 1``.
+    """
     bounds = [t for t in terms if isinstance(t, ir.Le)]
     if neutral:
         return {t.left: _bound(t) for t in bounds}
@@ -350,7 +381,7 @@ def _facts(terms: tuple[ir.Pred, ...], *, neutral: bool) -> dict[ir.Expr, int]:
 
 
 def _given(node: ir.Pred, facts: dict[ir.Expr, int]) -> ir.Pred:
-    """``node``, in normal form, where the facts hold."""
+    """``node`` simplified under the assumption that the facts (``x <= bound``) hold."""
     match node:
         case ir.Le(x, ir.Const(bound)):
             if facts.get(x, bound + 1) <= bound:

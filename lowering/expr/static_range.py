@@ -1,4 +1,4 @@
-"""The values that an expression can take at any position, from its form alone."""
+"""Bounds an expression over all positions, from its form alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,15 +7,15 @@ from typing import TypeAlias, assert_never
 
 from lowering import ir
 
-# Least and greatest value, inclusive; None where nothing is known.
+# Least and greatest value, inclusive; None where no bound is known.
 Span: TypeAlias = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the leaves: the spans of variables and of run-time arrays.
+    """The known spans of variables and of run-time arrays.
 
-    ``arrays`` names some arrays; any other has the span ``array``.
+    ``arrays`` has spans by the name of an array; any other array has span ``array``.
     """
 
     axes: Mapping[ir.Axis, Span] = field(default_factory=dict)
@@ -27,7 +27,7 @@ NOTHING = Known()
 
 
 def span(node: ir.Expr, known: Known = NOTHING) -> Span:
-    """Bounds that hold at every position: positions are not negative."""
+    """Bounds that hold at every position; positions are not negative."""
     match node:
         case ir.Const(value):
             return value, value

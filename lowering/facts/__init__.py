@@ -1,1 +1,1 @@
-"""Exact facts of a map: pairs, hops, live ranges of keys."""
+"""Exact facts about a map: number of pairs, hops, live ranges of keys."""

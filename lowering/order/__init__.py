@@ -1,1 +1,1 @@
-"""Another order of the positions, and whether it pays."""
+"""Other orders of the positions, and the decision whether one is worth its cost."""

@@ -1,1 +1,1 @@
-"""What an expression can be on a rectangle of positions: all, some or none true."""
+"""Interval analysis: is a predicate true on all, some or no pairs of a rectangle?"""

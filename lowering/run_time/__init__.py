@@ -1,1 +1,1 @@
-"""The decisions of the pipeline on traced arrays."""
+"""Plans and orders that depend on run-time values, computed on traced arrays."""

@@ -1,1 +1,1 @@
-"""Unknowns eliminated from an expression: the first, the last, whether there is one."""
+"""Solves predicates for one position: which values fulfil it, the first, the last."""
