@@ -1,10 +1,10 @@
 """The nodes of every index map: integer expressions and predicates, a closed union.
 
 An expression is an integer computed from a query position ``q``, a key position ``k``,
-a head ``h`` and the number of keys ``n``; a predicate is true for the pairs that attend.
-Nodes are frozen, hashable and equal by content. A pass is a function that matches on
-them and ends in ``assert_never``. ``printing.show`` prints the Python expression that
-builds a node again.
+a head ``h`` and the number of keys ``n``; a predicate is true for the pairs that
+attend. Nodes are frozen, hashable and equal by content. A pass is a function that
+matches on them and ends in ``assert_never``. ``printing.show`` prints the Python
+expression that builds a node again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

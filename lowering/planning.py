@@ -66,7 +66,7 @@ class BlockSizes:
 
 @dataclass(frozen=True)
 class Squares:
-    """Squares of blocks: corners ``(i, j)``, sizes, whether full; ``[squares]`` each."""
+    """Squares of blocks, ``[squares]`` each: corner ``(i, j)``, size, whether full."""
 
     i: np.ndarray
     j: np.ndarray

@@ -1,4 +1,8 @@
-"""Hops between blocks of positions: bounds from "some pair" and from "all pairs"."""
+"""Bounds the number of hops of a map by paths between blocks of positions.
+
+Paths over blocks with some pair bound the number from below, paths over blocks with all
+pairs from above.
+"""
 
 from typing import NamedTuple
 
@@ -15,9 +19,9 @@ from lowering.ranges.verdicts import Analysis
 from lowering.solve.eliminate import MIDDLE, exists, values_of
 
 MOST_BLOCKS = 512
-# Cuts between blocks that a map asks for.
+# At most so many borders between blocks come from constants in the map.
 MOST_CUTS = 8
-# Rows of blocks that are looked into for "each query has some key there".
+# At most so many queries and keys are examined for "each query has some key there".
 MOST_ROWS = 1 << 22
 
 
@@ -34,7 +38,7 @@ def hops_of_blocks(node: ir.Pred, n: int, *, causal: bool) -> Hops:
 
 
 def special_cuts(node: ir.Pred, n: int) -> list[int]:
-    """Where keys or queries change their kind: ``k < 4`` gives 4."""
+    """Positions at which a comparison with a constant changes: ``k < 4`` gives 4."""
     found = set()
     for part in ir.walk(node):
         match part:
@@ -46,10 +50,11 @@ def special_cuts(node: ir.Pred, n: int) -> list[int]:
 
 
 class BlockGraph(NamedTuple):
-    """What is known of each block of pairs, bool ``[blocks, blocks]``.
+    """What is known of each block of pairs: bool arrays ``[blocks, blocks]``.
 
-    ``rows``: each of its queries has some key in it. ``columns``: each of its keys has
-    some query. ``some`` and the two count a position as its own key; ``all`` does not.
+    ``some``: it holds a pair. ``all``: it holds all pairs. ``rows``: each of its
+    queries has a key in it. ``columns``: each of its keys has a query in it. In all but
+    ``all``, a position counts as its own key.
     """
 
     some: np.ndarray
@@ -59,7 +64,7 @@ class BlockGraph(NamedTuple):
 
 
 def _block_sizes(node: ir.Pred, n: int) -> list[int]:
-    """One size for the length, and those that the map itself divides positions by."""
+    """Block sizes to try: one from the length, and divisors that occur in the map."""
     plain = 4
     while -(-n // plain) > MOST_BLOCKS:
         plain *= 2
@@ -97,15 +102,17 @@ def _on_blocks(node: ir.Pred, n: int, size: int, *, causal: bool) -> Hops:
 
 
 def _further(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> tuple:
-    """All pairs after i + j hops: each query has a key in j hops from which all are
-    reached in i, or each key has such a query.
+    """The blocks with all pairs after i + j hops, from those after i and after j.
+
+    A block is full if each of its queries reaches in j hops some key from which all
+    keys are reached in i hops; or likewise from the side of the keys.
     """
     full = a[0] | product(b[1], a[0]) | product(a[0], b[2])
     return full, product(a[1], b[1]), product(a[2], b[2])
 
 
 def _both(a: Hops, b: Hops) -> Hops:
-    """What two block sizes say together."""
+    """The tighter bounds from two block sizes."""
     if a.least is None or b.least is None:
         return a if a.least is None else b
     bounds = [x.most for x in (a, b) if x.most is not None]
@@ -115,7 +122,7 @@ def _both(a: Hops, b: Hops) -> Hops:
 
 
 def _inside(node: ir.Pred, starts: np.ndarray, lengths: np.ndarray) -> int | None:
-    """Hops within the blocks on the diagonal of a causal map, which no path leaves."""
+    """Hops within the diagonal blocks of a causal map, which no path leaves, or None."""
     inner = np.arange(lengths.max())
     q = starts[:, None] + np.minimum(inner, lengths[:, None] - 1)
     q, k = q[:, :, None], q[:, None, :]
@@ -134,7 +141,7 @@ def _blocks(
     at = Rectangles(starts[q], lasts[q], starts[k], lasts[k])
     verdict = Analysis(Ranges(at))(node)
     some, full = ~verdict.none, verdict.all.copy()
-    # Bounds settle most; only what they leave open is looked into.
+    # Interval analysis decides most blocks; only the others are evaluated.
     open_ = np.flatnonzero(~verdict.none & ~(verdict.all | verdict.hit & verdict.miss))
     rest = Rectangles(*(x[open_] for x in at))
     some[open_], full[open_] = settle(node, node, rest, budget=None)

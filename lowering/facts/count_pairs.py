@@ -1,10 +1,10 @@
-"""How many pairs a predicate selects, exactly, without looking at each of them.
+"""Counts the pairs that a predicate selects, exactly, without evaluating each of them.
 
-Where ``q - k`` decides, diagonals are counted. Where the predicate can be solved for
-one side, every position of the other has a union of intervals and residue classes.
-Where it reads digits of positions, the pairs of one digit fall into few classes by what
-they leave of the predicate, and each class is counted once. What none of these rules
-covers is left to the descent of ``settle``.
+If the predicate depends on ``q - k`` alone, diagonals are counted. If it can be solved
+for one side, each position of the other side selects a union of intervals and residue
+classes, whose sizes are added. If it reads digits of positions, the pairs of one digit
+fall into few classes by the predicate that remains, and each class is counted once. All
+other predicates are counted by the descent of ``ranges.refine``.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ from lowering.solve.solve import Branch, depends, solve
 # At most so many pairs are evaluated one by one, and so many numbers held at once.
 DENSE = 1 << 18
 CHUNK = 1 << 19
-# Residue classes of one modulus that a union is written in.
+# At most so many residue classes of a common modulus stand for a union.
 MOST_RESIDUES = 128
 
 
@@ -36,7 +36,7 @@ def count_pairs(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int:
     Args:
       node: a predicate in normal form of ``q`` and ``k`` only: heads and ``n`` are
         resolved, and it reads no run-time array.
-      q_seq_len, kv_seq_len: queries and keys.
+      q_seq_len, kv_seq_len: the numbers of queries and of keys.
     """
     found = count_by_form(node, q_seq_len, kv_seq_len)
     if found is not None:
@@ -46,7 +46,7 @@ def count_pairs(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int:
 
 
 def count_by_form(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int | None:
-    """The same by the form of the node, or None if no rule covers it."""
+    """``count_pairs`` by the rules for forms of predicates, or None if none applies."""
     if isinstance(node, ir.Bool):
         return int(node.value) * q_seq_len * kv_seq_len
     if q_seq_len * kv_seq_len <= DENSE:
@@ -70,7 +70,10 @@ def _count_dense(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int:
 
 
 def _without_order(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> ir.Pred:
-    """Positions for the entries of a permutation of them: as many pairs."""
+    """The node with positions for the entries of a permutation.
+
+    It selects as many pairs: a permutation only changes which position is which.
+    """
     for x, length in ((ir.Q, q_seq_len), (ir.K, kv_seq_len)):
         tables = {n for n in ir.walk(node) if isinstance(n, ir.Table) and n.index == x}
         if len(tables) != 1:
@@ -86,7 +89,7 @@ def _without_order(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> ir.Pred:
 
 
 def count_on_diagonals(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int | None:
-    """The pairs of a node that depends on ``q - k`` alone, in linear time, or None."""
+    """The pairs of a node that depends on ``q - k`` alone, else None; in linear time."""
     difference = _of_difference(node)
     if difference is None:
         return None
@@ -97,7 +100,7 @@ def count_on_diagonals(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int | 
 
 
 def _of_difference(node: ir.Node) -> ir.Node | None:
-    """``node`` with ``q - k`` written as ``q`` alone, if it reads nothing else."""
+    """``node`` with ``q`` for ``q - k``, or None if it reads anything else."""
     if isinstance(node, ir.Add):
         forms = {ir.Add(ir.Q, ir.Mul(ir.K, -1)): 1, ir.Add(ir.K, ir.Mul(ir.Q, -1)): -1}
         if node in forms:
@@ -117,7 +120,7 @@ def _of_difference(node: ir.Node) -> ir.Node | None:
 
 
 class _Parts(NamedTuple):
-    """Ends ``[parts, rows]`` of what each row selects; empty where first > last.
+    """Intervals that each row selects: ends ``[parts, rows]``; empty if first > last.
 
     With a modulus, a part is every ``modulus``-th position from first to last.
     """
@@ -127,7 +130,7 @@ class _Parts(NamedTuple):
 
 
 def count_by_branches(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int | None:
-    """The pairs of a node that can be solved for ``k`` or for ``q``, or None."""
+    """The pairs of a node that can be solved for ``k`` or ``q``, else None."""
     sides = ((ir.K, kv_seq_len, ir.Q, q_seq_len), (ir.Q, q_seq_len, ir.K, kv_seq_len))
     for x, length, other, count in sides:
         try:
@@ -146,7 +149,10 @@ def count_by_branches(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int | N
 
 
 def _width(branches: tuple[Branch, ...]) -> int | None:
-    """The parts of a row: residue classes count once for each of a common modulus."""
+    """The number of parts of a row, or None if there are too many residue classes.
+
+    A class of a modulus is written as several classes of the common modulus.
+    """
     moduli = [b.residue[1] for b in branches if b.residue is not None]
     common = lcm(*moduli)
     found = sum(common // s for s in moduli)
@@ -156,7 +162,7 @@ def _width(branches: tuple[Branch, ...]) -> int | None:
 def _count_union(
     branches: tuple[Branch, ...], length: int, other: ir.Var, rows: np.ndarray
 ) -> int:
-    """Positions below ``length`` that some branch selects, over the rows."""
+    """How many positions below ``length`` some branch selects, summed over ``rows``."""
     last = ir.Const(length - 1)
     plain, lattices = [], []
     for branch in branches:
@@ -190,10 +196,10 @@ def _sizes(parts: _Parts) -> np.ndarray:
 
 
 def _apart(parts: _Parts) -> _Parts:
-    """The same positions as parts of which no two meet.
+    """The same positions as disjoint parts.
 
-    Sorted by their firsts, each leaves out what the ones before it have reached; an
-    empty part reaches less far than those after it begin.
+    Parts are sorted by their first position, and each drops what those before it cover.
+    An empty part ends before those after it begin.
     """
     order = np.argsort(parts.first, axis=0)
     first, last = (np.take_along_axis(x, order, axis=0) for x in parts)
@@ -225,7 +231,7 @@ def _count_outside(points: _Parts, modulus: int, length: int, whole: _Parts) -> 
 
 
 def count_by_levels(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int | None:
-    """The pairs of a node whose tests read one digit each, or None."""
+    """The pairs of a node whose tests read one digit each, else None."""
     try:
         return _count_levels(*in_levels(node, q_seq_len, kv_seq_len))
     except NotImplementedError:
@@ -236,7 +242,7 @@ def _count_levels(node: ir.Pred, levels: tuple[Level, ...]) -> int:
     """The pairs of digits of these levels that fulfil a node.
 
     Raises:
-      NotImplementedError: the digits are too long, or say too much of each other.
+      NotImplementedError: digits have too many values, or leave too many classes.
     """
     read = levels_of(node, levels)
     free = 1

@@ -1,4 +1,4 @@
-"""Reaching further and further: by doubling, then by halves."""
+"""Finds the fewest hops that reach every pair: by doubling, then by bisection."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Hops:
-    """Hops until all visible pairs are reached, and shares on the way.
+    """The number of hops until all visible pairs are reached.
 
     Attributes:
-      least, most: bounds of the number; ``least`` is None if some pair is never
+      least, most: bounds of that number; ``least`` is None if some pair is never
         reached, ``most`` is None if no bound was found.
       reach: ``(depth, least share, most share)`` of the visible pairs, by depth.
     """
@@ -23,12 +23,16 @@ class Hops:
 
     @property
     def exact(self) -> bool:
-        """Whether the number is known, or that there is none."""
+        """Whether the number is known exactly, or known not to exist."""
         return self.least is None or self.least == self.most
 
 
 class Doubling(NamedTuple):
-    """How to reach further: ``join(a, b)`` of the states after i and j <= i hops."""
+    """A search: ``join(a, b)`` makes the state after i + j hops, for j <= i.
+
+    ``start`` is the state after one hop. ``done``: whether all visible pairs are
+    reached. ``share``: the share of the visible pairs that are reached.
+    """
 
     start: tuple[np.ndarray, ...]
     join: Callable[..., tuple[np.ndarray, ...]]
@@ -43,7 +47,7 @@ def exact(count: int | None, met: dict[int, float]) -> Hops:
 
 
 def search(by: Doubling) -> tuple[int | None, dict[int, float]]:
-    """The fewest hops that are enough, by doubling and then by halves, or None."""
+    """The fewest hops for which ``by.done``, or None; and the shares by depth."""
     powers = [by.start]
     met = {1: by.share(by.start)}
     while not by.done(powers[-1]):
@@ -54,7 +58,7 @@ def search(by: Doubling) -> tuple[int | None, dict[int, float]]:
         met[2 ** (len(powers) - 1)] = by.share(state)
     if len(powers) == 1:
         return 1, met
-    # The number of hops is above that of the last power but one.
+    # The last power but one is not enough: bisect between it and the last.
     count, state = 2 ** (len(powers) - 2), powers[-2]
     for i in range(len(powers) - 3, -1, -1):
         further = by.join(state, powers[i])
@@ -67,7 +71,10 @@ def search(by: Doubling) -> tuple[int | None, dict[int, float]]:
 def shares(
     lower: dict[int, float], upper: dict[int, float], rest: float
 ) -> tuple[tuple[int, float, float], ...]:
-    """Bounds at every depth that either search met; pairs within blocks are open."""
+    """Bounds ``(depth, least, most)`` at the depths of both searches.
+
+    ``rest`` is the share of the pairs within blocks, of which nothing is known.
+    """
     found = []
     for d in sorted({*lower, *upper}):
         least = max((s for i, s in lower.items() if i <= d), default=0.0)
@@ -77,7 +84,7 @@ def shares(
 
 
 def on_pairs(pairs: np.ndarray, *, causal: bool) -> Doubling:
-    """Matrices ``[n, n]`` or ``[batch, n, n]``."""
+    """The search on boolean matrices of pairs, ``[n, n]`` or ``[batch, n, n]``."""
     n = pairs.shape[-1]
     visible = np.tri(n, dtype=bool) if causal else np.ones((n, n), bool)
     return Doubling(

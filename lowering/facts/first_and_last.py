@@ -1,6 +1,6 @@
-"""Which keys a query reaches first and last, and which queries use a key.
+"""Finds the first and last key of each query, and the first and last query of a key.
 
-By elimination where that is exact, else by a walk over the blocks of a plan.
+Elimination is used where it is exact, else a walk over the blocks of a plan.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from lowering.planning import BlockSizes, plan
 from lowering.ranges.verify import index_range
 from lowering.solve.eliminate import extremes
 
-# Blocks of the walk, and how many of them are evaluated at once.
+# The block size of the walk, and how many blocks are evaluated at once.
 BLOCK = 64
 CHUNK = 1024
 
@@ -23,10 +23,10 @@ def first_and_last(node: ir.Pred, x: ir.Var, n: int) -> tuple[np.ndarray, np.nda
     Args:
       node: a predicate of ``q`` and ``k`` only; ``n`` is resolved.
       x: ``q`` or ``k``.
-      n: queries, and keys.
+      n: the number of queries, and of keys.
 
     Returns:
-      Two int arrays ``[n]``; -1 where there is none.
+      Two int arrays ``[n]``; -1 where no position fulfils the node.
     """
     finite = in_finite(node, n)
     try:
@@ -37,7 +37,7 @@ def first_and_last(node: ir.Pred, x: ir.Var, n: int) -> tuple[np.ndarray, np.nda
 
 
 def in_finite(node: ir.Pred, n: int) -> ir.Pred:
-    """The node with powers of two as a finite set, on ``n`` positions a side."""
+    """The node with tests for powers of two as finite sets, for ``n`` positions."""
 
     def rule(part: ir.Node) -> ir.Node | None:
         if isinstance(part, ir.PowerOfTwo):
@@ -66,7 +66,11 @@ def _from(
     node: ir.Pred, n: int, columns: np.ndarray, first: np.ndarray, stop: np.ndarray,
     step: int,
 ) -> np.ndarray:  # fmt: skip
-    """The first key of every query, walking its list of blocks in one direction."""
+    """The first key of every query, by a walk over the blocks of its row.
+
+    ``first`` and ``stop`` are the range of each row in ``columns``; with ``step=-1``
+    the walk goes backwards, and finds the last keys.
+    """
     rows = np.arange(len(first))
     found = np.full((len(first), BLOCK), -1)
     at = first.copy() if step > 0 else stop - 1

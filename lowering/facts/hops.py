@@ -1,9 +1,9 @@
-"""How many layers of a map until every query has heard of every key.
+"""Counts the layers of a map that every query needs until it depends on every key.
 
-On differences for maps of ``q - k`` alone, axis by axis for products, pair by pair for
-short sequences; else on blocks, where "some pair" bounds the number from below and "all
-pairs" from above. A key that is reached in fewer hops counts as reached: residual
-streams keep what they have.
+One layer is one hop. Maps of ``q - k`` alone are solved on differences, products axis by
+axis, short sequences pair by pair. All others are bounded on blocks: blocks with some
+pair give a lower bound, blocks with all pairs an upper one. A key that is reached in
+fewer hops counts as reached, since residual streams keep it.
 """
 
 from math import prod
@@ -19,21 +19,22 @@ from lowering.facts.doubling import Doubling, Hops, exact, on_pairs, search, sha
 from lowering.solve.by_axis import factors
 from lowering.solve.eliminate import known
 
-# Up to this length, pair by pair.
+# Sequences up to this length are solved pair by pair.
 SHORT = 2048
-# An axis of a product is short.
+# Products are solved if no axis is longer than this.
 LONGEST_AXIS = 1024
-# Keys that everyone may see at the start.
+# At most so many keys at the start may be visible to all queries.
 MOST_FIRST = 256
 
 
 def hops(node: ir.Pred, n: int, *, causal: bool) -> Hops:
-    """Hops of a map over ``n`` positions; heads are united and ``n`` is resolved.
+    """The hops of a map over ``n`` positions; heads are united and ``n`` is resolved.
 
     Args:
       node: a predicate of ``q`` and ``k``, in normal form.
-      n: queries, and keys.
-      causal: whether the map is; then a key is visible to a query iff ``k <= q``.
+      n: the number of queries, and of keys.
+      causal: whether the map is causal: then all pairs with ``k <= q`` are to be
+        reached, else all pairs.
     """
     found: Hops | None
     if count_on_diagonals(node, n, n) is not None:
@@ -48,9 +49,9 @@ def hops(node: ir.Pred, n: int, *, causal: bool) -> Hops:
 
 
 def _by_axis(node: ir.Pred, n: int) -> Hops | None:
-    """A product of maps of axes takes as long as the slowest of them.
+    """The hops of a product of maps of axes: those of its slowest factor, or None.
 
-    Each has to have every position as its own key: then so has the product.
+    Each factor must select every position as its own key: then so does the product.
     """
     axes = factors(node, n)
     if axes is None or max(size for _, size in axes) > LONGEST_AXIS:
@@ -63,24 +64,25 @@ def _by_axis(node: ir.Pred, n: int) -> Hops | None:
         return Hops(None, None, ())
     most = max(f.least or 1 for f in found)
     depths = sorted({d for f in found for d, _, _ in f.reach})
-    # At a depth that an axis did not meet, it is complete or its bounds say enough.
+    # At a depth that was not searched, the bounds of its neighbours hold.
     low = [prod(_bounds_at(f, d)[0] for f in found) for d in depths]
     high = [prod(_bounds_at(f, d)[1] for f in found) for d in depths]
     return Hops(most, most, tuple(zip(depths, low, high, strict=True)))
 
 
 def _bounds_at(found: Hops, depth: int) -> tuple[float, float]:
-    """Shares that are certain at a depth, and possible."""
+    """The least and the greatest share of reached pairs at a depth."""
     low = max((s for d, s, _ in found.reach if d <= depth), default=0.0)
     return low, min((s for d, _, s in found.reach if d >= depth), default=1.0)
 
 
 def _after_first(node: ir.Pred, n: int) -> Hops | None:
-    """A causal map that is of ``q - k`` after some keys at the start, which all reach.
+    """The hops of a causal map that depends on ``q - k`` after some first keys, or None.
 
-    A path goes down, so that what lies before a key is of no use to reach it.
+    All queries reach the first keys. Paths only go to earlier positions, so positions
+    before a key never help to reach it.
     """
-    # With the key at a cut, too: where all keys from there on are seen, it is a hub.
+    # Also try one key more: all later queries may see the key at the border.
     firsts = {c + i for c in special_cuts(node, n) for i in (0, 1)}
     for first in sorted(c for c in firsts if c <= MOST_FIRST and c < n):
         at: ir.Expr = ir.Const(first)
@@ -105,23 +107,23 @@ def _after_first(node: ir.Pred, n: int) -> Hops | None:
 
 
 def _hops_to_first(node: ir.Pred, n: int, first: int) -> tuple[int, int] | None:
-    """Bounds of the hops from anywhere to the first keys of a causal map, or None."""
+    """Bounds of the hops from any query to the first keys of a causal map, or None."""
     q, k = np.arange(n)[:, None], np.arange(first)[None, :]
     held = evaluate(node, NumPy(q, k)) | (k > q)
     if held.all():
         return 1, 1
     if not held[:, -1].all():
         return None
-    # All others see the last of them; from there on it is a matter of the first.
+    # All queries see the last of these keys, from which paths continue among them.
     among, _ = search(on_pairs(_dense(node, first), causal=True))
     return None if among is None else (among, among + 1)
 
 
 def _on_differences(node: ir.Pred, n: int, *, causal: bool) -> Hops:
-    """A map of ``q - k``: paths are sums of differences.
+    """The hops of a map of ``q - k``: a path is a sum of differences.
 
-    The borders do not matter to a path that only goes down, or only up. Other paths
-    may have to leave the sequence: with them it takes no more hops than without.
+    Borders do not matter to a path that only goes down, or only up: this bounds the
+    hops from above. Paths that may leave the sequence bound them from below.
     """
     d = np.arange(1 - n, n)
     q = np.maximum(d, 0)[:, None]
@@ -145,7 +147,10 @@ def _on_differences(node: ir.Pred, n: int, *, causal: bool) -> Hops:
 
 
 def _on_sums(start: np.ndarray, weight: np.ndarray, zero: int) -> Doubling:
-    """Sets of differences; ``start[zero]`` is the difference 0."""
+    """The search on sets of differences, bool arrays; ``start[zero]`` is difference 0.
+
+    The sums of two sets are the support of a convolution, computed by FFT.
+    """
     count = len(start)
     width = 1 << (2 * count).bit_length()
 

@@ -1,4 +1,4 @@
-"""Plan: the blocks of a map with everything that can be counted about them."""
+"""Plan: the blocks of a map, and their counts."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,29 +16,29 @@ from pallas_kernels.block_mask import BlockMask
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which blocks are visited, over all distinct maps of the heads.
+    """The blocks that kernels visit, for all distinct maps of the heads.
 
-    Counts are of blocks and of pairs over all *distinct* maps: heads that share a map
-    count once. ``num_full + num_partial + num_empty == num_blocks``.
+    Blocks and pairs are counted over all *distinct* maps: heads that share a map count
+    once. ``num_full + num_partial + num_empty == num_blocks``.
     """
 
     maps: tuple[ir.Pred, ...]
     mask: BlockMask
     num_heads: int
-    # The order of positions that maps and mask speak of, if it is not the given one,
-    # and without it: the full and partial blocks that there would be, and the maps.
+    # The order of positions of ``maps`` and ``mask``, if it is not the given one. Then
+    # also the numbers of full and partial blocks, and the maps, in the given order.
     layouts: Layouts | None = None
     given: tuple[int, int] | None = None
     given_maps: tuple[ir.Pred, ...] = ()
 
     @cached_property
     def num_full(self) -> int:
-        """Blocks that hold all of their pairs, and need no test in a kernel."""
+        """Blocks whose pairs all attend; a kernel does not test them."""
         return int(self._lengths[np.asarray(self.mask.run_full) != 0].sum())
 
     @cached_property
     def num_partial(self) -> int:
-        """Blocks that hold some of their pairs, or overhang the keys."""
+        """Blocks of which some pairs attend, or that extend beyond the last key."""
         return int(self._lengths.sum()) - self.num_full
 
     @property
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def num_empty(self) -> int:
-        """Blocks that hold no pair, and are never visited."""
+        """Blocks without a pair, which are never visited."""
         return self.num_blocks - self.num_full - self.num_partial
 
     @property
@@ -63,24 +63,24 @@ class Plan:
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """The run-time arrays that decide on pairs."""
+        """The names of the run-time arrays that the maps read."""
         return tuple(sorted({x for m in self.maps for x in ir.operand_names(m)}))
 
     @property
     def num_pairs(self) -> int:
-        """Pairs (query, key) that attend, exactly; counted when first asked for.
+        """The exact number of pairs (query, key) that attend, counted on first use.
 
         Raises:
-          ValueError: they depend on run-time arrays.
+          ValueError: the pairs depend on run-time arrays.
         """
         return sum(self.pairs_of_maps)
 
     @cached_property
     def pairs_of_maps(self) -> tuple[int, ...]:
-        """The same of each distinct map.
+        """``num_pairs`` of each distinct map.
 
         Raises:
-          ValueError: they depend on run-time arrays.
+          ValueError: the pairs depend on run-time arrays.
         """
         if self.operands:
             raise ValueError(
@@ -91,18 +91,18 @@ class Plan:
         return tuple(self.pairs_of_map(m) for m in range(len(self.maps)))
 
     def pairs_of_map(self, m: int) -> int:
-        """Pairs of one of the distinct maps, which reads no run-time array."""
+        """Pairs of one of the distinct maps; the map reads no run-time array."""
         mask = self.mask
         node, lengths = self.maps[m], (mask.q_seq_len, mask.kv_seq_len)
         if self.layouts is not None and self.given_maps:
-            # As many in any order, and in the given one their form says more.
+            # The number does not depend on the order, and the given map is simpler.
             node = self.given_maps[m]
             lengths = self.layouts.q.length, self.layouts.kv.length
         found = count_by_form(node, *lengths)
         return self._count_in_runs(m) if found is None else found
 
     def _count_in_runs(self, m: int) -> int:
-        """The same, looked for in the blocks that are visited."""
+        """Pairs of one map, counted in the blocks that are visited."""
         mask = self.mask
         ptr = np.asarray(mask.row_ptr)[m * mask.num_rows : (m + 1) * mask.num_rows + 1]
         row = np.repeat(np.arange(mask.num_rows), np.diff(ptr))
@@ -120,7 +120,7 @@ class Plan:
         return np.asarray(self.mask.run_stop) - np.asarray(self.mask.run_start)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Names and values of the counts that cost nothing, for printing."""
+        """Names and values of the counts that are cheap to compute, for printing."""
         mask = self.mask
         return [
             ("queries x keys", f"{mask.q_seq_len:,} x {mask.kv_seq_len:,}"),

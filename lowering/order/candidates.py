@@ -1,4 +1,4 @@
-"""Orders of positions worth a look: some digits first, the others in tiles."""
+"""Generates candidate orders of positions: some digits first, the others in tiles."""
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations, product
@@ -20,15 +20,15 @@ class Layouts(NamedTuple):
 
 
 def given(sides: Sequence[Side]) -> Layouts:
-    """The order as it is."""
+    """The given order of positions."""
     q, kv = sides
     return Layouts(_front(q, ()), _front(kv, ()))
 
 
 def fronts(sides: tuple[Side, Side]) -> Iterator[Layouts]:
-    """Some digits before all others, on both sides or on one of them."""
+    """Candidates with some digits before all others, on both sides or on one."""
     q, kv = sides
-    # The lengths may differ, as in decoding: what counts are the digits below.
+    # The lengths may differ, as in decoding: the lower digits have to agree.
     alike = q.radices[1:] == kv.radices[1:]
     for chosen in _subsets(len(kv.radices)):
         if alike:
@@ -39,7 +39,7 @@ def fronts(sides: tuple[Side, Side]) -> Iterator[Layouts]:
 
 
 def _subsets(count: int) -> Iterator[tuple[int, ...]]:
-    """The digits to put first: few of them, or all but few."""
+    """The sets of digits to put first: one or two digits, or all but one."""
     some = range(count)
     for size in range(1, count):
         if size <= 2 or size >= count - 1:
@@ -52,7 +52,7 @@ def _front(side: Side, chosen: tuple[int, ...]) -> Layout:
 
 
 def tiled(layouts: Layouts, tile: int) -> Iterator[Layouts]:
-    """The layouts with their leading digits kept, and the others in tiles."""
+    """Candidates that keep the leading digits of ``layouts`` and tile the others."""
     if layouts.q == layouts.kv:
         for cut in _tiles(layouts.q, tile):
             yield Layouts(cut, cut)
@@ -64,10 +64,10 @@ def tiled(layouts: Layouts, tile: int) -> Iterator[Layouts]:
 
 
 def _tiles(layout: Layout, tile: int) -> Iterator[Layout]:
-    """Every power of two along every axis, ``tile`` positions in all.
+    """Tilings of ``tile`` positions, with a power of two along every axis.
 
-    An axis is cut along the most significant of its digits that do not lead; the less
-    significant ones stay inside of the tile.
+    An axis is cut in its most significant digit that does not lead; its less
+    significant digits stay inside of the tile.
     """
     inner = _not_leading(layout)
     if len(inner) < 2:
@@ -80,7 +80,7 @@ def _tiles(layout: Layout, tile: int) -> Iterator[Layout]:
 
 
 def _not_leading(layout: Layout) -> list[list[int]]:
-    """The digits of each axis after those that were put first."""
+    """The digits of each axis that were not put first, as one list an axis."""
     count = len(layout.order)
     descents = [i for i in range(1, count) if layout.order[i] < layout.order[i - 1]]
     rest = set(layout.order[descents[-1] :] if descents else layout.order)
@@ -93,7 +93,7 @@ def _not_leading(layout: Layout) -> list[list[int]]:
 
 
 def _cuts(layout: Layout, group: list[int], tile: int) -> list[int]:
-    """Extents of a tile along the digits of one axis."""
+    """The possible extents of a tile along one axis, whose digits are ``group``."""
     fixed = prod(layout.radices[i] for i in group[1:])
     extent = layout.radices[group[0]]
     # Only the most significant digit of an axis can be padded.
@@ -115,7 +115,7 @@ def _firsts(layout: Layout) -> set[int]:
 
 
 def _cut(layout: Layout, groups: list[list[int]], cuts: tuple[int, ...]) -> Layout:
-    """The first digit of each group cut in two: the tile, and where in the tile."""
+    """Cuts the first digit of each group in two: number of the tile, place inside it."""
     part_of = {}
     for group, size in zip(groups, cuts, strict=True):
         part_of[group[0]] = size // prod(layout.radices[i] for i in group[1:])

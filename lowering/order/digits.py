@@ -1,8 +1,9 @@
-"""The digits that a map reads of its positions: strides, rows and columns, tiles.
+"""Finds the digits of positions that a map reads, and rewrites the map in digits.
 
-``q % 8``, ``(q - k) % 8`` and ``k // 64 % 4`` look at digits of a position in a mixed
-radix. ``axes_of`` collects the radices from the expression; ``in_digits`` writes a map
-in digits that stand for themselves, and ``in_slots`` in the slots of a layout.
+``q % 8``, ``(q - k) % 8`` and ``k // 64 % 4`` read digits of a position in a mixed
+radix: strides, rows and columns, tiles. ``read_sides`` collects the radices from the
+expressions. ``in_digits`` writes a map in placeholders for digits, and ``in_slots`` in
+the slots of a layout.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from lowering.order.layout import Axis, Layout, places
 
 @dataclass(frozen=True)
 class Side:
-    """The positions of the queries, or of the keys, as a map reads them."""
+    """The positions of the queries or of the keys, as axes of digits."""
 
     name: ir.Side
     length: int
@@ -33,7 +34,7 @@ class Side:
 def read_sides(
     maps: tuple[ir.Pred, ...], q_seq_len: int, kv_seq_len: int
 ) -> tuple[Side, Side]:
-    """The digits that the maps read; those of queries and keys are alike if as long."""
+    """The digits that the maps read; equal lengths get equal digits on both sides."""
     alike = q_seq_len == kv_seq_len
 
     def whole(name: ir.Side, length: int) -> Side:
@@ -56,7 +57,7 @@ def read_sides(
 
 
 def in_digits(node: ir.Pred, sides: Sequence[Side]) -> ir.Pred:
-    """The map with ``digit(side, i, radix)`` for the digits, on live positions."""
+    """The map in ``digit(side, i, radix)``; slots without a position select nothing."""
     flat = _in_coordinates(ir.And((node, *(_exists(s) for s in sides))), sides)
     sums = _digit_sums(sides)
     inside = [
@@ -69,12 +70,12 @@ def in_digits(node: ir.Pred, sides: Sequence[Side]) -> ir.Pred:
 
 
 def digit(name: ir.Side, i: int, radix: int) -> ir.Expr:
-    """What stands for a digit in ``in_digits``: the simplifier sees its range."""
+    """The placeholder of a digit: a remainder, so that ``simplify`` knows its range."""
     return ir.Mod(ir.Hoisted(name, i), radix)
 
 
 def in_slots(node: ir.Pred, q: Layout, kv: Layout) -> ir.Pred:
-    """The map on slots, of which only those that hold a position are selected."""
+    """The map on slots of layouts; slots without a position select nothing."""
     sides = Side("q", q.length, q.axes), Side("k", kv.length, kv.axes)
     written = in_digits(node, sides)
     new: dict[ir.Node, ir.Expr] = {}
@@ -86,7 +87,7 @@ def in_slots(node: ir.Pred, q: Layout, kv: Layout) -> ir.Pred:
 
 
 def _in_coordinates(node: ir.Pred, sides: Sequence[Side]) -> ir.Pred:
-    """The map with one stand-in a coordinate, each within the size of its axis."""
+    """The map with one placeholder for each coordinate of the axes."""
     new: dict[ir.Axis, ir.Expr] = {}
     for side in sides:
         values = places(tuple(axis.size for axis in side.axes))
@@ -116,7 +117,7 @@ def _digit_sums(sides: Sequence[Side]) -> dict[ir.Node, ir.Expr]:
 
 
 def _exists(side: Side) -> ir.Pred:
-    """The cell holds a position: the last row of the array may be short."""
+    """Whether a cell of the axes holds a position: the last row may be short."""
     if prod(axis.size for axis in side.axes) == side.length:
         return ir.Bool(True)
     return ir.Le(ir.Var(side.name), ir.Const(side.length - 1))
@@ -126,7 +127,7 @@ def _exists(side: Side) -> ir.Pred:
 
 
 def _periods(maps: Sequence[ir.Pred], atoms: tuple[ir.Expr, ...]) -> frozenset[int]:
-    """Distances at which some division or remainder of an atom starts anew."""
+    """The periods of divisions and remainders of ``atoms`` in the maps."""
 
     def place(x: ir.Expr) -> int | None:
         if x in atoms:

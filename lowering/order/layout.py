@@ -1,8 +1,8 @@
-"""Layout: an order of positions in which a map is dense, and the way there and back.
+"""Layout: another order of the positions, and how arrays are moved there and back.
 
-The positions are read as a row-major array, each of its axes is written in digits of a
-mixed radix, and the digits are transposed: residue classes and tiles of a grid are such
-orders. Whatever does not fill the digits is padding: slots that hold no position.
+Positions fill a row-major array. Each of its axes is written in digits of a mixed
+radix, and the digits are transposed: residue classes and tiles of a grid are such
+orders. A slot is a place in the new order. Slots that hold no position are padding.
 """
 
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ from lowering import ir
 
 @dataclass(frozen=True)
 class Axis:
-    """``size`` coordinates, in digits of these radices, the most significant first."""
+    """An axis of ``size`` coordinates in digits, the most significant digit first."""
 
     size: int
     radices: tuple[int, ...]
 
     @property
     def padded(self) -> int:
-        """The coordinates that the digits can write."""
+        """How many coordinates the digits can express, at least ``size``."""
         return prod(self.radices)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """``length`` positions fill ``axes`` row by row; slots, their digits in ``order``.
+    """An order of ``length`` positions, which fill ``axes`` row by row.
 
-    ``order`` names the digits of all axes, from the slowest of the slots to the
-    fastest; digits are counted over the axes from the first to the last.
+    ``order`` lists the digits of all axes as slots count them, from the slowest to the
+    fastest; digits are numbered over the axes from the first to the last.
     """
 
     length: int
@@ -62,7 +62,7 @@ class Layout:
 
     @property
     def num_slots(self) -> int:
-        """Positions and padding."""
+        """The number of slots: positions and padding."""
         return prod(self.radices)
 
     @cached_property
@@ -76,10 +76,10 @@ class Layout:
         return grid.reshape(self.radices).transpose(self.order).ravel()
 
     def check(self) -> None:
-        """Proves that positions and the slots that are not padding match one to one.
+        """Checks that each position has exactly one slot.
 
         Raises:
-          ValueError: some position has no slot, or two.
+          ValueError: a position has no slot, or two.
         """
         found = np.bincount(self.positions[self.positions >= 0], minlength=self.length)
         wrong = np.flatnonzero(found != 1)
@@ -89,7 +89,7 @@ class Layout:
             )
 
     def digits(self, slot: ir.Expr) -> dict[int, ir.Expr]:
-        """Every digit of the position in ``slot``, by its index over the axes."""
+        """The digits of the position in ``slot``, by their number over the axes."""
         ordered = tuple(self.radices[i] for i in self.order)
         found: dict[int, ir.Expr] = {}
         for i, radix, place in zip(self.order, ordered, places(ordered), strict=True):
@@ -99,7 +99,7 @@ class Layout:
     # --- of arrays ---
 
     def to_slots(self, x: jax.Array, axis: int) -> jax.Array:
-        """``x`` with its positions along ``axis`` in slots; padding is zero."""
+        """``x`` with its positions along ``axis`` moved to slots; padding is zero."""
         x = _pad(x, axis, prod(a.size for a in self.axes))
         x = _unfold(x, axis, tuple(a.size for a in self.axes))
         for i, a in enumerate(self.axes):
@@ -111,7 +111,7 @@ class Layout:
         return x.reshape(*lead, self.num_slots, *tail)
 
     def to_positions(self, x: jax.Array, axis: int) -> jax.Array:
-        """The inverse of ``to_slots``; what is in padding is dropped."""
+        """The inverse of ``to_slots``; padding is dropped."""
         lead, tail = x.shape[:axis], x.shape[axis + 1 :]
         x = _unfold(x, axis, tuple(self.radices[i] for i in self.order))
         x = _transpose(x, axis, tuple(int(i) for i in np.argsort(self.order)))

@@ -1,9 +1,9 @@
-"""Finds the order of positions in which a map is block-dense, and writes it in that.
+"""Finds an order of positions in which a map visits fewer blocks, and rewrites the map.
 
 Candidates come from the digits that the expression reads: some of them first (residue
-classes of strides and dilations, columns before rows), the others in tiles. Each is
-judged by the blocks that a few rows would visit; the best is planned and kept if what
-it saves pays for moving the arrays.
+classes of strides and dilations, columns before rows), the others in tiles. Each
+candidate is judged by the blocks that a few rows would visit. The best one is planned,
+and kept if it saves more than moving the arrays costs.
 """
 
 from collections.abc import Sequence
@@ -29,11 +29,11 @@ from lowering.ranges.ranges import Ranges, Rectangles
 from lowering.ranges.verdicts import Analysis
 from pallas_kernels.block_mask import BlockMask
 
-# Saved pairs a position that pay for one more pass over q, k, v and o. The pass that
-# brings heads to the front is there anyway, and an order of digits can share it. On a
-# CPU 148 did not pay, and 212 did.
+# So many saved pairs for each position pay for one more pass over q, k, v and o. The
+# pass that brings heads to the front is needed anyway, and an order of digits can share
+# it. On a CPU 148 pairs did not pay, and 212 did.
 PAYS = 192
-# Rows of blocks whose visits stand for all.
+# The number of rows of blocks by which a candidate is judged.
 SAMPLE = 8
 
 
@@ -46,12 +46,12 @@ class Maps:
 
     @property
     def weights(self) -> tuple[int, ...]:
-        """Heads a map."""
+        """The number of heads of each map."""
         return tuple(self.map_of_head.count(i) for i in range(len(self.nodes)))
 
 
 class Given(NamedTuple):
-    """Blocks of the order as given, over all heads."""
+    """Blocks in the given order, summed over all heads."""
 
     visited: int
     partial: int
@@ -59,7 +59,7 @@ class Given(NamedTuple):
 
 @dataclass(frozen=True)
 class Arranged:
-    """Maps in slots of ``layouts``."""
+    """Maps whose ``q`` and ``k`` are slots of ``layouts``."""
 
     layouts: Layouts
     nodes: tuple[ir.Pred, ...]
@@ -67,7 +67,7 @@ class Arranged:
 
 @lru_cache(maxsize=256)
 def arrange(maps: Maps, sizes: BlockSizes, given: Given) -> Arranged | None:
-    """The best order of positions for blocks of these sizes, or None if it is as given.
+    """The best order of positions for these block sizes, or None for the given one.
 
     The choice is the same for the same maps and sizes, and never visits more blocks
     than the order as given.
@@ -92,26 +92,26 @@ def arrange(maps: Maps, sizes: BlockSizes, given: Given) -> Arranged | None:
 
 
 def write(maps: Maps, layouts: Layouts) -> Arranged:
-    """The maps in slots."""
+    """The maps rewritten in slots of ``layouts``."""
     nodes = tuple(in_slots(node, layouts.q, layouts.kv) for node in maps.nodes)
     return Arranged(layouts, nodes)
 
 
 def slots_of(layouts: Layouts, sizes: BlockSizes) -> BlockSizes:
-    """The extent of a plan in slots."""
+    """The sizes of a plan over slots."""
     lengths = layouts.q.num_slots, layouts.kv.num_slots
     return BlockSizes(*lengths, sizes.block_q, sizes.block_kv)
 
 
 def count(maps: Maps, mask: BlockMask) -> Given:
-    """The blocks that all heads visit."""
+    """The blocks that a plan visits, summed over all heads."""
     weights = np.asarray(maps.weights)
     found = mask.visited_by_map() @ weights, mask.partial_by_map() @ weights
     return Given(*(int(x) for x in found))
 
 
 def _ranked(maps: Maps, sides: tuple[Side, Side], sizes: BlockSizes) -> list[Layouts]:
-    """Candidates by the blocks that they seem to visit, the fewest first."""
+    """Candidates sorted by the estimated number of visited blocks, the fewest first."""
     judge = _Judge(maps, sides, sizes)
     given = candidates.given(sides)
     leading = sorted(dict.fromkeys(candidates.fronts(sides)), key=judge)
@@ -120,7 +120,7 @@ def _ranked(maps: Maps, sides: tuple[Side, Side], sizes: BlockSizes) -> list[Lay
     for layouts in (given, *leading[:1]):
         if layouts is given or judge(layouts) < judge(given):
             found |= dict.fromkeys(candidates.tiled(layouts, tile))
-    # Of equals the earlier, which is the simpler.
+    # Of equal candidates the earlier, simpler one comes first.
     return sorted(found, key=judge)
 
 
@@ -128,7 +128,7 @@ def _ranked(maps: Maps, sides: tuple[Side, Side], sizes: BlockSizes) -> list[Lay
 
 
 class _Judge:
-    """Estimates the blocks that a candidate visits, from some rows of blocks."""
+    """Estimates from a few rows how many blocks a candidate visits."""
 
     def __init__(self, maps: Maps, sides: tuple[Side, Side], sizes: BlockSizes) -> None:
         self.sides, self.sizes, self.weights = sides, sizes, maps.weights
@@ -136,7 +136,7 @@ class _Judge:
         self.seen: dict[Layouts, float] = {}
 
     def __call__(self, layouts: Layouts) -> float:
-        """Blocks over all heads, estimated."""
+        """The estimated number of blocks, summed over all heads."""
         if layouts not in self.seen:
             self.seen[layouts] = self._estimate(layouts)
         return self.seen[layouts]
@@ -167,7 +167,7 @@ class _Judge:
 
 
 def _stand_in(name: ir.Side, i: int) -> ir.Operand:
-    """A digit as a number of which only a range is known."""
+    """A digit as a number with a known range, for the interval analysis."""
     return ir.Operand(f"{name}{i}", ())
 
 
@@ -183,7 +183,7 @@ def _open(node: ir.Pred, sides: Sequence[Side]) -> ir.Pred:
 def _digit_ranges(
     layout: Layout, side: Side, block: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Least and greatest of the digits in each block of slots, ``[digits, blocks]``."""
+    """Least and greatest digits in each block of slots, ``[digits, blocks]`` each."""
     first = np.arange(0, layout.num_slots, block)
     last = np.minimum(first + block, layout.num_slots) - 1
     ordered = tuple(layout.radices[i] for i in layout.order)

@@ -1,8 +1,9 @@
-"""What a value reads of a pair: positions, or digits of them; and when two are free.
+"""Which positions or digits an expression reads, and when two vary independently.
 
-Different digits of one position vary independently on a rectangle whose side is an
-aligned box of digits: then a sum of them takes both of its ends, and a test of one says
-nothing about the other. Tiles of a grid are such boxes.
+A digit is ``position // place % radix``. Different digits of one position vary
+independently on a rectangle whose side is an aligned box: each digit is constant there
+or takes all its values. Then a sum of digits attains both of its ends, and a test of
+one digit says nothing about another. Tiles of a grid are such boxes.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from lowering import ir
 
 
 class Read(NamedTuple):
-    """The digit of ``axis`` from place ``first`` up to ``end`` (None: all above)."""
+    """The digits of ``axis`` from place ``first`` below ``end`` (None: no end)."""
 
     axis: str
     first: int = 1
@@ -23,7 +24,7 @@ Reads: TypeAlias = frozenset[Read]
 
 
 def digit_read(node: ir.Expr) -> Read | None:
-    """The digit that the node is, if it is just that."""
+    """The digit that the node is, or None if it is anything else."""
     match node:
         case ir.FloorDiv(ir.Var(axis), place):
             return Read(axis, place)
@@ -35,12 +36,12 @@ def digit_read(node: ir.Expr) -> Read | None:
 
 
 def shared_axes(a: Reads, b: Reads) -> frozenset[str]:
-    """The axes that both read."""
+    """The axes that ``a`` and ``b`` both read."""
     return frozenset(x.axis for x in a) & frozenset(x.axis for x in b)
 
 
 def digits_differ(a: Reads, b: Reads) -> bool:
-    """Whether no digit of the one is, or crosses, a digit of the other."""
+    """Whether no digit of ``a`` overlaps a digit of ``b``."""
     for x in a:
         for y in b:
             low, high = sorted((x, y), key=lambda read: read.first)
@@ -50,14 +51,17 @@ def digits_differ(a: Reads, b: Reads) -> bool:
 
 
 def places_of(reads: Iterable[Read], axis: str) -> tuple[int, ...]:
-    """Where the digits of an axis begin and end, but for 1."""
+    """The places where digits of ``axis`` begin and end, sorted, without 1."""
     mine = [read for read in reads if read.axis == axis]
     places = {p for read in mine for p in (read.first, read.end) if p is not None}
     return tuple(sorted(places - {1}))
 
 
 def is_box(low: Any, high: Any, places: tuple[int, ...]) -> Any:
-    """Whether ``low .. high`` is aligned and each digit is constant or runs through."""
+    """Whether in ``low .. high`` each digit is constant or takes all its values.
+
+    ``places`` are the borders between the digits.
+    """
     length = high - low + 1
     found = low % length == 0
     for place in places:

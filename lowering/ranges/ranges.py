@@ -1,8 +1,9 @@
-"""The values that integers of positions take on whole rectangles of pairs.
+"""Interval analysis: the range of an integer expression on rectangles of pairs.
 
-Everything is an array with one entry a rectangle, written on an array namespace: NumPy
-when planning, at run time jnp where something is traced. Ranges are sound always, and
-exact where an expression sees each variable once.
+Every number is an array with one entry for each rectangle. The array namespace is NumPy
+when planning; at run time it is jnp where something is traced. Ranges are always sound,
+and exact where an expression reads each variable once. Each rule below has its formula
+above it; ``[l, h]`` is the range of an operand.
 """
 
 from collections.abc import Mapping
@@ -26,12 +27,12 @@ from lowering.ranges.digit_reads import (
     shared_axes,
 )
 
-# What a run-time array may hold: any int32.
+# A run-time array may hold any int32: -ANYTHING .. ANYTHING - 1.
 ANYTHING = 1 << 31
 
 
 class Rectangles(NamedTuple):
-    """Inclusive bounds of queries and keys, int arrays with one entry a rectangle."""
+    """Inclusive bounds of queries and keys: int arrays ``[rectangles]``."""
 
     q_min: Any
     q_max: Any
@@ -42,9 +43,9 @@ class Rectangles(NamedTuple):
 class Range(NamedTuple):
     """The values of an expression: within ``low .. high``, all ``≡ low (mod step)``.
 
-    ``tight``: both ends are attained. ``dense``: every such value is attained.
-    ``covers``: in any leaf tile it takes at least this many consecutive values.
-    ``reads``: the positions and digits that it depends on.
+    ``tight``: both ends are attained. ``dense``: every value of that form is attained.
+    ``covers``: the expression takes at least this many consecutive values in any leaf
+    tile. ``reads``: the positions and digits that the expression depends on.
     """
 
     low: Any
@@ -57,7 +58,7 @@ class Range(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """Rectangles of a grid: the bounds of its rows and columns, and whose each is."""
+    """Rectangles of a grid: its rows and columns, and the row and column of each."""
 
     rows: Rectangles
     row_of: Any
@@ -67,12 +68,13 @@ class Sides(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranges:
-    """The ranges on rectangles; build one a level and call it on expressions.
+    """Computes ranges on rectangles: one object a level, called on expressions.
 
     ``leaf`` is the smallest (queries, keys) of a leaf tile. ``operands`` gives the
     range ``(low, high)`` of a run-time array (hoisted or not) over each rectangle,
-    where known; of hoisted bits, whether some may hold and whether all do. With
-    ``sides``, what reads one position alone is computed once a row, or a column.
+    where known; for hoisted bits, whether some may hold and whether all do. With
+    ``sides``, an expression of one position alone is computed once for each row, or
+    for each column.
     """
 
     at: Rectangles
@@ -80,7 +82,7 @@ class Ranges:
     xp: Any = np
     operands: Mapping[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple] | None = None
     sides: Sides | None = None
-    # Digits of positions occur in many comparisons; each is looked at once.
+    # Digits of positions occur in many comparisons; each is analysed once.
     seen: dict[ir.Expr, Range] = field(default_factory=dict, compare=False)
     boxes: dict[tuple[str, tuple[int, ...]], Any] = field(
         default_factory=dict, compare=False
@@ -94,7 +96,7 @@ class Ranges:
         return found
 
     def free(self, a: Reads, b: Reads) -> Any:
-        """Whether two values vary independently, on each rectangle or on all."""
+        """Whether two values vary independently: a bool, or one a rectangle."""
         shared = shared_axes(a, b)
         if not shared or not digits_differ(a, b):
             return not shared
@@ -186,6 +188,7 @@ class Ranges:
     def _position(self, low: Any, high: Any, covers: int, axis: str) -> Range:
         return Range(low, high, 1, True, True, covers, frozenset({Read(axis)}))
 
+    # [l, h] + [m, i] == [l + m, h + i]
     def _add(self, a: Range, b: Range) -> Range:
         free = self.free(a.reads, b.reads)
         if free is True:
@@ -202,7 +205,7 @@ class Ranges:
         )
 
     def _add_tied(self, a: Range, b: Range) -> Range:
-        """The sum of two that may not take their ends at once."""
+        """The sum of two ranges that may not attain their ends at the same pair."""
         low, high = a.low + b.low, a.high + b.high
         step = int(np.gcd(a.step, b.step))
         still_a, still_b = a.low == a.high, b.low == b.high
@@ -215,7 +218,7 @@ class Ranges:
         return Range(low, high, step, tight, dense, 1, a.reads | b.reads)
 
     def _add_free(self, a: Range, b: Range) -> Range:
-        """The sum of two that vary independently."""
+        """The sum of two ranges that vary independently."""
         low, high = a.low + b.low, a.high + b.high
         reads = a.reads | b.reads
         if not a.reads or not b.reads:
@@ -231,6 +234,7 @@ class Ranges:
         step = int(np.gcd(step, wide))
         return Range(low, high, step, a.tight & b.tight, dense, covers, reads)
 
+    # [l, h] * n == [l n, h n], or [h n, l n] if n < 0; the step becomes |n| step
     def _mul(self, a: Range, n: int) -> Range:
         low, high = (a.low * n, a.high * n) if n >= 0 else (a.high * n, a.low * n)
         covers = a.covers if abs(n) == 1 else 1
@@ -238,6 +242,7 @@ class Ranges:
             low=low, high=high, step=max(a.step * abs(n), 1), covers=covers
         )
 
+    # [l, h] // n == [l // n, h // n]; no value is skipped if step <= n
     def _floor_div(self, a: Range, n: int) -> Range:
         low, high = _div(a.low, n), _div(a.high, n)
         step = a.step // n if a.step % n == 0 else 1
@@ -246,13 +251,15 @@ class Ranges:
         covers = -(-a.covers // n) if a.step == 1 else 1
         return a._replace(low=low, high=high, step=step, dense=dense, covers=covers)
 
+    # [l, h] % n == [l % n, h % n]  if l // n == h // n
+    # else the residues ≡ l (mod gcd(step, n)) in 0 .. n - 1
     def _mod(self, a: Range, n: int) -> Range:
         same = _div(a.low, n) == _div(a.high, n)
         step = int(np.gcd(a.step, n))
         least = _rem(a.low, step)
         low = self.xp.where(same, _rem(a.low, n), least)
         high = self.xp.where(same, _rem(a.high, n), n - step + least)
-        # Values a.step apart reach every residue that they can within n / step of them.
+        # n / step consecutive values, a.step apart, take every possible residue.
         wraps = a.high - a.low + a.step >= (n // step) * a.step
         keeps_step = a.step == step
         dense = a.dense & (wraps | (same & (keeps_step | (a.low == a.high))))
@@ -260,9 +267,10 @@ class Ranges:
         covers = n if a.covers >= n else 1
         return Range(low, high, step, tight, dense, covers, a.reads)
 
+    # min([l, h], [m, i]) == [min(l, m), min(h, i)], and the same of max
     def _pick(self, pick: Any, a: Range, b: Range) -> Range:
         low, high = pick(a.low, b.low), pick(a.high, b.high)
-        # One of them is the answer throughout, or the ends come from free variables.
+        # One operand is the result throughout, or the two vary independently.
         apart = (a.high <= b.low) | (b.high <= a.low)
         free = self.free(a.reads, b.reads)
         tight = a.tight & b.tight & (apart | free)
@@ -271,6 +279,7 @@ class Ranges:
         dense = (dense & (apart | free)) | (tight & (low == high))
         return Range(low, high, step, tight, dense, 1, a.reads | b.reads)
 
+    # floor_log2([l, h]) == [floor_log2(l), floor_log2(h)]; no value is skipped
     def _log2(self, a: Range) -> Range:
         low, high = (self._floor_log2(x) for x in (a.low, a.high))
         dense = a.dense & ((a.step == 1) | (low == high))
@@ -281,6 +290,7 @@ class Ranges:
             return integers(self.xp, floor_log2(x))
         return 31 - lax.clz(self.xp.maximum(x, 1))
 
+    # table[[l, h]] == [min(table[l .. h]), max(table[l .. h])]
     def _table(self, values: tuple[int, ...], index: Range) -> Range:
         low, high = _table_bounds(self.xp, values, index.low, index.high)
         tight = index.dense & (index.step == 1)
@@ -297,7 +307,7 @@ class Ranges:
         return Range(low, high, 1, True, (high - low) <= 1, 1, reads)
 
     def with_entry(self, table: ir.Table, entry: Any) -> "Ranges":
-        """The ranges where the table is looked up at ``entry`` alone."""
+        """The same ranges if ``table`` is looked up at ``entry`` only."""
         inside = self.xp.clip(entry, 0, len(table.values) - 1)
         value = integers(self.xp, table.values)[inside]
         reads = self(table.index).reads
@@ -306,7 +316,7 @@ class Ranges:
 
 
 def integers(xp: Any, values: Any) -> Any:
-    """An array of 64 bits when planning, and of 32, as all is there, at run time."""
+    """``values`` as int64 when planning (NumPy), as int32 at run time."""
     return np.asarray(values, np.int64) if xp is np else xp.asarray(values, np.int32)
 
 
@@ -315,18 +325,18 @@ def _take(x: Any, of: Any) -> Any:
 
 
 def _div(x: Any, n: int) -> Any:
-    """``x // n``: a shift where it can be, which is several times faster."""
+    """``x // n``; for a power of two a shift, which is several times faster."""
     return x // n if n & (n - 1) else x >> (n.bit_length() - 1)
 
 
 def _rem(x: Any, n: int) -> Any:
-    """``x % n``, likewise."""
+    """``x % n``; for a power of two a bitwise and, which is several times faster."""
     return x % n if n & (n - 1) else x & (n - 1)
 
 
 @lru_cache(maxsize=64)
 def _sparse_table(values: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Minima and maxima over every power of two of entries, ``[levels, entries]``."""
+    """Minima and maxima of ``2**level`` entries from each on, ``[levels, entries]``."""
     low = [np.asarray(values, np.int64)]
     high = [low[0]]
     width = 1
@@ -342,7 +352,10 @@ def _sparse_table(values: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 def _table_bounds(
     xp: Any, values: tuple[int, ...], first: Any, last: Any
 ) -> tuple[Any, Any]:
-    """The least and greatest of ``values[first .. last]``, in two look-ups each."""
+    """The least and greatest of ``values[first .. last]``, by two look-ups each.
+
+    A range of entries is the union of two overlapping ones of ``2**level`` entries.
+    """
     low, high = (integers(xp, t) for t in _sparse_table(values))
     first, last = (xp.clip(i, 0, len(values) - 1) for i in (first, last))
     floor_log2 = integers(xp, np.frexp(np.arange(1, len(values) + 1))[1] - 1)

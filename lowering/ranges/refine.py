@@ -1,6 +1,7 @@
-"""What bounds leave open, settled by looking closer: is there a pair, are there all?
+"""Decides blocks that interval analysis could not, by subdividing and evaluating them.
 
-Also counts pairs, exactly, by the same descent.
+Two questions are asked of each rectangle: is there a pair, and are all pairs there? The
+same descent also counts pairs exactly.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,8 @@ SPLIT = 4
 SMALL = 16
 # Pairs evaluated at once, to bound memory.
 CHUNK = 1 << 22
-# A count evaluates larger ones, of fewer pairs at once, and looks at so many together.
+# When counting: the side of rectangles that are evaluated pair by pair, the pairs that
+# are evaluated at once, and the rectangles that are analysed at once.
 LEAF = 32
 PAIRS = 1 << 19
 AT_ONCE = 1 << 14
@@ -29,7 +31,10 @@ def settle(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether each rectangle has a pair of ``upper``, and all pairs of ``lower``.
 
-    Past ``budget`` rectangles the rest is taken as partial: one pair, not all.
+    After ``budget`` rectangles the others are taken as partial: some pair, not all.
+
+    Returns:
+      Two bool arrays ``[rectangles]``: has some pair, has all pairs.
     """
     owner = np.arange(len(at.q_min))
     some, lacks = np.zeros(len(owner), bool), np.zeros(len(owner), bool)
@@ -63,7 +68,8 @@ def settle(
 def count_within(node: ir.Pred, at: Rectangles) -> int:
     """How many pairs of the rectangles the node selects, exactly.
 
-    Some rectangles at a time, the last ones split first: memory stays bounded.
+    A bounded number of rectangles is analysed at a time, the newest first, so that
+    memory stays bounded.
     """
     total, cuts = 0, find_cuts(node)
     open_ = [_take(at, part) for part in _slices(len(at.q_min), AT_ONCE)]
@@ -94,7 +100,7 @@ def _is_small(at: Rectangles, size: int) -> np.ndarray:
 def _split(
     at: Rectangles, owner: np.ndarray, cuts: Cuts
 ) -> tuple[Rectangles, np.ndarray]:
-    """Four by four parts of each rectangle, fewer where it is thin."""
+    """Splits each rectangle into four by four parts, fewer where it is thin."""
     q0, q1 = cuts.q.parts(at.q_min, at.q_max, SPLIT)
     k0, k1 = cuts.k.parts(at.k_min, at.k_max, SPLIT)
     shape = (len(owner), SPLIT, SPLIT)
@@ -106,7 +112,11 @@ def _split(
 
 
 class _Question(NamedTuple):
-    """What is asked of every rectangle, and what evaluated pairs have shown of it."""
+    """The predicates, and what is known of each block so far.
+
+    ``some`` and ``lacks`` are bool ``[blocks]``: a pair of ``upper`` was found, and a
+    pair that is not in ``lower``.
+    """
 
     upper: ir.Pred
     lower: ir.Pred
@@ -114,7 +124,7 @@ class _Question(NamedTuple):
     lacks: np.ndarray
 
     def sample(self, at: Rectangles, owner: np.ndarray, cuts: Cuts) -> None:
-        """Evaluates the corners of each rectangle, then more of what they leave."""
+        """Evaluates the corners of each rectangle, then more points where undecided."""
         q, k = (np.stack(ends, 1) for ends in (at[:2], at[2:]))
         self._evaluate(q, k, owner)
         rest = ~(self.some[owner] & self.lacks[owner])
@@ -123,7 +133,7 @@ class _Question(NamedTuple):
         self._evaluate(q, cuts.k.points(at.k_min, at.k_max), owner)
 
     def _evaluate(self, q: np.ndarray, k: np.ndarray, owner: np.ndarray) -> None:
-        """Positions ``[rectangles, points]`` of either side, all pairs of them."""
+        """Evaluates all pairs of ``q`` and ``k``, ``[rectangles, points]`` each."""
         width = max(1, CHUNK // (q.shape[1] * k.shape[1]))
         for i in range(0, len(owner), width):
             part = slice(i, i + width)
@@ -159,7 +169,10 @@ def _slices(count: int, width: int) -> list[slice]:
 
 
 def _grid(at: Rectangles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions ``[n, rows, 1]``, ``[n, 1, columns]``, clamped, and which are real."""
+    """Positions ``[n, rows, 1]`` and ``[n, 1, columns]``, and which pairs are inside.
+
+    Rectangles differ in size: positions beyond the end of one are clamped to it.
+    """
     rows, columns = (
         np.arange(1 + (high - low).max(initial=0))
         for low, high in ((at.q_min, at.q_max), (at.k_min, at.k_max))

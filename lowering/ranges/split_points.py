@@ -1,7 +1,8 @@
-"""Where rectangles are best cut: at the positions where a predicate changes its form.
+"""Finds the positions at which a predicate changes, where rectangles are best split.
 
-A test of one position against a constant changes there, a division or a remainder at
-the multiples of its divisor. Between such lines bounds are exact more often.
+A comparison of a position with a constant changes at the constant, a division or a
+remainder at the multiples of its divisor. Between such lines bounds are exact more
+often.
 """
 
 from functools import lru_cache
@@ -14,7 +15,7 @@ from lowering.expr.simplify import sum_of
 
 
 class Lines(NamedTuple):
-    """Along one axis: constants to cut before, and distances between further cuts."""
+    """The lines of one axis: at ``constants`` and at multiples of ``periods``."""
 
     constants: np.ndarray
     periods: tuple[int, ...]
@@ -22,12 +23,15 @@ class Lines(NamedTuple):
     def parts(
         self, low: np.ndarray, high: np.ndarray, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """First and last of ``count`` parts of each range; empty parts end first."""
+        """First and last of ``count`` parts of each range, ``[ranges, count]`` each.
+
+        Of an empty part, the last position is before the first.
+        """
         low, high = low[:, None], high[:, None]
         step = -(-(high - low + 1) // count)
         cuts = low + step * np.arange(1, count)
         for period in self.periods:
-            # The largest that fits comes last, and decides.
+            # Periods ascend: the largest one that fits decides.
             near = (cuts + period // 2) // period * period
             cuts = np.where((near > low) & (near <= high), near, cuts)
         if len(self.constants):
@@ -41,7 +45,7 @@ class Lines(NamedTuple):
         return first, np.concatenate([cuts - 1, high], axis=1)
 
     def points(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """Some positions of each range: evenly spread, and at the ends of digits."""
+        """Positions to sample, ``[ranges, points]``: spread, and at ends of digits."""
         length = (high - low)[:, None]
         spread = np.rint(length * np.linspace(0, 1, 5)).astype(np.int64)
         inside = [p for p in self.periods if p <= length.max(initial=0)][-2:]

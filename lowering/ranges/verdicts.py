@@ -1,7 +1,8 @@
-"""What a predicate does on whole rectangles of pairs, by intervals and congruences.
+"""Decides on rectangles of pairs whether a predicate holds for all, some or no pairs.
 
-The analysis is sound always, and exact where a comparison sees each variable once; what
-it cannot settle, ``planning`` splits.
+The analysis uses intervals and congruences. It is always sound, and exact where a
+comparison reads each variable once. ``planning`` splits the rectangles that it cannot
+decide. Each rule below has its formula above it; ``[l, h]`` is a range.
 """
 
 from dataclasses import dataclass
@@ -16,16 +17,16 @@ from lowering.ranges.digit_reads import Read, Reads
 from lowering.ranges.ranges import Range, Ranges, Rectangles, integers
 
 POWERS_OF_TWO = tuple(1 << i for i in range(42))
-# A table that a rectangle looks up at no more than these entries is tried with each.
+# If rectangles look up at most so many entries of a table, each entry is tried.
 FEW_ENTRIES = 8
 
 
 class Verdict(NamedTuple):
-    """What is known of a predicate on each rectangle.
+    """What is known of a predicate on each rectangle: bool arrays ``[rectangles]``.
 
-    ``none`` and ``all`` are exact statements about all pairs; ``hit`` says that some
-    pair surely holds and ``miss`` that some surely does not. ``hits`` and ``misses``
-    say so of every leaf tile inside the rectangle. What is neither is not known.
+    ``none``: it holds for no pair. ``all``: it holds for all pairs. ``hit``: it surely
+    holds for some pair. ``miss``: it surely fails for some pair. ``hits`` and
+    ``misses``: the same for every leaf tile inside the rectangle. False means unknown.
     ``reads`` are the positions and digits that the predicate depends on.
     """
 
@@ -40,7 +41,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Analysis:
-    """The verdicts on rectangles; build one a level and call it on predicates."""
+    """Computes verdicts on rectangles: one object a level, called on predicates."""
 
     ranges: Ranges
 
@@ -99,17 +100,23 @@ class Analysis:
         return Verdict(~some, every, every, ~some, every, ~some, reads)
 
     def _every(self, verdicts: list[Verdict]) -> Verdict:
-        """The conjunction; what reads little comes first, and the same together."""
+        """The verdict on a conjunction.
+
+        Verdicts that read the same digits are joined first, and those that read few
+        come first, so that ``_and`` finds independent operands more often.
+        """
         groups: dict[Reads, list[Verdict]] = {}
         for verdict in sorted(verdicts, key=lambda v: len(v.reads)):
             groups.setdefault(verdict.reads, []).append(verdict)
         return reduce(self._and, [reduce(self._and, g) for g in groups.values()])
 
+    # none(A & B) if none(A) or none(B);  all(A & B) if all(A) and all(B)
+    # hit(A & B)  if all(A) and hit(B), or if A and B are independent and both hit
     def _and(self, a: Verdict, b: Verdict) -> Verdict:
         hit = (a.all & b.hit) | (b.all & a.hit)
         hits = (a.all & b.hits) | (b.all & a.hits)
         free = self.ranges.free(a.reads, b.reads)
-        if free is not False:  # a pair of each is a pair of both
+        if free is not False:  # independent: some pair fulfils both
             hit = hit | (free & a.hit & b.hit)
         if free is True:
             hits = a.hits & b.hits
@@ -124,7 +131,7 @@ class Analysis:
         )
 
     def _is_narrow(self, table: ir.Table) -> bool:
-        """Whether rectangles look up few entries, and not just one that is tried."""
+        """Whether rectangles look up few entries, and this table is not being tried."""
         if self.ranges.xp is not np:  # how many is not known while tracing
             return False
         return table not in self.ranges.seen and self._width(table) <= FEW_ENTRIES
@@ -135,7 +142,10 @@ class Analysis:
         return 1 + int(np.max(index.high - index.low, initial=0))
 
     def _by_entry(self, node: ir.Pred, table: ir.Table) -> Verdict:
-        """The verdict from one on each entry, which the rest does not depend on."""
+        """Joins the verdicts for each entry that the index may take.
+
+        The other parts of the comparison do not depend on the axes of the index.
+        """
         index = self.ranges(table.index)
         found = [
             Analysis(
@@ -144,13 +154,14 @@ class Analysis:
             for i in range(self._width(table))
         ]
         none, every = (reduce(and_, [v[i] for v in found]) for i in (0, 1))
-        # Which entries occur is known where the index takes every value.
+        # An entry surely occurs only where the index takes every value of its range.
         sure = index.dense & (index.step == 1)
         hit = sure & reduce(or_, [v.hit for v in found])
         miss = sure & reduce(or_, [v.miss for v in found])
         reads = found[0].reads | index.reads
         return Verdict(none, every, hit | every, miss | none, every, none, reads)
 
+    # [l, h] <= c: none if l > c, all if h <= c; between, an attained end decides
     def _le(self, expr: ir.Expr, value: int) -> Verdict:
         r = self.ranges(expr)
         none, everything = r.low > value, r.high <= value
@@ -163,15 +174,17 @@ class Analysis:
         miss = (r.tight & ~everything) | misses
         return Verdict(none, everything, hit, miss, hits, misses, r.reads)
 
+    # [l, h] <= [m, i]: none if l > i, all if h <= m
     def _ordered(self, a: Range, b: Range) -> Verdict:
-        """``a <= b`` without their difference, which 32 bits may not hold."""
+        """``a <= b`` without computing ``a - b``, which may exceed 32 bits."""
         none, everything = a.low > b.high, a.high <= b.low
         ends = self.ranges.free(a.reads, b.reads) & a.tight & b.tight
         hit, miss = everything | (ends & ~none), none | (ends & ~everything)
         return Verdict(none, everything, hit, miss, everything, none, a.reads | b.reads)
 
+    # [l, h] == [m, i]: none if they are disjoint, all if l == h == m == i
     def _equal(self, a: Range, b: Range) -> Verdict:
-        """``a == b``, likewise."""
+        """``a == b`` without computing ``a - b``, which may exceed 32 bits."""
         none = (a.low > b.high) | (b.low > a.high)
         everything = (a.low == b.high) & (b.low == a.high)
         reads = a.reads | b.reads
@@ -182,19 +195,20 @@ class Analysis:
             return self._congruent(expr, values[0])
         return self._members(self.ranges(expr), values)
 
+    # [l, h] in S: none if S has no value of the range, all if S has all of them
     def _members(self, r: Range, values: tuple[int, ...]) -> Verdict:
         members = self._num_members(r, values)
-        # At run time the width of a range may wrap around, to less than 1.
+        # At run time h - l may overflow 32 bits, and the width be less than 1.
         found = members > 0
         everything = found & (members == (r.high - r.low) // r.step + 1)
         hit = everything | (r.dense & found)
         miss = ~found | (r.dense & ~everything)
-        if len(values) == 1:  # both ends are attained, and one is not the value
+        if len(values) == 1:  # both ends are attained, and at most one is the value
             miss = miss | (r.tight & (r.low != r.high))
         return Verdict(~found, everything, hit, miss, everything, ~found, r.reads)
 
     def _num_members(self, r: Range, values: tuple[int, ...]) -> Any:
-        """How many of ``values`` lie in the range, at its residue."""
+        """How many of ``values`` lie in the range and are ``≡ low (mod step)``."""
         array = np.asarray(values, np.int64)
         total = r.low * 0
         for residue in np.unique(array % r.step):
@@ -204,6 +218,7 @@ class Analysis:
             total = total + self.ranges.xp.where(mine, inside, 0)
         return total
 
+    # [l, h] % n == r: the least such value is first = l + (r - l) % n; none if > h
     def _congruent(self, expr: ir.Mod, residue: int) -> Verdict:
         """``inner % divisor == residue``: exact where ``inner`` has no gaps."""
         inner, divisor = self.ranges(expr.expr), expr.divisor
@@ -232,7 +247,7 @@ def negate(v: Verdict) -> Verdict:
 
 
 def _table_of(node: ir.Pred) -> ir.Table | None:
-    """A table beside which a comparison reads other axes only, or none."""
+    """The one table of a comparison whose other parts read other axes, or None."""
     if not isinstance(node, ir.Le | ir.Eq | ir.In):
         return None
     tables = {n for n in ir.walk(node) if isinstance(n, ir.Table)}
@@ -245,7 +260,7 @@ def _table_of(node: ir.Pred) -> ir.Table | None:
 
 
 def _cycle(expr: ir.Expr, r: Range) -> tuple[int, int] | None:
-    """The values that a residue surely takes in every leaf tile, if all of them."""
+    """Least and greatest residue, if it takes all values in every leaf tile."""
     match expr:
         case ir.Mod(_, n) if r.covers >= n:
             return 0, n - 1

@@ -1,4 +1,4 @@
-"""What is legal once heads are resolved and lengths are known."""
+"""Checks tables, grids and operands of a map once lengths and heads are known."""
 
 from collections.abc import Collection, Mapping
 
@@ -12,7 +12,7 @@ from lowering.ranges.ranges import Ranges, Rectangles
 
 
 def verify(maps: tuple[ir.Pred, ...], q_seq_len: int, kv_seq_len: int) -> None:
-    """Checks that every table is indexed inside of it, and that grids have all cells.
+    """Checks that indices stay inside of tables and that positions fill grids.
 
     Raises:
       ValueError: some position reaches beyond a table, a permutation or a grid.
@@ -32,7 +32,7 @@ def verify(maps: tuple[ir.Pred, ...], q_seq_len: int, kv_seq_len: int) -> None:
 
 
 def _verify_extents(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> None:
-    """Keys fill what they should; queries may be a part of it, as in decoding."""
+    """Keys must fill a grid; queries may be a part of it, as in decoding."""
     for part in {n for n in ir.walk(node) if isinstance(n, ir.Within)}:
         _, high = index_range(part.expr, q_seq_len, kv_seq_len)
         is_filled = high == part.size - 1
@@ -52,9 +52,12 @@ def verify_operands(
     shapes: Mapping[str, tuple[int, ...]],
     num_heads: int,
 ) -> None:
-    """Checks that every operand that is ``needed`` is there, wanted, and long enough.
+    """Checks that the given operands are those that are needed, and long enough.
 
-    ``shapes`` are those of the arrays without their batch axis.
+    ``shapes`` has the shapes of the arrays without their batch axis, by name.
+
+    Raises:
+      ValueError: an operand is missing, unused or too short, or an index is negative.
     """
     names = {n.name for n in needed}
     for name in sorted(names - set(shapes)):
@@ -99,7 +102,7 @@ def verify_operands(
 
 
 def index_range(index: ir.Expr, q_seq_len: int, kv_seq_len: int) -> tuple[int, int]:
-    """The bounds of an expression over all positions; heads are resolved."""
+    """Least and greatest value of an expression over all positions, without heads."""
     known = fits.known_of(q_seq_len, kv_seq_len)
     if not fits.within(index, fits.INT62, known):
         index = integer(index)
@@ -114,7 +117,7 @@ def index_range(index: ir.Expr, q_seq_len: int, kv_seq_len: int) -> tuple[int, i
 def _operand_range(
     index: ir.Expr, q_seq_len: int, kv_seq_len: int, num_heads: int
 ) -> tuple[int, int] | None:
-    """The bounds of an index; of one that is read at run time nothing is known."""
+    """Least and greatest value of an index; None if the index reads an operand."""
     if any(isinstance(n, ir.Operand) for n in ir.walk(index)):
         return None
     if "h" not in ir.axes(index):

@@ -1,4 +1,4 @@
-"""A map as a product of maps of digits: rows and columns of a grid, each by itself."""
+"""Factors a map into maps of single digits, such as the rows and columns of a grid."""
 
 from itertools import pairwise
 
@@ -7,10 +7,11 @@ from lowering.solve.eliminate import by_digits, cuts_of
 
 
 def factors(node: ir.Pred, n: int) -> list[tuple[ir.Pred, int]] | None:
-    """A map of ``n`` positions as the product of maps of digits, or None.
+    """A map of ``n`` positions as a product of maps of digits, or None.
 
-    Each factor is a predicate of ``q`` and ``k`` on so many positions; the pair
-    fulfils the node iff the digits of each weight fulfil their factor.
+    Each factor is a predicate of ``q`` and ``k``, and the number of its positions. A
+    pair fulfils the node iff for each factor its digits fulfil that factor:
+    node(q, k) == factor_0(q_0, k_0) & factor_1(q_1, k_1) & ...
     """
     cuts = cuts_of(node, ir.Q) | cuts_of(node, ir.K)
     by_q = by_digits(node, ir.Q, ir.Const(n - 1), cuts)

@@ -1,8 +1,8 @@
-"""A predicate by the digits of its positions: every test reads one level of them.
+"""Rewrites a predicate into tests that each read one digit of the query and the key.
 
-A level is one digit of the query and the digit of the key that weighs as much. A
-comparison of positions becomes one of their highest digits and, where these decide
-nothing, one of the others.
+A level is one digit of the query and the digit of the key with the same weight. A
+comparison of positions becomes a comparison of their highest digits and, where these
+are equal, one of the lower digits.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,17 +18,17 @@ from lowering.expr.static_range import span
 from lowering.solve.eliminate import by_digits, cuts_of
 from lowering.solve.solve import from_linear
 
-# Pairs of digits of one level that are tried, and classes that they may fall into.
+# At most so many pairs of digits of one level are tried, and make so many classes.
 MOST_TRIED = 1 << 20
 MOST_CLASSES = 256
-# Tests that are told apart, a bit each.
+# At most so many tests: the results of all fit one int64, a bit each.
 MOST_TESTS = 62
-# Values of the higher digits between which the lower ones decide.
+# At most so many values of the higher digit for which the lower digits decide.
 MOST_CARRIES = 8
 
 
 class Level(NamedTuple):
-    """The digits of one weight: their names, and how many there are of either."""
+    """The digits of one weight: their names, and how many values each can take."""
 
     q: ir.Operand
     k: ir.Operand
@@ -37,17 +37,17 @@ class Level(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Pairs of digits."""
+        """The number of pairs of digits."""
         return self.num_q * self.num_k
 
 
 def in_levels(
     node: ir.Pred, q_seq_len: int, kv_seq_len: int
 ) -> tuple[ir.Pred, tuple[Level, ...]]:
-    """A predicate of ``q`` and ``k`` in tests of one level each, lowest level first.
+    """A predicate as tests of one level each, and the levels, the lowest first.
 
     Raises:
-      NotImplementedError: it reads no digits, or mixes them.
+      NotImplementedError: the predicate reads no digits, or mixes them in one test.
     """
     cuts = cuts_of(node, ir.Q) | cuts_of(node, ir.K)
     by_q = by_digits(node, ir.Q, ir.Const(q_seq_len - 1), cuts)
@@ -65,13 +65,13 @@ def _count(last: ir.Expr) -> int:
 
 
 def levels_of(node: ir.Node, levels: tuple[Level, ...]) -> tuple[Level, ...]:
-    """The levels that a node reads."""
+    """The levels whose digits the node reads."""
     names = {*ir.operand_names(node)}
     return tuple(x for x in levels if {x.q.name, x.k.name} & names)
 
 
 def as_pairs(node: ir.Pred, level: Level) -> ir.Pred:
-    """A node that reads one level as a predicate of ``q`` and ``k``."""
+    """A node that reads one level, with ``q`` and ``k`` for the digits there."""
     return simplify(ir.replace(node, {level.q: ir.Q, level.k: ir.K}))
 
 
@@ -79,7 +79,7 @@ def as_pairs(node: ir.Pred, level: Level) -> ir.Pred:
 
 
 def _apart(node: ir.Pred, levels: tuple[Level, ...]) -> ir.Pred:
-    """The node, in normal form, in tests of one level each."""
+    """A node in normal form as tests of one level each."""
 
     def rule(part: ir.Pred) -> ir.Pred | None:
         if len(levels_of(part, levels)) <= 1:
@@ -99,10 +99,13 @@ def _apart(node: ir.Pred, levels: tuple[Level, ...]) -> ir.Pred:
     return ir.rewrite(node, rule)
 
 
+# w h + l <= c, for least <= l <= most and surely = (c - most) // w:
+#   h <= surely | (h == v & l <= c - w v) for v in surely + 1 .. (c - least) // w
+# w h + l == c:  (h == v & l == c - w v) for v in surely .. (c - least) // w
 def _compared(
     left: ir.Expr, bound: int, levels: tuple[Level, ...], *, equal: bool
 ) -> ir.Pred:
-    """``left <= bound``, or ``left == bound``, by the level that weighs most."""
+    """``left <= bound``, or ``left == bound``, split at the level that weighs most."""
     total, constant = sum_of(left)
     parts: dict[Level, dict[ir.Expr, int]] = {}
     for atom, factor in total.items():
@@ -117,7 +120,6 @@ def _compared(
     rest = {x: f for level in weights for x, f in parts[level].items()}
     low = from_linear(rest, constant)
     least, most = _range(low, levels)
-    # weight * high + low <= bound, for a low between least and most.
     surely, last = (bound - most) // weight, (bound - least) // weight
     if last - surely > MOST_CARRIES:
         raise NotImplementedError("digits overlap")
@@ -130,7 +132,7 @@ def _compared(
 
 
 def _range(expr: ir.Expr, levels: tuple[Level, ...]) -> tuple[int, int]:
-    """Bounds of an expression of digits."""
+    """Least and greatest value of an expression of digits."""
     new: dict[ir.Node, ir.Expr] = {}
     for level in levels:
         new[level.q] = ir.Mod(level.q, level.num_q)
@@ -147,7 +149,10 @@ def _range(expr: ir.Expr, levels: tuple[Level, ...]) -> tuple[int, int]:
 def classes(
     node: ir.Pred, level: Level, levels: tuple[Level, ...]
 ) -> Iterator[tuple[ir.Pred, int]]:
-    """What pairs of digits of one level leave of a node, and how many leave it.
+    """The distinct predicates that remain once one level is fixed, with their counts.
+
+    Each pair of digits of ``level`` fixes the tests that read it. Pairs that fix all
+    tests alike form a class: it yields the remaining predicate and the class size.
 
     Raises:
       NotImplementedError: there are too many pairs, tests or classes.

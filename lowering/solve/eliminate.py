@@ -1,8 +1,8 @@
-"""Elimination of a position: is there a ``j``, which is the first, which the last?
+"""Eliminates a position from a predicate: does one exist, which is first, which last?
 
-One unknown is solved for at a time (``solve``); where a predicate reads a position by
-its digits (rows and columns of a grid, place and number of a block), each digit is an
-unknown of its own.
+The predicate is solved for one unknown at a time (``solve``). If it reads a position by
+digits (rows and columns of a grid, number and place of a block), each digit is an
+unknown of its own. Each rule below has its formula above it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,12 +28,15 @@ from lowering.solve.solve import (
     solve,
 )
 
-# No identifier: no operand of a user has this name.
+# The position j of a @ b. No identifier: no operand of a user has this name.
 MIDDLE = ir.Operand(" j", ())
 
 
 class Digits(NamedTuple):
-    """A predicate by the digits of a position, the lowest first, each with its last."""
+    """A predicate of the digits of a position: position = sum of weight * digit.
+
+    Digits are sorted from the lowest on; a digit takes the values 0 .. its ``last``.
+    """
 
     node: ir.Pred
     names: tuple[ir.Operand, ...]
@@ -42,16 +45,16 @@ class Digits(NamedTuple):
 
 
 def exists(node: ir.Pred, x: Unknown, last: ir.Expr) -> ir.Pred:
-    """Where some ``x`` in 0 .. ``last`` fulfils ``node``: an equal node without ``x``.
+    """The predicate "some ``x`` in 0 .. ``last`` fulfils ``node``", without ``x``.
 
     Args:
       node: a predicate whose heads are resolved; ``q`` and ``k`` are at least 0, and
         ``k`` is below ``n``.
-      x: what to eliminate.
+      x: the unknown to eliminate.
       last: an expression without ``x``.
 
     Raises:
-      NotImplementedError: no exact rule covers some part, which the message names.
+      NotImplementedError: no exact rule covers a part; the message names it.
     """
     last = _extent(node, x, last)
     return _exists(simplify(node), x, last)
@@ -69,7 +72,7 @@ def extremes(
       values: int ``[count]``.
 
     Returns:
-      Two int arrays ``[count]``; -1 where there is none.
+      Two int arrays ``[count]``; -1 where no ``x`` fulfils the node.
 
     Raises:
       NotImplementedError: no exact rule covers some part.
@@ -89,9 +92,10 @@ def extremes(
 
 
 def compose(a: ir.Pred, b: ir.Pred) -> ir.Pred:
-    """Where some position ``j`` of the keys has ``a(q, j)`` and ``b(j, k)``.
+    """The predicate "``a(q, j)`` and ``b(j, k)`` for some position ``j`` of the keys".
 
-    Maps by head combine head by head. What the two demand of lengths stays demanded.
+    Maps by head are composed head by head. The checks of lengths that tables and grids
+    in ``a`` and ``b`` ask for are kept.
 
     Raises:
       NotImplementedError: ``j`` cannot be eliminated exactly.
@@ -115,7 +119,7 @@ def _compose(a: ir.Pred, b: ir.Pred) -> ir.Pred:
             "what `&`, `|`, `lift` and `per_head` make of them; for small sizes, "
             "multiply the dense maps"
         ) from error
-    # `verify` finds tables and extents in a node: say of the keys what held of j.
+    # `verify` looks for tables and extents in a node: keep those of j, as ones of k.
     checks = [
         ir.Eq(kept, kept)
         for part in dict.fromkeys(ir.walk(both))
@@ -131,7 +135,7 @@ def _by_head(node: ir.Node) -> list[ir.ByHead]:
 
 
 def _of_head(node: ir.Pred, head: int, count: int) -> ir.Pred:
-    """The node with its choices by head made; ``h`` stays."""
+    """The node with each ``ByHead`` replaced by the term of ``head``; ``h`` stays."""
 
     def rule(part: ir.Node) -> ir.Node | None:
         if isinstance(part, ir.ByHead):
@@ -142,7 +146,7 @@ def _of_head(node: ir.Pred, head: int, count: int) -> ir.Pred:
 
 
 def _extent(node: ir.Pred, x: Unknown, last: ir.Expr) -> ir.Expr:
-    """The last position, or that of a grid which the positions have to fill."""
+    """``last``, or the last position of a grid that ``x`` has to fill."""
     sizes = {n.size for n in ir.walk(node) if isinstance(n, ir.Within) and n.expr == x}
     return ir.Const(min(sizes) - 1) if sizes else last
 
@@ -150,8 +154,11 @@ def _extent(node: ir.Pred, x: Unknown, last: ir.Expr) -> ir.Expr:
 # --- existence ---
 
 
+# exists x: A | B      iff  (exists x: A) | (exists x: B)
+# exists x: A & B(x)   iff  A & (exists x: B(x)),  A without x
+# exists x: B(digits)  iff  exists x_0: exists x_1: ... B
 def _exists(node: ir.Pred, x: Unknown, last: ir.Expr) -> ir.Pred:
-    """The same of a node in normal form: parts without ``x`` stay as they are."""
+    """``exists`` for a node in normal form."""
     if not depends(node, x):
         return simplify(known(ir.And((node, ir.Le(ir.Const(0), last)))))
     if isinstance(node, ir.Or):
@@ -172,6 +179,7 @@ def _exists(node: ir.Pred, x: Unknown, last: ir.Expr) -> ir.Pred:
     return simplify(ir.And((*free, found)))
 
 
+# Some x is between all bounds  iff  one is between each lower and each upper bound.
 def _branch_exists(branch: Branch, last: ir.Expr) -> ir.Pred:
     lowers = ((ir.Const(0), 1), *branch.lowers)
     uppers = ((last, 1), *branch.uppers)
@@ -179,11 +187,14 @@ def _branch_exists(branch: Branch, last: ir.Expr) -> ir.Pred:
     return known(simplify(ir.And((*branch.conditions, *meets))))
 
 
+# Some x has a <= m x, w x <= b, x = r (mod s)  iff  w first <= b, where
+#   first = c + (r - c) % s,  c = ceil(a / m)
+# Without a residue:  iff  ceil(a / m) <= floor(b / w)
 def _meets(low: Bound, high: Bound, residue: Bound | None) -> ir.Pred:
     """Whether an integer, of the residue if there is one, lies between two bounds.
 
-    With several lower bounds the first candidate is the greatest of theirs, so that
-    it is enough to ask for each pair.
+    With several lower bounds, the first integer above all of them is the greatest of
+    their first integers. So it is enough to ask for each pair of bounds.
     """
     (a, m), (b, w) = low, high
     if residue is not None:
@@ -199,7 +210,7 @@ def _meets(low: Bound, high: Bound, residue: Bound | None) -> ir.Pred:
 
 
 def known(node: ir.Pred) -> ir.Pred:
-    """The node, in normal form, without what holds, or fails, of all positions."""
+    """A node in normal form, without comparisons that hold or fail at all positions."""
     match node:
         case ir.And(terms) | ir.Or(terms):
             return simplify(type(node)(tuple(known(t) for t in terms)))
@@ -213,13 +224,13 @@ def known(node: ir.Pred) -> ir.Pred:
     return node
 
 
+# With 0 <= k < n:  n == 1 + (something >= 0)  and  n == k + 1 + (something >= 0)
 def _range(expr: ir.Expr) -> Span:
-    """What 0 <= q and 0 <= k < n say of an expression in normal form."""
+    """Bounds of an expression in normal form, by 0 <= q and 0 <= k < n."""
     terms, constant = linear(expr)
     keys, length = terms.get(ir.K, 0), terms.get(ir.N, 0)
     if keys * length < 0:
         terms = {**terms, ir.K: keys + length}
-    # n is k + 1, or 1, and something that is not negative.
     low: int | None = constant + length
     high: int | None = low
     for atom, f in terms.items():
@@ -232,10 +243,13 @@ def _range(expr: ir.Expr) -> Span:
 # --- digits ---
 
 
+# x == sum of w_i x_i for weights 1 = w_0 | w_1 | ...;  for weights a and a b:
+#   x // a == sum of (w_i / a) x_i over w_i >= a;  x % b == the digits below b
+#   x // a % b == the digits from a below a b
 def by_digits(
     node: ir.Pred, x: Unknown, last: ir.Expr, cuts: Iterable[int] = ()
 ) -> Digits | None:
-    """The node by digits of ``x``, or None if it does not read any."""
+    """The node with ``x`` written in digits, or None if it divides ``x`` nowhere."""
     size = last.value + 1 if isinstance(last, ir.Const) else None
     cuts = {*cuts, *cuts_of(node, x)} - {size}
     whole = {c for c in cuts if size is not None and size % c == 0}
@@ -250,7 +264,7 @@ def by_digits(
     ends.append(integer(ir.FloorDiv(last, weights[-1])))
 
     def part(start: int, stop: int | None) -> ir.Expr:
-        """The digits that weigh ``start`` or more and less than ``stop``."""
+        """The digits with ``start <= weight < stop``, in units of ``start``."""
         total: ir.Expr = ir.Const(0)
         for name, w in zip(names, weights, strict=True):
             if w >= start and (stop is None or w < stop):
@@ -279,7 +293,7 @@ def by_digits(
 
 
 def cuts_of(node: ir.Node, x: Unknown) -> set[int]:
-    """The weights at which the node cuts ``x`` into digits."""
+    """The weights at which divisions and remainders cut ``x`` into digits."""
     match node:
         case ir.Mod(ir.FloorDiv(y, a), b) if y == x:
             return {a, a * b}
@@ -292,7 +306,7 @@ def cuts_of(node: ir.Node, x: Unknown) -> set[int]:
 
 
 def values_of(expr: ir.Node, env: Mapping[ir.Expr, np.ndarray]) -> np.ndarray:
-    """An expression or a predicate for every value in ``env``: ``[count]``."""
+    """The values ``[count]`` of a node, from arrays ``[count]`` of its leaves."""
     count = len(next(iter(env.values())))
     columns = {x: v[:, None] for x, v in env.items()}
     none = np.zeros((count, 1), np.int64)
@@ -304,15 +318,15 @@ def values_of(expr: ir.Node, env: Mapping[ir.Expr, np.ndarray]) -> np.ndarray:
 def interval(
     branch: Branch, last: ir.Expr, env: Mapping[ir.Expr, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the greatest that one branch allows; least > greatest if none.
+    """The least and the greatest ``x`` of one branch; least > greatest if none.
 
     Args:
-      branch: of an unknown between 0 and ``last``.
-      last: its last value.
-      env: values int ``[count]`` of what the branch reads.
+      branch: solved for an unknown ``x`` in 0 .. ``last``.
+      last: the last value of ``x``.
+      env: int arrays ``[count]`` of the variables that the branch reads.
 
     Returns:
-      Two int arrays ``[count]``, of the residue of the branch if it has one.
+      Two int arrays ``[count]``; both have the residue of the branch, if it has one.
     """
     low = values_of(ir.Const(0), env)
     for expr, m in branch.lowers:
@@ -354,7 +368,10 @@ def _greatest(
 def _extremes_by_digit(
     digits: Digits, env: Mapping[ir.Expr, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The highest digit first, of those that leave something for the lower ones."""
+    """``extremes`` by digits: the highest digit is chosen first.
+
+    A value of a digit counts only if some values of the lower digits go with it.
+    """
     levels = [digits.node]
     for name, end in zip(digits.names[:-1], digits.last[:-1], strict=True):
         levels.append(_exists(levels[-1], name, end))

@@ -1,9 +1,9 @@
-"""Predicates that 32 bits can test: nothing that a kernel computes may wrap around.
+"""Rewrites comparisons that exceed 32 bits so that a kernel can test them exactly.
 
-A comparison with a part that 32 bits may not hold is written otherwise: one side of it
-is computed outside of the kernel, in 64 bits, and clipped to where the answer changes.
-What no rule covers stays as it is, and becomes bits that are computed outside
-(``hoist``).
+One side of such a comparison is computed outside of the kernel, in 64 bits, and clipped
+to the interval in which the result changes. A comparison that no rule covers stays as
+it is; ``hoist`` makes bits of it, which are computed outside. Each rule below has its
+formula above it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,12 +17,15 @@ from lowering.expr.simplify import integer, simplify
 from lowering.expr.static_range import Known
 from lowering.solve.solve import from_linear, linear, log2_le, minus
 
-# A set beyond 32 bits becomes at most so many comparisons.
+# A set beyond 32 bits is split into at most so many intervals.
 MOST_INTERVALS = 16
 
 
 def narrow(node: ir.Pred, known: Known) -> ir.Pred:
-    """An equal predicate, of one in normal form, whose comparisons fit if they can."""
+    """An equal predicate whose comparisons fit 32 bits where a rule allows it.
+
+    ``node`` is in normal form.
+    """
 
     def rule(part: ir.Pred) -> ir.Pred | None:
         if is_plain(part, known):
@@ -45,7 +48,7 @@ def narrow(node: ir.Pred, known: Known) -> ir.Pred:
 
 
 def _joined(kind: type[ir.And] | type[ir.Or], terms: list[ir.Pred]) -> ir.Pred:
-    """The terms as one, those of the same kind taken apart."""
+    """The terms as one node, flattened and without repeats."""
     flat = [t.terms if isinstance(t, kind) else (t,) for t in terms]
     found = tuple(dict.fromkeys(x for part in flat for x in part))
     return found[0] if len(found) == 1 else kind(found)
@@ -74,13 +77,13 @@ class _Comparison:
     def each(
         self, kind: type[ir.And] | type[ir.Or], terms: tuple[ir.Pred, ...]
     ) -> ir.Pred | None:
-        """The terms rewritten, or None if one cannot be."""
+        """The terms rewritten and joined, or None if one cannot be rewritten."""
         found = [t if fits(t, self.known) else self(t) for t in terms]
         new = [t for t in found if t is not None]
         return _joined(kind, new) if len(new) == len(found) else None
 
     def both(self, kind: type[ir.And] | type[ir.Or], *terms: ir.Pred) -> ir.Pred | None:
-        """The same of terms that are not in normal form yet."""
+        """``each`` for terms that are not in normal form yet."""
         return self.each(kind, tuple(simplify(term) for term in terms))
 
     # --- a <= value ---
@@ -112,8 +115,10 @@ class _Comparison:
                     cost = 2 * _minuses(x, y) + at_least
                     yield cost, ir.Not(node) if at_least else node
 
+    # For left in low .. high:   left <= right  iff  left <= clip(right, low - 1, high)
+    # For right in low .. high:  left <= right  iff  clip(left, low, high + 1) <= right
     def ordered(self, left: ir.Expr, right: ir.Expr) -> ir.Pred | None:
-        """``left <= right``, with one of them clipped to the other, or one beyond."""
+        """``left <= right`` with the side that does not fit clipped, or None."""
         if fits(left, self.known):
             low, high = ends(left, self.known)
             right = self.clipped(right, low - 1, high)
@@ -123,8 +128,10 @@ class _Comparison:
         node = ir.Le(left, right)
         return node if fits(node, self.known) else None
 
+    # min(x, y) + r <= c  iff  x + r <= c | y + r <= c
+    # max(x, y) + r <= c  iff  x + r <= c & y + r <= c  (a negative factor swaps them)
     def le_by_parts(self, a: ir.Expr, value: int) -> ir.Pred | None:
-        """A minimum is at most a value if one of the two is, a maximum if both are."""
+        """``a <= value`` by the parts of a minimum, a maximum or a logarithm."""
         terms, _ = linear(a)
         for atom, f in terms.items():
             match atom:
@@ -138,8 +145,12 @@ class _Comparison:
                     return self.both(ir.And, log2_le(x, f, value))
         return None
 
+    # For left in low .. high:
+    #   left <= right  iff  left <= clip(right, low, high) & -right <= -low
+    # For right in low .. high:
+    #   left <= right  iff  clip(left, low, high) <= right & left <= high
     def le_in_two(self, a: ir.Expr, value: int) -> ir.Pred | None:
-        """``left <= right`` where right goes beyond both ends of what left can be."""
+        """``a <= value`` as two comparisons, where one side exceeds both ends."""
         for left, right in self.sides(a, value):
             if fits(left, self.known):
                 low, high = ends(left, self.known)
@@ -152,13 +163,16 @@ class _Comparison:
         return None
 
     def both_fit(self, a: ir.Pred, b: ir.Pred | None) -> ir.Pred | None:
-        """Both, if kernels can compute both."""
+        """``a & b``, or None if a kernel cannot compute both."""
         if b is None or not fits(a, self.known):
             return None
         return ir.And((a, b))
 
     # --- a == value, a in values ---
 
+    # For left in low .. high:
+    #   left == right  iff  left == clip(right, low - 1, high + 1)
+    # else  a == c  iff  a <= c & c <= a
     def eq(self, a: ir.Expr, value: int) -> ir.Pred | None:
         reduced = self.reduced(a)
         if fits(whole := ir.Eq(reduced, ir.Const(value)), self.known):
@@ -177,6 +191,9 @@ class _Comparison:
                 if fits(node, self.known):
                     yield _minuses(left, right), node
 
+    # For rest in low .. high:  x + rest in S  iff
+    #   clip(x, min(S) - high - 1, max(S) - low + 1) + rest in S
+    # else  a in {lo .. hi, ...}  iff  lo <= a & a <= hi | ...
     def one_of(self, a: ir.Expr, values: tuple[int, ...]) -> ir.Pred | None:
         a = self.reduced(a)
         if fits(whole := ir.In(a, values), self.known):
@@ -199,10 +216,10 @@ class _Comparison:
     # --- the two sides of a comparison ---
 
     def split(self, a: ir.Expr) -> Iterator[tuple[ir.Expr, ir.Expr]]:
-        """A sum as what reads one side alone, and the rest."""
+        """Splits a sum into the terms of one side, ``q`` or ``k``, and the rest."""
         terms, constant = linear(a)
         axes = {atom: ir.axes(atom) - {"h"} for atom in terms}
-        # What reads no position goes with either; alone, it is a side.
+        # Terms without a position go with either side.
         for side in ("q", "k") if any(axes.values()) else ("q",):
             mine = {x: f for x, f in terms.items() if axes[x] <= {side}}
             others = {x: f for x, f in terms.items() if x not in mine}
@@ -213,14 +230,14 @@ class _Comparison:
         """Expressions ``(left, right)`` with ``left <= right`` iff ``a <= value``."""
         bound, zero = ir.Const(value), ir.Const(0)
         for x, rest in self.split(a):
-            # What is added goes left first: most often that reads best.
+            # Added terms stay on the left, subtracted ones move: it reads best.
             parts = (x, rest) if not _minuses(x) else (rest, x)
             for one, other in (parts, parts[::-1]):
                 yield one, minus(bound, other)
                 yield minus(one, bound), minus(zero, other)
 
     def clipped(self, a: ir.Expr, low: int, high: int) -> ir.Expr:
-        """``a`` no less than ``low`` and no more than ``high``, if 32 bits need it."""
+        """``a`` clipped to ``low .. high`` if it may exceed 32 bits."""
         if fits(a, self.known):
             return a
         least, most = ends(a, self.known)
@@ -229,7 +246,7 @@ class _Comparison:
         return ir.Min(a, ir.Const(high)) if most > high else a
 
     def reduced(self, a: ir.Expr) -> ir.Expr:
-        """An equal sum whose quotients and remainders kernels can compute, if any."""
+        """An equal sum whose quotients and remainders fit, if possible."""
         terms, constant = linear(a)
         if all(fits(atom, self.known) for atom in terms):
             return a
@@ -269,5 +286,5 @@ def _cheapest(found: Iterable[tuple[int, ir.Pred]]) -> ir.Pred | None:
 
 
 def _minuses(*nodes: ir.Expr) -> int:
-    """How many terms are subtracted."""
+    """How many terms are subtracted: the cost of a comparison for a reader."""
     return sum(f < 0 for node in nodes for f in linear(node)[0].values())

@@ -1,9 +1,9 @@
-"""A predicate solved for one unknown: a union of branches of bounds and a residue.
+"""Solves a predicate for one unknown: a union of branches of bounds and a residue.
 
-The rules are exact, and what none of them covers is refused by name. They are those of
+The rules are exact; an error names the part that none of them covers. They are rules of
 Presburger arithmetic (Cooper, Theorem proving in arithmetic without multiplication,
-1972) for the few shapes that maps are made of: linear comparisons, rounded division,
-minima and maxima, one residue class, finite sets.
+1972) for the forms that maps use: linear comparisons, floor division, minima and
+maxima, one residue class, finite sets. Each rule below has its formula above it.
 """
 
 from dataclasses import dataclass, replace
@@ -17,14 +17,14 @@ from lowering.expr.evaluate import intervals
 from lowering.expr.printing import show
 from lowering.expr.simplify import Sum, integer, simplify
 
-# A position, or a fresh name: an operand whose name is no identifier is nobody's.
+# A position, or a fresh unknown: an operand whose name is no identifier.
 Unknown: TypeAlias = ir.Var | ir.Operand
 Bound: TypeAlias = tuple[ir.Expr, int]
 
 MOST_BRANCHES = 256
-# No expression of positions has more bits.
+# Expressions of positions have fewer bits than this.
 MOST_BITS = 48
-# Pairs of cases, most of which contradict each other, on the way there.
+# Pairs of branches that a conjunction may try; most of them contradict each other.
 MOST_PAIRS = 2048
 # A residue or a table entry is split case by case if it has at most this many cases.
 MOST_CASES = 64
@@ -32,7 +32,7 @@ MOST_CASES = 64
 
 @dataclass(frozen=True)
 class Branch:
-    """A conjunction, solved for ``x``.
+    """A conjunction of constraints on ``x``.
 
     A lower bound ``(e, m)`` says ``e <= m x``, an upper one ``m x <= e``, with
     ``m > 0``; ``residue`` is ``(r, s)`` for ``x = r (mod s)``. The conditions and all
@@ -114,7 +114,7 @@ def minus(a: ir.Expr, b: ir.Expr) -> ir.Expr:
 
 
 def ceil_div(bound: Bound) -> ir.Expr:
-    """The least integer whose ``m``-fold is at least ``e``, for a bound ``(e, m)``."""
+    """``ceil(e / m)`` for a bound ``(e, m)``: the least ``x`` with ``e <= m x``."""
     expr, m = bound
     return expr if m == 1 else ir.Mul(ir.FloorDiv(ir.Mul(expr, -1), m), -1)
 
@@ -151,7 +151,7 @@ def _short(node: ir.Node) -> str:
 
 
 def name_of(x: Unknown) -> str:
-    """The unknown as a reader knows it."""
+    """The name of the unknown for error messages."""
     return x.axis if isinstance(x, ir.Var) else x.name.strip()
 
 
@@ -159,7 +159,7 @@ def name_of(x: Unknown) -> str:
 
 
 def _apart(left: ir.Expr, bound: int, x: Unknown) -> tuple[dict[ir.Expr, int], ir.Expr]:
-    """``left ? bound`` as atoms with ``x`` on the left, and the rest on the right."""
+    """Moves terms without ``x`` to the right: coefficients of atoms, and right side."""
     terms, constant = linear(left)
     mine = {atom: f for atom, f in terms.items() if depends(atom, x)}
     others = {a: f for a, f in terms.items() if a not in mine}
@@ -167,6 +167,12 @@ def _apart(left: ir.Expr, bound: int, x: Unknown) -> tuple[dict[ir.Expr, int], i
     return mine, integer(ir.Mul(rest, -1))
 
 
+# f x <= r                 an upper bound for f > 0, a lower bound for f < 0
+# f max(a, b) + s <= r     iff  f a + s <= r & f b + s <= r  for f > 0, | for f < 0
+# f min(a, b) + s <= r     iff  f a + s <= r | f b + s <= r  for f > 0, & for f < 0
+# f (e // d) <= r          iff  e <= (r // f) d + d - 1      for f > 0
+# -f (e // d) <= r         iff  -(r // f) d <= e             for f > 0
+# f floor_log2(e) <= c     see log2_le
 def _le(left: ir.Expr, bound: int, x: Unknown) -> tuple[Branch, ...]:
     mine, right = _apart(left, bound, x)
     for atom, f in mine.items():
@@ -201,11 +207,13 @@ def _le(left: ir.Expr, bound: int, x: Unknown) -> tuple[Branch, ...]:
 
 
 def _with(mine: dict[ir.Expr, int], atom: ir.Expr, new: ir.Expr) -> ir.Expr:
-    """The sum with one of its atoms replaced."""
+    """The sum ``mine`` with ``new`` for ``atom``."""
     others = {a: f for a, f in mine.items() if a != atom}
     return ir.Add(from_linear(others, 0), ir.Mul(new, mine[atom]))
 
 
+# floor_log2(e) <= m  iff  e <= 2**(m + 1) - 1
+# m <= floor_log2(e)  iff  2**m <= e,  for m > 0
 def log2_le(inner: ir.Expr, f: int, right: int) -> ir.Pred:
     """``f * floor_log2(inner) <= right``."""
     if f > 0:
@@ -219,8 +227,10 @@ def log2_le(inner: ir.Expr, f: int, right: int) -> ir.Pred:
     return simplify(ir.Le(ir.Const(2**least), inner))
 
 
+# f (e % s) + t <= r  iff  (e % s == 0 & t <= r) | (e % s == 1 & f + t <= r) | ...
+# f table[i] + t <= r  iff  (i == 0 & f table[0] + t <= r) | ...
 def _cases(mine: dict[ir.Expr, int], right: ir.Expr, x: Unknown) -> ir.Pred | None:
-    """``sum <= right`` by the value of a residue or of a table entry, if few."""
+    """``sum <= right`` by the cases of a residue or a table index, if few, or None."""
     for atom in mine:
         match atom:
             case ir.Mod(inner, s) if s <= MOST_CASES and _residue_of(inner, x):
@@ -237,8 +247,9 @@ def _cases(mine: dict[ir.Expr, int], right: ir.Expr, x: Unknown) -> ir.Pred | No
     return None
 
 
+# A(min(a, b))  iff  (a <= b & A(a)) | (b + 1 <= a & A(b));  max likewise
 def _by_order(node: ir.Pred, x: Unknown) -> ir.Pred | None:
-    """The node by which side of an inner minimum or maximum is the smaller."""
+    """The node by the two cases of an inner minimum or maximum, or None."""
     for part in ir.walk(node):
         if isinstance(part, ir.Min | ir.Max) and depends(part, x):
             a, b = part.left, part.right
@@ -251,12 +262,13 @@ def _by_order(node: ir.Pred, x: Unknown) -> ir.Pred | None:
 
 
 def _residue_of(inner: ir.Expr, x: Unknown) -> int | None:
-    """The factor of ``x`` in a sum that holds it nowhere else."""
+    """The factor of ``x`` in a sum whose other terms do not depend on it, or None."""
     terms, _ = linear(inner)
     mine = [(a, f) for a, f in terms.items() if depends(a, x)]
     return mine[0][1] if [a for a, _ in mine] == [x] else None
 
 
+# a == c  iff  a <= c & c <= a, but for a remainder: see _congruence
 def _eq(left: ir.Expr, bound: int, x: Unknown) -> tuple[Branch, ...]:
     mine, right = _apart(left, bound, x)
     if len(mine) == 1:
@@ -274,6 +286,9 @@ def _eq(left: ir.Expr, bound: int, x: Unknown) -> tuple[Branch, ...]:
     return solve(simplify(ir.And((low, high))), x)
 
 
+# f ((m x + e) % s) == r  iff, for v = r / f and g = gcd(m, s):
+#   r % |f| == 0 & 0 <= v < s & (v - e) % g == 0
+#   & x = (v - e) / g * (m / g)**-1  (mod s / g)
 def _congruence(
     atom: ir.Mod, m: int, f: int, right: ir.Expr, x: Unknown
 ) -> tuple[Branch, ...]:
@@ -301,6 +316,7 @@ def _congruence(
     return tuple(replace(b, residue=residue) for b in _conditional(conditions))
 
 
+# e in S  iff  a <= e & e <= b  for one of the maximal intervals a .. b of S
 def _member(expr: ir.Expr, values: tuple[int, ...]) -> ir.Pred:
     parts = [
         ir.Eq(expr, ir.Const(a))
@@ -326,7 +342,7 @@ def _other(expr: ir.Expr, values: tuple[int, ...]) -> ir.Pred:
 
 
 def _conjoin(a: Branch, b: Branch) -> Branch | None:
-    """Both of them, or None if that is a contradiction."""
+    """The conjunction of two branches, or None if they contradict each other."""
     residue, agree = _meet(a.residue, b.residue)
     found = dict.fromkeys((*a.conditions, *b.conditions, agree))
     conditions = tuple(c for c in found if c != ir.Bool(True))
@@ -340,8 +356,10 @@ def _conjoin(a: Branch, b: Branch) -> Branch | None:
     )
 
 
+# x = r (mod s) & x = t (mod u)  iff, for g = gcd(s, u):  (t - r) % g == 0
+#   & x = r + s (((t - r) / g (s / g)**-1) % (u / g))  (mod lcm(s, u))
 def _meet(a: Bound | None, b: Bound | None) -> tuple[Bound | None, ir.Pred]:
-    """Both residues as one, and the condition under which they meet."""
+    """Both residues as one, and the condition under which some ``x`` has both."""
     if a is None or b is None:
         return a or b, ir.Bool(True)
     (r, s), (t, u) = a, b
