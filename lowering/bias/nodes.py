@@ -1,10 +1,10 @@
-"""Numbers added to scores: the nodes of a bias, and where each part is computed.
+"""Nodes of a bias, and the split into what kernels compute and what is made outside.
 
-A bias is a sum of products of integers of positions, constants and look-ups. What is an
-expression of positions alone is computed in the kernel, on every tile. A look-up is
-computed outside, in ordinary JAX, in the smallest layout that holds it: a vector over
-the queries or the keys, a vector over the diagonals if it depends on ``q - k`` alone,
-or an array of all pairs. Kernels multiply and add these up.
+A bias is added to the scores. It is a sum of products of integers of positions,
+constants and look-ups. An expression of positions alone is computed in the kernel, on
+every tile. A look-up is computed outside, in ordinary JAX, in the smallest layout that
+holds it: a vector over the queries or the keys, a vector over the diagonals if it
+depends on ``q - k`` alone, or an array of all pairs. Kernels multiply and add these.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ LAYOUTS: tuple[Layout, ...] = ("q", "k", "diagonal", "pairs")
 
 @dataclass(frozen=True, slots=True)
 class Integer:
-    """An integer of positions as a number."""
+    """An integer expression of positions, converted to a number."""
 
     expr: ir.Expr
 
@@ -50,10 +50,11 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A run-time array of floats at ``index``, one expression an axis.
+    """A run-time array of floats at ``index``, with one expression for each axis.
 
-    An axis indexed by the bare query counts queries as given: ``q_offset`` does not
-    shift it. An axis of length one that is indexed by the head is shared by all heads.
+    An axis that is indexed by ``q`` itself counts the queries of the call: ``q_offset``
+    does not shift it. An axis of length one that is indexed by the head is shared by
+    all heads.
     """
 
     name: str
@@ -90,9 +91,9 @@ class ScoreTerm:
 
 @dataclass(frozen=True)
 class KernelTerm:
-    """``factor``, times integers of positions, times values made outside.
+    """``factor`` times the integers ``exprs``, times arrays made outside.
 
-    ``held`` are layouts, and which of the arrays of that layout.
+    ``held`` has ``(layout, slot)``: the array number ``slot`` of that layout.
     """
 
     factor: float
@@ -102,7 +103,7 @@ class KernelTerm:
 
 @dataclass(frozen=True)
 class KernelScore:
-    """What a kernel adds to a tile of scores: hashable, and equal by content."""
+    """The bias that a kernel adds to a tile of scores; hashable, equal by content."""
 
     terms: tuple[KernelTerm, ...]
     num_diagonals: int = 0
@@ -111,7 +112,7 @@ class KernelScore:
     def __call__(
         self, q_ids: Any, k_ids: Any, q_vectors: tuple, kv_vectors: tuple, pairs: tuple
     ) -> Any:
-        """Natural units, broadcasting over the ids: see ``call.Scores``."""
+        """The bias in natural units, broadcasting over the ids: see ``call.Scores``."""
         at = Jax(q_ids, k_ids)
         arrays: dict[Layout, tuple] = {
             "q": q_vectors,
@@ -125,7 +126,7 @@ class KernelScore:
                 jnp.asarray(evaluate(expr, at)).astype(self.dtype)
                 for expr in term.exprs
             ]
-            # Columns and rows before tiles: they are cheaper to multiply.
+            # Vectors come before tiles: they are cheaper to multiply.
             parts += [arrays[layout][slot] for layout, slot in term.held]
             found = parts[0] if term.factor == 1 else parts[0] * term.factor
             for part in parts[1:]:
@@ -140,10 +141,10 @@ class KernelScore:
 
 @dataclass(frozen=True)
 class LoweredScore:
-    """A bias as kernels take it: what they compute, and what is made for them.
+    """A lowered bias: what kernels compute, and the arrays that are made outside.
 
-    ``outside`` has a tuple for each of ``LAYOUTS``; each entry is an array of that
-    layout, as the sum of some terms. ``learned``: whether any of it reads weights.
+    ``outside`` has a tuple for each of ``LAYOUTS``; each entry stands for an array of
+    that layout, as a sum of terms. ``learned``: whether some part reads weights.
     """
 
     kernel: KernelScore
@@ -180,7 +181,7 @@ def lower(score: Score, problem: Problem) -> LoweredScore:
 
 
 def resolved(score: Score, problem: Problem) -> Score:
-    """The bias in terms of array indices, with the number of keys for ``n``."""
+    """The bias in array indices instead of positions, with ``n`` resolved."""
     offset = problem.q_offset
 
     def at_positions(expr: ir.Expr) -> ir.Expr:
@@ -208,7 +209,7 @@ def resolved(score: Score, problem: Problem) -> Score:
 
 
 def terms_of(score: Score) -> list[ScoreTerm]:
-    """The bias as a sum of products; constants come together."""
+    """The bias as a sum of products; the constants of a product are multiplied."""
     match score:
         case Number(value):
             return [ScoreTerm(value)]
@@ -230,7 +231,7 @@ def terms_of(score: Score) -> list[ScoreTerm]:
 def _split(
     term: ScoreTerm, known: Known
 ) -> tuple[tuple[ir.Expr, ...], dict[Layout, tuple[Atom, ...]]]:
-    """What a kernel computes of a term, and the rest by its layout."""
+    """The integers of a term that a kernel computes, and its other atoms by layout."""
     exprs = tuple(a.expr for a in term.atoms if _in_kernel(a, known))
     rest = [a for a in term.atoms if not _in_kernel(a, known)]
     both = tuple(a for a in rest if {"q", "k"} <= axes(a))
@@ -243,22 +244,22 @@ def _split(
     found = {layout: atoms for layout, atoms in parts if atoms}
     alone = tuple(a for a in rest if axes(a) <= {"h"})
     if alone or not (exprs or found):
-        # What depends on the head alone goes with another part, if there is one; a
-        # constant is a vector like any other.
+        # Atoms that depend on the head alone join another array, if there is one. A
+        # constant becomes a vector.
         host: Layout = next(iter(found), "q")
         found[host] = (*found.get(host, ()), *alone)
     return exprs, found
 
 
 def _in_kernel(atom: Atom, known: Known) -> TypeGuard[Integer]:
-    """Whether it is arithmetic of positions in 32 bits: no look-up, no head."""
+    """Whether a kernel computes the atom: 32-bit arithmetic of positions, no head."""
     if not isinstance(atom, Integer) or "h" in ir.axes(atom.expr):
         return False
     return is_plain(atom.expr, known)
 
 
 def indices(atom: Atom) -> tuple[ir.Expr, ...]:
-    """The integers that an atom is made of."""
+    """The integer expressions in an atom."""
     match atom:
         case Integer(expr):
             return (expr,)
@@ -270,13 +271,13 @@ def indices(atom: Atom) -> tuple[ir.Expr, ...]:
 
 
 def axes(atom: Atom) -> frozenset[ir.Axis]:
-    """The variables that it depends on."""
+    """The variables that the atom depends on."""
     return frozenset().union(*(ir.axes(i) for i in indices(atom)))
 
 
 def is_diagonal(atom: Atom) -> bool:
-    """Whether it depends on ``q - k`` alone, beside the head."""
-    # Of a hoisted value nothing is known, its sign least of all.
+    """Whether the atom depends on ``q - k`` alone, and perhaps on the head."""
+    # q = distance + k; a hoisted value has no known range, and so no known sign.
     distance = ir.Hoisted("q", 0)
     new: dict[ir.Axis, ir.Expr] = {"q": ir.Add(distance, ir.K)}
     found = [integer(ir.substitute(i, new)) for i in indices(atom)]
@@ -288,7 +289,7 @@ def _reads(expr: ir.Expr) -> bool:
 
 
 def walk(score: Score) -> Iterator[Score]:
-    """The score and all below it."""
+    """The score and all its descendants, parents first."""
     yield score
     if isinstance(score, Sum | ScoreProduct):
         yield from walk(score.left)
@@ -296,20 +297,20 @@ def walk(score: Score) -> Iterator[Score]:
 
 
 def weights(score: Score) -> tuple[Weights, ...]:
-    """The learned look-ups, each once."""
+    """The distinct look-ups of weights."""
     found = {node: None for node in walk(score) if isinstance(node, Weights)}
     return tuple(found)
 
 
 def integer_operands(score: Score) -> tuple[ir.Operand, ...]:
-    """The run-time integers that are read, each look-up once."""
+    """The distinct look-ups of run-time integers."""
     atoms = [x for x in walk(score) if isinstance(x, Integer | Numbers | Weights)]
     nodes = (n for atom in atoms for i in indices(atom) for n in ir.walk(i))
     return tuple(dict.fromkeys(n for n in nodes if isinstance(n, ir.Operand)))
 
 
 def show_score(score: Score) -> str:
-    """The Python expression that builds the score again."""
+    """Prints a score as the Python expression that builds it again."""
     match score:
         case Integer(expr):
             return show(expr)

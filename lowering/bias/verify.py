@@ -1,4 +1,4 @@
-"""What is legal of a bias once lengths and heads are known: its tables and arrays."""
+"""Checks the tables and arrays of a bias once lengths and heads are known."""
 
 from collections.abc import Mapping
 
@@ -12,9 +12,9 @@ from lowering.ranges.verify import index_range, verify_operands
 def verify_scores(
     score: nodes.Score, problem: Problem, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Checks that what a bias looks up is there and long enough.
+    """Checks that the arrays and tables of a bias are given and long enough.
 
-    ``shapes`` are those of the run-time arrays that it reads, without the batch axis.
+    ``shapes`` has the shapes of the run-time arrays by name, without the batch axis.
 
     Raises:
       ValueError: an array is missing or too short, or an index leaves a table.
@@ -88,7 +88,7 @@ def _verify_weights(
 
 
 def _ends(index: ir.Expr, problem: Problem) -> tuple[int, int] | None:
-    """The least and greatest value; None for what is read at run time."""
+    """Least and greatest value of an index; None if it reads a run-time array."""
     if any(isinstance(n, ir.Operand) for n in ir.walk(index)):
         return None
     lengths = problem.q_seq_len, problem.kv_seq_len

@@ -1,9 +1,9 @@
-"""Cost: the plans of a call -> tiles, FLOPs and bytes.
+"""Counts the tiles, FLOPs and bytes of a call from its plans.
 
 Tiles and FLOPs are exact: they are those that the kernels execute. Bytes follow a
-model: every row of blocks reads its own data once and each block that it visits once.
-Where a cache holds what rows share, memory sees less of it, at the least each array
-once. What predicates read and the lists of runs are left out: they are small.
+model: every row of blocks reads its own data once, and each block that it visits once.
+If a cache holds what rows share, memory is read less often, at the least each array
+once. The lists of runs and the arrays of predicates are left out: they are small.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from pallas_kernels.triton.tiles import power_of_two
 from pallas_kernels.xla.heads import head_groups
 from pallas_kernels.xla.walks import CHUNK, SHORT, chunk_slots, similar
 
-# Bytes of an f32: statistics of rows, and sums of gradients.
+# Bytes of a float32: row statistics and sums of gradients have that type.
 SINGLE = 4
 
 
@@ -27,7 +27,8 @@ SINGLE = 4
 class CallSizes:
     """The sizes of a call that its plans do not hold.
 
-    ``itemsize`` is that of q, k, v in the kernel: the TPU kernels widen float16 to 4.
+    ``itemsize`` is the bytes of an entry of q, k, v inside the kernel: the TPU kernels
+    widen float16 to 4 bytes.
     """
 
     batch: int
@@ -48,7 +49,7 @@ class CallSizes:
 
     @property
     def exact_products(self) -> bool:
-        """Whether operands are multiplied in f32: "xla" widens all of them."""
+        """Whether matrix products are in float32: "xla" widens all operands."""
         return self.itemsize == SINGLE or self.impl == "xla"
 
 
@@ -73,7 +74,7 @@ class BlockCounts:
         return tuple(self.num_blocks - n for n in self.visited)
 
     def over_heads(self, counts: Iterable[int]) -> int:
-        """The sum over heads of what each map has ``counts`` of."""
+        """The sum over all heads; ``counts`` has one number for each map."""
         return sum(n * h for n, h in zip(counts, self.heads, strict=True))
 
     def of_call(self, batch: int) -> tuple[int, int, int]:
@@ -113,12 +114,12 @@ def _of_rows(mask: BlockMask) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one kernel does in a whole call: all batch rows, all heads.
+    """The work of one kernel in a whole call: all batch rows, all heads.
 
-    Tiles are blocks that it folds. Padded ones only fill up a loop of equal steps, and
-    add nothing; empty blocks are no tiles, they are never visited. FLOPs are of the
-    matrix products, two for a multiplication and an addition. ``least_bytes`` has every
-    array once, ``bytes`` each block as often as it is visited.
+    Tiles are the blocks that the kernel processes. Padded tiles fill up a loop of equal
+    steps and add nothing; empty blocks are never visited. FLOPs are those of the matrix
+    products; a multiplication and an addition are two. ``bytes`` counts each block as
+    often as it is visited, ``least_bytes`` counts every array once.
     """
 
     name: str
@@ -132,16 +133,16 @@ class Work:
 
     @property
     def num_tiles(self) -> int:
-        """All tiles."""
+        """The number of all tiles: full, partial and padded."""
         return self.num_full + self.num_partial + self.num_padded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a call does, forward and backward (the latter without the former).
+    """The work of a call: the forward pass, and the backward pass without the forward.
 
-    ``permutation_bytes`` is the memory traffic of putting positions into another order
-    and back, once in the forward pass and, for their gradients, once in the backward.
+    ``permutation_bytes`` is the memory traffic of moving arrays to another order of
+    positions and back: once in the forward pass, and once in the backward pass.
     """
 
     forward: Work
@@ -158,12 +159,12 @@ class Cost:
         return sum(work.flops for work in self.works(backward))
 
     def bytes(self, *, backward: bool = False) -> int:
-        """Bytes that a pass moves, those of the permutation included."""
+        """Bytes that a pass moves, with those of the permutation."""
         moved = sum(work.bytes for work in self.works(backward))
         return moved + self.permutation_bytes
 
     def least_bytes(self, *, backward: bool = False) -> int:
-        """Bytes that a pass moves if rows share what they read."""
+        """Bytes that a pass moves if a cache holds what rows share."""
         moved = sum(work.least_bytes for work in self.works(backward))
         return moved + self.permutation_bytes
 
@@ -173,7 +174,7 @@ class Cost:
 
 
 def cost(masks: Masks, sizes: CallSizes, permutation_bytes: int = 0) -> Cost:
-    """The cost of a call over ``masks``, which are on host arrays."""
+    """The cost of a call with the plans ``masks``, which are NumPy arrays."""
     forward, *backward = (_xla if sizes.impl == "xla" else _pallas)(masks, sizes)
     return Cost(
         forward=forward,
@@ -184,7 +185,7 @@ def cost(masks: Masks, sizes: CallSizes, permutation_bytes: int = 0) -> Cost:
 
 
 def _pallas(masks: Masks, sizes: CallSizes) -> list[Work]:
-    """The kernels "tpu" and "triton": forward, dq, dkv; each head is on its own."""
+    """The work of the kernels of "tpu" and "triton": forward, dq, dkv; head by head."""
     d, dv = sizes.dims
     both, item = d + dv, sizes.itemsize
     of_row = {
@@ -197,7 +198,7 @@ def _pallas(masks: Masks, sizes: CallSizes) -> list[Work]:
         "dq": both * item,
         "dkv": both * item + 2 * SINGLE,  # q, do; lse, delta
     }
-    # The products: s, o; s, dp, dq; s, dp, dk, dv.
+    # The matrix products: s, o; s, dp, dq; s, dp, dk, dv.
     dims = {"forward": both, "dq": d + both, "dkv": 2 * both}
     works = []
     for name, mask in masks._asdict().items():
@@ -226,17 +227,17 @@ def _pallas(masks: Masks, sizes: CallSizes) -> list[Work]:
 
 
 def _delta(masks: Masks, sizes: CallSizes) -> Work:
-    """``rowsum(do * o)``, which the backward pass starts with."""
+    """The work of ``delta = rowsum(do * o)``, with which the backward pass starts."""
     rows = sizes.batch * sizes.num_q_heads * masks.forward.q_seq_len
     moved = rows * (2 * sizes.head_dim_v * sizes.itemsize + SINGLE)
     return Work(name="delta", bytes=moved, least_bytes=moved)
 
 
 def _xla(masks: Masks, sizes: CallSizes) -> list[Work]:
-    """The loops of "xla": one sweep forward and one backward, both over query rows.
+    """The work of the loops of "xla": one sweep a pass, both over rows of queries.
 
-    Query heads that read one key head with one map share what is read of it. The
-    backward sweep adds to the gradients of keys and values in memory, in f32.
+    Query heads with the same map and the same key head share what they read. The
+    backward sweep adds to the gradients of keys and values in memory, in float32.
     """
     d, dv = sizes.head_dim, sizes.head_dim_v
     both, item = d + dv, sizes.itemsize
@@ -281,7 +282,7 @@ def _xla(masks: Masks, sizes: CallSizes) -> list[Work]:
 
 
 def _slots(mask: BlockMask) -> tuple[int, ...]:
-    """Blocks that "xla" folds for each map: its rows padded to few equal shapes."""
+    """Blocks that "xla" processes for each map: rows are padded to few equal shapes."""
 
     def of_map(full: np.ndarray, partial: np.ndarray) -> int:
         total = full + partial
@@ -303,10 +304,10 @@ def _slots(mask: BlockMask) -> tuple[int, ...]:
 def permutation_bytes(
     sizes: CallSizes, given: tuple[int, int], slots: tuple[int, int]
 ) -> int:
-    """Bytes of reading and writing q, k, v, o and lse once, to put them in order.
+    """Bytes to read and write q, k, v, o and lse once, for another order of positions.
 
-    ``given`` are the numbers of queries and of keys, ``slots`` those of the slots of
-    another order, some of which may be padding.
+    ``given`` are the numbers of queries and of keys, ``slots`` the numbers of slots of
+    the other order, padding included.
     """
     both = (sizes.head_dim + sizes.head_dim_v) * sizes.itemsize
     queries, keys = (a + b for a, b in zip(given, slots, strict=True))
@@ -336,9 +337,10 @@ def _same_blocks(masks: Masks, node: ir.Pred) -> Masks:
 
 
 def padding_waste(pairs: int, forward: Work, mask: BlockMask) -> float:
-    """The share of the pairs computed in the forward pass that do not attend.
+    """The share of the pairs that the forward pass computes but that do not attend.
 
-    ``pairs`` attend, over all batch rows and heads, and ``mask`` is the forward plan.
+    ``pairs`` is the number of pairs that attend, over all batch rows and heads;
+    ``mask`` is the forward plan.
     """
     computed = forward.num_tiles * mask.block_q * mask.block_kv
     return 1 - pairs / computed if computed else 0.0

@@ -1,4 +1,4 @@
-"""The code of the GPU kernels in a lowered program, as text."""
+"""Extracts the Triton IR of the GPU kernels in a lowered program, as text."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,7 @@ def triton_kernels(lowered: jax.stages.Lowered) -> tuple[TritonKernel, ...]:
 
 
 def triton_ir(lowered: jax.stages.Lowered) -> str:
-    """The text of ``triton_kernels``; empty where the program has none."""
+    """The text of ``triton_kernels``; empty if the program has none."""
     return "\n".join(str(kernel) for kernel in triton_kernels(lowered))
 
 
@@ -72,6 +72,6 @@ def _readable(bytecode: bytes) -> str:
     context.load_all_available_dialects()
     with context:
         module = ir.Module.parse(bytecode)
-        # As lowered, half of the lines compute zero: an index times a stride of none.
+        # Half of the lines as lowered compute zero: an index times a stride of zero.
         PassManager.parse("builtin.module(canonicalize,cse)").run(module.operation)
         return str(module)

@@ -1,8 +1,10 @@
-"""What chips can do at best, and the time that a call takes there by the roofline.
+"""Predicts the time of a call on a chip by the roofline model, from public peaks.
 
-The roofline (Williams, Waterman and Patterson, 2009): a kernel takes the longer of what
-its products and what its memory traffic take at their peaks. Real kernels reach a part
-of that, so that ratios of such times say more than the times.
+The roofline model (Williams, Waterman and Patterson, Roofline: an insightful visual
+performance model, 2009): a kernel takes as long as its matrix products take at peak
+compute, or its memory traffic at peak bandwidth, whichever is longer. Real kernels
+reach a part of the peaks, so compare such times with one another rather than with
+measured times.
 """
 
 from collections.abc import Mapping
@@ -13,18 +15,18 @@ from lowering.cost.cost import Cost
 
 @dataclass(frozen=True)
 class Peak:
-    """What one chip can do at best."""
+    """The peak rates of one chip."""
 
     half: float  # FLOP/s of dense products of 16-bit operands
-    single: float  # FLOP/s of products as exact as f32
+    single: float  # FLOP/s of products in float32 precision
     bandwidth: float  # byte/s of its main memory
-    # Whether a cache before that memory holds what the rows of a head share.
+    # Whether a cache in front of that memory holds what the rows of a head share.
     cache: bool
 
 
 def _tpu(tera_flops: float, giga_bytes: float) -> Peak:
-    # Full f32 is six passes of bf16 over the matrix unit. What is on chip is what the
-    # kernel itself has put there.
+    # Full float32 is six bf16 passes of the matrix unit. There is no cache: on-chip
+    # memory holds what the kernel itself puts there.
     half = tera_flops * 1e12
     return Peak(half, half / 6, giga_bytes * 1e9, cache=False)
 
@@ -37,8 +39,8 @@ def _gpu(tera_flops: float, tera_flops_f32: float, giga_bytes: float) -> Peak:
 # Public figures of one chip, without sparsity: bf16 TFLOP/s (GPUs: and FP32), GB/s.
 PEAKS: Mapping[str, Peak] = {
     # Google Cloud documentation, "TPU v5e" (2023), "TPU v5p" (2023), "TPU v6e" (2024)
-    # and "TPU7x (Ironwood)" (2025): peak compute and HBM bandwidth per chip. A chip of
-    # the last is two devices to jax.
+    # and "TPU7x (Ironwood)" (2025): peak compute and HBM bandwidth per chip. To jax, a
+    # TPU7x chip is two devices.
     "tpu-v5e": _tpu(197, 819),
     "tpu-v5p": _tpu(459, 2765),
     "tpu-v6e": _tpu(918, 1640),
@@ -54,14 +56,14 @@ PEAKS: Mapping[str, Peak] = {
 
 @dataclass(frozen=True)
 class Time:
-    """A predicted time, and which peak most of it waits for: "FLOPs" or "bytes"."""
+    """A predicted time in seconds, and what limits it: "FLOPs" or "bytes"."""
 
     seconds: float
     limit: str
 
 
 def predict(of: Cost, target: str, *, backward: bool = False) -> Time:
-    """The time of a pass on a chip at its peaks, one kernel after the other.
+    """The time of a pass on a chip at its peak rates, one kernel after the other.
 
     Raises:
       ValueError: the target has no public peak.

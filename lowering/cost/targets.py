@@ -1,4 +1,4 @@
-"""Targets: chips by name, and compiling for one that is not in this machine."""
+"""Targets: chips by name, and compilation for chips that this machine lacks."""
 
 import os
 from collections.abc import Callable, Generator
@@ -19,12 +19,12 @@ from jax.sharding import (
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of chip, as jax names it."""
+    """A kind of chip, with the names that jax uses for it."""
 
     name: str
     platform: Literal["tpu", "cuda"]
     device_kind: str
-    # TPU: tensor cores of a device. GPU: streaming multiprocessors.
+    # For a TPU the tensor cores of a device, for a GPU its streaming multiprocessors.
     num_cores: int
     # The smallest topology with such a chip, in the spelling of libtpu.
     topology: str | None = None
@@ -46,7 +46,11 @@ TARGETS = {
 
 
 def find(name: str) -> Target:
-    """The target of that name."""
+    """The target of that name.
+
+    Raises:
+      ValueError: no target has that name.
+    """
     if name not in TARGETS:
         raise ValueError(f"target={name!r}: must be one of {', '.join(TARGETS)}")
     return TARGETS[name]
@@ -63,8 +67,8 @@ def abstract_mesh(target: str) -> use_abstract_mesh:
 
 @contextmanager
 def _shared_libtpu() -> Generator[None, None, None]:
-    # libtpu lets one process of a machine load it, since a chip has one owner. Here
-    # nothing runs on a chip, and compilers may well work side by side.
+    # libtpu lets only one process of a machine load it, since a chip has one owner.
+    # Here nothing runs on a chip, so that several compilers may run side by side.
     name = "ALLOW_MULTIPLE_LIBTPU_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -78,7 +82,7 @@ def _shared_libtpu() -> Generator[None, None, None]:
 
 
 def tpu_device(target: str) -> Any:
-    """A device of ``target`` to compile for; it comes with libtpu, not with a TPU."""
+    """A device of ``target`` to compile for; this needs libtpu, but no TPU."""
     chip = find(target)
     if chip.topology is None:
         raise ValueError(f"target={target!r} is not a TPU")

@@ -122,7 +122,7 @@ def _both(a: Hops, b: Hops) -> Hops:
 
 
 def _inside(node: ir.Pred, starts: np.ndarray, lengths: np.ndarray) -> int | None:
-    """Hops within the diagonal blocks of a causal map, which no path leaves, or None."""
+    """Hops within the diagonal blocks of a causal map, which paths never leave."""
     inner = np.arange(lengths.max())
     q = starts[:, None] + np.minimum(inner, lengths[:, None] - 1)
     q, k = q[:, :, None], q[:, None, :]

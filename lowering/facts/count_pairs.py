@@ -89,7 +89,7 @@ def _without_order(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> ir.Pred:
 
 
 def count_on_diagonals(node: ir.Pred, q_seq_len: int, kv_seq_len: int) -> int | None:
-    """The pairs of a node that depends on ``q - k`` alone, else None; in linear time."""
+    """The pairs of a node of ``q - k`` alone, in linear time, else None."""
     difference = _of_difference(node)
     if difference is None:
         return None

@@ -1,9 +1,9 @@
 """Counts the layers of a map that every query needs until it depends on every key.
 
-One layer is one hop. Maps of ``q - k`` alone are solved on differences, products axis by
-axis, short sequences pair by pair. All others are bounded on blocks: blocks with some
-pair give a lower bound, blocks with all pairs an upper one. A key that is reached in
-fewer hops counts as reached, since residual streams keep it.
+One layer is one hop. Maps of ``q - k`` alone are solved on differences, products axis
+by axis, short sequences pair by pair. All others are bounded on blocks: blocks with
+some pair give a lower bound, blocks with all pairs an upper one. A key that is
+reached in fewer hops counts as reached, since residual streams keep it.
 """
 
 from math import prod
@@ -77,7 +77,7 @@ def _bounds_at(found: Hops, depth: int) -> tuple[float, float]:
 
 
 def _after_first(node: ir.Pred, n: int) -> Hops | None:
-    """The hops of a causal map that depends on ``q - k`` after some first keys, or None.
+    """The hops of a causal map that is of ``q - k`` after some first keys, or None.
 
     All queries reach the first keys. Paths only go to earlier positions, so positions
     before a key never help to reach it.

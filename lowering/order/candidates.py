@@ -115,7 +115,7 @@ def _firsts(layout: Layout) -> set[int]:
 
 
 def _cut(layout: Layout, groups: list[list[int]], cuts: tuple[int, ...]) -> Layout:
-    """Cuts the first digit of each group in two: number of the tile, place inside it."""
+    """Cuts the first digit of each group in two: the tile, and the place in it."""
     part_of = {}
     for group, size in zip(groups, cuts, strict=True):
         part_of[group[0]] = size // prod(layout.radices[i] for i in group[1:])

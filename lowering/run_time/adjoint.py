@@ -1,8 +1,8 @@
-"""Linear functions with a transpose of their own, in both modes of differentiation.
+"""Linear functions with a given transpose, in both modes of differentiation.
 
-JAX turns a gather around into an addition, in an order that a device chooses. Where the
-transpose is known to be a gather too, or a sum in a fixed order, it is given here. A
-``custom_vjp`` would do that as well, but has no forward mode.
+JAX transposes a gather into a scatter-add, whose order of additions the device chooses.
+If the transpose is known to be a gather too, or a sum in a fixed order, it is given
+here. A ``custom_vjp`` could do the same, but has no forward mode.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,12 @@ from pallas_kernels.varying import alike, aval_like
 
 
 class LinearRule(NamedTuple):
-    """The static part of the primitive; the functions are those of a module.
+    """The static parameters of the primitive.
 
-    ``axes`` has an entry for each ``vmap`` around it, the innermost first: its size,
-    and for every array that is fixed whether it has the axis. What the function is
-    linear in has all of them, in front.
+    ``run`` and ``transpose`` are functions of a module, so that rules compare equal.
+    ``axes`` has an entry for each ``vmap`` around the call, the innermost first: its
+    size, and for each of the other arrays whether it has that axis. The argument in
+    which the function is linear has all of these axes, in front.
     """
 
     run: Callable[..., jax.Array]
@@ -40,9 +41,9 @@ def linear(
 ) -> jax.Array:
     """``run(x, *fixed)``, which is linear in ``x`` and has the given transpose.
 
-    ``transpose(y, *fixed)`` takes what is like the result and yields what is like
-    ``x``; ``fixed`` are pytrees of integers. The result has the dtype of ``x``, or
-    ``dtype``.
+    ``transpose(y, *fixed)`` takes an array shaped like the result and returns one
+    shaped like ``x``. ``fixed`` are pytrees of integers. The result has the dtype of
+    ``x``, or ``dtype``.
     """
     leaves, tree = jax.tree.flatten(fixed)
     x, leaves = alike((x, leaves))

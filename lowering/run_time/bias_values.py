@@ -1,4 +1,4 @@
-"""What a bias looks up, in ordinary JAX: the vectors and arrays that kernels add."""
+"""Evaluates the look-ups of a bias: the vectors and arrays that kernels add."""
 
 import math
 from collections.abc import Mapping
@@ -19,18 +19,18 @@ from lowering.problem import Problem
 from lowering.run_time.vectors import AtPositions, evaluate_outside
 from pallas_kernels.call import PairValues, ScoreValues
 
-# The gradient of a look-up is a product with one-hot rows, which adds in a fixed order;
-# of as many entries at a time. Beyond MOST of them it is XLA's scatter instead.
+# The gradient of a look-up is a product with one-hot rows, which adds in a fixed order,
+# AT_ONCE entries of these rows at a time. Beyond MOST entries it is XLA's scatter.
 AT_ONCE = 1 << 22
 MOST = 1 << 36
 
 
 @dataclass(frozen=True)
 class BiasPlaces:
-    """Where a bias is evaluated: positions and heads of rank ``[batch, head, ...]``.
+    """The positions at which a bias is evaluated, ``[batch, head, ...]``.
 
-    ``operands`` are the run-time arrays, ``[batch or 1, ...]``. Queries are positions
-    of ``problem``, or differences of a query and a key.
+    ``operands`` are the run-time arrays, ``[batch or 1, ...]``. ``q`` has queries of
+    ``problem``, or differences ``q - k`` with ``k`` zero.
     """
 
     q: Any
@@ -41,18 +41,18 @@ class BiasPlaces:
 
     @property
     def rank(self) -> int:
-        """Of everything here."""
+        """The number of axes of positions, and of the values."""
         return max(jnp.ndim(self.q), jnp.ndim(self.k))
 
     @property
     def known(self) -> Known:
-        """What is known of positions and heads here."""
+        """The spans of positions and heads."""
         q_len, kv_len = self.problem.q_seq_len, self.problem.kv_seq_len
         heads = self.problem.num_heads
         return Known({"q": (-kv_len, q_len), "k": (0, kv_len), "h": (0, heads)}, INT32)
 
     def integer(self, expr: ir.Expr, dtype: Any) -> jax.Array:
-        """Its value, with axes of length one where it does not vary."""
+        """The value of ``expr``; axes along which it does not vary have length one."""
         heads = self.problem.num_heads
         shape = (1, heads, *(1,) * (self.rank - 2))
         head = jnp.arange(heads, dtype=jnp.int32).reshape(shape)
@@ -61,7 +61,7 @@ class BiasPlaces:
         return found.reshape((1,) * (self.rank - found.ndim) + found.shape)
 
     def index(self, expr: ir.Expr) -> jax.Array:
-        """Where to look up, as int32: beyond it lies the end of any array."""
+        """An index as int32, clipped: no array is longer than int32 can count."""
         low, high = ends(expr, self.known)
         if low < INT32[0] or high > INT32[1]:
             expr = ir.Min(ir.Max(expr, ir.Const(0)), ir.Const(INT32[1]))
@@ -74,7 +74,7 @@ def values(
     operands: Mapping[str, jax.Array],
     dtype: Any = jnp.float32,
 ) -> ScoreValues:
-    """The arrays that ``lowered.kernel`` reads, with axes of batch and heads."""
+    """The arrays that ``lowered.kernel`` reads: ``[batch or 1, heads or 1, ...]``."""
     q_len, kv_len = problem.q_seq_len, problem.kv_seq_len
     queries = jnp.arange(q_len, dtype=jnp.int32)[None, None]
     keys = jnp.arange(kv_len, dtype=jnp.int32)[None, None]
@@ -83,7 +83,7 @@ def values(
     at: dict[nodes.Layout, tuple[jax.Array, jax.Array]] = {
         "q": (queries, zero),
         "k": (zero, keys),
-        # Of the pairs of a diagonal, that of key 0 stands for all.
+        # The pair with key 0 stands for all pairs of its diagonal.
         "diagonal": (distances[None, None], zero),
         "pairs": (queries[..., None], keys[:, :, None]),
     }
@@ -105,7 +105,7 @@ def values(
 
 
 def dense(score: nodes.Score, places: BiasPlaces) -> jax.Array:
-    """The bias of all places, as it was written: ``[batch or 1, heads or 1, ...]``."""
+    """The bias at all places, without lowering: ``[batch or 1, heads or 1, ...]``."""
     match score:
         case nodes.Number(value):
             return jnp.full((1,) * places.rank, value, places.dtype)
@@ -138,7 +138,7 @@ def _atom(atom: nodes.Atom, places: BiasPlaces) -> jax.Array:
 
 
 class Index(NamedTuple):
-    """Integers at which an axis is looked up; ``whole``: they count from 0 by one."""
+    """Indices of one axis; ``whole``: they are 0, 1, 2, ..."""
 
     at: jax.Array
     whole: bool = False
@@ -147,12 +147,12 @@ class Index(NamedTuple):
 def _index(expr: ir.Expr, size: int, places: BiasPlaces) -> Index:
     if expr == ir.H and size == 1:
         return Index(jnp.zeros((1,) * places.rank, jnp.int32))
-    # On a diagonal, where positions do not count from 0, nothing reads q or k bare.
+    # On diagonals positions do not count from 0, but there no index is bare q or k.
     return Index(places.index(expr), whole=isinstance(expr, ir.Var))
 
 
 def look_up(values: Float[Array, "..."], index: list[Index]) -> Float[Array, "..."]:
-    """``values[b, index...]``: differentiable in both modes, to any order.
+    """``values[b, index...]``, differentiable in both modes and to any order.
 
     ``values`` are ``[batch or 1, ...]``. The indices have the batch as their first axis
     and axes of length one where they do not vary; each is clipped to its axis.
@@ -176,9 +176,10 @@ def look_up(values: Float[Array, "..."], index: list[Index]) -> Float[Array, "..
 
 
 def _of_one(values: jax.Array, index: list[Index]) -> jax.Array:
-    """``look_up`` of indices without a batch axis.
+    """``look_up`` for indices without a batch axis.
 
-    Indices that vary along different axes are never spread over all that is found.
+    Indices that vary along different axes are looked up one after the other, so that
+    no index is broadcast to the shape of the result.
     """
     rank = index[0].at.ndim
     groups = _together(index)
@@ -208,7 +209,7 @@ def _of_one(values: jax.Array, index: list[Index]) -> jax.Array:
 
 
 def _together(index: list[Index]) -> list[list[int]]:
-    """The indices by the axes that they vary along: those that share one, together."""
+    """Groups the indices: those that vary along a common axis are in one group."""
     groups: list[tuple[set[int], list[int]]] = []
     for i, part in enumerate(index):
         axes = {axis for axis, size in enumerate(part.at.shape) if size > 1}
@@ -238,7 +239,7 @@ def _take_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
 
 
 def _picked(values: jax.Array, at: jax.Array) -> jax.Array:
-    """``take`` as a product, which its transpose is too."""
+    """``take`` as a matrix product with one-hot rows; its transpose is one too."""
     entries, (places,) = values.shape[-1], at.shape
     if entries * places > MOST:
         return jnp.take(values, at, axis=-1, mode="clip")

@@ -1,8 +1,9 @@
-"""Bits of pairs as kernels read them: packed words a query and a block of keys.
+"""Evaluates hoisted comparisons and packs them into bits that kernels read.
 
-A comparison that looks up a pair in a run-time array is evaluated outside of the
-kernel, once for every query and every group of keys of a block that it cannot tell
-apart, or, where it depends on ``q - k`` alone, once for every difference.
+A comparison that looks up a run-time array at both the query and the key is evaluated
+outside of the kernel: once for every query and every group of keys that it does not
+distinguish, or, if it depends on ``q - k`` alone, once for every difference. The bits
+are packed into int32 words, for each query and each plane of key blocks.
 """
 
 import math
@@ -30,7 +31,7 @@ def pack(
     num_heads: int,
     operands: Mapping[str, jax.Array],
 ) -> tuple[PairBits, ...]:
-    """The bits of hoisted comparisons for ``lengths`` of queries and keys.
+    """The bits of hoisted comparisons; ``lengths`` are those of queries and keys.
 
     Raises:
       NotImplementedError: an index mixes the query and the key, but not as ``q - k``.
@@ -43,10 +44,10 @@ def pack(
 
 
 def _is_difference(pred: ir.Pred) -> bool:
-    """Whether the comparison depends on ``q - k`` and nothing else of a pair.
+    """Whether the comparison depends on a pair by ``q - k`` alone.
 
     Raises:
-      NotImplementedError: it mixes query and key in another way.
+      NotImplementedError: an index mixes query and key in another way.
     """
     mixed = [
         i
@@ -102,15 +103,18 @@ def _of_groups(
 
 
 class KeyGroups(NamedTuple):
-    """Keys that no index tells apart, numbered from 0 in every plane of blocks."""
+    """Groups of keys that no index distinguishes, numbered from 0 in each plane.
+
+    A plane is some consecutive blocks of keys that share words of bits.
+    """
 
     group: np.ndarray  # int32 [kv_seq_len]
-    member: np.ndarray  # [planes, most groups]: a key of each; fewer repeat one
-    blocks: int  # of keys, in a plane
+    member: np.ndarray  # [planes, most groups]: a key of each group, padded by repeats
+    blocks: int  # key blocks in a plane
 
 
 def key_groups(pred: ir.Pred, kv_seq_len: int, block_kv: int) -> KeyGroups:
-    """The groups of as many blocks a plane as one word has bits for, or one block."""
+    """The groups, with as many blocks in a plane as fit one word, at least one."""
     k = np.arange(kv_seq_len)
     reads = [n for n in _outermost(pred) if "k" in ir.axes(n)]
     if any(isinstance(n, ir.Operand) for node in reads for n in ir.walk(node)):
@@ -139,7 +143,7 @@ def _grouped(block: np.ndarray, values: list[np.ndarray], blocks: int) -> KeyGro
 
 
 def _outermost(node: ir.Node) -> list[ir.Expr]:
-    """The largest expressions that read the key without the query, static ones."""
+    """The largest expressions that read the key and not the query."""
     if isinstance(node, ir.Expr) and ir.axes(node) - {"h"} == {"k"}:
         return [node]
     return [found for child in ir.children(node) for found in _outermost(child)]
@@ -153,7 +157,8 @@ def _of_differences(
     start = (-(-kv_seq_len // block_kv) - 1) * block_kv
     num_words = -(-block_kv // WORD)
     before = num_words * WORD - 1
-    # Of all x, the differences x - start down to x - start - before, each of them once.
+    # Word windows at x hold the differences x - start down to x - start - before; the
+    # array has each difference once.
     difference = np.arange(-before, q_seq_len + start, dtype=np.int32) - start
     at = AtPositions(
         jnp.asarray(difference).reshape(1, 1, -1),
@@ -161,7 +166,7 @@ def _of_differences(
         h=jnp.arange(num_heads, dtype=jnp.int32).reshape(1, -1, 1),
         operands=operands,
     )
-    # The key is 0, and the query goes as far as differences do.
+    # The key is 0, and the query takes all differences.
     most = q_seq_len + kv_seq_len + 2 * block_kv
     axes: dict[ir.Axis, Span] = {"q": (-most, most), "k": (0, 0), "h": (0, num_heads)}
     held = evaluate_outside(pred, at, Known(axes, INT32))
@@ -172,13 +177,14 @@ def _of_differences(
 
 
 def _windows(held: jax.Array, num_words: int) -> jax.Array:
-    """Bit ``i`` of word ``w`` at ``x``: ``held[..., before + x - 32 w - i]``.
+    """Words ``[..., words, x]`` of windows: 32 consecutive bits each.
 
-    ``before`` is the last of all bits; words are an axis in front of ``x``.
+    Bit ``i`` of word ``w`` at ``x`` is ``held[..., before + x - 32 w - i]``;
+    ``before`` is ``32 * num_words - 1``.
     """
     words, width = held.astype(jnp.uint32), 1
     while width < WORD:
-        # The bits of two windows, one of which ends where the other begins.
+        # Joins the bits of two adjacent windows.
         later, earlier = words[..., width:], words[..., :-width]
         words = later | (earlier << jnp.uint32(width))
         width *= 2
@@ -189,7 +195,7 @@ def _windows(held: jax.Array, num_words: int) -> jax.Array:
 
 
 def _word(held: jax.Array, axis: int) -> jax.Array:
-    """Bools as bits along ``axis``, which goes."""
+    """Packs bools along ``axis`` into words; that axis is dropped."""
     shape = [1] * held.ndim
     shape[axis] = held.shape[axis]
     place = jnp.arange(held.shape[axis], dtype=jnp.uint32).reshape(shape)
@@ -200,9 +206,10 @@ def _word(held: jax.Array, axis: int) -> jax.Array:
 
 
 def held_in_blocks(bits: PairBits, block_q: int, q_seq_len: int) -> tuple[Any, Any]:
-    """Whether some pair may hold its bit, and whether every pair does, block by block.
+    """Whether in each block some pair may have its bit, and whether all pairs have it.
 
-    Two bools ``[batch or 1, heads or 1, q blocks, kv blocks]``.
+    Returns:
+      Two bool arrays ``[batch or 1, heads or 1, q blocks, kv blocks]``.
     """
     windows = _sliding if bits.diagonal else _standing
     some = windows(bits, block_q, q_seq_len, (jax.lax.bitwise_or, 0))
@@ -215,7 +222,7 @@ def held_in_blocks(bits: PairBits, block_q: int, q_seq_len: int) -> tuple[Any, A
 
 
 def _used(bits: PairBits) -> jax.Array:
-    """The bits that some key of a block has, ``[1, 1, blocks, words, 1]``."""
+    """The bits that some key of a block uses, ``[1, 1, blocks, words, 1]``."""
     bit = np.asarray(bits.bit)
     blocks = -(-len(bit) // bits.block_kv)
     used = np.zeros((blocks, bits.words.shape[3] * WORD), bool)
@@ -225,11 +232,12 @@ def _used(bits: PairBits) -> jax.Array:
     return jnp.asarray(words.view(np.int32))[None, None, :, :, None]
 
 
+# An associative function of two arrays of words, and its neutral word.
 Fold = tuple[Any, int]
 
 
 def _folded(words: jax.Array, size: int, length: int, fold: Fold) -> jax.Array:
-    """The last axis in blocks of ``size``, as many as ``length`` has, each folded."""
+    """Folds each block of ``size`` along the last axis, of ``length`` entries."""
     _, neutral = fold
     blocks = -(-length // size)
     widths = [(0, 0)] * (words.ndim - 1) + [(0, blocks * size - words.shape[-1])]
@@ -238,9 +246,9 @@ def _folded(words: jax.Array, size: int, length: int, fold: Fold) -> jax.Array:
 
 
 def _combined(words: jax.Array, fold: Fold) -> jax.Array:
-    """The last axis folded into one, half of it at a time.
+    """Folds the last axis, half of it at a time.
 
-    XLA cannot reduce by bits what is sharded over devices: "UNIMPLEMENTED: reduction".
+    XLA has no bitwise reduction of sharded arrays: "UNIMPLEMENTED: reduction".
     """
     combine, neutral = fold
     while (size := words.shape[-1]) > 1:
@@ -258,9 +266,9 @@ def _standing(bits: PairBits, block_q: int, q_seq_len: int, fold: Fold) -> jax.A
 
 
 def _sliding(bits: PairBits, block_q: int, q_seq_len: int, fold: Fold) -> jax.Array:
-    """As ``_standing``, for the windows that a plane shows to each block of keys.
+    """As ``_standing``, for bits by difference: each block reads a window of words.
 
-    The last queries' overhang shows differences of other pairs, which is sound.
+    Beyond the last query, windows include differences of other pairs. That is sound.
     """
     blocks = -(-len(bits.bit) // bits.block_kv)
     start = (blocks - 1) * bits.block_kv

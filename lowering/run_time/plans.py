@@ -1,10 +1,10 @@
-"""Plans that are made at run time: which blocks operands, segments and content leave.
+"""Plans at run time: which blocks have pairs, given operands, segments and content.
 
-The same bounds as in planning, over the least and greatest of every run-time vector in
-each block and over the bits of pairs: no pair is looked at, and whatever the content,
-the arrays have one shape. What depends on positions alone is NumPy (``host_first``).
-What kernels compute fits 32 bits with room to spare (``narrow``), so its bounds do as
-well, whatever a vector holds.
+The interval analysis of planning runs on the least and greatest value of every run-time
+vector in each block, and on the bits of pairs. No single pair is evaluated, and the
+shapes of arrays do not depend on the content. What depends on positions alone is
+computed by NumPy (``host_first``). Kernel expressions fit 32 bits with a margin
+(``narrow``), so their bounds fit as well, whatever values a vector has.
 """
 
 from collections.abc import Mapping
@@ -34,17 +34,17 @@ from pallas_kernels.block_mask import (
 from pallas_kernels.call import Masks, Vectors
 from pallas_kernels.config import Tile, Tiles
 
-# Blocks in a table that is a part of the program, a byte each.
+# A constant table in the program has at most so many blocks, a byte each.
 MOST_BLOCKS = 1 << 20
 
 
 def is_run_time(stages: Stages) -> bool:
-    """Whether what is visited depends on run-time arrays."""
+    """Whether the visited blocks depend on run-time arrays."""
     return any(map(ir.operand_names, stages.planned.maps))
 
 
 def masks(stages: Stages, tiles: Tiles, vectors: Vectors) -> Masks:
-    """The plans of the three kernels, traced: one for each batch entry and head."""
+    """The traced plans of the three kernels, for each batch entry and head."""
     made: dict[tuple[int, int, Axis], BlockMask] = {}
 
     def of(tile: Tile, by: Axis) -> BlockMask:
@@ -57,7 +57,7 @@ def masks(stages: Stages, tiles: Tiles, vectors: Vectors) -> Masks:
 
 
 class Owners(NamedTuple):
-    """Which map of the plan each head of each batch entry has, and what it tests."""
+    """The map of each head of each batch entry, and the predicate of each map."""
 
     map_of_head: np.ndarray  # [heads], or [batch * heads]
     test_of_map: np.ndarray
@@ -66,7 +66,7 @@ class Owners(NamedTuple):
 def plan(
     stages: Stages, block_q: int, block_kv: int, vectors: Vectors, by: Axis
 ) -> BlockMask:
-    """The blocks that hold a pair for the vectors and bits at hand."""
+    """The plan for given vectors and bits: the blocks that may hold a pair."""
     program = stages["hoist"]
     static = block_mask(stages, block_q, block_kv, "q")
     capacity = static if by == "q" else block_mask(stages, block_q, block_kv, "kv")
@@ -86,7 +86,7 @@ def plan(
     if by == "kv":
         table = xp.swapaxes(table, 1, 2)
     if is_known(table):
-        # The content decides nothing after all.
+        # The plan does not depend on the content after all.
         found = from_blocks(table, map_of_head=owners.map_of_head, like=capacity)
         return replace(found, test_of_map=owners.test_of_map)
     return from_kinds(table, owners, capacity)
@@ -130,7 +130,7 @@ def _ends(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
 def _known(
     node: ir.Pred, vectors: Vectors, static: BlockMask
 ) -> Mapping[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple]:
-    """What is known of everything hoisted in a block."""
+    """The ranges of hoisted vectors and bits in each block."""
     found: dict[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple] = {}
     for part in set(ir.walk(node)):
         match part:
@@ -161,9 +161,10 @@ def _is_large(static: BlockMask) -> bool:
 
 
 def _part(x: np.ndarray, static: BlockMask) -> Any:
-    """Known rows or columns, from which a table is made while the call is traced.
+    """Static rows or columns of which a table is made.
 
-    A large table is made at run time: behind a barrier, XLA folds nothing.
+    A small table is made while the call is traced. A large one is made at run time: the
+    barrier keeps XLA from folding it into a constant.
     """
     return jax.lax.optimization_barrier(jnp.asarray(x)) if _is_large(static) else x
 
@@ -184,10 +185,13 @@ def _tables(static: BlockMask) -> Any:
 
 
 def _within_static(kinds: Any, static: BlockMask, table: Any) -> Any:
-    """``kinds`` where the static plan, ``table`` for one map, leaves a block open."""
+    """``kinds`` where the static plan has a partial block, else the static kind.
+
+    ``table`` is the static plan of one map.
+    """
     known = is_known(table)
     if static.kv_seq_len % static.block_kv:
-        # What overhangs the keys is not full, whatever the content.
+        # A block that extends beyond the last key is never full.
         last = np.arange(static.num_kv_blocks) == static.num_kv_blocks - 1
         most = np.where(last, PARTIAL, FULL).astype(np.int8)
         kinds = xp.minimum(kinds, most[None, None, None])
@@ -212,9 +216,9 @@ def _owners(map_of_head: tuple[int, ...], batches: list, heads: list) -> Owners:
 
 
 def from_kinds(kinds: jax.Array, owners: Owners, like: BlockMask) -> BlockMask:
-    """Runs of a traced table of kinds, int8 ``[maps, rows, columns]``.
+    """A plan from a traced table of kinds, int8 ``[maps, rows, columns]``.
 
-    The capacities are those of ``like``, whose blocks hold all that are visited.
+    Its capacities are those of ``like``, whose blocks include all that are visited.
     """
     maps, rows, columns = kinds.shape
     flat = kinds.reshape(maps * rows, columns)
@@ -223,7 +227,7 @@ def from_kinds(kinds: jax.Array, owners: Owners, like: BlockMask) -> BlockMask:
     after = jnp.concatenate([flat[:, 1:], edge], axis=1)
     opens = (flat != before) & (flat != EMPTY)
     column = jnp.arange(columns, dtype=jnp.int32)[None]
-    # A run ends where the kind changes next.
+    # A run ends where the kind changes for the next time.
     ends = jnp.where(flat != after, column, columns)
     stop = jax.lax.cummin(ends, axis=1, reverse=True) + 1
     count = jnp.sum(opens, axis=1, dtype=jnp.int32)

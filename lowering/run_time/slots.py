@@ -1,8 +1,8 @@
-"""Rows of arrays copied to slots and added up from them, the same way every time.
+"""Copies positions to slots, and adds slots up to positions, deterministically.
 
 A slot holds a copy of one position, or nothing; a position may be in any number of
 slots. ``take`` fills slots, ``add_up`` adds them to their positions. Each is the
-transpose of the other, and neither adds in an order that a device chooses.
+transpose of the other, and additions have a fixed order.
 """
 
 from typing import Any, NamedTuple
@@ -17,20 +17,20 @@ from pallas_kernels.varying import vary
 
 
 class Slots(NamedTuple):
-    """Which position every slot copies, and which slots every position has."""
+    """The position of every slot, and the slots of every position."""
 
-    position: Int32[Array, "rows slots"]  # the number of positions where there is none
-    order: Int32[Array, "rows slots"]  # the slots by their position
-    start: Int32[Array, "rows positions_and_one"]  # where a position begins in order
+    position: Int32[Array, "rows slots"]  # the number of positions if a slot is empty
+    order: Int32[Array, "rows slots"]  # the slots, sorted by position
+    start: Int32[Array, "rows positions_and_one"]  # where each position begins in order
 
     @property
     def counts(self) -> Int32[Array, "rows positions"]:
-        """The slots of every position."""
+        """How many slots every position has."""
         return self.start[:, 1:] - self.start[:, :-1]
 
 
 def slots_of(position: Int32[Array, "rows slots"], length: int) -> Slots:
-    """The slots that copy ``position`` of ``length``, which stands for none."""
+    """The slots that copy ``position``; the value ``length`` marks an empty slot."""
     order = jnp.argsort(position, axis=-1, stable=True).astype(jnp.int32)
     sorted_ = jnp.take_along_axis(position, order, axis=1)
     edges = jnp.arange(length + 1, dtype=jnp.int32)
@@ -41,17 +41,17 @@ def slots_of(position: Int32[Array, "rows slots"], length: int) -> Slots:
 def take(
     x: Float[Array, "rows positions dim"], slots: Slots
 ) -> Float[Array, "rows slots dim"]:
-    """The copies in slots; those of no position hold 0."""
+    """``x`` copied to slots; empty slots hold 0."""
     return linear(_take, _add_up, x, slots)
 
 
 def add_up(
     y: Float[Array, "rows slots dim"], slots: Slots
 ) -> Float[Array, "rows positions dim"]:
-    """The sum over the slots of every position, in their order; at least float32.
+    """The sum over the slots of every position, in a fixed order, at least in float32.
 
-    As many passes as the most slots that a position has, each of which adds one slot to
-    every position.
+    Each pass adds one slot to every position: there are as many passes as the most
+    slots of a position.
     """
     return linear(_add_up, _take, y, slots, dtype=wide(y.dtype))
 

@@ -1,8 +1,8 @@
-"""Orders known only at run time: sort by a label, and a clustered map is block-dense.
+"""Sorts positions by a run-time label, so that a clustered map has dense blocks.
 
-The traced counterpart of a ``Layout``: queries and keys are sorted by the label that a
-conjunct of the map compares, position by position the map is the same, and the blocks
-that bounds leave are those in which labels meet.
+This is the traced counterpart of a ``Layout``. Queries and keys are sorted by the label
+that a term of the map compares. The map selects the same pairs of positions, and the
+visited blocks are those in which equal labels meet.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,20 +19,20 @@ from lowering.pipeline import hoist as hoist_program
 from lowering.run_time.adjoint import linear
 from lowering.run_time.vectors import vectors_of
 
-# No identifier: no operand of a user has this name.
+# The operands that hold the orders. No identifier: no user can give such a name.
 ORDER: Mapping[ir.Side, str] = {"q": " order of q", "k": " order of k"}
 
 
 @dataclass(frozen=True)
 class SortKeys:
-    """What to sort by: an expression of the query's label, one of the key's."""
+    """The labels to sort by, of the queries and of the keys."""
 
     q: ir.Expr
     kv: ir.Expr
 
 
 def keys(program: Program, orders: Collection[tuple[str, str]]) -> SortKeys | None:
-    """The labels to sort by, if every map has a conjunct that compares a pair of them.
+    """The labels to sort by, or None if not every map has a term that compares them.
 
     ``orders`` are pairs of names of run-time arrays, of the queries and of the keys.
     """
@@ -59,7 +59,7 @@ def _labels(node: ir.Pred, q_name: str, k_name: str) -> SortKeys | None:
 
 @lru_cache(maxsize=256)
 def sorted_stages(stages: Stages) -> Stages:
-    """The stages with every position read from the order at hand."""
+    """The stages with every position read from the operands ``ORDER``."""
     program = stages["simplify"]
     new: dict[ir.Axis, ir.Expr] = {
         "q": ir.Operand(ORDER["q"], (ir.H, ir.Q)),
@@ -80,9 +80,9 @@ def sorted_stages(stages: Stages) -> Stages:
 
 @dataclass(frozen=True)
 class Orders:
-    """The position in every slot and the slot of every position, a head each.
+    """The position in every slot and the slot of every position, for each head.
 
-    ``[batch or 1, num_heads, length]`` each.
+    All arrays are ``[batch or 1, num_heads, length]``.
     """
 
     q: Int32[Array, "batch heads q"]
@@ -96,9 +96,9 @@ class Orders:
         return {ORDER["q"]: self.q, ORDER["k"]: self.kv}
 
     def to_slots(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        """``[batch, seq, heads, dim]`` sorted; keys once for every query head.
+        """``q, k, v [batch, seq, heads, dim]`` sorted; keys get one head a query head.
 
-        Query heads that share a key head sort it each in its own way.
+        Query heads that share a key head may each sort it differently.
         """
         group = q.shape[2] // k.shape[2]
         k, v = (jnp.repeat(x, group, axis=2) if group > 1 else x for x in (k, v))
@@ -106,13 +106,13 @@ class Orders:
         return permute(q, self.q, self.q_slots), k, v
 
     def to_positions(self, o: Array, lse: Array) -> tuple[Array, Array]:
-        """``o [batch, q, heads, dim]`` and ``lse [batch, heads, q]`` put back."""
+        """``o [batch, q, heads, dim]`` and ``lse [batch, heads, q]`` by position."""
         lse = permute(jnp.swapaxes(lse, 1, 2), self.q_slots, self.q)
         return permute(o, self.q_slots, self.q), jnp.swapaxes(lse, 1, 2)
 
 
 def orders(by: SortKeys, program: Program, arrays: Mapping[str, Array]) -> Orders:
-    """Sorts by the labels, positions of one label in their order."""
+    """The orders by label; positions of one label keep their order."""
     problem = program.problem
 
     def sort(label: ir.Expr, length: int) -> tuple[Array, Array]:
@@ -128,9 +128,9 @@ def orders(by: SortKeys, program: Program, arrays: Mapping[str, Array]) -> Order
 
 
 def permute(x: Array, order: Array, inverse: Array) -> Array:
-    """``x[b, order[b, h, i], h]`` for ``[batch, seq, heads, ...]``; a permutation.
+    """``x[b, order[b, h, i], h]`` for ``x [batch, seq, heads, ...]``: a permutation.
 
-    Its transpose is the inverse permutation: a gather too, and never an addition.
+    The transpose is the inverse permutation: a gather too, never a scatter-add.
     """
     return linear(_gather, _put_back, x, order, inverse)
 

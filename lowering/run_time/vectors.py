@@ -1,4 +1,4 @@
-"""Evaluates expressions on arrays outside of kernels."""
+"""Evaluates expressions and hoisted vectors outside of kernels, on JAX arrays."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from lowering.expr.static_range import Known
 
 
 def look_up(values: jax.Array, index: tuple, rank: int) -> jax.Array:
-    """``values[b, index...]`` as int32 of ``rank`` axes, the batch axis first.
+    """``values[b, index...]`` as int32 with ``rank`` axes, the batch axis first.
 
     ``values`` are ``[batch or 1, ...]``; the indices broadcast, perhaps with a batch
     axis of their own, and are clipped to the array.
@@ -44,13 +44,13 @@ def look_up(values: jax.Array, index: tuple, rank: int) -> jax.Array:
 
 
 def _are_apart(parts: list[jax.Array]) -> bool:
-    """Whether no two indices vary along one axis, and none with the batch."""
+    """Whether no two indices vary along the same axis, and none along the batch."""
     axes = [i for part in parts for i, size in enumerate(part.shape) if size > 1]
     return len(set(axes)) == len(axes) and 0 not in axes
 
 
 def _look_up_apart(values: jax.Array, parts: list[jax.Array]) -> jax.Array:
-    """Rows, then columns: the indices are never spread over all of what is found."""
+    """Looks up one axis after the other: no index is broadcast to the result."""
     rank, order, shape = parts[0].ndim, [], []
     for axis, part in enumerate(parts):
         values = jnp.take(values, part.reshape(-1), axis=axis + 1, mode="clip")
@@ -70,7 +70,7 @@ def _of_rank(x: Any, rank: int) -> jax.Array:
 
 @dataclass(frozen=True)
 class AtPositions(Jax):
-    """Positions ``[1, 1, ...]``, heads ``[1, heads, 1, ...]`` of one rank.
+    """Positions ``[1, 1, ...]`` and heads ``[1, heads, 1, ...]`` of equal rank.
 
     Operands have a batch axis in front.
     """
@@ -80,11 +80,11 @@ class AtPositions(Jax):
         return look_up(self.operands[name], index, rank=jnp.ndim(self.h))
 
     def table(self, values: tuple[int, ...], index: Any) -> Any:
-        """A gather, which arrays outside of kernels have."""
+        """``values[index]`` by a gather, which kernels cannot do."""
         return jnp.asarray(values, jnp.int32)[index]
 
     def in_64_bits(self) -> "AtPositions":
-        """The same places; for the inside of ``jax.enable_x64``."""
+        """The same positions as int64, for use inside of ``jax.enable_x64``."""
         q, k, h = (jnp.asarray(x, jnp.int64) for x in (self.q, self.k, self.h))
         return AtPositions64(q, k, h=h, operands=self.operands)
 
@@ -94,27 +94,28 @@ class AtPositions64(AtPositions):
     """Positions and heads as int64."""
 
     def operand(self, name: str, index: tuple) -> Any:
-        """The values, widened."""
+        """The values as int64."""
         return super().operand(name, index).astype(jnp.int64)
 
     def table(self, values: tuple[int, ...], index: Any) -> Any:
-        """A gather."""
+        """``values[index]`` as int64, by a gather."""
         return jnp.asarray(values, jnp.int64)[index]
 
     def log2(self, x: Any) -> Any:
-        """The floor of the binary logarithm, 0 below 1."""
+        """The floor of the binary logarithm; 0 for values below 1."""
         return 63 - jax.lax.clz(jnp.maximum(x, 1))
 
 
 def evaluate_outside(
     node: ir.Node, at: AtPositions, known: Known, dtype: Any = jnp.int32
 ) -> jax.Array:
-    """``node`` in ordinary JAX: in 64 bits where 32 may not hold some part of it.
+    """``node`` at positions, in 64 bits if 32 may not hold some part of it.
 
-    An expression has ``dtype``, which must hold its value; a predicate is of bools.
+    The values of an expression have ``dtype``, which must hold them; those of a
+    predicate are bools.
 
     Raises:
-      ValueError: nor may 64 bits hold it.
+      ValueError: 64 bits may not hold some part of the node.
     """
     if within(node, INT32, known):
         found = jnp.asarray(evaluate(node, at))
@@ -133,7 +134,8 @@ def vectors_of(
 ) -> tuple[jax.Array, ...]:
     """The hoisted vectors over all positions: ``[batch or 1, heads or 1, length]``.
 
-    ``operands`` are integers or bools ``[batch or 1, ...]``, indexed but for the batch.
+    ``operands`` are integers or bools ``[batch or 1, ...]``; an index has no entry for
+    the batch axis.
     """
     position = jnp.arange(length, dtype=jnp.int32)[None, None, :]
     head = jnp.arange(num_heads, dtype=jnp.int32)[None, :, None]

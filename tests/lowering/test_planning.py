@@ -1,4 +1,4 @@
-"""Plans against the dense mask: never a missed pair, never a false full block."""
+"""Plans agree with the dense mask: no pair is missed, no block is wrongly full."""
 
 import itertools
 

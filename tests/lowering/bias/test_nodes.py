@@ -1,4 +1,4 @@
-"""Where each part of a bias is made, and what is made there."""
+"""A bias is split into what kernels compute and what is made outside; both are right."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The cost of a call: equal to what the kernels execute, and to sums over blocks."""
+"""Predicted costs equal what the kernels execute, and sums over the blocks."""
 
 from contextlib import ExitStack
 from functools import cache

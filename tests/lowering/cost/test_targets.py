@@ -1,4 +1,4 @@
-"""Targets by name; what compiles for a TPU is in the tests of the TPU kernels."""
+"""Targets are found by name; the tests of the TPU kernels compile for them."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Passes keep the selection; bounds never claim what is not so."""
+"""Passes keep the selected pairs, and interval analysis is sound."""
 
 import numpy as np
 import pytest

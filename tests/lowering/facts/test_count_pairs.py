@@ -1,4 +1,4 @@
-"""Pairs are counted exactly: by every rule, on any map, in any order of positions."""
+"""Counts of pairs are exact: by every rule, on random maps, in any order of positions."""
 
 import tracemalloc
 from dataclasses import replace

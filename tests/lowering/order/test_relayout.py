@@ -1,4 +1,4 @@
-"""Orders of positions: one to one, the same selection, never more blocks."""
+"""An order of positions is a permutation, selects the same pairs and no more blocks."""
 
 import jax
 import jax.numpy as jnp

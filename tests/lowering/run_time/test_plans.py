@@ -1,4 +1,4 @@
-"""Run-time plans: sound on random maps and content, exact where bounds are, in runs."""
+"""Run-time plans are sound on random maps and content, and exact where analysis is."""
 
 from functools import partial
 

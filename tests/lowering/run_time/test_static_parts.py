@@ -1,4 +1,4 @@
-"""No table of constants is computed by the compiled program, or folded by XLA."""
+"""Compiled programs neither compute constant tables nor make XLA fold them."""
 
 from functools import partial
 

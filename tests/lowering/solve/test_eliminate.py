@@ -1,4 +1,4 @@
-"""Elimination against dense maps: does some position fulfil it, which first, last?"""
+"""Elimination agrees with dense maps: existence, the first and the last position."""
 
 import numpy as np
 import pytest

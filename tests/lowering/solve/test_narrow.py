@@ -1,4 +1,4 @@
-"""Integers beyond 32 bits: every backend, the reference and the plans against Python's.
+"""Integers beyond 32 bits: backends, reference and plans agree with Python's integers.
 
 The oracle (``exact``) computes each pair in Python's integers.
 """
