@@ -1,4 +1,4 @@
-"""A bias is split into what kernels compute and what is made outside; both are right."""
+"""A bias is split into what kernels compute and what is made outside of them."""
 
 from functools import partial
 

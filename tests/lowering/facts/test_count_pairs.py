@@ -1,4 +1,4 @@
-"""Counts of pairs are exact: by every rule, on random maps, in any order of positions."""
+"""Counts of pairs are exact: by every rule, for random maps, in any order."""
 
 import tracemalloc
 from dataclasses import replace
