@@ -49,8 +49,8 @@ def triton_ir(lowered: jax.stages.Lowered) -> str:
 def _kernel(call: ir.Operation) -> TritonKernel:
     if "mhlo.backend_config" not in call.attributes:
         raise NotImplementedError(
-            f"jax {jax.__version__} does not keep the Triton IR of a kernel where it "
-            "was looked for: jax 0.10, 0.11 and 0.12 are known to"
+            f"jax {jax.__version__} does not keep the Triton IR of a kernel in "
+            "mhlo.backend_config: use jax 0.10, 0.11 or 0.12, which do"
         )
     options = ir.DictAttr(call.attributes["mhlo.backend_config"])
 
