@@ -1,7 +1,22 @@
-"""Published mechanisms, one a file, each a spec of a few lines.
+"""Published attention mechanisms: one file each, a spec of a few lines.
 
-Every function returns an index map, or a term where one map is not enough; its
-docstring names the source, and its defaults are those that were published.
+Every function returns an index map, or a term where one map is not enough. Its
+docstring names the paper. Its defaults are the published ones.
+
+Example:
+  >>> import sadsl as sa
+  >>> from sadsl import catalog
+  >>> spec = catalog.streaming(num_sinks=1, num_recent=2)
+  >>> spec
+  causal() & (sinks(1) | window(1))
+  >>> print(spec.dense(5)[0].astype(int))
+  [[1 0 0 0 0]
+   [1 1 0 0 0]
+   [1 1 1 0 0]
+   [1 0 1 1 0]
+   [1 0 0 1 1]]
+  >>> sa.plan(spec, 4096, 4096).num_pairs
+  12285
 """
 
 from sadsl.catalog.a_shape import a_shape as a_shape

@@ -13,10 +13,13 @@ from sadsl.maps.symbols import table
 def random_blocks(
     num_blocks: int, side: int, num_global: int, num_random: int, seed: int
 ) -> list[tuple[int, ...]]:
-    """``num_random`` tables of one key block for each query block.
+    """Draws ``num_random`` key blocks for each query block.
 
-    They are drawn without repetition from the blocks that are neither global nor within
-    ``side``; a query block with too few of them has itself in their place.
+    Each block is drawn without repetition from the blocks that are neither global nor
+    within ``side``. A query block with too few of these repeats itself instead.
+
+    Returns:
+      ``num_random`` tables, each with one key block for each query block.
     """
     rng = np.random.default_rng(seed)
     rows = []
@@ -36,13 +39,33 @@ def big_bird(
     num_random: int = 3,
     seed: int = 0,
 ) -> IndexMap:
-    """Blocks: the nearest ``num_window``, the first ``num_global``, some at random.
+    """Each block sees its nearest blocks, the first (global) blocks, and random blocks.
 
     Zaheer et al., Big Bird: transformers for longer sequences, 2020, section 2 and
     appendix D (internal transformer construction; the defaults are those of its base
     model). Global blocks see everything and are seen by all. In the released code the
-    global blocks are the first and the last. ``num_blocks`` blocks of ``block`` tokens
-    are the whole sequence; random blocks are the same for all heads.
+    global blocks are the first and the last.
+
+    Args:
+      num_blocks: blocks in the sequence, whose length is ``num_blocks * block``.
+      block: tokens in a block.
+      num_window: nearest blocks, the own one included.
+      num_global: first blocks that are global.
+      num_random: random key blocks for each query block; the same for all heads.
+      seed: of the random blocks.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> spec = catalog.big_bird(8, 1, num_global=1, num_random=1)
+      >>> print(spec.dense(8)[0].astype(int))
+      [[1 1 1 1 1 1 1 1]
+       [1 1 1 0 0 0 0 1]
+       [1 1 1 1 1 0 0 0]
+       [1 1 1 1 1 0 0 0]
+       [1 0 0 1 1 1 1 0]
+       [1 0 0 1 1 1 1 0]
+       [1 1 0 0 0 1 1 1]
+       [1 0 0 0 0 1 1 1]]
     """
     side = num_window // 2
     drawn = random_blocks(num_blocks, side, num_global, num_random, seed)

@@ -1,9 +1,9 @@
 """Combiner: full attention, most of it through summaries of regions.
 
 Ren, Dai, Dai, Yang, Leskovec, Schuurmans and Dai, Combiner: full attention transformer
-with sparse computation cost, 2021. A query attends directly to some keys and to the
-summaries of disjoint regions that hold all others, under one normaliser, so that every
-visible key has a weight. Each function returns a term for self-attention.
+with sparse computation cost, 2021. A query attends directly to some keys, and to one
+summary of each disjoint region that holds other keys. All share one normaliser, so
+every visible key has a weight. Each function returns a term for self-attention.
 """
 
 from typing import Literal
@@ -27,18 +27,25 @@ def combiner_fixed(
     phi: Phi = "identity",
     own: bool = False,
 ) -> Joint:
-    """The query's own span directly, and a summary of each other span before it.
+    """A query attends to its own span, and to a summary of each span before it.
 
     The cost is least where ``span`` is about ``sqrt(2 * n)``, and of order ``n**1.5``.
-    32 is the default of the published JAX layer, 128 that of its TensorFlow form.
-    ``span=1`` and ``span=n`` are dense attention, for the pools "max" and "mean".
+    32 is the default of the published JAX layer, 128 that of its TensorFlow form. With
+    the pools "max" and "mean", ``span=1`` and ``span=n`` are dense attention.
+
+    Ren et al., Combiner: full attention transformer with sparse computation cost, 2021.
 
     Args:
       span: tokens in a span.
       causal: whether later tokens are hidden; else all other spans are summarised.
       pool, phi: see ``sadsl.summaries``.
-      own: count the query's own span twice, also by its summary, as the bidirectional
-        TensorFlow code does; the paper does not.
+      own: whether the query's own span counts twice, directly and by its summary. The
+        bidirectional TensorFlow code does so; the paper does not.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> catalog.combiner_fixed(4)
+      joint(blocks(4) & causal(), summaries(spans(4)))
     """
     near = blocks(span) & causal_map() if causal else blocks(span)
     far = summaries(spans(span, causal, own), pool, phi)
@@ -48,14 +55,24 @@ def combiner_fixed(
 def combiner_logsparse(
     causal: bool = True, pool: Pool = "max", phi: Phi = "identity"
 ) -> Joint:
-    """The token itself, and a summary for each bit that is set in its position.
+    """A query attends to itself, and to one summary for each set bit of its position.
 
-    Bit ``l`` stands for ``2**l`` tokens: together, all before the query, at a cost of
-    order ``n * log(n)``. Bit 0 is a region of one token. ``pool``, ``phi``: see
-    ``sadsl.summaries``.
+    Bit ``l`` stands for a region of ``2**l`` tokens. Together the regions hold all
+    tokens before the query, at a cost of order ``n * log(n)``.
+
+    Ren et al., Combiner: full attention transformer with sparse computation cost, 2021.
+
+    Args:
+      causal: must be True.
+      pool, phi: see ``sadsl.summaries``.
 
     Raises:
-      ValueError: ``causal=False``, for which the published form is causal only.
+      ValueError: ``causal=False``: the published form is causal only.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> catalog.combiner_logsparse()
+      joint(offsets({0}), summaries(tower()))
     """
     if not causal:
         raise ValueError(
@@ -69,9 +86,23 @@ def combiner_logsparse(
 def combiner_axial_vertical(
     width: int = 32, causal: bool = True, pool: Pool = "max", phi: Phi = "identity"
 ) -> Joint:
-    """On rows of ``width`` tokens: own row and column, a summary of each other column.
+    """On rows of tokens: own row and column directly, a summary of each other column.
 
-    Columns are summarised above the query's row if ``causal``, else without that row.
+    A column's summary covers the tokens above the query's row if ``causal``, else all
+    tokens but those of that row.
+
+    Ren et al., Combiner: full attention transformer with sparse computation cost, 2021.
+
+    Args:
+      width: tokens in a row.
+      causal: whether later tokens are hidden.
+      pool, phi: see ``sadsl.summaries``.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> print(catalog.combiner_axial_vertical(4))
+      joint(blocks(4) & causal(), where(lambda q, k: q % 4 == k % 4) & where(lambda q,
+      k: k // 4 < q // 4), summaries(columns(4)))
     """
     return joint(*_cross(width, causal), summaries(columns(width, causal), pool, phi))
 
@@ -79,9 +110,23 @@ def combiner_axial_vertical(
 def combiner_axial_horizontal(
     width: int = 32, causal: bool = True, pool: Pool = "max", phi: Phi = "identity"
 ) -> Joint:
-    """On rows of ``width`` tokens: own row and column, a summary of each other row.
+    """On rows of tokens: own row and column directly, a summary of each other row.
 
-    Rows are summarised without the query's column; those above it if ``causal``.
+    A row's summary leaves out the query's column, which is attended to directly. If
+    ``causal``, only the rows above are summarised.
+
+    Ren et al., Combiner: full attention transformer with sparse computation cost, 2021.
+
+    Args:
+      width: tokens in a row.
+      causal: whether later tokens are hidden.
+      pool, phi: see ``sadsl.summaries``.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> print(catalog.combiner_axial_horizontal(4))
+      joint(blocks(4) & causal(), where(lambda q, k: q % 4 == k % 4) & where(lambda q,
+      k: k // 4 < q // 4), summaries(rows(4)))
     """
     return joint(*_cross(width, causal), summaries(rows(width, causal), pool, phi))
 
@@ -89,10 +134,24 @@ def combiner_axial_horizontal(
 def combiner_axial_rowmajor(
     width: int = 32, causal: bool = True, key: KeyOf = "proj", proj: str = "proj"
 ) -> Joint:
-    """On rows of ``width`` tokens: own row, and each other row as my column sees it.
+    """On rows of tokens: own row directly, a summary of each other row.
 
-    The published layer learns the key of a summary from its value: pass the function
-    as the operand ``proj``; ``key="wsum"`` needs none. See ``sadsl.rowmajor``.
+    The summary of a row, for a query, is what the token of that row in the query's
+    column attends to within the row. See ``sadsl.rowmajor``.
+
+    Ren et al., Combiner: full attention transformer with sparse computation cost, 2021.
+
+    Args:
+      width: tokens in a row.
+      causal: whether later tokens are hidden.
+      key: how the key of a summary is made. "proj" learns it from the summary's value,
+        as the published layer does; "wsum" needs no function.
+      proj: name of the operand that holds the learned function.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> catalog.combiner_axial_rowmajor(4)
+      joint(blocks(4) & causal(), summaries(rowmajor(4)))
     """
     own = _cross(width, causal)[0]
     return joint(own, summaries(rowmajor(width, causal, key, proj)))
@@ -105,16 +164,34 @@ def combiner_mixture(
     pool: Pool = "max",
     phi: Phi = "identity",
 ) -> Joint | Average:
-    """Axial-Vertical and Axial-Horizontal together, on rows of ``width`` tokens.
+    """Combines the axial-vertical and the axial-horizontal form on rows of tokens.
 
     Form "paper" is the mean of the two outputs. Form "code", the published layer, has
     one normaliser over the own row, the column above, the other columns above, and the
     rows above left and right of the query's column: each direct key counts once, and
     the tokens off the row and column twice, by a column and by a row.
 
+    Ren et al., Combiner: full attention transformer with sparse computation cost, 2021.
+
+    Args:
+      width: tokens in a row.
+      form: "paper" or "code".
+      causal: whether later tokens are hidden.
+      pool, phi: see ``sadsl.summaries``.
+
     Raises:
-      NotImplementedError: form "code" with ``causal=False``, whose published form
-        gives weight to empty regions.
+      ValueError: there is no such form.
+      NotImplementedError: form "code" with ``causal=False``: the published code gives
+        weight to empty regions.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> for part in catalog.combiner_mixture(4).terms:
+      ...     print(part)
+      joint(blocks(4) & causal(), where(lambda q, k: q % 4 == k % 4) & where(lambda q,
+      k: k // 4 < q // 4), summaries(columns(4)))
+      joint(blocks(4) & causal(), where(lambda q, k: q % 4 == k % 4) & where(lambda q,
+      k: k // 4 < q // 4), summaries(rows(4)))
     """
     if form == "paper":
         options = width, causal, pool, phi
@@ -142,11 +219,26 @@ def routing_combiner(
     norm: Norm = "layer",
     share_qk: bool = True,
 ) -> Joint:
-    """The query's own cluster directly, and a summary of each other cluster.
+    """A query attends to its own cluster, and to a summary of each other cluster.
 
-    Every token is in the cluster of the nearest centroid, so that clusters are disjoint
-    and hold all tokens. If ``causal``, clusters are taken up to the query. The operand
-    ``centroids`` is ``[num_q_heads, num_clusters, head_dim]``; see ``sadsl.kmeans``.
+    Every token belongs to the cluster of its nearest centroid, so that clusters are
+    disjoint and hold all tokens. If ``causal``, a cluster holds the tokens up to the
+    query.
+
+    Ren et al., Combiner: full attention transformer with sparse computation cost, 2021.
+
+    Args:
+      num_clusters: clusters of each head.
+      causal: whether later tokens are hidden.
+      pool, phi: see ``sadsl.summaries``.
+      centroids: name of the operand, floats ``[num_q_heads, num_clusters, head_dim]``.
+      norm, share_qk: see ``sadsl.kmeans``.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> print(catalog.routing_combiner(4))
+      joint(causal() & kmeans(4, members='argmax'), summaries(clusters(kmeans(4,
+      members='argmax'))))
     """
     near = kmeans(
         num_clusters, members="argmax", centroids=centroids, norm=norm,

@@ -4,11 +4,22 @@ from sadsl.terms.channel import Channel, channel
 
 
 def davit_channel(*, florence: bool = False) -> Channel:
-    """Channels of a group (a head) attend to each other over the whole image.
+    """The channels of each head attend to each other over the whole image.
 
-    Ding et al., DaViT: dual attention vision transformers, 2022, section 3.2: blocks of
-    ``davit_window`` and of this take turns; scores are scaled by the width of a group.
-    ``florence`` scales by the number of tokens instead, as the vision encoder of
-    Florence-2 does (Xiao et al., 2024). No image sizes are needed.
+    Ding et al., DaViT: dual attention vision transformers, 2022, section 3.2. A head is
+    called a channel group there. Layers of ``davit_window`` and of this take turns. No
+    image sizes are needed.
+
+    Args:
+      florence: scales scores by the number of tokens, ``n ** -0.5``, as the vision
+        encoder of Florence-2 does (Xiao et al., 2024), instead of by the width of a
+        head.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> catalog.davit_channel()
+      channel()
+      >>> catalog.davit_channel(florence=True)
+      channel('tokens')
     """
     return channel("tokens" if florence else "head_dim")

@@ -1,4 +1,4 @@
-"""Dynamic mask attention: values say which keys are worth a look, and how much."""
+"""Dynamic mask attention: a bias made from the values chooses keys and weighs them."""
 
 from typing import Any
 
@@ -19,11 +19,19 @@ FORMS = ("linear", "exp")
 def dynamic_mask(
     w: int = 2048, *, shared: bool = False, smooth: int | None = None
 ) -> IndexMap:
-    """The ``w`` keys up to the query with the highest bias: the operand ``bias``.
+    """A query sees the ``w`` keys up to its position with the highest bias.
 
     Shi et al., Trainable dynamic mask sparse attention, 2025; the default is that of
-    the Doge models. ``shared`` and ``smooth`` are options of the released code: see
-    ``key_topw``.
+    the Doge models. The bias is the operand ``bias``.
+
+    Args:
+      w: keys that a query sees.
+      shared, smooth: options of the released code; see ``key_topw``.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> catalog.dynamic_mask(64)
+      causal() & key_topw(64)
     """
     return causal() & key_topw(w, shared=shared, smooth=smooth)
 
@@ -34,14 +42,30 @@ def value_bias(
     gain: Float[Array, " kv_heads"],
     form: str = "linear",
 ) -> Float[Array, "batch kv_heads seq"]:
-    """``gain * softplus(v @ weight)`` for every key, float32.
+    """Computes the bias of each key from its value: ``gain * softplus(v @ weight)``.
 
-    ``v`` is taken with its heads side by side, so that ``weight`` is ``[kv_heads *
-    head_dim, kv_heads]``. ``form="exp"`` is the older ``exp(gain * softplus(...))``,
-    which ranks keys alike for positive gains but adds another bias.
+    Shi et al., Trainable dynamic mask sparse attention, 2025.
+
+    Args:
+      v: values; their heads are laid side by side before the product.
+      weight: ``[kv_heads * head_dim, kv_heads]``.
+      gain: a factor for each head.
+      form: "linear" as above, or the older "exp", ``exp(gain * softplus(...))``. Both
+        rank keys alike where gains are positive, but the bias that they add differs.
+
+    Returns:
+      The bias, float32.
 
     Raises:
       ValueError: the weights do not fit the values, or there is no such form.
+
+    Example:
+      >>> import jax
+      >>> from sadsl import catalog
+      >>> shapes = (1, 3, 2, 4), (8, 2), (2,)
+      >>> arrays = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+      >>> jax.eval_shape(catalog.value_bias, *arrays).shape
+      (1, 2, 3)
     """
     batch, length, heads, head_dim = v.shape
     shapes = {"weight": (heads * head_dim, heads), "gain": (heads,)}
@@ -69,12 +93,30 @@ def dynamic_mask_attention(
     form: str = "linear",
     **options: Any,
 ) -> Any:
-    """Attention over the chosen keys, with the bias that chose them in its scores.
+    """Attends to the keys of highest ``value_bias``, and adds that bias to the scores.
 
-    ``weights`` are ``(weight, gain)`` of ``value_bias``; their gradient comes from the
-    bias of the keys that are seen, and not from the choice. ``spec`` is
-    ``dynamic_mask()`` if None, or any map that reads the operand ``bias``; ``options``
-    are those of ``attention``.
+    Shi et al., Trainable dynamic mask sparse attention, 2025. The gradient of
+    ``weights`` comes from the bias of the visible keys, not from the choice of keys.
+
+    Args:
+      q, k, v: as in ``sadsl.attention``.
+      weights: ``(weight, gain)`` of ``value_bias``.
+      spec: ``dynamic_mask()`` if None, or any map that reads the operand ``bias``.
+      form: of ``value_bias``.
+      **options: those of ``sadsl.attention``.
+
+    Returns:
+      What ``sadsl.attention`` returns.
+
+    Example:
+      >>> from functools import partial
+      >>> import jax
+      >>> from sadsl import catalog
+      >>> shapes = (1, 6, 2, 4), (8, 2), (2,)
+      >>> x, *weights = (jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)
+      >>> attend = partial(catalog.dynamic_mask_attention, spec=catalog.dynamic_mask(3))
+      >>> jax.eval_shape(attend, x, x, x, tuple(weights)).shape
+      (1, 6, 2, 4)
     """
     # The choice takes a score a key head, the bias a number a query head.
     bias = value_bias(v, *weights, form)

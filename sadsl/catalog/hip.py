@@ -1,4 +1,4 @@
-"""HiP: a tree search for the keys of every block of queries."""
+"""HiP: a tree search finds the keys of each block of queries."""
 
 from sadsl.maps.base import IndexMap
 from sadsl.selections.descent import descent
@@ -12,11 +12,22 @@ def hip(
     sliding_window: int = 256,
     sinks: int = 0,
 ) -> IndexMap:
-    """``mask_k`` keys that a greedy descent finds, and a sliding window.
+    """Each block of queries sees ``mask_k`` keys of a greedy tree search, and a window.
 
     Lee et al., A training-free sub-quadratic cost transformer model serving framework
-    with hierarchically pruned attention, 2024, section 3; the defaults are the first
-    code's. Later versions take query blocks of 64 and 16 sinks.
+    with hierarchically pruned attention, 2024, section 3. The defaults are the first
+    code's. Later versions use query blocks of 64 and 16 sinks.
+
+    Args:
+      mask_k: keys that the search keeps.
+      block_q, block_kv: positions in a block of queries and in a block of keys.
+      sliding_window: nearest keys that are always seen.
+      sinks: first keys that are always seen.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> catalog.hip(64, sinks=4)
+      descent(mask_k=64, sinks=4)
     """
     return descent(
         mask_k,

@@ -1,4 +1,4 @@
-"""HyperAttention: exact within sorted blocks, sampled beyond them.
+"""HyperAttention: exact within sorted blocks, estimated from samples beyond them.
 
 Han et al., HyperAttention: long-context attention in near-linear time, 2023, section 3.
 """
@@ -27,9 +27,22 @@ Part = tuple[Array, Array]
 class Hyper:
     """The options of ``hyper_attention``, with the published defaults.
 
-    ``block`` keys a block of the sorted order, ``samples`` keys for the rest (0: blocks
-    alone), ``bits`` signs a hash; exact where there are fewer than ``min_seq_len``
-    queries or keys; ``causal`` by halves.
+    Han et al., HyperAttention: long-context attention in near-linear time, 2023.
+
+    Attributes:
+      block: keys in a block of the sorted order.
+      samples: keys drawn to stand for all others; 0 leaves the blocks alone.
+      bits: signs in a hash.
+      min_seq_len: with fewer queries or keys than this, attention is exact.
+      causal: whether later keys are hidden, by halving the sequence.
+
+    Raises:
+      ValueError: a number is too small.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> catalog.Hyper(block=64, samples=32)
+      Hyper(block=64, samples=32, bits=7, min_seq_len=4096, causal=False)
     """
 
     block: int = 256
@@ -45,15 +58,16 @@ class Hyper:
 
     @property
     def blocks(self) -> Lsh:
-        """The map of the sorted blocks."""
+        """The map that selects the sorted blocks."""
         chunks = sorted_chunks(self.block, before=0, across=True)
         return lsh(2**self.bits, kind="signs", chunks=chunks)
 
 
 class Piece(NamedTuple):
-    """Queries and keys that are dealt with together; ``exact`` ones are small enough.
+    """A range of queries and a range of keys that are attended as one.
 
-    A piece on the diagonal of a causal map is exact, and causal.
+    ``exact`` pieces are small enough for exact attention. A piece on the diagonal of a
+    causal map is exact, and causal.
     """
 
     q_start: int
@@ -64,16 +78,16 @@ class Piece(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, bool]:
-        """Pieces of one shape are computed at once."""
+        """Queries, keys and ``exact``: pieces of one shape are computed at once."""
         return self.q_stop - self.q_start, self.k_stop - self.k_start, self.exact
 
 
 class Draws(NamedTuple):
-    """What is random: the directions of the hash, and the keys that are sampled.
+    """The random parts: directions of the hash, and sampled keys.
 
-    ``projections`` is ``[heads or 1, 1, head_dim, bits]``; ``samples`` has, for every
-    piece that is not exact, ``[batch, num_q_heads, samples]`` places of keys in their
-    sorted order, drawn with replacement.
+    ``projections`` is ``[heads or 1, 1, head_dim, bits]``. ``samples`` has one array
+    ``[batch, num_q_heads, samples]`` for each piece that is not exact: places in the
+    sorted order of keys, drawn with replacement.
     """
 
     projections: Float[Array, "heads_or_1 1 head_dim bits"]
@@ -81,10 +95,11 @@ class Draws(NamedTuple):
 
 
 def pieces(how: Hyper, q_seq_len: int, kv_seq_len: int) -> tuple[Piece, ...]:
-    """The whole, or the diagonal and the rectangles below it that halving leaves.
+    """Splits attention into pieces: one, or those of repeated halving if causal.
 
-    An odd length is halved to the smaller first half. Where the rectangle would be
-    exact, the halves and the rectangle are one exact piece.
+    Halving leaves triangles on the diagonal and the rectangles below it. An odd length
+    has the smaller half first. Where the rectangle would be exact, the halves and the
+    rectangle stay one exact piece.
     """
     if not how.causal:
         exact = min(q_seq_len, kv_seq_len) < how.min_seq_len
@@ -105,7 +120,23 @@ def pieces(how: Hyper, q_seq_len: int, kv_seq_len: int) -> tuple[Piece, ...]:
 
 
 def draw_hyper(key: Array, q: Any, k: Any, how: Hyper | None = None) -> Draws:
-    """Random directions and samples for these q and k, of which the shapes are read."""
+    """Draws hash directions and sampled keys for ``hyper_attention``.
+
+    Args:
+      key: a PRNG key.
+      q, k: as in ``hyper_attention``; only their shapes are read.
+      how: the options; ``Hyper()`` if None.
+
+    Example:
+      >>> import jax
+      >>> from sadsl import catalog
+      >>> how = catalog.Hyper(block=8, samples=4, bits=3, min_seq_len=16)
+      >>> x = jax.ShapeDtypeStruct((1, 32, 2, 8), "float32")
+      >>> draw = lambda key: catalog.draw_hyper(key, x, x, how)
+      >>> draws = jax.eval_shape(draw, jax.random.key(0))
+      >>> draws.projections.shape, [s.shape for s in draws.samples]
+      ((1, 1, 8, 3), [(1, 2, 4)])
+    """
     how = how or Hyper()
     batch, q_seq_len, heads, head_dim = q.shape
     first, *keys = jax.random.split(key, 1 + len(pieces(how, q_seq_len, k.shape[1])))
@@ -133,19 +164,40 @@ def hyper_attention(
         Float32[Array, "batch num_q_heads q_seq"],
     ]
 ):
-    """Attention whose large entries are exact, and whose rest is estimated.
+    """Attention that is exact for large entries and estimated for the rest.
 
-    Queries and keys are sorted by the rank of their signs in a Gray code, apart from
-    each other, and cut into equally many blocks; a query attends to the block of its
-    number. Keys drawn at random stand for all others: those in the own block are masked
-    out, the rest weigh ``kv_seq_len / samples`` each, and the normaliser is unbiased.
-    The last block is short, where the released code fills it up with zero keys, and
-    samples are masked and weighted on every backend, which not all of its kernels do.
-    ``jit`` and ``grad`` work; ``options`` are those of ``attention``, but operands.
+    Queries and keys are each sorted by the rank of their hash signs in a Gray code, and
+    cut into equally many blocks. A query attends exactly to the key block with the
+    number of its own block. Keys drawn at random stand for all other keys: a drawn key
+    of the own block is masked out, each other one weighs ``kv_seq_len / samples``. The
+    normaliser is unbiased. ``jit`` and ``grad`` work.
+
+    Han et al., HyperAttention: long-context attention in near-linear time, 2023,
+    section 3. The last block is short here, where the released code fills it with zero
+    keys. Samples are masked and weighted on every backend, which not all of its kernels
+    do.
+
+    Args:
+      q, k, v: as in ``sadsl.attention``.
+      draws: of ``draw_hyper``, for these shapes and ``how``.
+      how: the options; ``Hyper()`` if None.
+      return_lse: whether to return the log-sum-exp too.
+      **options: those of ``sadsl.attention``, but ``operands``.
 
     Raises:
-      ValueError: causal with another number of keys than of queries; draws that were
-        made for other sizes.
+      ValueError: ``how.causal`` with another number of keys than of queries, or draws
+        that were made for other sizes.
+
+    Example:
+      >>> import jax
+      >>> from sadsl import catalog
+      >>> how = catalog.Hyper(block=8, samples=4, bits=3, min_seq_len=16)
+      >>> def attend(key, q, k, v):
+      ...     draws = catalog.draw_hyper(key, q, k, how)
+      ...     return catalog.hyper_attention(q, k, v, draws, how)
+      >>> x = jax.ShapeDtypeStruct((1, 32, 2, 8), "float32")
+      >>> jax.eval_shape(attend, jax.random.key(0), x, x, x).shape
+      (1, 32, 2, 8)
     """
     how = how or Hyper()
     _check(q, k, draws, how)
@@ -169,7 +221,7 @@ def _group(
     hashing: tuple[Array, Hyper],
     options: dict[str, Any],
 ) -> Part:
-    """Pieces of one shape side by side in the batch, put back among all queries."""
+    """Attends to pieces of one shape as one batch, then puts them back in place."""
     found = [piece for piece, _ in members]
     q = jnp.concatenate([arrays[0][:, p.q_start : p.q_stop] for p in found])
     k, v = (
@@ -196,7 +248,7 @@ def _with_lse(*arguments: Any, **options: Any) -> Part:
 def _placed(
     rows: list[tuple[int, Array]], axis: int, length: int, fill: float
 ) -> Array:
-    """Disjoint stretches at their places along ``axis``, in ascending order."""
+    """Lays disjoint ranges at their starts along ``axis``, in ascending order."""
     laid: list[Array] = []
     at = 0
     ends = [*(start for start, _ in rows), length]
@@ -216,7 +268,7 @@ def _estimated(
     hashing: tuple[Array, Hyper],
     options: dict[str, Any],
 ) -> Part:
-    """Sorted blocks and sampled keys of all of q and k, merged."""
+    """Attends to sorted blocks and to sampled keys, and merges the two outputs."""
     q, k, v = arrays
     projections, how = hashing
     parts = select(how.blocks, q, k, operands={"projections": projections})
@@ -248,7 +300,7 @@ def _estimated(
 def _gathered(
     x: Float[Array, "batch seq kv_heads dim"], index: Int32[Array, "batch heads m"]
 ) -> Float[Array, "batch m heads dim"]:
-    """Rows of the head that each query head reads."""
+    """Takes rows ``index`` of the key-value head that each query head reads."""
     batch, _, kv_heads, dim = x.shape
     heads, m = index.shape[1:]
     rows = index.reshape(batch, kv_heads, -1)
@@ -257,7 +309,7 @@ def _gathered(
 
 
 def merge(a: Part, b: Part) -> Part:
-    """Outputs of disjoint keys as one: weighted by the exponentials of their lse.
+    """Merges outputs over disjoint keys, weighted by the exponentials of their lse.
 
     Outputs are ``[batch, seq, heads, dim]``, lse ``[batch, heads, seq]``. Rows that are
     empty in both stay 0 and -inf.

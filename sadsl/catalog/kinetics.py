@@ -1,4 +1,4 @@
-"""Kinetics: blocks of a cache for decoding, and what test-time scaling costs."""
+"""Kinetics: block top-k for decoding, and a cost model of test-time scaling."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,12 +9,24 @@ from sadsl.selections import topk
 
 
 def kinetics(k: int, local: int, *, block: int = 16, sink: int = 4) -> IndexMap:
-    """The first keys, the last ``local``, and the ``k`` blocks of the best mean logit.
+    """A query sees the first keys, the last keys, and the ``k`` best blocks.
 
     Sadhukhan et al., Kinetics: rethinking test-time scaling laws, 2025, section 4, for
-    decoding. The heads of a group choose as one, by their mean logit; all blocks
-    compete. A cache that is no longer than the budget is seen as a whole. The code
-    leaves the first layer dense.
+    decoding. Blocks rank by their mean logit, averaged over the heads of a group, which
+    share one choice. All blocks compete. A cache that is no longer than the budget
+    ``local + k * block`` is seen whole. The code leaves the first layer dense.
+
+    Args:
+      k: blocks that are chosen.
+      local: nearest keys; the query's own position counts.
+      block: keys in a block.
+      sink: first keys that are always seen.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> print(catalog.kinetics(2, 4, block=4))
+      causal() & (sinks(4) | window(3) | topk(2, block=4, block_q=1, scope='group',
+      eligible=causal()) | where(lambda q, k, h, n: n <= 12))
     """
     best = topk(k, block=block, block_q=1, scope="group", eligible=causal())
     budget = local + k * block
@@ -24,9 +36,15 @@ def kinetics(k: int, local: int, *, block: int = 16, sink: int = 4) -> IndexMap:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What is decoded, ``trials`` times from one context, and on which chip.
+    """The workload of a cost model: ``trials`` decodings of one context on one chip.
 
-    ``intensity`` is operations per byte that the chip balances; lengths are in tokens.
+    Attributes:
+      num_params: parameters of the model.
+      num_heads, num_kv_heads, head_dim: of its attention.
+      context: tokens of the shared context.
+      generated: tokens that each trial generates.
+      trials: decodings that share the context.
+      intensity: operations per byte at which the chip is balanced.
     """
 
     num_params: float
@@ -49,7 +67,7 @@ class KineticsCost(NamedTuple):
 def dense_cost(of: Decoding) -> KineticsCost:
     """The cost of dense decoding (Kinetics, section 3).
 
-    Trials share the cache of the context; the traffic of the parameters is left out.
+    Trials share the cache of the context. The traffic of the parameters is left out.
     """
     read = 2 * of.context + of.generated
     linear = 2 * of.num_params * of.generated
@@ -62,10 +80,10 @@ def dense_cost(of: Decoding) -> KineticsCost:
 def block_topk_cost(
     of: Decoding, k: int, local: int, *, block: int = 16
 ) -> KineticsCost:
-    """The cost with ``kinetics(k, local, block=block)`` (Kinetics, section 4).
+    """The cost of decoding with ``kinetics(k, local, block=block)`` (section 4).
 
-    The budget is smaller while the cache is shorter than it: by the square of what is
-    missing at first, halved. (One variant of the code adds that instead.)
+    While the cache is shorter than the budget, it reads fewer keys: half the square of
+    what is missing at first is subtracted. (One variant of the code adds that instead.)
     """
     budget = local + k * block
     keys = budget * of.generated - max(0, budget - of.context) ** 2 / 2

@@ -1,4 +1,4 @@
-"""Heads of MMInference at the boundaries of modalities, and what its search tries."""
+"""The heads of MMInference at modality boundaries, and the candidates of its search."""
 
 from collections.abc import Mapping
 from functools import reduce
@@ -13,12 +13,22 @@ from sadsl.selections.vertical_slash import vertical_slash
 def mminference_q_boundary(
     num_modalities: int = 2, vertical: int = 1000, slash: int = 2048
 ) -> IndexMap:
-    """Every modality has a vertical-slash pattern of its own for its queries.
+    """The queries of each modality have their own vertical-slash pattern.
 
     Li et al., MMInference: accelerating pre-filling for long-context VLMs via
-    modality-aware permutation sparse attention, 2025, section 4: that of a modality is
-    estimated from the last 64 queries of its last span. The code permutes the queries
-    to the same effect. Pass ``operands={"modality": ints [length]}``.
+    modality-aware permutation sparse attention, 2025, section 4. The pattern of a
+    modality is estimated from the last 64 queries of its last span. The code permutes
+    the queries to the same effect. Pass ``operands={"modality": ints [length]}``.
+
+    Args:
+      num_modalities: modalities, numbered from 0.
+      vertical, slash: columns and offsets that each modality keeps.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> print(catalog.mminference_q_boundary(2, 100, 200))
+      (modalities(0) & vertical_slash(100, 200, queries=0)) | (modalities(1) &
+      vertical_slash(100, 200, queries=1))
     """
     parts = (
         modalities(m) & vertical_slash(vertical, slash, queries=m)
@@ -33,12 +43,28 @@ def mminference_2d_boundary(
     slash: int = 2048,
     patterns: Mapping[tuple[int, int], IndexMap] | None = None,
 ) -> IndexMap:
-    """Every pair of modalities, of the query and of the key, has a pattern of its own.
+    """Each pair of a query's and a key's modality has its own pattern.
 
-    Li et al., MMInference, 2025, section 4, a reconstruction: the code describes it,
-    but does not have it. Where ``patterns[query modality, key modality]`` does not say
-    otherwise, it is vertical-slash among the keys of that modality, by the last 64
-    queries of the other's last span.
+    By default the pattern is vertical-slash among the keys of the one modality,
+    estimated from the last 64 queries of the other's last span. Pass
+    ``operands={"modality": ints [length]}``.
+
+    Li et al., MMInference, 2025, section 4. This is a reconstruction: the paper's code
+    describes the pattern, but does not contain it.
+
+    Args:
+      num_modalities: modalities, numbered from 0.
+      vertical, slash: columns and offsets that each pair keeps.
+      patterns: other maps for some pairs, by ``(query modality, key modality)``.
+
+    Example:
+      >>> import sadsl as sa
+      >>> from sadsl import catalog
+      >>> near = {(0, 0): sa.window(8), (0, 1): sa.full(), (1, 0): sa.full()}
+      >>> print(catalog.mminference_2d_boundary(2, 100, 200, patterns=near))
+      causal() & ((modalities(0, keys=0) & window(8)) | (modalities(0, keys=1) & full())
+      | (modalities(1, keys=0) & full()) | (modalities(1, keys=1) & vertical_slash(100,
+      200, queries=1, keys=1)))
     """
     given = patterns or {}
     pairs = [(a, b) for a in range(num_modalities) for b in range(num_modalities)]
@@ -53,11 +79,23 @@ def mminference_2d_boundary(
 def mminference_candidates(
     vision: tuple[int, int], frame_stride: int, stride: int, *, local: int = 1024
 ) -> tuple[IndexMap, ...]:
-    """What the search of the code tries, in its order (``search_in_order``).
+    """The maps that MMInference's search tries, in the order of ``search_in_order``.
 
-    Li et al., MMInference, 2025, section 4: an A-shape and vertical-slash maps, then
-    columns alone, or columns and rows, that repeat in the vision span every frame or
-    every ``stride`` positions, shifted by 0, 1 or all but one.
+    Li et al., MMInference, 2025, section 4: an A-shape and vertical-slash maps; then
+    columns alone, then columns and rows, that repeat in the vision span every frame or
+    every ``stride`` positions, shifted by 0, by 1 and by all but one.
+
+    Args:
+      vision: start and stop of the vision span, in positions.
+      frame_stride: positions of a frame.
+      stride: the other period.
+      local: nearest keys that the repeating maps add; the own position counts.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> found = catalog.mminference_candidates((4, 40), 6, 4, local=8)
+      >>> len(found), found[1]
+      (15, vertical_slash(1000, 1024, last=257))
     """
     start, stop = vision
     # The keys before the span are seen by all, as the grid's sinks are.

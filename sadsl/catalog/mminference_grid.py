@@ -13,14 +13,38 @@ def mminference_grid(
     local: int = 1024,
     block: int = 64,
 ) -> IndexMap:
-    """Rows and columns of every ``stride``-th position of the ``vision`` span.
+    """A query sees near keys, first keys, and a strided lattice in the vision span.
 
     Li et al., MMInference: accelerating pre-filling for long-context VLMs via
     modality-aware permutation sparse attention, 2025, section 3; 1024 local tokens and
-    blocks of 64 are the code's. ``vision`` is (start, stop); sink, local and the
-    lattice's zone round to blocks, and what follows the zone is dense. Lattice
-    positions are congruent to the start, as in the kernel (the code's own test has them
-    one earlier). Where the span is too short for one period, everything is causal.
+    blocks of 64 are the code's. Lattice positions are congruent to the start, as in the
+    kernel (the code's own test has them one earlier). Sink, local and the lattice's
+    zone round to blocks, and what follows the zone is dense. Where the span is too
+    short for one period, everything is causal.
+
+    Args:
+      vision: start and stop of the vision span, in positions.
+      stride: positions between lattice rows, and between lattice columns.
+      sink: first keys that are always seen; at least those before the span.
+      local: nearest keys that are always seen.
+      block: positions that sizes round to.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> spec = catalog.mminference_grid((0, 12), 3, local=1, block=1)
+      >>> print(spec.dense(12)[0].astype(int))
+      [[1 0 0 0 0 0 0 0 0 0 0 0]
+       [1 1 0 0 0 0 0 0 0 0 0 0]
+       [1 0 1 0 0 0 0 0 0 0 0 0]
+       [1 1 1 1 0 0 0 0 0 0 0 0]
+       [1 0 0 1 1 0 0 0 0 0 0 0]
+       [1 0 0 1 0 1 0 0 0 0 0 0]
+       [1 1 1 1 1 1 1 0 0 0 0 0]
+       [1 0 0 1 0 0 1 1 0 0 0 0]
+       [1 0 0 1 0 0 1 0 1 0 0 0]
+       [1 1 1 1 1 1 1 1 1 1 0 0]
+       [1 1 1 1 1 1 1 1 1 1 1 0]
+       [1 1 1 1 1 1 1 1 1 1 1 1]]
     """
     start, stop = vision
     sink = -(-max(sink, start) // block) * block
@@ -41,11 +65,30 @@ def mminference_grid(
 def residue_major(
     a: IndexMap, span: tuple[int, int], stride: int, num_positions: int
 ) -> IndexMap:
-    """``a`` with the positions of ``span`` sorted by residue modulo ``stride``.
+    """Sorts the positions of ``span`` in map ``a`` by residue modulo ``stride``.
 
-    The permutation of MMInference: position ``p`` of the result is ``order[p]`` of
-    ``a``, first those ``stride`` apart from the start of the span, then those from the
-    next on. A lattice of that stride becomes contiguous rows and columns.
+    This is the permutation of MMInference: position ``p`` of the result is ``order[p]``
+    of ``a``. The span's positions ``start, start + stride, ...`` come first, then those
+    from ``start + 1``, and so on. A lattice of that stride becomes contiguous rows and
+    columns.
+
+    Args:
+      a: the map to reorder.
+      span: start and stop, in positions.
+      stride: positions between members of a residue class.
+      num_positions: length of the whole sequence.
+
+    Example:
+      >>> import sadsl as sa
+      >>> from sadsl import catalog
+      >>> spec = catalog.residue_major(sa.strided(2), (0, 6), 2, 6)
+      >>> print(spec.dense(6)[0].astype(int))
+      [[1 1 1 0 0 0]
+       [1 1 1 0 0 0]
+       [1 1 1 0 0 0]
+       [0 0 0 1 1 1]
+       [0 0 0 1 1 1]
+       [0 0 0 1 1 1]]
     """
     start, stop = span
     classes = (range(start + r, stop, stride) for r in range(stride))

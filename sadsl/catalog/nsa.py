@@ -1,4 +1,4 @@
-"""Native sparse attention: compressed, selected and near keys, weighed by gates."""
+"""Native sparse attention: gates weigh compressed, selected and near keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,18 +21,39 @@ def native_sparse_attention(
     window: int = 512, first: int = 1, local: int = 2,
     key: str | None = None, value: str | None = None, score: str | None = None,
 ) -> Gated:  # fmt: skip
-    """Three branches, each a softmax of its own, and a gate a query, head and branch.
+    """Gates three softmax branches: compressed blocks, selected blocks, and near keys.
 
     Yuan et al., Native sparse attention: hardware-aligned and natively trainable sparse
-    attention, 2025, section 3; the defaults are those of its section 4.1. The gates are
-    the operand "gates", which layers learn from the input (a sigmoid of a projection).
+    attention, 2025, section 3; the defaults are those of its section 4.1. The gates,
+    one for each query, head and branch, are the operand "gates", which layers learn
+    from the input (a sigmoid of a projection). The branches share keys and values,
+    where the paper projects them anew.
 
-    Compressed: ``length`` positions as one, every ``stride``; ``key`` and ``value``
-    name functions that do it, as the paper learns them; without, it is by the mean.
-    Selected: ``nsa_topk(k, block=block, ...)``, by the mean keys of whole blocks;
-    ``score`` names an operand of the paper's own scores, see ``nsa_importance``. The
-    two rank alike where ``length == stride == block``. Near: the last ``window`` keys,
-    and the own. The branches share keys and values, where the paper projects them anew.
+    Compressed and selected blocks rank alike where ``length == stride == block``.
+
+    Args:
+      k: blocks that a query selects, forced ones included; see ``nsa_topk``.
+      block: positions in a selected block.
+      length: positions that are compressed into one.
+      stride: positions between the starts of compressed blocks.
+      window: nearest keys of the third branch, besides the query's own.
+      first, local: first and nearest blocks that are always selected.
+      key, value: names of the functions that compress keys and values, as the paper
+        learns them; the mean if None.
+      score: name of an operand with the paper's own scores, see ``nsa_importance``; if
+        None, blocks rank by their mean keys.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> sizes = {"block": 8, "length": 8, "stride": 8}
+      >>> spec = catalog.native_sparse_attention(4, window=16, **sizes)
+      >>> for branch in spec.terms:
+      ...     print(branch)
+      compressed(length=8, stride=8)
+      causal() & topk(4, block=8, block_q=1, score=scored('mean',
+      normalise='whole_softmax'), scope='group', forced=sinks(8) | where(lambda q, k: (q
+      // 8 - k // 8 <= 1) & (k <= q)), eligible=causal())
+      causal() & window(16)
     """
     chosen_by = MEAN_KEYS if score is None else score
     return gated(
@@ -51,13 +72,15 @@ def nsa_importance(
     sm_scale: float | None = None,
     operands: Mapping[str, Any] | None = None,
 ) -> Float[Array, "batch num_kv_heads seq blocks"]:
-    """What the compressed branch attends to in each block, summed over a group's heads.
+    """Scores each block by the attention that the compressed branch pays to it.
 
-    The operand that ``native_sparse_attention(score=...)`` names: the softmax of
-    ``term`` over compressed blocks, each adding what it gives in proportion to the part
-    of it, in strides, that lies in the block (Yuan et al., 2025, section 3.3.2,
+    The scores are the operand that ``native_sparse_attention(score=...)`` names. They
+    are the softmax of ``term`` over compressed blocks, summed over the heads of a
+    group. A compressed block adds its weight in proportion to the part of it, in
+    strides, that lies in the selected block (Yuan et al., 2025, section 3.3.2,
     equations 8 to 10, "according to their spatial relationship"; the index that is
-    printed there reaches before the block instead). A few queries are held at a time.
+    printed there reaches before the block instead). A few queries are held in memory at
+    a time.
 
     Args:
       q, k: as of the call of ``attention``; self-attention.
@@ -65,6 +88,18 @@ def nsa_importance(
       block: positions of a selected block.
       sm_scale: as of the call.
       operands: the function that compresses keys, if the term names one.
+
+    Example:
+      >>> from functools import partial
+      >>> import jax
+      >>> from sadsl import catalog
+      >>> sizes = {"block": 4, "length": 4, "stride": 4}
+      >>> spec = catalog.native_sparse_attention(2, score="scores", **sizes)
+      >>> q = jax.ShapeDtypeStruct((1, 12, 4, 8), "float32")
+      >>> k = jax.ShapeDtypeStruct((1, 12, 2, 8), "float32")
+      >>> score = partial(catalog.nsa_importance, term=spec.terms[0], block=4)
+      >>> jax.eval_shape(score, q, k).shape  # the shape alone; nothing runs
+      (1, 2, 12, 3)
     """
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     seq, groups = k.shape[1], k.shape[2]

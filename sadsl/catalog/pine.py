@@ -1,4 +1,4 @@
-"""PINE: documents that see each other, whatever their order."""
+"""PINE: documents see each other, whatever their order."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -10,12 +10,26 @@ from sadsl.maps.named import causal, keys, queries
 
 
 def pine(prefix: int, documents: Sequence[int]) -> IndexMap:
-    """Causal, but a document also sees all later documents.
+    """Causal, but each document also sees all later documents.
 
     Wang et al., Eliminating position bias of language models: a mechanistic approach,
-    2024, section 3. ``prefix`` tokens come before documents of the given lengths; what
-    follows them is causal. This is the mask alone: the method also gives the keys of
-    each document new positions by query document and head, which depend on content.
+    2024, section 3. What follows the documents is causal. This is the mask alone: the
+    method also gives the keys of each document new positions by query document and
+    head, which depend on content.
+
+    Args:
+      prefix: tokens before the documents.
+      documents: length of each document, in tokens.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> print(catalog.pine(1, (2, 2)).dense(6)[0].astype(int))
+      [[1 0 0 0 0 0]
+       [1 1 0 1 1 0]
+       [1 1 1 1 1 0]
+       [1 1 1 1 0 0]
+       [1 1 1 1 1 0]
+       [1 1 1 1 1 1]]
     """
     starts = list(accumulate(documents, initial=prefix))
     later = [queries(a, b) & keys(b, starts[-1]) for a, b in pairwise(starts[:-1])]

@@ -15,16 +15,35 @@ def radial(
     text_tokens: int = 0,
     sink_frames: int = 1,
 ) -> IndexMap:
-    """Windows in a frame that shrink with the distance in time, and the first frame.
+    """A token sees frames through windows that shrink with their distance in time.
+
+    With ``s = tokens_per_frame``, frames ``p = 2**g`` up to ``2 * p - 1`` apart see
+    less than ``s / p`` tokens to either side. Where ``p`` exceeds ``s``, they see the
+    same token in every ``ceil(p / s)``-th frame. All see the first frame. Text tokens
+    see everything and are seen by all.
 
     Li et al., Radial attention: O(n log n) sparse attention with energy decay for long
-    video generation, 2025, section 4. Frames ``p = 2**g`` up to ``2 * p - 1`` apart see
-    less than ``s / p`` tokens to either side, for ``s = tokens_per_frame``; where ``p``
-    exceeds ``s``, the same token in every ``ceil(p / s)``-th frame. All see frame 0.
-    This is the mask of the paper; the released code widens the windows by a decay
-    factor to at least a block, splits by 128, has frame 0 for one of its models only,
-    and rounds to blocks. ``text_tokens`` after the video see everything and are seen by
-    all, as in the code.
+    video generation, 2025, section 4. This is the mask of the paper. The released code
+    widens the windows by a decay factor to at least a block, splits by 128, has frame 0
+    for one of its models only, and rounds to blocks; its text tokens are as here.
+
+    Args:
+      num_frames: frames of the video.
+      tokens_per_frame: tokens of a frame.
+      text_tokens: tokens after the video.
+      sink_frames: first frames that all tokens see.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> print(catalog.radial(4, 2).dense(8)[0].astype(int))
+      [[1 1 1 1 1 0 1 0]
+       [1 1 1 1 0 1 0 1]
+       [1 1 1 1 1 1 1 0]
+       [1 1 1 1 1 1 0 1]
+       [1 1 1 1 1 1 1 1]
+       [1 1 1 1 1 1 1 1]
+       [1 1 1 0 1 1 1 1]
+       [1 1 0 1 1 1 1 1]]
     """
     grid = Grid(t=num_frames, s=tokens_per_frame)
 

@@ -1,4 +1,4 @@
-"""Routing Transformer: local heads, and heads whose tokens are clustered by content."""
+"""Routing Transformer: local heads, and heads that cluster tokens by content."""
 
 from typing import Literal, get_args
 
@@ -20,20 +20,36 @@ def routing_transformer(
     share_qk: bool = True,
     skip_zeros: bool = False,
 ) -> Heads:
-    """``num_local`` heads (half) local, the others clustered around ``centroids``.
+    """Some heads attend to nearby blocks, the others within clusters of similar tokens.
 
     Roy et al., Efficient content-based sparse attention with Routing Transformers,
-    2021, section 4; causal. The defaults are those for WikiText-103 at length 4096.
-    Local: blocks of ``local_window`` see themselves and the whole block before.
-    Clustered: ``num_clusters`` of ``window`` positions each. The operand ``centroids``
-    is ``[heads that cluster, num_clusters, head_dim]``.
+    2021, section 4; causal. The defaults are those for WikiText-103 at length 4096. In
+    a local head, a block of ``local_window`` tokens sees itself and the block before.
+    The operand ``centroids`` is ``[clustered heads, num_clusters, head_dim]``. The
+    layers ``RoutingAttention`` learn it.
 
-    ``variant`` "official" (the published code) takes queries and keys of the clustered
-    heads that are normalised to mean 0 and variance 1, and does not scale their
-    products. "lucidrains" (Wang, routing-transformer, 2020) takes queries as they are,
-    which as keys are of length 1; a token attends to itself only where it is alone.
-    The layers ``RoutingAttention`` do either. ``share_qk``, ``skip_zeros``: see
-    ``kmeans`` and ``scatter_mean``.
+    Variant "official" (the published code) normalises queries and keys of the clustered
+    heads to mean 0 and variance 1, and does not scale their products. "lucidrains"
+    (Wang, routing-transformer, 2020) takes queries as they are and normalises them to
+    length 1 as keys; a token attends to itself only where it is alone.
+
+    Args:
+      num_heads: heads in all.
+      num_clusters: clusters of each clustered head.
+      window: positions in a cluster; None for clusters of any size.
+      local_window: positions in a block of a local head.
+      variant: "official" or "lucidrains".
+      num_local: local heads, the first ones; half of all if None.
+      share_qk, skip_zeros: see ``kmeans`` and ``scatter_mean``.
+
+    Raises:
+      ValueError: there is no such variant.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> print(catalog.routing_transformer(4, window=16, local_window=8))
+      heads((causal() & where(lambda q, k: q // 8 - k // 8 <= 1), 2),
+      (scatter_mean(causal() & kmeans(8, window=16), sm_scale=1.0), 2))
     """
     if variant not in get_args(Variant):
         raise ValueError(f"variant={variant!r} must be 'official' or 'lucidrains'")

@@ -1,4 +1,4 @@
-"""SeerAttention: blocks chosen by a learned gate."""
+"""SeerAttention: a learned gate chooses blocks."""
 
 from sadsl.maps.base import IndexMap
 from sadsl.maps.named import blocks, causal, where
@@ -14,12 +14,25 @@ def seer_attention(
     diagonal: bool = False,
     gate: str = "gate",
 ) -> IndexMap:
-    """The blocks that a gate scores above ``tau``, and all for the last rows of blocks.
+    """A query sees the blocks that a learned gate scores above ``tau``.
 
     Gao et al., SeerAttention: learning intrinsic sparse attention in your LLMs, 2024,
-    section 3. The gate's scores are the operand ``gate``, ``[heads, blocks, blocks]``:
-    see ``sadsl.layers.gate``. ``ratio`` keeps that share of the causal blocks instead,
-    equally many a row. The block of the query is not forced unless ``diagonal``.
+    section 3. The gate's scores are the operand ``gate``, ``[heads, blocks, blocks]``;
+    the layer ``sadsl.layers.gate.BlockGate`` makes them.
+
+    Args:
+      tau: least score of a block that is seen.
+      ratio: keeps this share of the causal blocks instead, equally many in each row.
+      block: positions in a block.
+      dense_rows: last rows of blocks, whose queries see every earlier key.
+      diagonal: whether the query's own block is always seen.
+      gate: name of the operand.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> print(catalog.seer_attention(block=16))
+      causal() & threshold(0.002, block=16, score='gate', forced=where(lambda q, k, h,
+      n: (n + 15) // 16 - 2 <= q // 16), eligible=causal())
     """
     forced = where(
         lambda q, k, h, n: q // block >= (n + (block - 1)) // block - dense_rows

@@ -1,4 +1,4 @@
-"""Sparsifiner: a vision transformer whose keys are guessed by a low-rank map."""
+"""Sparsifiner: a vision transformer that predicts its keys by a low-rank map."""
 
 from collections.abc import Mapping
 
@@ -16,11 +16,23 @@ def sparsifiner(
     threshold: float = 0.02,
     scale: float | None = None,
 ) -> IndexMap:
-    """The best ``keep`` of the keys by a learned guess; the class token sees all.
+    """A query sees the best ``keep`` of the keys by a learned guess of its attention.
 
     Wei et al., Sparsifiner: learning sparse instance-dependent attention for efficient
-    vision transformers, 2023, section 3. The rank of the guess is the number of tokens
-    over 6, its width half of head_dim; the operands are those of ``factorised_topk``.
+    vision transformers, 2023, section 3. The class token, the first one, sees all keys.
+    The rank of the guess is the number of tokens over 6, its width half of head_dim.
+    The operands are those of ``factorised_topk``.
+
+    Args:
+      keep: share of the keys that a query sees, from 0 to 1.
+      coefs: largest coefficients that the guess keeps.
+      threshold: entries of the basis up to this size count as 0.
+      scale: factor of the scores that choose; that of the call if None.
+
+    Example:
+      >>> from sadsl import catalog
+      >>> catalog.sparsifiner(0.5)
+      factorised_topk(keep=0.5)
     """
     return factorised_topk(keep, coefs, threshold, scale=scale)
 
@@ -35,12 +47,31 @@ def sparsifiner_loss(
     scale: float | None = None,
     full_rows: int = 1,
 ) -> Float[Array, ""]:
-    """The mean squared distance of the guess from the attention that it stands for.
+    """The mean squared error of the learned guess against the attention it predicts.
 
-    The whole guess is trained, before anything of it is cut to 0; rows that see all
-    keys do not count. ``operands`` are the weights ``predictor_...`` without a batch
-    axis. ``target`` is a teacher's attention, or that of q and k; no gradient flows to
-    it. The released code adds the squares up instead.
+    The whole guess is trained, before small entries are cut to 0. No gradient flows to
+    the target. The released code sums the squares instead.
+
+    Wei et al., Sparsifiner, 2023, section 3.
+
+    Args:
+      q, k: as in ``sadsl.attention``, with as many key heads as query heads.
+      operands: the weights ``predictor_...`` of ``factorised_topk``, without a batch
+        axis.
+      target: attention weights of a teacher; those of q and k if None.
+      sm_scale: factor of the target's scores; ``head_dim ** -0.5`` if None.
+      scale: factor of the guess's scores; ``sm_scale`` if None.
+      full_rows: first rows, which see all keys and do not count.
+
+    Example:
+      >>> import jax
+      >>> from sadsl import catalog
+      >>> array = lambda *shape: jax.ShapeDtypeStruct(shape, "float32")
+      >>> q, weight, table = array(1, 6, 2, 4), array(2, 5, 2), array(6, 1)
+      >>> weights = {"q": weight, "k": weight, "down": table, "basis": table}
+      >>> operands = {f"predictor_{name}": x for name, x in weights.items()}
+      >>> jax.eval_shape(catalog.sparsifiner_loss, q, q, operands).shape
+      ()
     """
     head_dim = q.shape[-1]
     logit_scale = head_dim**-0.5 if sm_scale is None else sm_scale
