@@ -77,7 +77,7 @@ def combiner_logsparse(
     if not causal:
         raise ValueError(
             "combiner_logsparse: causal=False is not defined: the regions of a token "
-            "are read off the bits of its position, and lie before it; use "
+            "follow from the bits of its position, and lie before it; use "
             "combiner_fixed(..., causal=False)"
         )
     return joint(offsets({0}), summaries(tower(), pool, phi))

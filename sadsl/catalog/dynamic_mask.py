@@ -118,7 +118,7 @@ def dynamic_mask_attention(
       >>> jax.eval_shape(attend, x, x, x, tuple(weights)).shape
       (1, 6, 2, 4)
     """
-    # The choice takes a score a key head, the bias a number a query head.
+    # key_topw takes one score for each key head, key_bias one for each query head.
     bias = value_bias(v, *weights, form)
     bias = jnp.repeat(bias, q.shape[2] // k.shape[2], axis=1)
     chosen = dynamic_mask() if spec is None else spec

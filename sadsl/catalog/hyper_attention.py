@@ -19,7 +19,7 @@ from sadsl.maps.symbols import operand
 from sadsl.run.call import attention, select
 from sadsl.selections.lsh import Lsh, by_bucket, hashes, lsh, sorted_chunks
 
-# An output of attention and its lse.
+# An output of attention [batch, seq, heads, dim] and its lse [batch, heads, seq].
 Part = tuple[Array, Array]
 
 
@@ -281,7 +281,7 @@ def _estimated(
     member = jnp.take_along_axis(by_bucket(bucket), samples, axis=-1)
     own = parts[how.blocks.key("q_chunk0")]
     other = jnp.take_along_axis(parts[how.blocks.key("k_chunk0")], member, axis=-1)
-    # Tokens without a hash have blocks that do not exist.
+    # Tokens without a hash have a block number out of range: the test leaves them out.
     own_block, other_block = operand("own_block"), operand("sampled_block")
     spec = where(
         lambda q, k, h: (
@@ -331,7 +331,7 @@ def _check(q: Array, k: Array, draws: Draws, how: Hyper) -> None:
     if how.causal and q_seq_len != k.shape[1]:
         raise ValueError(
             f"hyper_attention: causal=True with {q_seq_len} queries and {k.shape[1]} "
-            "keys: halves are those of one sequence; pass as many of both"
+            "keys: the causal form halves one sequence; pass as many keys as queries"
         )
     count = sum(not p.exact for p in pieces(how, q_seq_len, k.shape[1]))
     shapes = [x.shape for x in draws.samples]

@@ -98,7 +98,7 @@ def mminference_candidates(
       (15, vertical_slash(1000, 1024, last=257))
     """
     start, stop = vision
-    # The keys before the span are seen by all, as the grid's sinks are.
+    # Every query sees the keys before the span, as it sees the sinks of the grid.
     near = window(local - 1) | sinks(start)
 
     def lattice(step: int, shift: int, rows: bool) -> IndexMap:

@@ -5,7 +5,7 @@ from sadsl.maps.named import causal, sinks, where
 from sadsl.selections import scored, topk
 from sadsl.selections.cell_scores import Score
 
-# Blocks compete by their mean keys once they are whole.
+# A block competes by its mean key once all of its keys are past.
 MEAN_KEYS = scored("mean", normalise="whole_softmax")
 
 

@@ -3,7 +3,7 @@
 from typing import Literal, get_args
 
 Variant = Literal["SQA", "sSQA", "xSQA", "xSMQA"]
-# How many times fewer the query heads are, and the key heads.
+# By what factor query heads and key heads are fewer; 0: one key head.
 FEWER: dict[Variant, tuple[int, int]] = {
     "SQA": (2, 4),
     "sSQA": (2, 2),

@@ -1,4 +1,4 @@
-"""Combiner as a layer: a drop-in replacement for self-attention, for NNX and for Linen.
+"""Combiner as a layer that replaces self-attention, for Flax NNX and for Flax Linen.
 
 Ren et al., Combiner: full attention transformer with sparse computation cost, 2021.
 """
@@ -23,26 +23,34 @@ from sadsl.terms.regions import KeyOf, Pool
 
 Variant = Literal["fixed", "logsparse", "vertical", "horizontal", "rowmajor", "mixture"]
 Features = Literal["identity", "relu", "deepsets"]
-# The operands of what has parameters.
+# Names of the operands that functions with parameters are passed as.
 PHI, PROJ = "phi", "proj"
 
 
 @dataclass(frozen=True)
 class Combiner:
-    """What is summarised, and how; see the functions ``sadsl.catalog.combiner_*``.
+    """The options of a Combiner layer; see the functions ``sadsl.catalog.combiner_*``.
 
     Attributes:
-      variant: which function; "vertical", "horizontal", "rowmajor": of the axial forms.
+      variant: which of these functions; "vertical", "horizontal" and "rowmajor" are the
+        axial forms.
       size: tokens in a span, or in a row.
       causal: whether later tokens are hidden.
       pool: "max", "mean" or "sum".
       features: what is pooled: "identity", "relu", or "deepsets", a dense layer and a
         ReLU on the features of a head, the same for queries and keys and all heads.
-      key: the key of a row in the form "rowmajor". With "proj" (the published layer)
-        it is made of the input ``x`` and the row's value ``v``, as
-        ``dense(layer_norm(x + dense(v)))``; "wsum_proj" takes the mean of keys for
-        ``v``.
+      key: the key of a row in the form "rowmajor". "proj" (the published layer) makes
+        it from the input ``x`` and the row's value ``v``, as ``dense(layer_norm(x +
+        dense(v)))``; "wsum_proj" takes the mean of keys in place of ``v``.
       form: of "mixture": "paper" or "code".
+
+    Raises:
+      ValueError: there is no such variant, or no such features.
+
+    Example:
+      >>> from sadsl.layers.combiner import Combiner
+      >>> Combiner("fixed", size=4).spec()
+      joint(blocks(4) & causal(), summaries(spans(4)))
     """
 
     variant: Variant = "fixed"
@@ -73,11 +81,11 @@ class Combiner:
 
     @property
     def has_proj(self) -> bool:
-        """Whether keys of rows have."""
+        """Whether the keys of rows have parameters."""
         return self.variant == "rowmajor" and "proj" in self.key
 
     def spec(self) -> Term:
-        """The term."""
+        """The term that the layer attends by."""
         size, pooled = self.size, (self.causal, self.pool, self.phi)
         match self.variant:
             case "fixed":
@@ -98,12 +106,12 @@ class Combiner:
 
 
 class RowKeys(nnx.Module):
-    """Keys of rows from what is known of them: ``dense(layer_norm(x + dense(v)))``."""
+    """Makes the keys of rows: ``dense(layer_norm(x + dense(v)))``."""
 
     def __init__(
         self, features: int, num_heads: int, head_dim: int, *, rngs: nnx.Rngs
     ) -> None:
-        """Two dense layers without bias and a norm between them."""
+        """Makes two dense layers without bias, and a norm between them."""
         heads = num_heads, head_dim
         linear = partial(nnx.LinearGeneral, use_bias=False, rngs=rngs)
         self.mix = linear(heads, features, axis=(-2, -1))
@@ -113,16 +121,36 @@ class RowKeys(nnx.Module):
     def __call__(
         self, v: Float[Array, "batch seq heads dim"], x: Float[Array, "batch seq dim"]
     ) -> Float[Array, "batch seq heads dim"]:
-        """A key a token."""
+        """One key for each token and head."""
         return self.out(self.norm(x + self.mix(v)))
 
 
 class CombinerAttention(nnx_layers.SparseAttention):
-    """Self-attention that every token has a weight in, for Flax NNX.
+    """Combiner self-attention for Flax NNX: every visible token has a weight.
 
-    ``x`` of ``[batch, seq, in_features]`` to the same. Parameters: ``query``, ``key``,
-    ``value`` and ``out`` as in ``nnx.MultiHeadAttention``; ``phi`` for "deepsets";
-    ``proj`` for keys of rows.
+    It maps ``x``, ``[batch, seq, in_features]``, to the same shape. Parameters:
+    ``query``, ``key``, ``value`` and ``out`` as in ``nnx.MultiHeadAttention``; ``phi``
+    for "deepsets"; ``proj`` for keys of rows.
+
+    Ren et al., Combiner: full attention transformer with sparse computation cost, 2021.
+
+    Args:
+      num_heads: query heads.
+      in_features: features of the input and of the output.
+      combiner: the options; ``Combiner()`` if None.
+      rngs: where ``rngs.params`` comes from.
+      **options: those of ``sadsl.layers.nnx.SparseAttention``.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> from sadsl.layers.combiner import Combiner, CombinerAttention
+      >>> def model(x):
+      ...     combiner = Combiner("fixed", size=4)
+      ...     return CombinerAttention(2, 8, combiner=combiner, rngs=nnx.Rngs(0))(x)
+      >>> x = jax.ShapeDtypeStruct((1, 6, 8), "float32")  # [batch, seq, in_features]
+      >>> jax.eval_shape(model, x).shape
+      (1, 6, 8)
     """
 
     def __init__(
@@ -134,7 +162,7 @@ class CombinerAttention(nnx_layers.SparseAttention):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
-        """``options`` are those of ``sadsl.layers.nnx.SparseAttention``."""
+        """Makes the parameters; the class lists the arguments."""
         self.combiner = Combiner() if combiner is None else combiner
         super().__init__(
             self.combiner.spec(), num_heads, in_features, rngs=rngs, **options
@@ -171,10 +199,19 @@ class _LinenRowKeys(linen.Module):
 
 
 class LinenCombinerAttention(linen.Module):
-    """Self-attention that every token has a weight in, for Flax Linen.
+    """Combiner self-attention for Flax Linen: every visible token has a weight.
 
-    The parameters are those of ``CombinerAttention``, by name and shape; the fields
+    The parameters are those of ``CombinerAttention``, by name and shape. The fields are
     those of ``sadsl.layers.linen.SparseAttention``, with ``combiner`` for ``spec``.
+
+    Example:
+      >>> import jax
+      >>> from sadsl.layers.combiner import Combiner, LinenCombinerAttention
+      >>> layer = LinenCombinerAttention(2, Combiner("fixed", size=4))
+      >>> x = jax.ShapeDtypeStruct((1, 6, 8), "float32")  # [batch, seq, features]
+      >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
+      >>> y.shape, sorted(variables["params"])
+      ((1, 6, 8), ['key', 'out', 'query', 'value'])
     """
 
     num_heads: int
@@ -213,7 +250,7 @@ class LinenCombinerAttention(linen.Module):
             kernel_init=self.kernel_init, transform_qk=self.transform_qk,
             dropout_rate=self.dropout_rate, impl=self.impl, config=self.config,
         )  # fmt: skip
-        # Its parameters are this layer's.
+        # The parameters of `inner` get the names of this layer, without a prefix.
         linen.share_scope(self, inner)
         given = {**made, **(operands or {})}
         return inner(x, operands=given, deterministic=deterministic)

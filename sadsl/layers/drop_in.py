@@ -1,4 +1,4 @@
-"""``attention_fn``: a spec in the place of Flax's dense attention function."""
+"""``attention_fn``: puts a spec in the place of Flax's dense attention function."""
 
 import math
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ from sadsl.terms.scatter_mean import ScatterMean
 from sadsl.terms.softmax import Softmax
 from sadsl.text.specs import any_term
 
-# What Flax may hand over besides q, k and v, where any value but None asks for what an
-# attention without a weight matrix cannot do; with the way out.
+# Arguments of Flax besides q, k and v that need the matrix of weights, and what to do
+# instead. Any value but None is refused.
 REFUSED: Mapping[str, str] = {
-    "mask": "say the pattern in the spec; a cache (decode=True) passes its own mask, "
+    "mask": "put the pattern into the spec; a cache (decode=True) passes its own mask, "
     "and is not supported",
     "bias": "leave bias out",
     "precision": "leave precision=None: products accumulate in float32",
@@ -36,9 +36,10 @@ REFUSED: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class AttentionFn:
-    """A spec that is called as Flax calls its ``dot_product_attention``.
+    """A callable with the signature of Flax's ``dot_product_attention``, for one spec.
 
-    Equal by content, so two models built alike share one compilation.
+    Two are equal if their contents are, so two models built alike share one
+    compilation.
     """
 
     term: Term
@@ -47,8 +48,8 @@ class AttentionFn:
     interpret: Any = False
     config: KernelConfig | None = None
 
-    # Flax Linen hands over only what the signature names, and drops the rest silently:
-    # what is refused must be named, so that it gets here.
+    # Flax Linen passes only the arguments that the signature names, and drops the others
+    # silently. So the signature names even those that are refused.
     def __call__(
         self,
         query: Float[Array, "*batch q_seq num_q_heads head_dim"],
@@ -69,16 +70,17 @@ class AttentionFn:
         attn_weights_value_einsum: Any = None,
         **others: Any,
     ) -> Float[Array, "*batch q_seq num_q_heads head_dim_v"]:
-        """Attention over the pairs of the spec; ``is_causal=True`` adds ``k <= q``.
+        """Attends to the pairs of the spec; ``is_causal=True`` adds ``k <= q``.
 
-        The softmax is in float32 whatever ``force_fp32_for_softmax`` says. Dropout
-        drops other weights in every entry of the batch and every head, also where
-        ``broadcast_dropout`` would have them share one mask, and those of
-        ``sadsl.attention``, not of Flax, for a key.
+        The softmax is in float32 whatever ``force_fp32_for_softmax`` says. Each batch
+        entry and head drops its own weights, even if ``broadcast_dropout`` asks for one
+        mask for all. For one key, ``sadsl.attention`` drops the same weights, Flax
+        others.
 
         Raises:
           NotImplementedError: a mask, a bias, a precision, sown weights, an argument
             that this function does not know, or ``is_causal=True`` with a mixture.
+          ValueError: the batch axes of query, key and value differ.
         """
         del broadcast_dropout, force_fp32_for_softmax
         asked = {"bias": bias, "mask": mask, "precision": precision, "module": module}
@@ -115,7 +117,7 @@ def _causal(term: Term) -> Softmax:
         return replace(term, map=term.map & causal())
     raise NotImplementedError(
         f"is_causal=True with spec={term!r}, which is not one softmax over a map: "
-        "leave is_causal=False, and say causal() in its parts"
+        "leave is_causal=False, and put causal() into its parts"
     )
 
 
@@ -137,10 +139,11 @@ def attention_fn(
     interpret: Any = False,
     config: KernelConfig | None = None,
 ) -> AttentionFn:
-    """The ``attention_fn`` of ``nnx.MultiHeadAttention`` and its Linen counterpart.
+    """Makes the ``attention_fn`` of ``nnx.MultiHeadAttention``, or of its Linen form.
 
-    It takes ``[batch..., seq, heads, head_dim]`` with any number of batch axes, and
-    refuses what it cannot honour when it is called.
+    The function takes ``[batch..., seq, heads, head_dim]`` with any number of batch
+    axes. It raises ``NotImplementedError`` where it is asked for what it cannot honour,
+    such as a mask.
 
     Args:
       spec: an index map, a term, or text, which is read here, once.
@@ -149,6 +152,20 @@ def attention_fn(
     Raises:
       ValueError: the text is not a spec, or the spec reads run-time arrays, learned
         ones among them.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> from sadsl.layers import attention_fn
+      >>> near = attention_fn("causal() & window(2)")
+      >>> def model(x):
+      ...     layer = nnx.MultiHeadAttention(
+      ...         2, 8, attention_fn=near, decode=False, rngs=nnx.Rngs(0)
+      ...     )
+      ...     return layer(x)
+      >>> x = jax.ShapeDtypeStruct((1, 6, 8), "float32")  # [batch, seq, features]
+      >>> jax.eval_shape(model, x).shape
+      (1, 6, 8)
     """
     term = any_term(spec)
     names = sorted(needed(term))
@@ -161,7 +178,7 @@ def attention_fn(
 
 
 def needed(spec: Spec) -> set[str]:
-    """The run-time arrays that a call with ``spec`` must be given."""
+    """Names of the run-time arrays that a call with ``spec`` must be given."""
     if isinstance(spec, ScatterMean):
         return needed(spec.map)
     if isinstance(spec, Linear) and spec.named_features is not None:

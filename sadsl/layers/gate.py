@@ -1,4 +1,4 @@
-"""SeerAttention's gate as a layer of Flax NNX, and the loss that it learns from.
+"""SeerAttention's gate as a layer of Flax NNX, and the loss that trains it.
 
 Gao et al., SeerAttention: learning intrinsic sparse attention in your LLMs, 2024,
 section 3. The gate scores blocks from pooled queries and keys; its scores are the
@@ -23,12 +23,25 @@ HEAD_INIT = nnx.initializers.variance_scaling(
 
 
 class BlockGate(nnx.Module):
-    """How much a block of queries will attend to a block of keys.
+    """Predicts how much each block of queries attends to each block of keys.
 
-    Queries are pooled by their mean, keys by maximum, minimum and mean, side by side; a
+    Queries are pooled by their mean, keys by maximum, minimum and mean, side by side. A
     linear map for each head takes them to ``gate_dim`` numbers, which are rotated to
-    the position where their block begins. ``gate(q, k)`` are the probabilities of a
-    softmax over the blocks up to the own one.
+    the position where their block begins. ``gate(q, k)`` is the softmax over the blocks
+    up to the own one.
+
+    Gao et al., SeerAttention, 2024, section 3.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> from sadsl.layers.gate import BlockGate
+      >>> def scores(q, k):
+      ...     gate = BlockGate(2, 8, block=4, gate_dim=6, rngs=nnx.Rngs(0))
+      ...     return gate(q, k)
+      >>> q = jax.ShapeDtypeStruct((1, 10, 2, 8), "float32")  # [batch, seq, heads, dim]
+      >>> jax.eval_shape(scores, q, q).shape  # [batch, heads, q_blocks, kv_blocks]
+      (1, 2, 3, 3)
     """
 
     def __init__(
@@ -43,12 +56,12 @@ class BlockGate(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the parameters, one linear map for each query head and each key head.
+        """Makes the parameters: one linear map for each query head and each key head.
 
         Args:
           num_heads, num_kv_heads: heads of the queries and of the keys (as many if
-            None), which must divide them.
-          head_dim: of the queries and keys.
+            None). The heads of the keys must divide those of the queries.
+          head_dim: features of a query or key.
           block: positions of a block; that of the spec.
           gate_dim: width of the gate, even.
           rope_theta: the base of the rotary positions.
@@ -84,10 +97,11 @@ class BlockGate(nnx.Module):
     ) -> Float[Array, "batch num_heads q_blocks kv_blocks"]:
         """The scores before the softmax, -inf for later blocks.
 
-        ``q`` and ``k`` are what attention takes, before rotary positions.
+        Args:
+          q, k: what attention takes, before rotary positions.
 
         Raises:
-          ValueError: they do not have the heads and the width of the gate.
+          ValueError: q or k does not have the heads and the width of the gate.
         """
         weights = {"q": self.query[...], "k": self.key[...]}
         found = {"q": q, "k": k}
@@ -113,7 +127,7 @@ class BlockGate(nnx.Module):
         q: Float[Array, "batch q num_heads head_dim"],
         k: Float[Array, "batch kv num_kv_heads head_dim"],
     ) -> Float[Array, "batch num_heads q_blocks kv_blocks"]:
-        """The scores: pass them as ``operands={"gate": gate(q, k)}``."""
+        """The probabilities: pass them as ``operands={"gate": gate(q, k)}``."""
         return jax.nn.softmax(self.logits(q, k), axis=-1)
 
     def _rotated(
@@ -146,11 +160,15 @@ def target(
     block: int = 64,
     sm_scale: float | None = None,
 ) -> Float[Array, "batch num_heads blocks blocks"]:
-    """What the gate should say: the largest attention in each block, rows adding to 1.
+    """The scores that the gate should learn: the largest weight in each block.
 
-    ``q`` and ``k`` are those of the attention, with their positions; it is causal. A
-    few blocks of queries are computed at a time, never the whole matrix. No gradient
-    flows through it.
+    Each row is scaled to add up to 1. Attention is causal. A few blocks of queries are
+    computed at a time, never the whole matrix. No gradient flows through the target.
+
+    Args:
+      q, k: those of the attention, with their positions.
+      block: positions of a block; that of the gate.
+      sm_scale: as in ``sadsl.attention``; ``head_dim ** -0.5`` if None.
     """
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     q, k = (
@@ -169,7 +187,7 @@ def target(
         held = (at_key <= at) & (at < length)
         p = softmax(products(flat, k) * scale, held[None, None])
         p = p.reshape(*some.shape[:-1], -1)
-        # The rest of a short last block is 0, which is no maximum.
+        # A short last block is padded with 0, which changes no maximum: weights are >= 0.
         return jnp.max(grouped(p, block, -1)[0], axis=(3, 5))
 
     found = in_steps(largest, rows, batch * num_heads * block * k.shape[2])
@@ -185,17 +203,26 @@ def distillation_loss(
 ) -> Float[Array, ""]:
     """The divergence of the gate from its target, ``KL(wanted | softmax(logits))``.
 
-    Times ``weight``, and averaged over all entries as in the code, but for the first
-    ``skip`` of the rows of blocks, which have little to choose from.
+    It is averaged over all entries, as in the code, and multiplied by ``weight``. The
+    first ``skip`` of the rows of blocks do not count: they have little to choose from.
 
     Args:
       logits: ``BlockGate.logits``, -inf for later blocks.
       wanted: ``target``.
-      skip: the part of the rows that is left out.
+      skip: the share of the rows that is left out, from 0 to below 1.
       weight: the factor of the loss.
 
     Raises:
       ValueError: the two differ in shape, or ``skip`` leaves no row.
+
+    Example:
+      >>> import jax
+      >>> import numpy as np
+      >>> from sadsl.layers.gate import distillation_loss
+      >>> wanted = np.array([[[[1.0, 0.0], [0.5, 0.5]]]], np.float32)
+      >>> logits = np.array([[[[3.0, -np.inf], [2.0, 2.0]]]], np.float32)
+      >>> float(jax.jit(distillation_loss)(logits, wanted))
+      0.0
     """
     if logits.shape != wanted.shape:
         raise ValueError(
@@ -207,7 +234,8 @@ def distillation_loss(
     first = int(logits.shape[2] * skip)
     logits, wanted = logits[:, :, first:], wanted[:, :, first:]
     some = wanted > 0
-    # Double where: later blocks have -inf on both sides.
+    # Both logarithms are replaced where wanted is 0: later blocks have -inf in each,
+    # and -inf - -inf would be NaN.
     log_p = jax.nn.log_softmax(logits, axis=-1)
     log_p = jnp.where(some, log_p, 0.0)
     log_wanted = jnp.log(jnp.where(some, wanted, 1.0))

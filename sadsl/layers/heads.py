@@ -1,4 +1,4 @@
-"""The sizes that both layers derive from their options."""
+"""The numbers of heads, and the width of a head, that both layers derive."""
 
 
 def head_sizes(
@@ -8,7 +8,7 @@ def head_sizes(
     head_dim: int | None,
     num_q_heads: int | None = None,
 ) -> tuple[int, int, int]:
-    """Query heads, key and value heads, and the size of a head.
+    """Numbers of query heads and of key and value heads, and the width of a head.
 
     A head is ``in_features // num_heads`` wide, however few query heads there are
     (Filipek, Sparse query attention, 2025).

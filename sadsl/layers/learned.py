@@ -1,8 +1,8 @@
-"""What a spec learns: the arrays that both layers make and hand over as operands.
+"""Arrays that a spec learns: both layers make them and pass them as operands.
 
-A spec names the arrays (``Term.learned``): sinks, tables of a bias, decays; or gates,
-one a query, which are projected from the layer's input. Functions with parameters, such
-as feature maps, are the layer's ``modules``.
+A spec names its arrays (``Term.learned``). Some are parameters: sinks, tables of a
+bias, decays. Others are gates, one for each query, projected from the layer's input.
+Functions with parameters, such as feature maps, are the layer's ``modules``.
 """
 
 import math
@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 from pallas_kernels.precision import widened
 from sadsl.terms.base import LayerSizes, Learned, Term
 
-# The deviation of arrays that start "normal".
+# Standard deviation of arrays that start "normal".
 STDDEV = 0.02
-# Log-decays are this much smaller than a log-sigmoid, so that a state keeps 0.96 of
-# itself in a first step, not a half (Yang et al., Gated linear attention, 2024).
+# A log-decay is a log-sigmoid divided by this, so that a state first keeps 0.96 of
+# itself in a step, not a half (Yang et al., Gated linear attention, 2024).
 DECAY_TEMPERATURE = 16
 
 
@@ -54,7 +54,7 @@ def started(array: Learned) -> Callable[..., Array]:
 
 
 def width(array: Learned) -> int:
-    """The features of the projection that makes a ``per_query`` array."""
+    """Number of features of the projection that makes a ``per_query`` array."""
     return math.prod(array.shape)
 
 
@@ -65,8 +65,8 @@ def operands_of(
 ) -> dict[str, Array]:
     """The arrays by name; ``made`` has a parameter or a projection for each.
 
-    Those of a query are ``[batch, q_seq, *shape]``, squashed in float32 (float64 for
-    float64).
+    A ``per_query`` array is ``[batch, q_seq, *shape]``. It is squashed in float32
+    (float64 for float64).
     """
     found = {}
     for name, array in wanted.items():
@@ -91,7 +91,7 @@ def _squashed(y: Array, array: Learned) -> Array:
 
 
 def rate_checked(rate: float) -> float:
-    """The dropout rate of a layer.
+    """Checks the dropout rate of a layer and returns it.
 
     Raises:
       ValueError: it is not in [0, 1).

@@ -20,12 +20,21 @@ from sadsl.terms.base import LayerSizes, Learned, Term
 
 
 class SparseAttention(linen.Module):
-    """Projections to heads, attention over the pairs of ``spec``, projection back.
+    """Projects to heads, attends to the pairs of ``spec``, and projects back.
 
     The fields are those of ``sadsl.layers.nnx.SparseAttention``, but ``in_features`` is
     read off the input. The parameters are those of Linen's own
-    ``MultiHeadDotProductAttention``, by name and shape, and under ``learned`` what the
-    spec learns. Dropout draws from the stream "dropout".
+    ``MultiHeadDotProductAttention``, by name and shape. What the spec learns is under
+    ``learned``. Dropout draws from the stream "dropout".
+
+    Example:
+      >>> import jax
+      >>> from sadsl.layers.linen import SparseAttention
+      >>> layer = SparseAttention("causal() & window(2)", num_heads=2, num_kv_heads=1)
+      >>> x = jax.ShapeDtypeStruct((1, 6, 8), "float32")  # [batch, seq, in_features]
+      >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
+      >>> y.shape, variables["params"]["key"]["kernel"].shape
+      ((1, 6, 8), (8, 1, 4))
     """
 
     spec: Specs
@@ -47,7 +56,7 @@ class SparseAttention(linen.Module):
     deterministic: bool | None = None
 
     def __post_init__(self) -> None:
-        # Text is read once: Linen makes its copies of a module from these fields.
+        # Reads text once: Linen makes its copies of a module from these fields.
         object.__setattr__(self, "spec", of_layer(self.spec, self.layer))
         object.__setattr__(self, "layer", None)
         rate_checked(self.dropout_rate)
@@ -64,10 +73,10 @@ class SparseAttention(linen.Module):
         operands: Mapping[str, Any] | None = None,
         deterministic: bool | None = None,
     ) -> Float[Array, "batch q_seq out_features"]:
-        """Attends from ``x`` to ``kv``, or to itself if None.
+        """Attends from ``x`` to ``kv``, or to ``x`` itself if None.
 
-        ``operands`` go before what the layer learned under their names.
-        ``deterministic``, here or as a field, must be given where there is dropout.
+        ``operands`` go before what the layer learned under their names. Where there is
+        dropout, ``deterministic`` must be given, here or as a field.
         """
         kv = x if kv is None else kv
         features = x.shape[-1]
@@ -104,7 +113,7 @@ class SparseAttention(linen.Module):
         return linear(out_features, axis=(-2, -1), name="out")(cast(Array, out))
 
     def _dropout(self, deterministic: bool | None) -> tuple[float, Array | None]:
-        """The rate of this call, and the key."""
+        """The dropout rate of this call, and the PRNG key."""
         if not self.dropout_rate:
             return 0.0, None
         asked = linen.merge_param("deterministic", self.deterministic, deterministic)
@@ -131,9 +140,18 @@ class _Learned(linen.Module):
 
 
 class BlockCompressor(linen.Module):
-    """One vector for a block of keys, or of values, that knows their places in it.
+    """Compresses a block of keys or values to one vector, by a small network.
 
-    As ``sadsl.layers.nnx.BlockCompressor``; sizes are read off the blocks.
+    Fields and mathematics are those of ``sadsl.layers.nnx.BlockCompressor``; sizes are
+    read off the blocks.
+
+    Example:
+      >>> import jax
+      >>> from sadsl.layers.linen import BlockCompressor
+      >>> blocks = jax.ShapeDtypeStruct((1, 3, 4, 2, 8), "float32")
+      >>> init = BlockCompressor().init_with_output
+      >>> jax.eval_shape(init, jax.random.key(0), blocks)[0].shape
+      (1, 3, 2, 8)
     """
 
     hidden: int | None = None
@@ -144,7 +162,7 @@ class BlockCompressor(linen.Module):
     def __call__(
         self, blocks: Float[Array, "batch blocks length heads head_dim"]
     ) -> Float[Array, "batch blocks heads head_dim"]:
-        """A vector a block and head."""
+        """One vector for each block and head."""
         length, dim = blocks.shape[2], blocks.shape[4]
         linear = partial(linen.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
         start = linen.initializers.normal(0.02)
@@ -158,16 +176,26 @@ class BlockCompressor(linen.Module):
 
 
 class RoutingAttention(linen.Module):
-    """Routing attention: some heads local, the others clustered by content; causal.
+    """Routing attention: some heads are local, the others cluster tokens; causal.
 
     The fields are those of ``sadsl.layers.nnx.RoutingAttention``. The centroids are in
-    the collection ``routing`` (``centroids``, ``counts``, ``sums``), to be made mutable
-    in training; the commitment loss is sown as ``losses/commitment``, f32::
+    the collection ``routing`` (``centroids``, ``counts``, ``sums``), which must be
+    mutable in training. The commitment loss is sown as ``losses/commitment``, f32::
 
         y, state = layer.apply(variables, x, train=True, mutable=["routing", "losses"])
 
     Roy et al., Efficient content-based sparse attention with Routing Transformers,
     2021, section 4.
+
+    Example:
+      >>> import jax
+      >>> from sadsl.layers.linen import RoutingAttention
+      >>> from sadsl.layers.routing import Routing
+      >>> layer = RoutingAttention(2, Routing(num_clusters=2, window=4, local_window=4))
+      >>> x = jax.ShapeDtypeStruct((1, 8, 8), "float32")  # [batch, seq, in_features]
+      >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
+      >>> y.shape, variables["routing"]["centroids"].shape
+      ((1, 8, 8), (1, 2, 4))
     """
 
     num_heads: int
@@ -221,7 +249,7 @@ class RoutingAttention(linen.Module):
             made = initial(self.make_rng("params"), *sizes, norm=self.routing.norm)
             return getattr(made, field)
 
-        # The sums start as the centroids are.
+        # With counts of 1, the sums equal the centroids.
         means = self.variable("routing", "centroids", start, "means")
         counts = self.variable("routing", "counts", jnp.ones, sizes[:2])
         sums = self.variable("routing", "sums", lambda: jnp.copy(means.value))

@@ -25,34 +25,49 @@ POSITION_INIT = nnx.initializers.normal(0.02)
 
 
 class SparseAttention(nnx.Module):
-    """Projections to heads, attention over the pairs of ``spec``, projection back.
+    """Projects to heads, attends to the pairs of ``spec``, and projects back.
 
     Its parameters are those of ``nnx.MultiHeadAttention``, by name and shape:
-    ``query``, ``key``, ``value`` and ``out``. What the spec learns beside them is in
-    ``learned``, by the name of the operand: sinks and tables as parameters, gates and
-    other arrays of each query as projections of ``x``, with a bias.
+    ``query``, ``key``, ``value`` and ``out``. What the spec learns is in ``learned``,
+    by the name of the operand: sinks and tables are parameters; gates and other arrays
+    of each query are projections of ``x``, with a bias.
 
     Args:
-      spec, layer: a map, a term, or text; or a list of them and which one, from 0.
-      num_heads: as many as divide the features, if head_dim is None.
-      in_features, out_features: of ``x``; of the result, ``in_features`` if None.
-      num_q_heads, num_kv_heads: query heads, ``num_heads`` if None, or fewer; heads
-        of keys and values, as many as of queries if None, which must divide them.
-      head_dim: ``in_features // num_heads`` if None.
-      use_bias: whether the four projections have one.
-      dtype, param_dtype: of the computation (promoted from both if None) and of
-        the parameters.
+      spec: a map, a term, or text; or a list of them, one for each layer.
+      num_heads: heads; must divide the features if ``head_dim`` is None.
+      in_features: features of ``x``.
+      layer: which spec of a list, from 0.
+      num_q_heads: query heads, ``num_heads`` or fewer; ``num_heads`` if None.
+      num_kv_heads: heads of keys and values, which must divide the query heads; as many
+        if None.
+      head_dim: width of a head; ``in_features // num_heads`` if None.
+      out_features: features of the result; ``in_features`` if None.
+      use_bias: whether the four projections have a bias.
+      dtype: of the computation; promoted from input and parameters if None.
+      param_dtype: of the parameters.
       kernel_init: initializer of the kernels.
-      transform_qk: applied to the projected queries and keys, each
-        ``[batch, seq, heads, head_dim]``: rotary positions, say.
+      transform_qk: function of the projected queries and keys, each ``[batch, seq,
+        heads, head_dim]``, such as rotary positions.
       modules: functions with parameters that the spec names, such as feature maps.
-      dropout_rate: of the attention weights, while ``deterministic`` is False.
+      dropout_rate: share of the attention weights that is dropped while
+        ``deterministic`` is False.
       impl, config: as in ``sadsl.attention``.
       rngs: where ``rngs.params`` and, for dropout, ``rngs.dropout`` come from.
 
     Raises:
-      ValueError: the sizes do not divide, the text is no spec, there is no such
-        layer, or the spec reads nothing of the name of a module.
+      ValueError: the sizes do not divide, the text is no spec, there is no such layer,
+        or the spec reads nothing of the name of a module.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> from sadsl.layers.nnx import SparseAttention
+      >>> def model(x):
+      ...     layer = SparseAttention("causal() & window(2)", 2, 8, rngs=nnx.Rngs(0))
+      ...     return layer(x)
+      >>> x = jax.ShapeDtypeStruct((1, 6, 8), "float32")  # [batch, seq, in_features]
+      >>> jax.eval_shape(model, x).shape
+      (1, 6, 8)
     """
 
     def __init__(
@@ -77,7 +92,7 @@ class SparseAttention(nnx.Module):
         config: KernelConfig | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the parameters; text is read here, once. The class says of what."""
+        """Makes the parameters and reads text once. The class lists the arguments."""
         self.term = of_layer(spec, layer)
         queries, keys, dim = head_sizes(
             in_features, num_heads, num_kv_heads, head_dim, num_q_heads
@@ -86,7 +101,7 @@ class SparseAttention(nnx.Module):
         self.in_features = in_features
         self.transform_qk = transform_qk
         self.impl, self.config = impl, config
-        # The name that nnx.Module.train() and .eval() set.
+        # nnx.Module.train() and .eval() set the attribute of this name.
         self.deterministic = False
         self.dropout_rate = rate_checked(dropout_rate)
         common = partial(
@@ -102,7 +117,7 @@ class SparseAttention(nnx.Module):
         wanted = learned_of(self.term, self.sizes, modules)
         self.learned = _learned(wanted, partial(common, in_features), rngs)
         self.modules = nnx.Dict(dict(modules)) if modules else None
-        # Last: the parameters are those of a layer without dropout.
+        # Last, so that dropout does not change how the parameters start.
         self.rngs = rngs["dropout"].fork() if self.dropout_rate else None
 
     def __call__(
@@ -116,7 +131,7 @@ class SparseAttention(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch q_seq out_features"]:
-        """Attends from ``x`` to ``kv``, or to itself if None.
+        """Attends from ``x`` to ``kv``, or to ``x`` itself if None.
 
         ``operands`` go before what the layer learned under their names.
         ``deterministic=True`` drops nothing; ``rngs`` take the place of the layer's.
@@ -137,7 +152,7 @@ class SparseAttention(nnx.Module):
         return self.out(cast(Array, out))
 
     def _given(self, x: Array) -> dict[str, Any]:
-        """What the layer has of what the spec reads."""
+        """The arrays and functions that the layer has for the spec, by name."""
         modules = dict(self.modules.items()) if self.modules else {}
         if self.learned is None:
             return modules
@@ -157,7 +172,7 @@ class SparseAttention(nnx.Module):
 def _learned(
     wanted: Mapping[str, Learned], project: partial[Any], rngs: nnx.Rngs
 ) -> nnx.Dict | None:
-    """A projection for each array of a query, a parameter for each other one."""
+    """Makes a projection for each ``per_query`` array, else a parameter."""
     made: dict[str, Any] = {}
     for name, array in wanted.items():
         start = started(array)
@@ -170,12 +185,28 @@ def _learned(
 
 
 class BlockCompressor(nnx.Module):
-    """One vector for a block of keys, or of values, that knows their places in it.
+    """Compresses a block of keys or values to one vector, by a small network.
 
-    For ``modules={"keys": BlockCompressor(...)}`` of a ``SparseAttention`` whose spec
-    has ``compressed(length, key="keys")``. A learned vector is added for each place of
-    a block, then a network of one hidden layer takes the whole block; all heads share
-    it (Yuan et al., Native sparse attention, 2025, section 3.3.1).
+    Use it as ``modules={"keys": BlockCompressor(...)}`` of a ``SparseAttention`` whose
+    spec has ``compressed(length, key="keys")``. A learned vector is added for each
+    place of a block, then a network of one hidden layer takes the whole block. All
+    heads share it (Yuan et al., Native sparse attention, 2025, section 3.3.1).
+
+    Args:
+      length: positions in a block; that of the spec.
+      head_dim: features of a key or value.
+      hidden: width of the hidden layer; ``2 * head_dim`` if None.
+      dtype, param_dtype: of the computation and of the parameters.
+      rngs: where ``rngs.params`` comes from.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> from sadsl.layers.nnx import BlockCompressor
+      >>> compress = lambda blocks: BlockCompressor(4, 8, rngs=nnx.Rngs(0))(blocks)
+      >>> blocks = jax.ShapeDtypeStruct((1, 3, 4, 2, 8), "float32")
+      >>> jax.eval_shape(compress, blocks).shape
+      (1, 3, 2, 8)
     """
 
     def __init__(
@@ -188,10 +219,7 @@ class BlockCompressor(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the parameters; ``hidden`` is ``2 * head_dim`` if None.
-
-        ``length`` is that of the spec, ``head_dim`` that of the keys or values.
-        """
+        """Makes the parameters; the class lists the arguments."""
         linear = partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         hidden = 2 * head_dim if hidden is None else hidden
         start = POSITION_INIT(rngs.params(), (length, head_dim), param_dtype)
@@ -202,7 +230,7 @@ class BlockCompressor(nnx.Module):
     def __call__(
         self, blocks: Float[Array, "batch blocks length heads head_dim"]
     ) -> Float[Array, "batch blocks heads head_dim"]:
-        """A vector a block and head."""
+        """One vector for each block and head."""
         positions = self.positions[...].astype(blocks.dtype)
         placed = jnp.swapaxes(blocks, 2, 3) + positions[None, None, None]
         flat = placed.reshape(*placed.shape[:3], -1)
@@ -210,7 +238,7 @@ class BlockCompressor(nnx.Module):
 
 
 class Centroids(nnx.Variable):
-    """Centroids of a ``RoutingAttention``, with the moving sums that they come from."""
+    """Centroids of a ``RoutingAttention``, and the moving sums that they are made from."""
 
 
 class CommitmentLoss(nnx.Variable):
@@ -218,11 +246,11 @@ class CommitmentLoss(nnx.Variable):
 
 
 class RoutingAttention(nnx.Module):
-    """Routing attention: some heads local, the others clustered by content; causal.
+    """Routing attention: some heads are local, the others cluster tokens; causal.
 
     Roy et al., Efficient content-based sparse attention with Routing Transformers,
-    2021, section 4. The centroids are ``Centroids`` variables, not parameters: in
-    training each call moves them and sets ``commitment_loss``, which belongs in the
+    2021, section 4. The centroids are ``Centroids`` variables, not parameters. In
+    training each call moves them and sets ``commitment_loss``, which you add to the
     loss::
 
         def loss(model, x, y):
@@ -231,6 +259,18 @@ class RoutingAttention(nnx.Module):
     ``model.eval()`` leaves them as they are, as it does for ``nnx.BatchNorm``.
     Parameters: ``query``, ``value``, ``out``, and ``key`` for the heads whose keys are
     not their queries (all heads if not ``routing.share_qk``, else the local ones).
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> from sadsl.layers.nnx import RoutingAttention
+      >>> from sadsl.layers.routing import Routing
+      >>> def model(x):
+      ...     routing = Routing(num_clusters=2, window=4, local_window=4)
+      ...     return RoutingAttention(2, 8, routing=routing, rngs=nnx.Rngs(0))(x)
+      >>> x = jax.ShapeDtypeStruct((1, 8, 8), "float32")  # [batch, seq, in_features]
+      >>> jax.eval_shape(model, x).shape
+      (1, 8, 8)
     """
 
     def __init__(
@@ -256,8 +296,8 @@ class RoutingAttention(nnx.Module):
           num_heads, in_features, head_dim, out_features, use_bias, dtype, param_dtype,
             kernel_init, impl, config: as in ``SparseAttention``.
           routing: clusters and how they are learned; those of WikiText-103 if None.
-          transform_qk: applied to queries and keys of the local heads, such as rotary
-            positions; what is clustered has none.
+          transform_qk: function of the queries and keys of the local heads, such as
+            rotary positions; clustered heads have none.
           rngs: where ``rngs.params`` comes from, for parameters and centroids.
 
         Raises:
@@ -284,7 +324,7 @@ class RoutingAttention(nnx.Module):
         self.centroids = Centroids(start.means)
         self.counts, self.sums = Centroids(start.counts), Centroids(start.sums)
         self.commitment_loss = CommitmentLoss(jnp.zeros((), jnp.float32))
-        # The name that nnx.Module.train() and .eval() set.
+        # nnx.Module.train() and .eval() set the attribute of this name.
         self.use_running_average = False
 
     def __call__(
@@ -318,6 +358,20 @@ class RoutingAttention(nnx.Module):
 
 
 def commitment_loss(model: nnx.Module) -> Float[Array, ""]:
-    """The sum of the commitment losses of all routing layers in their last call."""
+    """Sums the commitment losses of all routing layers in their last call.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> from sadsl.layers.nnx import RoutingAttention, commitment_loss
+      >>> from sadsl.layers.routing import Routing
+      >>> def loss(x):
+      ...     routing = Routing(num_clusters=2, window=4, local_window=4)
+      ...     layer = RoutingAttention(2, 8, routing=routing, rngs=nnx.Rngs(0))
+      ...     layer(x)
+      ...     return commitment_loss(layer)
+      >>> jax.eval_shape(loss, jax.ShapeDtypeStruct((1, 8, 8), "float32")).shape
+      ()
+    """
     losses = jax.tree.leaves(nnx.state(model, CommitmentLoss))
     return sum(losses, start=jnp.zeros((), jnp.float32))

@@ -1,4 +1,4 @@
-"""What the routing layers of both Flax APIs share: options, keys, a step's loss."""
+"""Options, keys and loss of the routing layers, shared by both Flax APIs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from sadsl.terms.heads import Heads
 
 
 class Routed(NamedTuple):
-    """Projections of the clustered heads; ``k`` is None where they share them."""
+    """Projections of the clustered heads; ``k`` is None where keys are the queries."""
 
     q: Float[Array, "batch seq heads dim"]
     k: Float[Array, "batch seq heads dim"] | None
@@ -24,11 +24,22 @@ class Routed(NamedTuple):
 class Routing:
     """How heads are clustered, and how their centroids are learned.
 
-    ``num_clusters``, ``window``, ``local_window``, ``variant``, ``num_local``,
-    ``share_qk`` and ``skip_zeros`` are those of ``sadsl.catalog.routing_transformer``.
-    ``decay`` and ``epsilon`` are those of ``sadsl.layers.state.update``, ``beta`` is
-    the weight of the commitment loss. ``axis_name`` is a mesh axis (of ``shard_map`` or
-    ``vmap``) whose devices share their centroids: all see the tokens of all.
+    Roy et al., Efficient content-based sparse attention with Routing Transformers,
+    2021, section 4.
+
+    Attributes:
+      num_clusters, window, local_window, variant, num_local, share_qk, skip_zeros:
+        those of ``sadsl.catalog.routing_transformer``.
+      decay, epsilon: those of ``sadsl.layers.state.update``.
+      beta: weight of the commitment loss.
+      axis_name: a mesh axis (of ``shard_map`` or ``vmap``) whose devices share their
+        centroids: all see the tokens of all.
+
+    Example:
+      >>> from sadsl.layers.routing import Routing
+      >>> print(Routing(num_clusters=2, window=4, local_window=4).spec(num_heads=2))
+      heads((causal() & where(lambda q, k: q // 4 - k // 4 <= 1), 1),
+      (scatter_mean(causal() & kmeans(2, window=4), sm_scale=1.0), 1))
     """
 
     num_clusters: int = 8
@@ -44,10 +55,10 @@ class Routing:
     axis_name: str | None = None
 
     def num_local_of(self, num_heads: int) -> int:
-        """Heads that are local, the first ones.
+        """Number of local heads, which come first.
 
         Raises:
-          ValueError: none is left to be clustered.
+          ValueError: no head is left to be clustered.
         """
         local = num_heads // 2 if self.num_local is None else self.num_local
         if not 0 <= local < num_heads:
@@ -58,7 +69,7 @@ class Routing:
         return local
 
     def spec(self, num_heads: int) -> Heads:
-        """The spec of a call."""
+        """The spec for a layer of ``num_heads`` heads."""
         return routing_transformer(
             num_heads, self.num_clusters, self.window, self.local_window,
             self.variant, self.num_local_of(num_heads), self.share_qk, self.skip_zeros,
@@ -66,7 +77,7 @@ class Routing:
 
     @property
     def norm(self) -> Norm:
-        """How vectors are compared with centroids."""
+        """How vectors are normalised before they are compared with centroids."""
         return "layer" if self.variant == "official" else "unit"
 
     def attended(
@@ -75,11 +86,13 @@ class Routing:
         k: Float[Array, "batch seq some_heads dim"] | None,
         transform: Callable[[Array, Array], tuple[Array, Array]] | None = None,
     ) -> tuple[Array, Array, Routed]:
-        """Queries and keys as attention takes them; those of the clustered heads.
+        """Queries and keys for attention, and the projections of the clustered heads.
 
-        ``transform`` is applied to those of the local heads. ``k`` are the keys of all
-        heads, or, with ``share_qk``, of the local ones (None if there are none):
-        clustered heads take their queries as keys.
+        Args:
+          q: queries of all heads.
+          k: keys of all heads, or, with ``share_qk``, of the local heads (None if there
+            are none): clustered heads take their queries as keys.
+          transform: applied to queries and keys of the local heads.
         """
         local = self.num_local_of(q.shape[2])
         routed_q, routed_k = q[:, :, local:], None
@@ -103,11 +116,11 @@ class Routing:
         state: ClusterState,
         routed: Routed,
     ) -> tuple[ClusterState, Array]:
-        """The centroids after a step, and the commitment loss of it, f32.
+        """The centroids after a step, and its commitment loss, f32.
 
         "official": the mean over tokens of the squared distance to their centroid, for
-        queries and for keys, and twice where they are the same; "lucidrains": the mean
-        over tokens and features, once. Both times ``beta``.
+        queries and for keys, and twice where they are the same. "lucidrains": the mean
+        over tokens and features, once. Both are multiplied by ``beta``.
         """
         q, k = routed
         every = [q] if k is None else [q, k]

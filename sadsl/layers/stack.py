@@ -1,4 +1,4 @@
-"""A spec for every layer of a stack: dense first, alternating, or as a plan says."""
+"""A spec for each layer of a stack: dense first, alternating, or as a plan says."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -8,7 +8,7 @@ from typing_extensions import TypeIs
 from sadsl.terms.base import Spec, Term
 from sadsl.text.specs import any_term
 
-# One spec for all layers, or one a layer; each may be text.
+# One spec for all layers, or one for each; each may be text.
 Specs: TypeAlias = Spec | str | Sequence[Spec | str]
 
 
@@ -19,24 +19,32 @@ def per_layer(
     first: Sequence[Spec | str] = (),
     last: Sequence[Spec | str] = (),
 ) -> tuple[Term, ...]:
-    """The specs of ``num_layers`` layers: ``first``, then ``period`` over and over.
+    """Lists the specs of ``num_layers`` layers: ``first``, then ``period`` in turns.
 
-    ``last`` are those of the last layers. ``SparseAttention(spec=specs, layer=i)``
-    takes its own of them::
+    ``SparseAttention(spec=specs, layer=i)`` takes the spec of its layer::
 
         per_layer(moba(), 24, last=["causal()"] * 3)    # MoBA, 2025, section 3.2
         per_layer(radial(21, 1560), 40, first=["full()"])    # Radial Attention, 2025
         per_layer([s2_attention(), "causal()"], 32)     # Phi-3-small, 2024: in turns
 
     Args:
-      period: one spec, or several that take turns, which begin after ``first`` and may
-        break off anywhere.
+      period: one spec, or several that take turns. They begin after ``first`` and may
+        stop anywhere.
       num_layers: the layers of the stack.
       first, last: specs of the first and of the last layers, in order.
 
     Raises:
-      ValueError: a text is not a spec, there are too many, or no layer is left to take
-        turns in.
+      ValueError: a text is not a spec, ``period`` is empty, or ``first`` and ``last``
+        have more specs than there are layers.
+
+    Example:
+      >>> from sadsl.layers import per_layer
+      >>> for term in per_layer(["window(64)", "linear()"], 4, last=["full()"]):
+      ...     print(term)
+      softmax(window(64))
+      linear()
+      softmax(window(64))
+      softmax(full())
     """
     turns = period if _is_list(period) else (period,)
     if not turns:
@@ -55,7 +63,8 @@ def of_layer(spec: Specs, layer: int | None) -> Term:
     """The spec of one layer.
 
     Raises:
-      ValueError: there is a list and no layer, one without the other, or the list is
+      TypeError: ``layer`` is not an integer.
+      ValueError: a list without ``layer``, ``layer`` without a list, or a list that is
         too short.
     """
     if not _is_list(spec):
@@ -67,7 +76,7 @@ def of_layer(spec: Specs, layer: int | None) -> Term:
         return any_term(spec)
     if layer is None:
         raise ValueError(
-            f"spec is a list of {len(spec)}, one a layer: say which with layer=..."
+            f"spec is a list of {len(spec)}, one for each layer: choose with layer=..."
         )
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise TypeError(f"layer={layer!r} must be an integer")

@@ -1,8 +1,8 @@
-"""Centroids as they are learned: beside the gradient, from the tokens they attract.
+"""Centroids that are learned from the tokens they attract, without gradients.
 
-Pure functions, which the layers of both Flax APIs call. Vectors are normalised as
-``normalized`` of ``kmeans`` does, ``[batch, heads, n, dim]``; a vector of zeros is
-padding and counts nowhere.
+Pure functions, which the layers of both Flax APIs call. Vectors are ``[batch, heads, n,
+dim]``, normalised as ``normalized`` of ``kmeans`` does. A vector of zeros is padding
+and counts nowhere.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from sadsl.selections.kmeans import Norm, assignments, normalized
 
 
 class ClusterState(NamedTuple):
-    """The centroids of every head, and moving sums over the tokens they are made of."""
+    """The centroids of every head, and the moving sums that they are made from."""
 
     means: Float32[Array, "heads clusters dim"]
     counts: Float32[Array, "heads clusters"]
@@ -26,10 +26,10 @@ class ClusterState(NamedTuple):
 def initial(
     key: Array, num_heads: int, num_clusters: int, head_dim: int, norm: Norm = "layer"
 ) -> ClusterState:
-    """Random centroids, normalised; counts of 1, so that sums are the centroids."""
+    """Random normalised centroids, with counts of 1, so that sums equal the centroids."""
     shape = num_heads, num_clusters, head_dim
     means = normalized(jax.random.normal(key, shape, jnp.float32), norm)
-    # Copies, so that a caller may donate the buffers of all three.
+    # A copy, so that a caller may donate the buffers of all three arrays.
     return ClusterState(means, jnp.ones(shape[:2], jnp.float32), jnp.copy(means))
 
 
@@ -49,7 +49,7 @@ def gathered(
 ) -> tuple[Array, Array]:
     """Counts ``[heads, clusters]`` and sums of the tokens that each cluster attracts.
 
-    Over all devices of the mesh axis ``axis_name``, if it is named.
+    With ``axis_name``, they are summed over all devices of that mesh axis.
     """
     label = assign(x, means)
     member = jax.nn.one_hot(label, means.shape[1], dtype=jnp.float32)
@@ -69,13 +69,13 @@ def update(
     epsilon: float = 1e-5,
     axis_name: str | None = None,
 ) -> ClusterState:
-    """One step of the moving averages, and the centroids that they yield.
+    """One step of the moving averages, and the centroids that follow from them.
 
-    With the counts and sums of the step: ``counts`` and ``sums`` decay towards them,
-    and ``means = sums / ((counts + epsilon) / (N + clusters * epsilon) * N)`` with
-    ``N`` all counts of a head (van den Oord et al., Neural discrete representation
-    learning, 2017, appendix A.1; as the Routing Transformer's published code has it). A
-    centroid that attracts nothing stays where it is while its count exceeds epsilon.
+    The counts and sums of the step move ``counts`` and ``sums`` by ``1 - decay``. Then
+    ``means = sums / ((counts + epsilon) / (N + clusters * epsilon) * N)``, with ``N``
+    all counts of a head (van den Oord et al., Neural discrete representation learning,
+    2017, appendix A.1; as the Routing Transformer's published code has it). A centroid
+    that attracts nothing stays where it is while its count exceeds epsilon.
     """
     frozen = jax.lax.stop_gradient((x, state))
     found = gathered(frozen[0], frozen[1].means, axis_name)
@@ -95,10 +95,10 @@ def update_means(
     decay: float = 0.999,
     axis_name: str | None = None,
 ) -> ClusterState:
-    """Centroids that move by ``1 - decay`` to the direction of their members' sum.
+    """Moves centroids by ``1 - decay`` towards the direction of their members' sum.
 
-    One without members stays (Wang, routing-transformer, 2020). Counts and sums are
-    left as they are.
+    A centroid without members stays (Wang, routing-transformer, 2020). Counts and sums
+    are left as they are.
     """
     x, state = jax.lax.stop_gradient((x, state))
     counts, sums = gathered(x, state.means, axis_name)
@@ -113,15 +113,15 @@ def lloyd(
     steps: int = 10,
     axis_name: str | None = None,
 ) -> ClusterState:
-    """Unit centroids that fit a first batch: sampled tokens, then Lloyd's iterations.
+    """Fits unit centroids to a first batch: sampled tokens, then Lloyd's iterations.
 
     Args:
       key: which tokens start as centroids; the same for all devices of an axis.
       x: unit vectors.
       num_clusters: at most ``batch * n``.
       steps: iterations; a centroid without members stays in each.
-      axis_name: a mesh axis over which members are summed; the start is its first
-        device's tokens.
+      axis_name: a mesh axis over which members are summed. The first device's tokens
+        are the start.
 
     Raises:
       ValueError: there are fewer tokens than clusters.
@@ -151,10 +151,10 @@ def lloyd(
 def commitment(
     x: Float[Array, "batch heads n dim"], means: Float[Array, "heads clusters dim"]
 ) -> Float32[Array, ""]:
-    """How far tokens are from their centroids: the mean squared distance, f32.
+    """The mean squared distance of tokens from their centroids, f32.
 
-    Over batch, heads and tokens; padding does not count. The gradient flows to the
-    tokens, not to the centroids.
+    The mean is over batch, heads and tokens; padding does not count. The gradient flows
+    to the tokens, not to the centroids.
     """
     means = jax.lax.stop_gradient(means)
     label = assign(jax.lax.stop_gradient(x), means)
