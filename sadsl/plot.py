@@ -1,4 +1,4 @@
-"""Pictures of a map and of a plan. Needs matplotlib (the ``viz`` extra)."""
+"""Pictures of maps, plans, weights and reach. Needs matplotlib (the ``viz`` extra)."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from sadsl.terms.base import Spec
 from sadsl.text.specs import map_of
 
 EMPTY, PARTIAL, FULL = "#f4f4f2", "#f2a65a", "#2e6f95"
-# A larger plan is drawn by the strongest kind of each group of blocks.
+# Most cells along a side of a picture of blocks; see `blocks`.
 MOST_CELLS = 1024
 
 
@@ -30,7 +30,31 @@ def pattern(
     operands: Any = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws every pair of one head: queries downwards, keys to the right."""
+    """Draws which pairs one head selects: queries downwards, keys to the right.
+
+    Args:
+      spec: an index map, a term, or text.
+      q_seq_len, kv_seq_len: queries, and keys (as many if None); for small sizes.
+      head: which head of ``num_heads``.
+      num_heads: heads of the map.
+      operands: the run-time arrays that the map reads, without a batch axis.
+      ax: where to draw; a new figure if None.
+
+    Returns:
+      The axes; ``.figure`` is the figure.
+
+    Raises:
+      ValueError: as ``dense`` of the map.
+
+    Example:
+      >>> import matplotlib.pyplot as plt
+      >>> plt.switch_backend("Agg")  # no display
+      >>> import sadsl.plot
+      >>> ax = sadsl.plot.pattern("causal() & window(2)", 8)
+      >>> ax.get_title().splitlines()
+      ['causal() & window(2)', '32.8% of the pairs']
+      >>> plt.close(ax.figure)
+    """
     chosen = map_of(spec)
     pairs = chosen.dense(q_seq_len, kv_seq_len, num_heads, operands=operands)[head]
     ax = _axes(ax)
@@ -45,9 +69,26 @@ def weights(
     title: str = "weights",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws a matrix of weights, such as one head of ``sadsl.induced``: log scale.
+    """Draws a matrix of weights in a logarithmic scale.
+
+    Such a matrix is one head of ``sadsl.induced``.
 
     Pairs without a weight have the colour of an empty block.
+
+    Args:
+      matrix: weights of one head.
+      title: first line above the picture.
+      ax: where to draw; a new figure if None.
+
+    Example:
+      >>> import matplotlib.pyplot as plt
+      >>> plt.switch_backend("Agg")  # no display
+      >>> import numpy as np
+      >>> import sadsl.plot
+      >>> ax = sadsl.plot.weights(np.eye(4), title="identity")
+      >>> ax.get_title().splitlines()
+      ['identity', '25.0% of the pairs; rows sum to 1']
+      >>> plt.close(ax.figure)
     """
     found = np.asarray(matrix, float)
     ax = _axes(ax)
@@ -68,7 +109,27 @@ def _range(values: np.ndarray) -> str:
 
 
 def blocks(plan: Plan, *, map_index: int = 0, ax: Axes | None = None) -> Axes:
-    """Draws the blocks of one map of a plan: full, partial, empty."""
+    """Draws the blocks of one map of a plan: full, partial and empty.
+
+    A plan of more than ``MOST_CELLS`` blocks a side is drawn coarser: each cell shows
+    the strongest kind of its blocks.
+
+    Args:
+      plan: what ``sadsl.plan`` returns.
+      map_index: which of the plan's distinct maps.
+      ax: where to draw; a new figure if None.
+
+    Example:
+      >>> import matplotlib.pyplot as plt
+      >>> plt.switch_backend("Agg")  # no display
+      >>> import sadsl as sa
+      >>> import sadsl.plot
+      >>> plan = sa.plan(sa.causal(), 512, 512, block_q=128, block_kv=128)
+      >>> ax = sadsl.plot.blocks(plan)
+      >>> [text.get_text() for text in ax.get_legend().get_texts()]
+      ['empty 6', 'partial 4', 'full 6']
+      >>> plt.close(ax.figure)
+    """
     kinds = expand(plan.mask)[map_index]
     stride = -(-max(kinds.shape) // MOST_CELLS)
     if stride > 1:
@@ -93,9 +154,23 @@ def blocks(plan: Plan, *, map_index: int = 0, ax: Axes | None = None) -> Axes:
 
 
 def reach(properties: Properties, *, ax: Axes | None = None) -> Axes:
-    """Draws the share of visible pairs that are reached after each depth.
+    """Draws what share of the visible pairs is connected after each number of layers.
 
-    Where only bounds are known, the band between them.
+    Where only bounds are known, the picture shows the band between them.
+
+    Args:
+      properties: what ``sadsl.properties`` returns.
+      ax: where to draw; a new figure if None.
+
+    Example:
+      >>> import matplotlib.pyplot as plt
+      >>> plt.switch_backend("Agg")  # no display
+      >>> import sadsl as sa
+      >>> import sadsl.plot
+      >>> ax = sadsl.plot.reach(sa.properties(sa.causal() & sa.window(4), 32))
+      >>> ax.get_xlabel(), ax.get_ylabel()
+      ('depth (layers)', 'share of the visible pairs')
+      >>> plt.close(ax.figure)
     """
     points = np.array(properties.reach_by_depth, float).reshape(-1, 3)
     depth, least, most = points.T

@@ -48,8 +48,8 @@ class AttentionFn:
     interpret: Any = False
     config: KernelConfig | None = None
 
-    # Flax Linen passes only the arguments that the signature names, and drops the others
-    # silently. So the signature names even those that are refused.
+    # Flax Linen passes only the arguments that the signature names, and drops
+    # the others silently. So the signature names even those that are refused.
     def __call__(
         self,
         query: Float[Array, "*batch q_seq num_q_heads head_dim"],

@@ -187,7 +187,7 @@ def target(
         held = (at_key <= at) & (at < length)
         p = softmax(products(flat, k) * scale, held[None, None])
         p = p.reshape(*some.shape[:-1], -1)
-        # A short last block is padded with 0, which changes no maximum: weights are >= 0.
+        # A short last block is padded with 0: no weight is below it.
         return jnp.max(grouped(p, block, -1)[0], axis=(3, 5))
 
     found = in_steps(largest, rows, batch * num_heads * block * k.shape[2])

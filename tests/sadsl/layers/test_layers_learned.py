@@ -203,7 +203,7 @@ def test_modules_and_layers_that_fit_nothing_are_refused():
         nnx_layer("causal()", modules={"phi": lambda x: x})
     both = ["causal()", "full()"]
     for options, message in (
-        ({"spec": both}, r"a list of 2, one a layer: say which with layer="),
+        ({"spec": both}, r"a list of 2, one for each layer: choose with layer="),
         ({"spec": both, "layer": 2}, r"layer=2 of a list of 2 .*per_layer"),
         ({"spec": "causal()", "layer": 0}, r"layer=0 chooses from a list"),
         ({"spec": "causal()", "dropout_rate": 1.0}, r"dropout_rate=1.0 must be"),
