@@ -238,7 +238,7 @@ class BlockCompressor(nnx.Module):
 
 
 class Centroids(nnx.Variable):
-    """Centroids of a ``RoutingAttention``, and the moving sums that they are made from."""
+    """Centroids of a ``RoutingAttention``, and the moving sums behind them."""
 
 
 class CommitmentLoss(nnx.Variable):

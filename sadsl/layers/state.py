@@ -26,7 +26,7 @@ class ClusterState(NamedTuple):
 def initial(
     key: Array, num_heads: int, num_clusters: int, head_dim: int, norm: Norm = "layer"
 ) -> ClusterState:
-    """Random normalised centroids, with counts of 1, so that sums equal the centroids."""
+    """Random normalised centroids; with counts of 1, the sums equal the centroids."""
     shape = num_heads, num_clusters, head_dim
     means = normalized(jax.random.normal(key, shape, jnp.float32), norm)
     # A copy, so that a caller may donate the buffers of all three arrays.
