@@ -48,29 +48,41 @@ def named_maps():
 VARS = [Symbol(ir.Q), Symbol(ir.K)]
 
 
+def combined(inner, with_number, factors, divisors, values):
+    """One more operation on expressions: each that maps may be written with.
+
+    ``with_number`` is a sum or difference with a constant. Then: what expressions are
+    multiplied by, what they are divided by, and what tables hold.
+    """
+
+    def look_up(x, values):
+        return table(values)[x % len(values)]
+
+    return st.one_of(
+        st.builds(lambda a, b: a + b, inner, inner),
+        st.builds(lambda a, b: a - b, inner, inner),
+        with_number,
+        st.builds(lambda a, n: a * n, inner, factors),
+        st.builds(lambda a, n: a // n, inner, divisors),
+        st.builds(lambda a, n: a % n, inner, divisors),
+        st.builds(minimum, inner, inner),
+        st.builds(maximum, inner, inner),
+        st.builds(abs, inner),
+        st.builds(floor_log2, inner),
+        st.builds(look_up, inner, values),
+    )
+
+
 @cache
 def integers():
     """Quasi-affine expressions of q and k."""
     leaf = st.one_of(st.sampled_from(VARS), st.sampled_from([v + 1 for v in VARS]))
 
     def extend(inner):
-        def look_up(x, values):
-            return table(values)[x % len(values)]
-
+        reflected = st.builds(lambda a, n: n - a, inner, offset)
         values = st.lists(offset, min_size=1, max_size=5)
-        return st.one_of(
-            st.builds(lambda a, b: a + b, inner, inner),
-            st.builds(lambda a, b: a - b, inner, inner),
-            st.builds(lambda a, n: a * n, inner, st.integers(-3, 3)),
-            st.builds(lambda a, n: a // n, inner, positive),
-            st.builds(lambda a, n: a % n, inner, positive),
-            st.builds(lambda a, n: n - a, inner, offset),
-            st.builds(minimum, inner, inner),
-            st.builds(maximum, inner, inner),
-            st.builds(abs, inner),
-            st.builds(floor_log2, inner),
-            st.builds(look_up, inner, values),
-        )
+        numbers = st.integers(-3, 3), positive, values
+        return combined(inner, reflected, *numbers)
 
     return st.recursive(leaf, extend, max_leaves=4)
 
@@ -174,23 +186,9 @@ def extreme_integers(arrays: bool = True):
     leaf = st.sampled_from([*VARS, *look_ups] if arrays else VARS)
 
     def extend(inner):
-        def look_up(x, values):
-            return table(values)[x % len(values)]
-
+        shifted = st.builds(lambda a, n: a + n, inner, extreme)
         values = st.lists(extreme, min_size=1, max_size=4)
-        return st.one_of(
-            st.builds(lambda a, b: a + b, inner, inner),
-            st.builds(lambda a, b: a - b, inner, inner),
-            st.builds(lambda a, n: a + n, inner, extreme),
-            st.builds(lambda a, n: a * n, inner, factors),
-            st.builds(lambda a, n: a // n, inner, divisors),
-            st.builds(lambda a, n: a % n, inner, divisors),
-            st.builds(minimum, inner, inner),
-            st.builds(maximum, inner, inner),
-            st.builds(abs, inner),
-            st.builds(floor_log2, inner),
-            st.builds(look_up, inner, values),
-        )
+        return combined(inner, shifted, factors, divisors, values)
 
     return st.recursive(leaf, extend, max_leaves=4)
 

@@ -15,8 +15,6 @@ from lowering.ranges import refine
 from lowering.ranges.ranges import Rectangles
 from pallas_kernels.block_mask import EMPTY, FULL, PARTIAL, check, expand
 
-COUNTS = {"maps": 0, "visited": 0, "needless": 0}
-
 
 def kinds_by_definition(pairs, block_q, block_kv):
     """The kind of every block, from all pairs ``[maps, q, k]``."""
@@ -47,32 +45,34 @@ def assert_sound(found, true, spec):
     assert not np.any((found == FULL) & (true != FULL)), f"false full block of {spec!r}"
 
 
-@settings(max_examples=2000, suppress_health_check=list(HealthCheck))
-@given(
-    strategies.SIZES,
-    strategies.SIZES,
-    strategies.composed(),
-    strategies.BLOCKS,
-    strategies.BLOCKS,
-    st.sampled_from(["q", "kv"]),
-)
-def test_random_maps(q_len, kv_len, spec, block_q, block_kv, by):
-    pairs = spec.dense(q_len, kv_len)
-    true = kinds_by_definition(pairs, block_q, block_kv)
-    found = planned(spec, q_len, kv_len, block_q, block_kv, by=by)
-    assert_sound(found, true, spec)
-    COUNTS["maps"] += 1
-    COUNTS["visited"] += int((found != EMPTY).sum())
-    COUNTS["needless"] += int(((found != EMPTY) & (true == EMPTY)).sum())
-    plan = sa.plan(spec, q_len, kv_len, block_q=block_q, block_kv=block_kv)
-    assert plan.num_pairs == pairs.sum()
+def test_random_maps():
+    """Plans are sound, and under one percent of the blocks they visit are empty."""
+    maps = visited = needless = 0
 
+    @settings(max_examples=2000, suppress_health_check=list(HealthCheck))
+    @given(
+        strategies.SIZES,
+        strategies.SIZES,
+        strategies.composed(),
+        strategies.BLOCKS,
+        strategies.BLOCKS,
+        st.sampled_from(["q", "kv"]),
+    )
+    def check_one(q_len, kv_len, spec, block_q, block_kv, by):
+        nonlocal maps, visited, needless
+        pairs = spec.dense(q_len, kv_len)
+        true = kinds_by_definition(pairs, block_q, block_kv)
+        found = planned(spec, q_len, kv_len, block_q, block_kv, by=by)
+        assert_sound(found, true, spec)
+        maps += 1
+        visited += int((found != EMPTY).sum())
+        needless += int(((found != EMPTY) & (true == EMPTY)).sum())
+        plan = sa.plan(spec, q_len, kv_len, block_q=block_q, block_kv=block_kv)
+        assert plan.num_pairs == pairs.sum()
 
-def test_random_maps_visit_under_one_percent_needlessly():
-    if not COUNTS["maps"]:
-        test_random_maps()
-    assert COUNTS["maps"] >= 2000
-    assert COUNTS["needless"] <= 0.01 * COUNTS["visited"]
+    check_one()
+    assert maps >= 2000
+    assert needless <= 0.01 * visited
 
 
 @settings(max_examples=150, suppress_health_check=list(HealthCheck))

@@ -11,14 +11,13 @@ from flax import nnx
 import sadsl as sa
 from sadsl import catalog
 from sadsl.layers.gate import BlockGate, distillation_loss, target
+from sadsl.selections import cell_scores
+
+# Compiled in a hurry: nothing here is about speed.
+pytestmark = pytest.mark.usefixtures("quick")
 
 N, HEADS, KV_HEADS, DIM = 50, 4, 2, 8
 SCALE = DIM**-0.5
-
-
-@pytest.fixture(autouse=True)
-def quickly_compiled(quick_compilation):
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def drawn(*shape, seed=0):
@@ -111,7 +110,7 @@ def test_the_gate_its_target_and_its_loss():
 
 def test_the_target_a_few_rows_at_a_time(monkeypatch):
     q, k = qk()
-    monkeypatch.setattr("sadsl.selections.scores.LIMIT", HEADS * 8 * N * 2)
+    monkeypatch.setattr(cell_scores, "LIMIT", HEADS * 8 * N * 2)
     np.testing.assert_allclose(target(q, k, block=8)[0], target_oracle(q, k), atol=1e-6)
 
 

@@ -99,8 +99,12 @@ def test_transform_qk_is_applied_to_queries_and_keys():
     plain = nnx_layer()
     scaled = nnx_layer(transform_qk=lambda q, k: (2.0 * q, 0.5 * k))
     np.testing.assert_allclose(scaled(x), plain(x), atol=2e-6)
-    flat = nnx_layer(transform_qk=lambda q, k: (0.0 * q, k))
-    assert not np.allclose(flat(x), plain(x))
+    # Queries of 0 weigh all visible keys alike.
+    flat, params = nnx_layer(transform_qk=lambda q, k: (0.0 * q, k)), params_of(plain)
+    params["query"]["kernel"] *= 0
+    pairs = jnp.asarray(sa.parse(SPEC).dense(SEQ))[None]
+    np.testing.assert_allclose(flat(x), by_hand(params, x, x, pairs), atol=2e-6)
+    assert not np.allclose(flat(x), plain(x), atol=0.1)
 
 
 def test_spec_may_be_text_map_or_term():
@@ -114,15 +118,33 @@ def test_spec_may_be_text_map_or_term():
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
-    layer = nnx_layer(dtype=jnp.bfloat16, use_bias=True)
-    assert layer(normal(BATCH, SEQ, FEATURES)).dtype == jnp.bfloat16
+    layer, x = (
+        nnx_layer(dtype=jnp.bfloat16, use_bias=True),
+        normal(BATCH, SEQ, FEATURES),
+    )
+    out, wide = layer(x), nnx_layer(use_bias=True)(x)
+    assert (out.dtype, wide.dtype) == (jnp.bfloat16, jnp.float32)
     assert layer.query.kernel[...].dtype == layer.query.bias[...].dtype == jnp.float32
+    # The parameters are those of the other layer: only the rounding differs.
+    np.testing.assert_allclose(out.astype(jnp.float32), wide, atol=0.05)
+    assert not np.array_equal(out.astype(jnp.float32), wide)
 
 
 def test_layers_built_alike_share_one_compilation():
-    graphs = {nnx.graphdef(nnx_layer()), nnx.graphdef(nnx_layer(sa.parse(SPEC)))}
-    assert len(graphs) == 1
+    traces, x = [], normal(BATCH, SEQ, FEATURES)
+
+    @nnx.jit
+    def run(layer, x):
+        traces.append(layer.term)
+        return layer(x)
+
+    outs = [run(nnx_layer(spec), x) for spec in (SPEC, sa.parse(SPEC), SPEC)]
+    assert len(traces) == 1
+    np.testing.assert_array_equal(outs[0], outs[1])
+    run(nnx_layer("causal()"), x)
+    assert traces == [sa.softmax(sa.parse(SPEC)), sa.softmax(sa.causal())]
     assert attention_fn("causal()") == attention_fn(sa.causal())
+    assert attention_fn("causal()") != attention_fn("full()")
 
 
 def test_linen_equals_nnx():
@@ -138,8 +160,15 @@ def test_linen_equals_nnx():
     np.testing.assert_allclose(found, same(x), atol=1e-6)
     kv = normal(BATCH, 40, FEATURES, seed=2)
     np.testing.assert_allclose(layer.apply(variables, x, kv), same(x, kv), atol=1e-6)
-    gradient = jax.grad(lambda v: layer.apply(v, x).sum())(variables)
-    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    weights = normal(BATCH, SEQ, FEATURES, seed=3)
+    loss = lambda v: jnp.sum(layer.apply(v, x) * weights)
+    gradient = jax.jit(jax.grad(loss))(variables)["params"]
+    wanted = nnx.jit(nnx.grad(lambda m, x: jnp.sum(m(x) * weights)))(same, x)
+    for name, of_nnx in nnx.to_pure_dict(wanted).items():
+        assert np.abs(of_nnx["kernel"]).max() > 0.01
+        np.testing.assert_allclose(
+            gradient[name]["kernel"], of_nnx["kernel"], atol=3e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -217,9 +246,13 @@ def test_any_number_of_batch_axes(batch):
     np.testing.assert_allclose(found, nnx.dot_product_attention(q, k, v), atol=2e-6)
 
 
-def test_dtype_is_that_of_the_result():
-    q = normal(1, 9, 2, 8)
-    assert attention_fn("full()")(q, q, q, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+def test_dtype_is_that_of_the_computation():
+    q, k, v = (normal(1, 9, 2, 8, seed=s) for s in range(3))
+    found = attention_fn("full()")(q, k, v, dtype=jnp.bfloat16)
+    narrow = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    wanted = sa.attention(*narrow, sa.full())
+    assert found.dtype == wanted.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +275,14 @@ def test_what_cannot_be_honoured_is_refused(options, message):
         attention_fn("full()")(q, q, q, **options)
 
 
-def test_dropout_that_is_switched_off_is_fine():
-    q = normal(1, 9, 2, 8)
-    attention_fn("full()")(q, q, q, dropout_rate=0.1, deterministic=True)
-    attention_fn("full()")(q, q, q, dropout_rate=0.0, deterministic=False)
+@pytest.mark.parametrize(("rate", "deterministic"), [(0.1, True), (0.0, False)])
+def test_dropout_that_is_switched_off_drops_nothing(rate, deterministic):
+    q, k, v = (normal(1, 9, 2, 8, seed=s) for s in range(3))
+    found = attention_fn("full()")(
+        q, k, v, dropout_rate=rate, deterministic=deterministic,
+        dropout_rng=jax.random.key(5),
+    )  # fmt: skip
+    np.testing.assert_array_equal(found, sa.attention(q, k, v, sa.full()))
 
 
 def test_dropout_is_that_of_attention():

@@ -23,14 +23,6 @@ SEQ, FEATURES, HEADS = 13, 12, 4
 MIXED = "gated(softmax(causal() & window(3), sink=True), causal())"
 
 
-@pytest.fixture(autouse=True)
-def quick():
-    """What is at stake is what is computed, not how fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def normal(*shape, seed=0):
     return jax.random.normal(jax.random.key(seed), shape)
 

@@ -1,5 +1,6 @@
 """Dropout through the public call: one mask on every backend, and its gradients."""
 
+import re
 from functools import partial
 
 import jax
@@ -339,7 +340,7 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("target", ["tpu-v5e", "h100"])
 def test_it_lowers_for_chips(target):
-    """All three kernels; those of a TPU as far as machine code."""
+    """All three kernels are lowered, for a TPU as far as machine code."""
     shape = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
     impl = "tpu" if target.startswith("tpu") else "triton"
 
@@ -350,9 +351,13 @@ def test_it_lowers_for_chips(target):
         )
 
     if impl == "tpu":
-        targets.compile_for(slope, (shape,) * 3, target)
+        text = targets.compile_for(slope, (shape,) * 3, target).as_text()
+        names = {f"sadsl_{kernel}" for kernel in ("forward", "dq", "dkv")}
+        assert set(re.findall(r"%(sadsl_\w+)\.\d+ =", text)) == names
+        assert text.count("tpu_custom_call") == 3
     else:
-        targets.lower_for(slope, (shape,) * 3, target)
+        text = targets.lower_for(slope, (shape,) * 3, target).as_text()
+        assert text.count("@__gpu$xla.gpu.triton(") == 3
 
 
 @pytest.mark.parametrize("impl", ["xla", "triton"])
