@@ -6,81 +6,23 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
+from linear_oracle import (
+    CHUNK,
+    DOCUMENTS,
+    arrays,
+    definition,
+    elu1_of,
+    ids,
+    log_decays,
+    options,
+    pairs_of,
+)
 
 import sadsl as sa
-from sadsl.terms.base import LayerSizes
 from sadsl.terms.linear import elu1
 
 # Compiled in a hurry: nothing here is about speed.
 pytestmark = pytest.mark.usefixtures("quick")
-
-CHUNK = sa.KernelConfig(block_kv=16)
-DOCUMENTS = sa.causal() & sa.segments()
-
-
-def arrays(q_seq=20, kv_seq=20, heads=4, kv_heads=2, dim=6, seed=0, batch=2):
-    rng = np.random.default_rng(seed)
-    shapes = (q_seq, heads), (kv_seq, kv_heads), (kv_seq, kv_heads)
-    return [
-        jnp.asarray(rng.normal(size=(batch, *shape, dim)), "float32")
-        for shape in shapes
-    ]
-
-
-def ids(seq, *, ordered=True, seed=1, batch=2):
-    found = np.random.default_rng(seed).integers(0, 4, (batch, seq))
-    return jnp.asarray(np.sort(found) if ordered else found)
-
-
-def log_decays(seq, heads, seed=2, batch=2):
-    return -jnp.asarray(
-        np.random.default_rng(seed).exponential(size=(batch, seq, heads)), "float32"
-    )
-
-
-def definition(features, q, k, v, pairs, log_decay=None, eps=1e-10, offset=0):
-    """Out and lse over all pairs, in NumPy's float64; ``[batch, seq, heads, dim]``."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    group = q.shape[2] // k.shape[2]
-    k, v = (np.repeat(x, group, axis=2) for x in (k, v))
-    w = np.einsum("bqhd,bkhd->bhqk", features(q), features(k)) * pairs
-    if log_decay is not None:
-        g = np.asarray(log_decay, np.float64)
-        g = np.repeat(g, q.shape[2] // g.shape[2], axis=2)
-        for i in range(q.shape[1]):
-            for j in range(k.shape[1]):
-                steps = g[:, j + 1 : i + offset + 1].sum(axis=1)
-                w[:, :, i, j] *= np.exp(np.minimum(steps, 0))
-    out = np.einsum("bhqk,bkhd->bqhd", w, v)
-    if eps is None:
-        return out, None
-    total = w.sum(axis=3)
-    with np.errstate(divide="ignore"):
-        lse = np.where(total > 0, np.log(np.abs(total + eps)), -np.inf)
-    return out / (np.swapaxes(total, 1, 2)[..., None] + eps), lse
-
-
-def elu1_of(x):
-    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
-
-
-def pairs_of(spec, q_ids, kv_ids, offset=0):
-    """The pairs of a map, ``[batch, 1, q, kv]``, from its dense array."""
-    q_seq, kv_seq = q_ids.shape[1], kv_ids.shape[1]
-    each = [
-        spec.dense(offset + q_seq, max(kv_seq, offset + q_seq), operands={
-            "q_segment_ids": np.pad(np.asarray(a), (offset, 0)),
-            "kv_segment_ids": np.pad(np.asarray(b), (0, offset + q_seq)),
-        })[:, offset:, :kv_seq]
-        for a, b in zip(q_ids, kv_ids, strict=True)
-    ]  # fmt: skip
-    return np.stack(each)
-
-
-def options(term, q_ids, kv_ids):
-    if not term.kind.segments:
-        return {}
-    return {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
 
 
 @pytest.mark.parametrize("impl", ["reference", "xla"])
@@ -296,109 +238,3 @@ def test_hybrid_by_heads():
     out = sa.attention(q, k, v, "heads((causal(), 2), (linear('relu', decay=0.9), 2))")
     alone = sa.attention(q[:, :, 2:], k[:, :, 1:], v[:, :, 1:], "linear('relu', 0.9)")
     np.testing.assert_allclose(out[:, :, 2:], alone, rtol=1e-6)
-
-
-class TestTerm:
-    @pytest.mark.parametrize(
-        "term",
-        [
-            sa.linear(),
-            sa.linear("relu", 0.5, normalise=False),
-            sa.linear("phi", (0.5, 1), map=DOCUMENTS, eps=1e-3),
-            sa.linear(decay="g", map=sa.where(lambda q, k: k <= q)),
-        ],
-        ids=str,
-    )
-    def test_text(self, term):
-        assert sa.parse(repr(term)) == term
-        assert hash(sa.parse(repr(term))) == hash(term)
-
-    @pytest.mark.parametrize(
-        ("map", "causal", "segments"),
-        [
-            (sa.segments() & sa.causal(), True, True),
-            (sa.full() & sa.causal(), True, False),
-            (sa.where(lambda q, k: q >= k), True, False),
-            (sa.segments() | ~sa.full(), False, True),
-        ],
-        ids=str,
-    )
-    def test_the_kind_comes_from_the_expression(self, map, causal, segments):
-        kind = sa.linear(map=map).kind
-        assert (kind.causal, kind.segments) == (causal, segments)
-
-    def test_another_map(self):
-        with pytest.raises(NotImplementedError, match=r"causal\(\) & segments\(\)"):
-            assert sa.linear(map=sa.causal() & sa.window(4)).kind
-
-    def test_a_decay_that_is_not_causal(self):
-        with pytest.raises(ValueError, match=r"full\(\).*must be causal"):
-            sa.linear(decay=0.9, map=sa.full())
-
-    @pytest.mark.parametrize("decay", [0.0, 1.5, -1, (0.5, float("nan"))])
-    def test_a_decay_outside_of_its_range(self, decay):
-        with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
-            sa.linear(decay=decay)
-
-    def test_other_mistakes(self):
-        with pytest.raises(ValueError, match=r"eps=-1.0 must be"):
-            sa.linear(eps=-1)
-        with pytest.raises(TypeError, match=r"feature_map=3"):
-            sa.linear(3)
-        with pytest.raises(ValueError, match=r"'x' names both"):
-            sa.linear("x", "x")
-        with pytest.raises(ValueError, match=r"one number a head"):
-            sa.linear(decay=[[0.5]])
-
-    def test_what_it_reads_and_learns(self):
-        term = sa.linear("phi", "g", map=DOCUMENTS)
-        names = "phi", "g", "q_segment_ids", "kv_segment_ids", "other"
-        assert [term.reads(n) for n in names] == [True] * 4 + [False]
-        learned = term.learned(LayerSizes(8, 2, 16, 16))["g"]
-        assert learned.shape == (2,)
-        assert learned.per_query
-        assert learned.squash == "log_sigmoid"
-        assert sa.linear(decay=0.9).learned(LayerSizes(8, 2, 16, 16)) == {}
-
-
-class TestOperands:
-    @pytest.mark.parametrize(
-        ("g", "message"),
-        [
-            (None, "reads log-decays from 'g', which was not given"),
-            (jnp.zeros((2, 9, 2)), r"shape \(2, 9, 2\).*\[2, 8, heads\]"),
-            (jnp.zeros((2, 8, 3)), "decays of 3 heads.*2 heads of k or the 4 of q"),
-            (jnp.zeros((2, 8, 2), jnp.int32), "must be of floats"),
-            (jnp.full((2, 8, 2), 0.5), "holds 0.5: log-decays must be at most 0"),
-        ],
-    )
-    def test_log_decays(self, g, message):
-        q, k, v = arrays(8, 8)
-        given = {} if g is None else {"g": g}
-        with pytest.raises(ValueError, match=message):
-            sa.attention(q, k, v, sa.linear(decay="g"), operands=given)
-
-    def test_queries_of_another_document(self):
-        """A query with an id that no key has is padding, and sees nothing."""
-        q, k, v = arrays(4, 4, batch=1)
-        kv = jnp.asarray([[1, 1, 2, 2]])
-        given = {"q_segment_ids": kv.at[0, 3].set(9), "kv_segment_ids": kv}
-        out = sa.attention(q, k, v, sa.linear(map=DOCUMENTS), **given)
-        assert not out[0, 3].any()
-        assert out[0, :3].all()
-
-    def test_segment_ids(self):
-        q, k, v = arrays(4, 4)
-        term = sa.linear(map=sa.segments())
-        with pytest.raises(ValueError, match=r"reads q_segment_ids: pass it"):
-            sa.attention(q, k, v, term)
-        wrong = {"q_segment_ids": ids(5), "kv_segment_ids": ids(4)}
-        with pytest.raises(ValueError, match=r"shape \(2, 5\): it must be \(2, 4\)"):
-            sa.attention(q, k, v, term, **wrong)
-
-    def test_dropout(self):
-        q, k, v = arrays(4, 4)
-        with pytest.raises(NotImplementedError, match=r"no attention weights to drop"):
-            sa.attention(
-                q, k, v, sa.linear(), dropout_rate=0.5, dropout_key=jax.random.key(0)
-            )
