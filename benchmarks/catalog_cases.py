@@ -1,7 +1,7 @@
-"""Every mechanism of the catalog as it was published, at about 65,536 positions.
+"""Every mechanism of the catalogue as it was published, at about 65,536 positions.
 
-What has no published default (where a modality begins, how long documents are, the
-spans that a search found) is chosen here and says so.
+Where there is no published default (where a modality begins, how long documents are,
+which spans a search found), the value is chosen here and a comment says so.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ FRAMES, CELLS, TEXT = 24, 45 * 60, 736
 
 
 class Case(NamedTuple):
-    """A map with the length and the number of heads that it is made for."""
+    """A map, with the length and the number of heads that it is made for."""
 
     name: str
     spec: IndexMap

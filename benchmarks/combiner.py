@@ -2,12 +2,12 @@
 
     python benchmarks/combiner.py [--longest 16384] [--kinds fixed,logsparse,dense]
 
-Combiner-Fixed with spans of about ``sqrt(2 n)`` tokens, and Combiner-Logsparse, against
-dense causal attention by the same kernels: median milliseconds, f32, batch 1, and the
-exponent of a least-squares line through the logarithms of time over length. Beside
-them, what does not depend on the machine: pairs and blocks that the three maps of each
-visit (Logsparse: ``n * (log2(n) + 1)`` pairs, where the length is a power of two), and
-the memory that the compiler plans for.
+Compares Combiner-Fixed with spans of about ``sqrt(2 n)`` tokens and Combiner-Logsparse
+with dense causal attention by the same kernels. Prints median milliseconds (f32, batch
+1) and the exponent of a least-squares line through the logarithms of time over length.
+Also prints what does not depend on the machine: the pairs and blocks that the three
+maps of each visit (Logsparse: ``n * (log2(n) + 1)`` pairs, where the length is a power
+of two), and the memory that the compiler plans for.
 """
 
 import argparse
@@ -33,14 +33,14 @@ KINDS = ("fixed", "logsparse", "dense")
 
 
 class Work(NamedTuple):
-    """What the maps of a spec visit, of one head: pairs, and blocks of 128 x 128."""
+    """Pairs, and blocks of 128 x 128, that the maps of a spec visit for one head."""
 
     pairs: int
     blocks: int
 
 
 def span_of(n: int) -> int:
-    """The span of least cost."""
+    """The span with the least cost."""
     return isqrt(2 * n)
 
 
@@ -55,7 +55,7 @@ def spec_of(kind: str, n: int) -> Spec:
 
 
 def work_of(spec: Spec, n: int) -> Work:
-    """The sum over all maps that run for a spec."""
+    """Sums the work of all maps that run for a spec."""
     if isinstance(spec, IndexMap):
         return _visited(spec, n, n)
     if isinstance(spec, Summaries):
@@ -115,7 +115,7 @@ def exponent(lengths: list[int], values: list[float]) -> float:
 
 
 def rows(found: dict[str, dict[int, float]], lengths: list[int]) -> list[list[str]]:
-    """A row a name: the value at each length, and the exponent."""
+    """One row for each name: the value at each length, and the exponent."""
 
     def text(value: float) -> str:
         return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"

@@ -2,14 +2,14 @@
 
     python benchmarks/cpu_attention.py --torch-python PATH/TO/VENV/bin/python
 
-PyTorch runs in the interpreter that is named, which need not have JAX; without one its
-rows are left out. Sides alternate round by round; times are medians, f32, batch 1.
+PyTorch runs in the given interpreter, which need not have JAX. Without one, its rows
+are left out. Both sides alternate round by round. Times are medians, f32, batch 1.
 
     python benchmarks/cpu_attention.py --short
 
 compares short inputs with ``jax.nn.dot_product_attention`` alone: causal, 8 heads of
 64, one sequence and a batch of many, forward and with backward, and one query on 2,048
-keys. The ratio is the median over rounds of our time by theirs.
+keys. The ratio is the median over rounds of our time divided by theirs.
 """
 
 import argparse
@@ -47,7 +47,7 @@ Arrays = tuple[jax.Array, ...]
 
 
 class Torch:
-    """PyTorch in another interpreter, asked one measurement at a time."""
+    """PyTorch in another interpreter, which answers one measurement at a time."""
 
     def __init__(self, python: str, threads: int) -> None:
         script = Path(__file__).with_name("torch_cpu.py")
@@ -64,7 +64,7 @@ class Torch:
         return json.loads(line)
 
     def stopwatch(self, name: str, seq_len: int) -> Callable[[], float]:
-        """Seconds of one run of a case of torch_cpu.py."""
+        """A function that returns the seconds of one run of a case of torch_cpu.py."""
         sizes = {"heads": HEADS, "head_dim": HEAD_DIM, "window": WINDOW}
         case = {"name": name, "seq_len": seq_len, **sizes}
 
@@ -106,7 +106,7 @@ def with_gradient(spec: sa.IndexMap) -> Callable[..., Arrays]:
 
 @jax.jit
 def dense(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> jax.Array:
-    """What JAX offers by itself: causal attention over all pairs."""
+    """JAX's own dense causal attention."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
 

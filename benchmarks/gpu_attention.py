@@ -1,8 +1,9 @@
-"""The Triton kernels on a GPU: right (against float64), then timed against jax.nn.
+"""The Triton kernels on a GPU: checks them against float64, then times them.
 
     python benchmarks/gpu_attention.py --out gpu_attention.json
 
-Without a GPU only `--interpret` runs: the comparison with float64, at small sizes.
+They are timed against jax.nn. Without a GPU only `--interpret` runs: the comparison
+with float64, at small sizes.
 """
 
 import argparse
@@ -99,7 +100,7 @@ def errors(spec: sa.IndexMap, dtype: str, seq_len: int, interpret: bool) -> list
 
 
 def check(interpret: bool) -> tuple[list[dict], bool]:
-    """Map x dtype, printed as a table; whether all are within tolerance."""
+    """Prints the errors of each map and dtype; whether all are within tolerance."""
     # An interpreted kernel takes seconds to compile, whatever its size.
     seq_len, dtypes = (150, ("float32",)) if interpret else (1000, TOLERANCE)
     rows = []
@@ -121,7 +122,7 @@ def check(interpret: bool) -> tuple[list[dict], bool]:
 
 
 def contenders(options: dict, spec: sa.IndexMap, scores_bytes: int) -> dict:
-    """Name -> attention function, or the reason why it is not run."""
+    """Attention functions by name, or the reason why one is not run."""
 
     def peer(implementation: str) -> Callable:
         return partial(
@@ -147,7 +148,7 @@ def several(run: Callable, inputs: Arrays) -> Callable[[], float]:
         return (time.perf_counter() - begin) / calls
 
     seconds(1)
-    # 50 ms of calls in a row hide what it costs to launch one and to wait for it.
+    # 50 ms of calls in a row hide the cost of a launch and of waiting for it.
     calls = max(1, min(500, int(0.05 / seconds(3))))
     return partial(seconds, calls)
 
@@ -198,7 +199,7 @@ def cells(row: dict) -> list[str]:
 
 
 def gpu() -> str:
-    """What the numbers were measured on."""
+    """The GPU and the versions that the numbers were measured on."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     found = subprocess.run(query, capture_output=True, text=True, check=False)
     driver = found.stdout.split("\n")[0]

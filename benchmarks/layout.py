@@ -1,13 +1,13 @@
-"""What another order of positions saves: blocks before, after, and the lower bound.
+"""Blocks that another order of positions saves: before, after, and the lower bound.
 
     python benchmarks/layout.py [--block 128] [--times]
 
-Over the catalogue at its published sizes, then strides, dilations and neighbourhoods of
-other sizes. Blocks are summed over heads; the bound is ``ceil(pairs / block**2)``, what
-the attended pairs would fill. Milliseconds are medians of 3 on one core, past every
-cache: the plan in the given order, the search for an order, the plan in it. ``--times``
-runs the forward pass of the shorter ones on this CPU (f32, head_dim 64, 1 head) in
-either order instead.
+Covers the catalogue at its published sizes, then strides, dilations and neighbourhoods
+of other sizes. Blocks are summed over heads. The bound is ``ceil(pairs / block**2)``:
+the blocks that the attended pairs would fill. Milliseconds are medians of 3 on one core
+with empty caches: of the plan in the given order, of the search for an order, and of
+the plan in that order. ``--times`` instead runs the forward pass of the shorter cases
+on this CPU (f32, head_dim 64, 1 head) in both orders.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def forget() -> None:
 
 
 def milliseconds(run: Callable[[], object], before: Callable[[], object]) -> float:
-    """The median of some runs, each after ``before``, which is not counted."""
+    """The median time of some runs; ``before`` is called before each and not timed."""
     spent = []
     for _ in range(ROUNDS):
         before()

@@ -1,12 +1,12 @@
-"""Linear attention: its growth, where it overtakes others, and its code for TPUs.
+"""Linear attention: how its time grows, where it is fastest, and its code for TPUs.
 
     python benchmarks/linear.py [--longest 131072] [--dense 16384] > results/linear.txt
 
 On a CPU: median milliseconds of ``linear()`` by length, forward and with backward, f32,
-batch 1, and the exponent of a least-squares line through the logarithms; beside it
+batch 1, and the exponent of a least-squares line through the logarithms. Beside it:
 dense causal attention and ``causal() & window(256)`` by the same library, and the
-length where the lines through the logarithms of two of them cross. For TPUs that are
-not there: bundles of the kernels of one call, matrix instructions and spills.
+length where the lines through the logarithms of two of them cross. For TPUs, none of
+which is needed: bundles of the kernels of one call, matrix instructions and spills.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from pallas_kernels import linear  # noqa: E402
 
 HEADS, HEAD_DIM = 4, 64
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-# The exponent of what is linear is that of lengths from here on.
+# The exponent of linear attention is fitted to lengths from here on.
 FITTED_FROM = 4096
 SPECS = {
     "linear": sa.linear(),

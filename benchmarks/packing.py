@@ -1,11 +1,11 @@
-"""Packed documents and prefixes on a CPU: time that falls with what can be seen.
+"""Packed documents and prefixes on a CPU: time falls with the visible pairs.
 
     python benchmarks/packing.py [--length 16384]
 
-One sequence of equal documents, whose ids are known at run time alone, and one whose
-documents have random lengths; one compiled program serves them all. Beside it the same
-pairs as a static map, and dense causal attention: median milliseconds, f32, batch 1,
-sides alternating, with the blocks of 128 x 128 that are visited for each head.
+One case has equal documents, whose ids are known only at run time; one has documents of
+random lengths. One compiled program serves them all. Beside them: the same pairs as a
+static map, and dense causal attention. Prints median milliseconds (f32, batch 1, sides
+alternating) and the blocks of 128 x 128 that each head visits.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def ragged(n: int, mean: int) -> np.ndarray:
 
 
 def visited(n: int, ids: np.ndarray) -> int:
-    """The blocks that the run-time plan visits, a head."""
+    """Blocks that the run-time plan visits for one head."""
     q = jnp.zeros((1, n, HEADS, HEAD_DIM))
     plan = sa.plan_for(PACKED, q, q, operands=dict.fromkeys(NAMES, ids))
     return plan.num_full + plan.num_partial

@@ -1,9 +1,9 @@
-"""How long planning takes, beside jax's splash and torch's FlexAttention.
+"""Planning time, beside jax's splash attention and torch's FlexAttention.
 
     python benchmarks/planning.py [--torch-python PATH] [--peers]
 
-Medians of 5 on one core. Peers evaluate all n*n pairs, so they get the sizes they can
-do; torch runs in the interpreter of ``--torch-python`` (torch 2.13, CPU).
+Medians of 5 on one core. The peers evaluate all n*n pairs, so they get smaller sizes.
+torch runs in the interpreter of ``--torch-python`` (torch 2.13, CPU).
 """
 
 import argparse
@@ -35,7 +35,7 @@ SPECS = [
     "causal() & (window(512) | sinks(128) | blocks(2048))",
     "blocks(4096)",
 ]
-# What each bar asks of every spec above.
+# The longest planning time by number of positions, for all specs above.
 BARS_MS = {65_536: 10.0, 1_048_576: 60.0}
 
 TORCH = """
@@ -74,7 +74,7 @@ def median_ms(run: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 
 def plan_uncached(text: str, n: int) -> sa.Plan:
-    """Plans from the text on, past every cache."""
+    """Plans from the text, without any cache."""
     caches = pipeline.run, pipeline.arrange, pipeline.block_mask, relayout.arrange
     for cached in caches:
         cached.cache_clear()
@@ -82,7 +82,7 @@ def plan_uncached(text: str, n: int) -> sa.Plan:
 
 
 def splash_mask(text: str, n: int) -> splash.Mask | None:
-    """The same map in splash's classes, where it has it."""
+    """The same map in splash's classes, where splash has it."""
     causal = splash.CausalMask((n, n))
     near = splash.LocalMask((n, n), (4096, 0), 0)
     masks = {"causal()": causal, "causal() & window(4096)": causal & near}

@@ -1,8 +1,8 @@
-"""How long ``sa.properties`` takes at 65,536 positions, and what it says of hops.
+"""Time of ``sa.properties`` at 65,536 positions, and the hops that it finds.
 
     python benchmarks/properties.py [--catalogue]
 
-One run each on one core, past every cache, after one that warms up. ``--catalogue``
+One run each on one core with empty caches, after a run that warms up. ``--catalogue``
 adds every published mechanism at its own size, but for the arbitrary permutation of
 ``residue_major``, whose live ranges have to be searched block by block for minutes.
 """

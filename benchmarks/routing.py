@@ -2,10 +2,10 @@
 
     python benchmarks/routing.py [--longest 32768]
 
-The averaged term with about ``sqrt(n)`` clusters (a power of two) of ``n / clusters``
-positions each, choice of members included, against dense causal attention by the same
-kernels: median milliseconds, f32, batch 1, and the exponent of a least-squares line
-through the logarithms. Dense runs up to ``--dense``.
+Compares the averaged term with dense causal attention by the same kernels. The term has
+about ``sqrt(n)`` clusters (a power of two) of ``n / clusters`` positions each, and its
+time includes the choice of members. Prints median milliseconds (f32, batch 1), and the
+exponent of a least-squares line through the logarithms. Dense runs up to ``--dense``.
 """
 
 import argparse
@@ -27,7 +27,7 @@ LENGTHS = (2048, 4096, 8192, 16384, 32768)
 
 
 def clusters_of(n: int) -> int:
-    """The power of two next to the root of the length, below it."""
+    """The largest power of two up to the root of the length."""
     return 1 << (n.bit_length() - 1) // 2
 
 

@@ -1,13 +1,17 @@
-"""What choosing costs: selection as a share of attention, in time, FLOPs and memory.
+"""The cost of selections: their share of attention in time, FLOPs and memory.
 
     python benchmarks/selection.py [--length 32768] [--only moba]
 
-For each mechanism, one layer at ``--length``: median milliseconds of the selection and
-of the whole call on this CPU; products of the selection and of the blocks that are
-visited, which are the same on every chip, and the share that selection has of the time
-that the roofline of a chip gives both; and the temporary memory of both at a quarter of
-the length and at all of it, which would grow 16-fold if it held all pairs. Content has
-topics that change every few hundred tokens, so that neighbours choose alike. f32.
+Runs one layer at ``--length`` for each mechanism and prints:
+
+- median milliseconds of the selection and of the whole call on this CPU;
+- FLOPs of the matrix products of the selection and of the visited blocks, the same on
+  every chip, and the share of the selection in the time of a chip's roofline;
+- temporary memory of both at a quarter of the length and at all of it. It would grow
+  16-fold if it held all pairs.
+
+Content has topics that change every few hundred tokens, so that neighbours choose
+alike. f32.
 """
 
 import argparse
@@ -30,7 +34,7 @@ CHIPS = ("tpu-v5e", "h100")
 
 
 class Case(NamedTuple):
-    """A mechanism and the arrays that it reads beside q and k."""
+    """A mechanism, and the arrays that it reads besides q and k."""
 
     spec: sa.IndexMap
     operands: Mapping[str, Any] = {}
@@ -110,7 +114,7 @@ def memory(f: Callable[..., Any], n: int) -> int:
 
 
 def roofline_share(case: Case, inputs: tuple[jax.Array, ...], chip: str) -> float:
-    """The part that selection has of the time at a chip's peaks."""
+    """The share of the selection in the time at a chip's peaks."""
     q, k, v = inputs
     peak = PEAKS[chip]
 

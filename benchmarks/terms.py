@@ -1,12 +1,12 @@
-"""What it costs on a CPU to merge terms: a joint against the sum of its parts.
+"""The cost of merging terms on a CPU: a joint against the sum of its parts.
 
     python benchmarks/terms.py [--longest 16384] [--rounds 7] > results/terms.txt
 
-The parts are those that the joint runs (``Joint.resolved``), each as a call of its own
-that returns its log-sum-exp too, or the outputs of ``gated``. All calls of a line
-alternate in one run: median milliseconds, f32, batch 1. "backward" takes the gradients
-of q, k and v as well. The last lines set Combiner-Fixed against dense causal attention
-by the same kernels.
+The parts are those that the joint runs (``Joint.resolved``), or the outputs of
+``gated``; each is a call of its own that also returns its log-sum-exp. All calls of a
+line alternate in one run: median milliseconds, f32, batch 1. "backward" includes the
+gradients of q, k and v. The last lines compare Combiner-Fixed with dense causal
+attention by the same kernels.
 """
 
 import argparse
@@ -32,8 +32,9 @@ LIMIT = 0.05
 class Line(NamedTuple):
     """One term at one length: median milliseconds of the whole, and of its parts.
 
-    ``overhead``: what the whole takes beyond its parts, as a share of them; the median
-    over the rounds, since a round's calls share the state of the machine.
+    ``overhead`` is the time that the whole takes beyond its parts, as a share of them.
+    It is the median over the rounds, since a round's calls share the state of the
+    machine.
     """
 
     name: str
@@ -64,7 +65,7 @@ def cases(n: int) -> dict[str, Term]:
 
 
 def parts_of(term: Term, n: int) -> tuple[Spec, ...]:
-    """What runs; the terms as given where they run as one plan."""
+    """The terms that run; the given terms where they run as one plan."""
     if not isinstance(term, Joint):
         return term.parts
     found = term.resolved(n, num_heads=HEADS)

@@ -1,4 +1,4 @@
-"""Timing for the benchmarks: rounds that alternate, medians, one table, the machine."""
+"""Timing for the benchmarks: rounds that alternate, medians, a table, the machine."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ REST_SECONDS = 0.3
 def pin(threads: int) -> None:
     """Keeps this process and its children on ``threads`` cores.
 
-    Only before the first JAX computation: the pool of threads is as large as this.
+    Call it before the first JAX computation: that sets the size of the thread pool.
     """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -37,7 +37,7 @@ def machine(*packages: str) -> str:
 
 
 def stopwatch(f: Callable, *args: Any) -> Callable[[], float]:
-    """A function that runs ``f(*args)`` to the end and says how long it took."""
+    """A function that runs ``f(*args)`` to the end and returns its seconds."""
 
     def run() -> float:
         begin = time.perf_counter()
@@ -50,11 +50,11 @@ def stopwatch(f: Callable, *args: Any) -> Callable[[], float]:
 def alternating(
     sides: Mapping[str, Callable[[], float]], rounds: int
 ) -> dict[str, list[float]]:
-    """Milliseconds a side and round; a round runs every side, so that noise is shared.
+    """Milliseconds by side and round; a round runs every side, so that noise is shared.
 
-    Before each timed call there is a rest and a call that is not counted: the threads
-    of the other side spin for a while after their work, and its arrays fill the caches.
-    A call before the first round compiles.
+    Before each timed call there is a rest and a call that is not timed: the threads of
+    the other side spin for a while after their work, and its arrays fill the caches. A
+    call before the first round compiles.
     """
     for run in sides.values():
         run()
@@ -69,7 +69,7 @@ def alternating(
 
 
 def medians(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Median milliseconds a side, of rounds that alternate."""
+    """Median milliseconds of each side, over rounds that alternate."""
     found = alternating(sides, rounds)
     return {name: statistics.median(ms) for name, ms in found.items()}
 

@@ -1,6 +1,6 @@
 """The PyTorch half of cpu_attention.py: reads cases as JSON lines, answers seconds.
 
-Runs in its own interpreter, which needs torch and nothing else of this project.
+It runs in its own interpreter, which needs torch and nothing else of this project.
 """
 
 import json

@@ -5,13 +5,14 @@
 
 A bundle is one very long instruction word, so it takes at least one cycle. A kernel has
 one innermost loop over tiles without a test (full) and one over tiles with a test
-(partial). The scheduled code of libtpu shows these loops, and every bundle of such a
-loop is counted, also those that start the next copy. The loop of a walk that is made
-again, because a sum was not finite, comes after these two and is not counted. No TPU is
+(partial). The scheduled code of libtpu shows these loops. Every bundle of such a loop
+is counted, also those that start the next copy. A third loop, which repeats a walk
+because a sum was not finite, comes after these two and is not counted. No TPU is
 needed, and nothing is timed.
 
-``--against`` compiles the same cases in another checkout of this repository and prints
-its counts before the arrow, with the change in percent of the sum of the three kernels.
+``--against`` compiles the same cases in another checkout of this repository. It prints
+that checkout's counts before the arrow, and the change in percent of the sum of the
+three kernels.
 """
 
 import argparse
@@ -48,7 +49,7 @@ KINDS = "full", "partial"
 # A bundle: perhaps the mark of a loop's first one, a ">" for each loop, instructions.
 BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0) +(LB|LH)?.*?: (>*) ?\{(.*)\}")
 
-# Of full and partial tiles: of the forward kernel, of dq, of dkv.
+# Bundles of a full and of a partial tile, of each kernel: forward, dq, dkv.
 Counts = list[int]
 
 

@@ -4,12 +4,12 @@
     python examples/compare.py --only=dense --only=window --seeds=5
     python examples/compare.py --readme                 # and writes the README's table
 
-Every kind trains a byte-level model once for each seed, on the sources of Python's
-standard library or any ``--data``. At a seed all see the same batches; the numbers of
-parameters are equal, the MLP taking up what a kind learns more or less of its own.
-Before any training an untrained model of each kind is tested for bytes that see the
-future. A finished run is kept: the same command goes on where it was stopped, and makes
-up the table (text, JSON, Markdown) and the picture in ``--out``.
+Each kind trains a byte-level model once for each seed, on the sources of Python's
+standard library or on ``--data``. For one seed, all kinds see the same batches. All
+models have the same number of parameters: where a kind learns more of its own, its MLP
+is narrower. Before training, an untrained model of each kind is tested for bytes that
+see the future. Finished runs are kept: the same command goes on where it was stopped.
+It writes a table (text, JSON, Markdown) and a picture to ``--out``.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from rich.progress import (
 )
 
 README = Path(__file__).parent.parent / "README.md"
-# Each step of a round is taken twice, and the second one is timed.
+# Each step of a round runs twice, and the second run is timed.
 TIMED_ROUNDS = 15
 AHEAD = "members of a cluster depend on later bytes, as published"
 
@@ -67,7 +67,7 @@ class Options:
 
 
 def options(arguments: Sequence[str]) -> Options:
-    """Reads the command line; ends the process where it makes no sense."""
+    """Reads the command line; exits with a message where it makes no sense."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -110,7 +110,7 @@ class Runs:
         self.compiled: dict[str, Compiled] = {}
 
     def identity(self, entry: Entry, seed: int) -> dict[str, Any]:
-        """All that decides on the losses of a run."""
+        """Everything that the losses of a run depend on."""
         config = replace(self.sizes.train, seed=seed)
         return identity(entry.spec, entry.model, config, self.corpus)
 
@@ -120,7 +120,7 @@ class Runs:
         return None if record is None else comparison.run_of(record)
 
     def program(self, entry: Entry) -> Compiled:
-        """The compiled steps of a kind, which serve all seeds."""
+        """The compiled steps of a kind, used for all seeds."""
         if entry.name not in self.compiled:
             compiled = compile_run(entry.spec, entry.model, self.sizes.train)
             self.compiled[entry.name] = compiled
@@ -185,13 +185,13 @@ class Runs:
             step(entry)
         for _ in range(TIMED_ROUNDS):
             for entry in chosen:
-                step(entry)  # what the step before left in the caches is not its own
+                step(entry)  # fills the caches with the arrays of this step
                 seconds[entry.name].append(step(entry))
         return {name: 1e3 * statistics.median(x) for name, x in seconds.items()}
 
 
 def check_foresight(entry: Entry, sizes: Preset, console: Console) -> None:
-    """Tests that no byte is predicted from itself, and says what was found."""
+    """Tests that no model predicts a byte from itself, and prints the result."""
     small = replace(entry.model, num_layers=1)
     found = foresight.foresight(entry.spec, small, sizes.train.seq_len)
     foresight.refuse(
@@ -209,7 +209,7 @@ def check_foresight(entry: Entry, sizes: Preset, console: Console) -> None:
 def rows_of(
     chosen: Sequence[Entry], runs: Mapping[str, Sequence[Run]], ms: Mapping[str, float]
 ) -> list[Row]:
-    """The lines of the table; the first kind is what the others are compared with."""
+    """The rows of the table; the others are compared with the first kind."""
     base = chosen[0].name
     return [
         Row(
@@ -312,7 +312,7 @@ def compare(asked: Options, console: Console) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the comparison; a mistake of the caller is said without a trace."""
+    """Runs the comparison; prints a mistake of the caller without a trace."""
     asked, console = options(arguments), Console()
     try:
         compare(asked, console)

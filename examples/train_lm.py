@@ -5,11 +5,11 @@
     python examples/train_lm.py --spec=routing --spec="causal() & topk(4, block=64)"
     python examples/train_lm.py --data=/usr/share/doc --seq_len=4096 --steps=2000
 
-The first run is always dense, ``causal()``; every ``--spec`` is trained beside it from
+The first run is always dense, ``causal()``. Each ``--spec`` is trained beside it, from
 the same weights on the same batches. The data are the sources of Python's standard
-library, or any file or folder. A killed run goes on from its last checkpoint when the
-same command is given again, and ends with the losses it would have had. The table and
-the pictures are written to ``--out``.
+library, or any file or folder. To go on with a killed run, give the same command again:
+it starts from the last checkpoint and ends with the losses it would have had. The table
+and the pictures are written to ``--out``.
 """
 
 import os
@@ -91,9 +91,9 @@ def settings() -> tuple[ModelConfig, TrainConfig]:
 
 
 def read_spec(text: str, seq_len: int, num_heads: int) -> Spec:
-    """The spec, once it is sure that a query cannot see the byte it is to predict.
+    """Reads a spec and makes sure that no query sees the byte that it predicts.
 
-    What content decides may see no more than the rest of the map allows.
+    A map that content decides may see no more than the rest of the map allows.
 
     Raises:
       ValueError: it is not a spec, it reads run-time arrays, or it sees the future.
@@ -127,13 +127,13 @@ def read_spec(text: str, seq_len: int, num_heads: int) -> Spec:
 
 
 def open_checkpoints(name: str, spec: Spec, corpus: data.Corpus) -> Checkpoints:
-    """The checkpoints of a run, which its name and its flags decide on."""
+    """Opens the checkpoints of a run, which its name and its flags determine."""
     folder = Path(_OUT.value) / "checkpoints" / name
     return Checkpoints(folder, identity(spec, *settings(), corpus))
 
 
 def run_one(name: str, spec: Spec, corpus: data.Corpus, console: Console) -> Result:
-    """Trains one model, or goes on with it, and shows how it fares."""
+    """Trains one model, or continues training it, and prints its progress."""
     sizes, config = settings()
     shown = escape(repr(spec))
     console.print(f"\n[bold]{name}[/bold]: {shown}", highlight=False)
@@ -190,7 +190,7 @@ def setting(corpus: data.Corpus, result: Result) -> dict[str, str | int | float]
 
 
 def compare(console: Console) -> None:
-    """Trains what the flags name, one after the other, and reports.
+    """Trains one model for each spec of the flags, one after the other, and reports.
 
     Raises:
       ValueError: the flags, the data or the checkpoints do not fit.
@@ -203,7 +203,7 @@ def compare(console: Console) -> None:
     if _FRESH.value:
         for name in runs:
             forget(Path(_OUT.value) / "checkpoints" / name)
-    # Whatever is amiss with a later run is said before the first one starts.
+    # Mistakes in a later run are reported before the first run starts.
     for name, spec in runs.items():
         with open_checkpoints(name, spec, corpus) as checkpoints:
             checkpoints.check()
@@ -222,7 +222,7 @@ def compare(console: Console) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the comparison; a mistake of the caller is said without a trace."""
+    """Runs the comparison; prints a mistake of the caller without a trace."""
     logging.set_verbosity(logging.WARNING)
     console = Console()
     if len(argv) > 1:

@@ -1,4 +1,4 @@
-"""The public call on every backend, held against float64."""
+"""Runs the public call on every backend and compares it with float64."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def arrays(batch=2, q_len=70, kv_len=70, heads=4, kv_heads=2, dim=16, dim_v=16, 
 
 
 def assert_matches(impl, spec, pairs, q, k, v, do, *, soft_cap=None, **options):
-    """Values, lse and gradients against the float64 oracle on ``pairs``."""
+    """Compares values, lse and gradients with the float64 oracle on ``pairs``."""
     rng = np.random.default_rng(9)
     dlse = jnp.asarray(
         rng.normal(size=(*q.shape[:1], q.shape[2], q.shape[1])), "float32"

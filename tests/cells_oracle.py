@@ -1,4 +1,4 @@
-"""Who is chosen among cells: the definition, cell by cell in float64."""
+"""Selections of cells by their definition, cell by cell in float64."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ N, HEADS, KV_HEADS = 70, 4, 2
 
 
 def parts(partition, length):
-    """The positions of every part, part by part."""
+    """The positions of each part of a partition of ``length`` positions."""
     if isinstance(partition, int):
         labels = [i // partition for i in range(length)]
     else:
@@ -23,7 +23,7 @@ def parts(partition, length):
 
 
 def cell_score(by, q, k, rows, columns, pairs):
-    """The score of one cell of one head; ``q`` is scaled."""
+    """The score of one cell of one head; ``q`` is already scaled."""
     match by:
         case "mean":
             return q[rows].mean(axis=0) @ k[columns].mean(axis=0)
@@ -41,7 +41,10 @@ def cell_score(by, q, k, rows, columns, pairs):
 
 
 def cells_of(a, rows, columns, value):
-    """Whether some pair of the map is in the cell, ``[heads, rows, columns]``."""
+    """Which cells hold a pair of the map, ``[heads, rows, columns]``.
+
+    All are ``value`` if the map is None.
+    """
     if a is None:
         return np.full((HEADS, len(rows), len(columns)), value)
     dense = a.dense(N, num_heads=HEADS)
@@ -86,8 +89,8 @@ def expected(spec, q, k, gate=None):
 
 
 def decided(spec, values, forced, eligible, whole):
-    """The choice for one entry of the batch."""
-    sets = []  # of (h, r, c), with heads that choose as one
+    """The chosen cells of one entry of the batch."""
+    sets = []  # lists of (h, r, c) that compete; heads that share a choice first
     heads, rows, columns = values.shape
     cells = list(np.ndindex(values.shape))
     match spec.scope:

@@ -1,8 +1,8 @@
 """Combiner as the paper writes it: sets by loops, sums over all of them, in float64.
 
-A pattern of ``n`` tokens gives for each query the keys that it attends to directly and
-the regions that it reads. A region is its members, and the token whose query it asks
-with (None: the pool of its members' queries).
+For each query, a pattern of ``n`` tokens lists the keys that it attends to directly and
+the regions that it reads. A region has members, and the token whose query summarises
+them (None: the pool of its members' queries).
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Pattern(NamedTuple):
 
 
 def _of(n, direct, regions) -> Pattern:
-    """The pattern of two functions of a query; regions without members do not exist."""
+    """Builds a pattern from two functions of a query; drops regions without members."""
     return Pattern(
         [[j for j in range(n) if direct(i, j)] for i in range(n)],
         [
@@ -102,7 +102,7 @@ def rowmajor(n, w, causal=True) -> Pattern:
 
 
 def mixture(n, w) -> Pattern:
-    """The one softmax of the published code."""
+    """The pattern of the published code, which is under one softmax."""
     columns = vertical(n, w)
 
     def regions(i):
@@ -127,7 +127,7 @@ def routing(labels, causal=True) -> Pattern:
 
 
 def without(pattern: Pattern, gone: set[int]) -> Pattern:
-    """The pattern where some keys do not exist, nor regions of them alone."""
+    """The pattern without the keys ``gone`` and without regions of these alone."""
     kept = [[j for j in row if j not in gone] for row in pattern.direct]
     regions = [
         [r._replace(members=tuple(j for j in r.members if j not in gone)) for r in row]
@@ -137,7 +137,11 @@ def without(pattern: Pattern, gone: set[int]) -> Pattern:
 
 
 class Arrays(NamedTuple):
-    """How often a query has a key or a region; who is in a region, and its token."""
+    """A pattern as arrays.
+
+    ``direct`` and ``seen`` count how often a query has each key and each region.
+    ``members`` are those of each region, ``asks`` is its token.
+    """
 
     direct: np.ndarray
     seen: np.ndarray
@@ -148,7 +152,7 @@ class Arrays(NamedTuple):
 def arrays_of(pattern: Pattern) -> Arrays:
     n = len(pattern.direct)
     found = dict.fromkeys(r for row in pattern.regions for r in row)
-    # One region at least, which no one reads.
+    # At least one region, which no query reads.
     index = {r: i for i, r in enumerate(found or {Region((0,)): None})}
     made = Arrays(
         np.zeros((n, n)), np.zeros((n, len(index))), np.zeros((len(index), n), bool),
@@ -165,7 +169,7 @@ def arrays_of(pattern: Pattern) -> Arrays:
 
 
 class Options(NamedTuple):
-    """``key`` is what a region that asks with a token has for a key."""
+    """``key``: how the key of a region with a token is made."""
 
     pool: str = "max"
     phi: Callable = lambda x: x
@@ -220,10 +224,10 @@ def _every_head(q, k, v, patterns, scale, options):
 
 
 def stacked(patterns: list[Pattern]) -> Arrays:
-    """The arrays of a pattern a head."""
+    """The arrays of one pattern for each head, padded to equal sizes."""
     made = [arrays_of(p) for p in patterns]
     most = 4 * len(patterns[0].direct)
-    # Regions that no one reads, so that heads stack and all patterns compile once.
+    # Unread regions as padding, so that heads stack and all patterns compile once.
     filled = [
         Arrays(
             m.direct,
@@ -247,7 +251,7 @@ def _with_gradients(q, k, v, do, patterns, options):
 def attention(q, k, v, do, patterns: list[Pattern], options=DEFAULTS):
     """Out ``[batch, n, heads, dim]``, lse ``[batch, heads, n]``, dq, dk and dv.
 
-    There is a pattern a head; the cotangent of the lse is ``sin(1 + lse)``.
+    Each head has its own pattern. The cotangent of the lse is ``sin(1 + lse)``.
     """
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, do)]

@@ -1,4 +1,4 @@
-"""Settings of every test, before jax is imported anywhere."""
+"""Settings of all tests, made before jax is imported anywhere."""
 
 import os
 
@@ -21,9 +21,10 @@ hypothesis.settings.load_profile("ci")
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
-    """Interpreted kernels take far longer to compile than to run once.
+    """Compiles interpreted kernels without most optimizations.
 
-    The XLA path is compiled as users have it.
+    They take far longer to compile than to run once. The XLA path is compiled as for
+    users.
     """
     params = getattr(getattr(request.node, "callspec", None), "params", {})
     interpreted = params.get("impl") in ("reference", "tpu", "triton")
@@ -34,5 +35,5 @@ def quick_compilation(request):
 
 @pytest.fixture
 def quick(quick_compilation):
-    """Compiled in a hurry, the XLA path as well: for what is not about speed."""
+    """Compiles the XLA path without most optimizations too, as no time is measured."""
     jax.config.update("jax_disable_most_optimizations", True)

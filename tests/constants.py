@@ -1,4 +1,4 @@
-"""Finds what a traced program computes from constants alone: XLA folds it, slowly."""
+"""Finds operations of a traced program on constants alone, which XLA folds slowly."""
 
 from typing import Any, NamedTuple
 
@@ -6,9 +6,9 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# They say how a constant is laid out and compute nothing; XLA folds none of them.
+# Operations that only lay out a constant; XLA folds none of them.
 FREE = {"iota", "broadcast_in_dim", "reshape", "optimization_barrier", "copy"}
-# Bodies that run once, with the operands of the equation as their inputs.
+# Operations whose body runs once, on the operands of the equation.
 ONCE = {"pjit", "jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2"}
 ONCE |= {"checkpoint", "core_call", "custom_vjp_call_jaxpr", "shard_map"}
 
@@ -22,9 +22,9 @@ class Found(NamedTuple):
 
 
 def computed_from_constants(jaxpr: ClosedJaxpr, most: int = 1 << 20) -> list[Found]:
-    """The operations with results of more than ``most`` bytes.
+    """The operations on constants whose results have more than ``most`` bytes.
 
-    Inside of a loop, what is the same in every step is constant if it is so outside.
+    In a loop, a value that is the same in every step is constant if it is so outside.
     """
     found: list[Found] = []
     _walk(jaxpr.jaxpr, [False] * len(jaxpr.jaxpr.invars), most, found)
@@ -32,7 +32,7 @@ def computed_from_constants(jaxpr: ClosedJaxpr, most: int = 1 << 20) -> list[Fou
 
 
 def literals(jaxpr: ClosedJaxpr) -> int:
-    """Bytes of the arrays that the program holds, nested ones too."""
+    """Bytes of the arrays that the program and its nested programs hold."""
     total = sum(np.asarray(x).nbytes for x in jaxpr.consts)
     for eqn in jaxpr.jaxpr.eqns:
         total += sum(map(literals, _closed(eqn.params)))
@@ -84,7 +84,7 @@ def _walk(
 def _of_body(name: str, eqn: Any, body: Jaxpr, operands: list[bool]) -> list[bool]:
     """Which inputs of a loop, a branch or a kernel are constant."""
     if name == "scan":
-        # Versions of jax name the numbers of operands differently: shapes tell them.
+        # jax versions name the operand counts differently, so shapes tell them apart.
         carries = sum(map(_same_shape, eqn.outvars, body.outvars))
         lines = len(body.invars) - sum(map(_same_shape, eqn.invars, body.invars))
         count = len(body.invars) - carries - lines

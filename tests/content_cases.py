@@ -1,7 +1,7 @@
-"""Mechanisms decided by content, small: what the tests of all of them enumerate.
+"""Small cases of mechanisms that content decides, which several tests enumerate.
 
-Append: a name to ``NAMES`` for each function of the catalog, and a ``Case`` for each
-selection that is worth a test of its own.
+To add one: append a name to ``NAMES`` for each function of the catalogue, and a
+``Case`` for each selection that is worth a test of its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,13 +35,13 @@ def nothing(q: np.ndarray, k: np.ndarray) -> Mapping[str, Any]:
 
 
 class Case(NamedTuple):
-    """A spec, the arrays that it asks for, and the sizes that it is made for.
+    """A spec, the arrays that it reads, and the sizes that it is made for.
 
-    ``operands(q, k)`` are the arrays by name for float32 ``q`` and ``k`` of
-    ``[batch, n, heads, head_dim]``. It is a function: what is drawn at random comes
-    from a seed of its own, and what belongs to the tokens (a bias or a gate of theirs)
-    is computed from ``q`` and ``k`` row by row, with their batch axis. Where the leak
-    is "block", choices look less than ``block`` tokens ahead.
+    ``operands(q, k)`` gives these arrays by name, for float32 ``q`` and ``k`` of
+    ``[batch, n, heads, head_dim]``. It is a function because some arrays belong to the
+    tokens (a bias or a gate): it computes them from ``q`` and ``k`` row by row, with
+    their batch axis. Random arrays come from a seed of their own. Where the leak is
+    "block", choices look less than ``block`` tokens ahead.
     """
 
     spec: Spec
@@ -63,12 +63,12 @@ def directions(rounds: int, columns: int) -> Callable[..., Mapping[str, Any]]:
 
 
 def centroids(q: np.ndarray, k: np.ndarray) -> Mapping[str, Any]:
-    """Three clusters of every head."""
+    """Three centroids for each head."""
     return {"centroids": drawn(q.shape[2], 3, q.shape[3])}
 
 
 def key_bias(q: np.ndarray, k: np.ndarray) -> Mapping[str, Any]:
-    """A bias that a key has from its own features."""
+    """A bias of each key, made from its own features."""
     return {"bias": np.swapaxes(k[..., 0], 1, 2)}
 
 
@@ -80,12 +80,12 @@ def predictor(q: np.ndarray, k: np.ndarray) -> Mapping[str, Any]:
 
 
 def flags(q: np.ndarray, k: np.ndarray) -> Mapping[str, Any]:
-    """Where the chunks of keys begin."""
+    """Flags where the chunks of keys begin."""
     return {"boundaries": np.arange(k.shape[1]) % 5 == 0}
 
 
 def modality(q: np.ndarray, k: np.ndarray) -> Mapping[str, Any]:
-    """Text, then spans of vision and text in turn."""
+    """Modalities of the positions: text, then spans of vision and text in turn."""
     return {"modality": np.arange(k.shape[1]) // 12 % 2}
 
 
@@ -97,7 +97,7 @@ def block_gate(q: np.ndarray, k: np.ndarray) -> Mapping[str, Any]:
     return {"gate": gate.astype(np.float32)}
 
 
-# Functions of ``sadsl.catalog`` that are decided by content.
+# Functions of ``sadsl.catalog`` whose pairs content decides.
 NAMES: set[str] = {
     "combiner_axial_horizontal",
     "combiner_axial_rowmajor",
@@ -144,7 +144,8 @@ NAMES: set[str] = {
 
 NO_FORCED = {"forced_columns": 0, "forced_slashes": 0}
 
-# Selections by name, at least one of each family and option that changes its leak.
+# Selections by name: at least one for each family, and for each option that changes
+# its leak.
 CASES: dict[str, Case] = {
     "lsh": Case(lsh(8, 2), directions(2, 4)),
     "lsh signs": Case(sa.causal() & lsh(8, kind="signs"), directions(1, 3)),

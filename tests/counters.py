@@ -1,7 +1,8 @@
-"""Counts what the kernels really do, by calls to the host from inside of them.
+"""Counts what the kernels really do, by calls to the host from inside them.
 
-The functions that make up a tile are replaced, while kernels are traced, by ones that
-also report to the host each time they run. Nothing is read from the plan.
+While kernels are traced, the functions that make up a tile are replaced by ones that
+also report to the host each time they run. Nothing is read from the plan. Each ``run``
+has counts of its own.
 """
 
 from collections import Counter
@@ -21,7 +22,7 @@ from lowering.run_time.vectors import vectors_of
 from pallas_kernels import dispatch, softmax
 from pallas_kernels.call import Call, Inputs, Vectors
 
-# The bodies of the Pallas kernels, by the name of their work.
+# Module and function of each Pallas kernel, by the kernel's name.
 BODIES = {
     "tpu": {
         "forward": ("forward", "_kernel"),
@@ -37,7 +38,7 @@ BODIES = {
 
 
 class Executed:
-    """Totals of each kernel: tiles, full and partial ones, FLOPs, streamed bytes."""
+    """Totals for each kernel: tiles, full and partial ones, FLOPs, streamed bytes."""
 
     def __init__(self):
         self.counts = Counter()
@@ -45,7 +46,7 @@ class Executed:
         self.kernel = None  # the one that is being traced
 
     def report(self, what, amount=1, weight=1):
-        """Adds ``amount * weight`` whenever this place of the kernel runs."""
+        """Adds ``amount * weight`` each time this place of the kernel runs."""
         key = self.kernel, what
 
         def add(amount):
@@ -67,10 +68,10 @@ class Executed:
 
 
 def run(stages, inputs, tiles, impl):
-    """The kernels of lowered stages, forward and backward, run on ``inputs``.
+    """Runs the kernels of lowered stages, forward and backward, on ``inputs``.
 
-    These are q, k, v with heads first, of the lengths that the stages plan for. Returns
-    what was counted, and the plans.
+    ``inputs`` are q, k, v with heads first, of the lengths that the stages plan for.
+    Returns the counts, and the plans.
     """
     q, k, _ = inputs
     masks = pipeline.masks(stages, tiles)
@@ -115,7 +116,7 @@ def _pallas(found, impl):
         return fold(carry, s, v, *rest)
 
     def counted_mask(s, allowed):
-        # What is masked before it is folded is not full.
+        # A tile that is masked before it is folded is partial, not full.
         if allowed is not None:
             found.report("full", -1)
             found.report("partial")
@@ -141,7 +142,7 @@ def _pallas(found, impl):
             found.report("streamed", int(np.prod(target.shape)) * target.dtype.itemsize)
             start()
 
-        # A descriptor is frozen.
+        # The descriptor is a frozen dataclass.
         object.__setattr__(copy, "start", counted_start)
         return copy
 
@@ -170,7 +171,7 @@ def _xla(found, impl):
         return out
 
     def counted_fold(unit, carry, s, v):
-        # One product a fold, inside of two vmaps.
+        # One product in each fold, inside two vmaps.
         found.report("flops", 2 * s.size * v.shape[-1])
         return fold_tiles(unit, carry, s, v)
 

@@ -1,4 +1,4 @@
-"""Estimated and hierarchical patterns by their definitions: slow NumPy, float64."""
+"""Estimated and hierarchical patterns by their definitions, in slow float64 NumPy."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def parts_of(spec, q, k, operands, q_offset=0):
 
 
 def pairs_of(spec, q, k, operands=None, entry=0):
-    """What the implementation selects, ``[heads, n, n]``."""
+    """The pairs that the implementation selects, ``[heads, n, n]``."""
     parts = parts_of(spec, q, k, operands or {})
     one = {name: np.asarray(x)[entry % len(x)] for name, x in parts.items()}
     n, heads = q.shape[1], q.shape[2]
@@ -41,7 +41,7 @@ def by_head(q, k):
 
 
 def order_of(scores, forced=()):
-    """Indices, the forced first, then by score; ties to the lower; no NaN, no inf."""
+    """Indices in order: forced, then by score; ties to the lower; no NaN, no inf."""
     found = [i for i in range(len(scores)) if i in forced or np.isfinite(scores[i])]
     return sorted(
         found, key=lambda i: (i not in forced, i if i in forced else -scores[i], i)
@@ -49,7 +49,7 @@ def order_of(scores, forced=()):
 
 
 def given_by(q, k, rows, competes):
-    """The mean mass by column and by offset of rows at positions; NaN where unseen."""
+    """The mean mass of each column and offset over some rows; NaN where unseen."""
     n = len(k)
     columns, slashes = np.full(n, np.nan), np.full(len(q), np.nan)
     for i in rows:
@@ -70,7 +70,7 @@ def union(n, columns, slashes):
 
 
 def budget_by_definition(q, k, flags, spec):
-    """The keys of every query in DHSA, one after the other."""
+    """The keys that each query sees in DHSA, computed query by query."""
     n = q.shape[1]
     qm, km = (x[0].astype(float).mean(axis=1) for x in (q, k))
     starts = sorted({0, *np.flatnonzero(flags)})[: spec.max_chunks]
@@ -95,7 +95,7 @@ def budget_by_definition(q, k, flags, spec):
 
 
 def boundaries_by_definition(q, k, *, window, suppress, threshold=1.1):
-    """Where the chunks of the teacher begin, but for the first, the best first."""
+    """Where the teacher starts chunks, but for the first chunk; best boundary first."""
     n, w = q.shape[1], window
     a = np.zeros((n, n))
     for qh, kh in by_head(q, k):
@@ -115,7 +115,7 @@ def boundaries_by_definition(q, k, *, window, suppress, threshold=1.1):
 
 
 def replay(score, num_blocks, slots):
-    """The descent; ``score(block)`` is that of a node's first block."""
+    """The keys of the tree search; ``score(block)`` scores a node's first block."""
     nodes = []
     for i in range(slots):
         a = num_blocks * i // slots

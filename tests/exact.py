@@ -1,4 +1,4 @@
-"""What a predicate holds, pair by pair, in Python's unbounded integers."""
+"""Evaluates a predicate pair by pair, in Python's unbounded integers."""
 
 import numpy as np
 
@@ -6,7 +6,10 @@ from lowering import ir
 
 
 def pairs(node, q_len, kv_len, operands, head=0):
-    """Bools ``[q_len, kv_len]``; operands are without a batch axis, heads resolved."""
+    """The pairs, bools ``[q_len, kv_len]``.
+
+    Operands have no batch axis, and heads are resolved.
+    """
     rows = [[_truth(node, q, k, head, operands) for k in range(kv_len)]
             for q in range(q_len)]  # fmt: skip
     return np.array(rows, bool)

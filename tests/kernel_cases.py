@@ -1,4 +1,4 @@
-"""Patterns x shapes for the kernels, built without the compiler."""
+"""Cases for the kernels: patterns and shapes, built without the compiler."""
 
 from dataclasses import dataclass, field, replace
 
@@ -192,7 +192,7 @@ class Case:
 
 
 def params() -> list:
-    """The table for ``parametrize``; what other cases come near to is ``slow``."""
+    """The table for ``parametrize``; cases that others nearly cover are ``slow``."""
     return [
         pytest.param(case, marks=pytest.mark.slow if near else ())
         for case, near in ((case, _is_near(case)) for case in table())

@@ -1,4 +1,4 @@
-"""Mixtures as they are defined, in float64: every option by name, nothing flattened."""
+"""Mixtures by their definition, in float64: each option by name, nothing flattened."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Shared(ValueError):
 
 
 class Logits(NamedTuple):
-    """What one normaliser is over: scores with the pairs they stand for, and sinks."""
+    """What one normaliser covers: scores, the pairs that they belong to, and sinks."""
 
     scores: tuple  # of [batch, heads, q, k], float64
     pairs: tuple  # of bools [batch or 1, heads, q, k]
@@ -26,9 +26,9 @@ class Logits(NamedTuple):
 
 
 def attention(spec, q, k, v, given, masks):
-    """Output ``[batch, q, heads, dim]`` and the lse, or None, if there are several.
+    """Output ``[batch, q, heads, dim]``, and the lse, or None if there are several.
 
-    ``masks(map, heads)`` are the pairs of a map, bools ``[batch or 1, heads, q, k]``.
+    ``masks(map, heads)`` gives the pairs of a map, bools ``[batch or 1, heads, q, k]``.
     """
     match spec:
         case Average(terms):
@@ -55,7 +55,7 @@ def attention(spec, q, k, v, given, masks):
 
 
 def _normalised(spec):
-    """Whether one normaliser is over all of the pairs."""
+    """Whether one normaliser covers all of the pairs."""
     if isinstance(spec, Weighted):
         return _normalised(spec.term)
     return isinstance(spec, sa.IndexMap | Softmax | Joint)
@@ -107,7 +107,7 @@ def _added(bias, heads, length, given):
 
 
 def _normalise(of, v, given):
-    """One softmax over all logits; a sink is one more, to which no value belongs."""
+    """One softmax over all logits; a sink is one more logit, without a value."""
     shape = of.scores[0].shape
     pairs = [jnp.broadcast_to(p, shape) for p in of.pairs]
     weights = [

@@ -1,4 +1,4 @@
-"""The slow, obviously right definition: dense attention in float64, by autodiff."""
+"""Dense attention in float64 with gradients by autodiff: slow and plainly right."""
 
 from functools import partial
 from typing import NamedTuple
@@ -60,7 +60,7 @@ def _with_gradients(q, k, v, do, dlse, pairs, sm_scale, soft_cap):
 
 
 def assert_close(actual, expected, dtype, what=""):
-    """Equal up to the tolerance of the input dtype; -inf must match exactly."""
+    """Asserts equality up to the tolerance of the input dtype; -inf is exact."""
     actual = np.asarray(actual).astype(np.float64)
     assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
     finite = np.isfinite(expected)

@@ -1,6 +1,6 @@
-"""Published mechanisms: the specs of the catalog beside loops written from the papers.
+"""Published mechanisms: catalogue specs, beside loops written from the papers.
 
-The numbers are such that each of them matters at these sizes.
+Numbers are chosen so that each of them matters at these sizes.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from sadsl.catalog.big_bird import random_blocks
 
 
 class Case(NamedTuple):
-    """A spec for a size, and what it should be: ``allowed(size, n, h, i, j)``.
+    """A spec for a size, and its definition: ``allowed(size, n, h, i, j)``.
 
-    A size is a length, or the shape of a grid; the second has length 60.
+    A size is a length, or the shape of a grid. The second size has length 60.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Case(NamedTuple):
         return size if isinstance(size, int) else prod(size) + self.extra
 
 
-# --- what the papers say, a pair at a time ---
+# --- the definitions of the papers, one pair at a time ---
 
 
 def power_attention(size, n, h, i, j):
@@ -226,7 +226,7 @@ def streaming(size, n, h, i, j):
     return j <= i and (j < 3 or j > i - 7)
 
 
-# --- the same in this language, with numbers that bite at these sizes ---
+# --- the same as specs, with numbers that matter at these sizes ---
 
 
 def lattice():

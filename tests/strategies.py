@@ -49,10 +49,11 @@ VARS = [Symbol(ir.Q), Symbol(ir.K)]
 
 
 def combined(inner, with_number, factors, divisors, values):
-    """One more operation on expressions: each that maps may be written with.
+    """Applies one more operation to expressions: any that maps may be written with.
 
-    ``with_number`` is a sum or difference with a constant. Then: what expressions are
-    multiplied by, what they are divided by, and what tables hold.
+    ``with_number`` is a sum or difference with a constant. ``factors`` are what
+    expressions are multiplied by, ``divisors`` what they are divided by, ``values``
+    what tables hold.
     """
 
     def look_up(x, values):
@@ -110,12 +111,12 @@ def wheres():
     return truth.map(lambda t: named.Where(t.node))
 
 
-# Longer than any sequence below: a permutation of more positions than there are.
+# Length of permutations: at least as long as any sequence below.
 POSITIONS = 130
 
 
 def permutations():
-    """Permutations by their seed, which is far quicker to draw than their entries."""
+    """Permutations, drawn by their seed: far quicker than drawing their entries."""
     seeds = st.integers(0, 1000)
     return seeds.map(lambda s: np.random.default_rng(s).permutation(POSITIONS))
 
@@ -146,7 +147,7 @@ def with_heads():
     return st.one_of(composed(), several.map(lambda found: base.per_head(*found)))
 
 
-# Where 32 bits end, and where constants alone go beyond them.
+# Around these numbers expressions leave 32 bits.
 EDGES = (0, 2**15, 2**26, 2**30, 2**31, 2**32, 2**40)
 extreme = st.builds(
     lambda edge, sign, near: sign * edge + near,
@@ -159,7 +160,7 @@ ARRAYS = {"a": "q", "b": "k", "c": "q", "d": "k", "s": ""}
 
 
 def int32_arrays(length: int):
-    """Values of every one of ``ARRAYS``: any int32, and often the ends of int32."""
+    """Values for each of ``ARRAYS``: any int32, and often the ends of int32."""
     value = st.one_of(
         st.sampled_from([-(2**31), -(2**31) + 1, 2**31 - 1, 2**31 - 2]),
         st.integers(-5, length + 5),
@@ -177,7 +178,7 @@ def int32_arrays(length: int):
 
 @cache
 def extreme_integers(arrays: bool = True):
-    """Expressions that leave 32 bits, of run-time arrays and positions."""
+    """Expressions of run-time arrays and positions whose values leave 32 bits."""
     q, k = VARS
     at = {"q": q, "k": k}
     look_ups = [

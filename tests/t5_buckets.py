@@ -4,7 +4,7 @@ import numpy as np
 
 
 def bucket_of(distance, num_buckets, max_distance):
-    """The bucket of a distance of 0 or more on one side, reckoned in float32."""
+    """The bucket of a distance of 0 or more on one side, computed in float32."""
     exact = num_buckets // 2
     if distance < exact:
         return distance

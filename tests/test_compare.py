@@ -1,4 +1,4 @@
-"""The comparison of kinds of attention: that it is fair, and that nothing is lost."""
+"""The comparison of kinds of attention: it is fair, and a killed run loses nothing."""
 
 import json
 import math

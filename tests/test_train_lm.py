@@ -1,4 +1,4 @@
-"""The training example on tiny sizes: what it writes, and that a kill loses nothing."""
+"""The training example at tiny sizes: its files; a killed run loses nothing."""
 
 import json
 import shutil

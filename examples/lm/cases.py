@@ -13,14 +13,14 @@ from sadsl.layers.routing import Routing
 
 
 class Case(NamedTuple):
-    """A kind of attention: its name, the code of its spec, and what that makes.
+    """A kind of attention: its name, and code that makes its spec.
 
-    ``chooses_ahead``: it is published as choosing keys by the whole text.
+    ``chooses_ahead``: the published kind chooses keys by the whole text.
     """
 
     name: str
     code: str
-    # None: the code is text that ``parse`` reads, or the name of a layer.
+    # None: ``code`` is a text for ``parse``, or the name of a layer.
     spec: Spec | None = None
     chooses_ahead: bool = False
 
@@ -82,7 +82,7 @@ QUICK = Preset(
 
 @dataclass(frozen=True)
 class Entry:
-    """A kind of attention with the sizes at which its model is as large as any."""
+    """A kind of attention, and sizes at which its model is as large as any."""
 
     case: Case
     spec: Spec
@@ -90,7 +90,7 @@ class Entry:
 
     @property
     def code(self) -> str:
-        """What makes the spec, as far as it is not a default."""
+        """Code that makes the spec, without defaults."""
         if not isinstance(self.spec, Routing):
             return self.case.code
         sizes = f"{self.spec.num_clusters}, {self.spec.window}"
@@ -98,12 +98,12 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Of the kind."""
+        """The name of the kind."""
         return self.case.name
 
     @property
     def file(self) -> str:
-        """The name, fit for a file."""
+        """The name, usable as a file name."""
         return "".join(c if c.isalnum() else "_" for c in self.name.lower())
 
 

@@ -17,9 +17,10 @@ State = TypeVar("State")
 
 @dataclass
 class History:
-    """What a run has seen so far; kept with its checkpoints, so that curves are whole.
+    """The record of a run so far; kept with its checkpoints, so that curves are whole.
 
-    ``train`` and ``seconds`` have one entry a step, ``valid`` has ``[step, bits]``.
+    ``train`` and ``seconds`` have one entry for each step, ``valid`` has ``[step,
+    bits]``.
     """
 
     train: list[float] = field(default_factory=list)
@@ -28,15 +29,15 @@ class History:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of finished steps."""
         return len(self.train)
 
 
 class Checkpoints:
     """The checkpoints in ``folder`` of a run that ``identity`` describes.
 
-    ``identity`` holds, under short names, all that decides on the losses. Used as a
-    context manager.
+    ``identity`` holds, under short names, everything that the losses depend on. Use it
+    as a context manager.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -130,7 +131,7 @@ class Checkpoints:
     def _read(self, step: int, name: str, args: Any) -> Any:
         try:
             found = self.manager.restore(step, args=ocp.args.Composite(**{name: args}))
-        # Whatever the reader trips over, the reason is a file that is not as written.
+        # Any error of the reader means that a file is not as it was written.
         except Exception as error:
             self._damaged(step, f"{type(error).__name__}: {error}", error)
         return found[name]

@@ -1,4 +1,4 @@
-"""Runs of several specs with several seeds: kept, averaged, told and drawn."""
+"""Stores, averages, tabulates and draws runs of several specs and seeds."""
 
 import json
 import math
@@ -86,16 +86,17 @@ def against(runs: Sequence[Run], base: Sequence[Run]) -> Estimate:
 
 
 class Kept:
-    """What is kept of finished runs: one JSON file each, whole or not there.
+    """A folder of finished runs: one JSON file each, complete or not there.
 
-    ``identity`` is all that decides on the numbers in a file, under short names.
+    ``identity`` holds, under short names, everything that the numbers in a file depend
+    on.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self, name: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What was written under a name; None if nothing was.
+        """Reads what was written under a name; None if nothing was.
 
         Raises:
           ValueError: it is damaged, or of another run.
@@ -128,7 +129,7 @@ class Kept:
     def write(
         self, name: str, identity: Mapping[str, Any], found: Mapping[str, Any]
     ) -> None:
-        """Keeps it."""
+        """Writes a record under a name."""
         record = {"identity": _texts(identity), "found": found}
         replace_file(
             self.folder / f"{name}.json",
@@ -136,7 +137,7 @@ class Kept:
         )
 
     def forget(self) -> None:
-        """Deletes everything that was kept."""
+        """Deletes all records."""
         for path in self.folder.glob("*.json"):
             path.unlink()
 
@@ -146,7 +147,7 @@ def _texts(identity: Mapping[str, Any]) -> dict[str, str]:
 
 
 def replace_file(path: Path, writer: Callable[[Path], object]) -> None:
-    """Writes a file whole, or leaves the one before."""
+    """Writes a whole file, or leaves the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     writer(part)
@@ -164,7 +165,7 @@ def run_of(record: Mapping[str, Any]) -> Run:
 
 
 def check_equal_params(rows: Mapping[str, int], tolerance: float = 0.01) -> None:
-    """Makes sure that no model has an advantage in size.
+    """Checks that all models have about the same number of parameters.
 
     Raises:
       ValueError: some number of parameters is over ``tolerance`` off the first.

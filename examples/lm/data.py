@@ -1,4 +1,7 @@
-"""Bytes of files: read, split by file, cut into batches that depend on nothing else."""
+"""Reads the bytes of files, splits them by file, and cuts them into batches.
+
+Batches depend on nothing but their arguments.
+"""
 
 import hashlib
 import sysconfig
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Joins files. Text never holds it; in other data it is a byte like any other.
+# The byte between files. Text never holds it; other data may.
 SEPARATOR = b"\0"
 VALID_SHARE = 0.05
 SKIPPED_FOLDERS = {
@@ -26,7 +29,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal bytes."""
+        """A hash of the bytes: equal for equal bytes."""
         digest = hashlib.sha256(self.train.tobytes())
         digest.update(len(self.train).to_bytes(8, "big"))
         digest.update(self.valid.tobytes())
@@ -34,7 +37,7 @@ class Corpus:
 
 
 def load(path: str | None, seq_len: int) -> Corpus:
-    """The bytes of a file or of the files below a folder; any bytes will do.
+    """Loads the bytes of a file, or of all files below a folder; any bytes will do.
 
     None stands for the source text of Python's standard library, which every machine
     that can run this has. Folders are split by file, a single file by its tail.
@@ -77,7 +80,7 @@ def _visible_files(root: Path) -> list[Path]:
 
 
 def _split_files(root: Path, files: list[Path] | None) -> Corpus:
-    """A share of the files, the first by the hash of their path, is for validation."""
+    """Splits files into training and validation, by the hash of their path."""
     files = _visible_files(root) if files is None else files
     texts = {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
     texts = {name: text for name, text in sorted(texts.items()) if text}
@@ -111,7 +114,7 @@ def train_batch(
 ) -> np.ndarray:
     """Batch number ``step``, ``[batch_size, seq_len + 1]``.
 
-    A function of its arguments: a run goes on after a kill as if nothing had been.
+    It depends on its arguments alone, so a killed run goes on with the same batches.
     """
     rng = np.random.default_rng([seed, step])
     starts = rng.integers(0, len(corpus.train) - seq_len, batch_size)

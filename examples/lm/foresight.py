@@ -1,4 +1,4 @@
-"""Whether a model sees the future: asked of the model, so that any spec will do."""
+"""Tests a model for seeing the future; it works for any spec."""
 
 from typing import NamedTuple
 
@@ -9,16 +9,16 @@ from flax import nnx
 
 from lm.model import NUM_BYTES, LanguageModel, ModelConfig, Spec
 
-# Rounding may differ where other blocks are visited; a leak is of the order of one.
+# Rounding differs where other blocks are visited; a leak is of the order of one.
 TOLERANCE = 1e-4
 
 
 class Foresight(NamedTuple):
-    """How much of what comes later is in the logits, relative to what is in them.
+    """How much later bytes change earlier logits, relative to the logits.
 
     ``values``: the largest gradient of earlier logits at a later position. Choices have
-    none, so this says whether values pass. ``choices``: the largest change of earlier
-    logits when later bytes are replaced, whichever way it comes about.
+    no gradient, so this shows whether values pass. ``choices``: the largest change of
+    earlier logits when later bytes are replaced, by whatever path.
     """
 
     values: float
@@ -56,7 +56,7 @@ def foresight(spec: Spec, sizes: ModelConfig, seq_len: int, seed: int = 0) -> Fo
 
 
 def refuse(name: str, spec: Spec, found: Foresight, *, chooses_ahead: bool) -> None:
-    """Makes sure that a byte is not predicted from itself.
+    """Checks that a byte is not predicted from itself.
 
     Raises:
       ValueError: values of later bytes reach a query, or its keys are chosen by later
@@ -77,7 +77,7 @@ def refuse(name: str, spec: Spec, found: Foresight, *, chooses_ahead: bool) -> N
 
 
 def _no_zeros(params: nnx.State, rng: np.random.Generator) -> nnx.State:
-    """Noise on every parameter: what starts at zero would hide all that is before."""
+    """Adds noise to every parameter: zeros would hide the layers before them."""
 
     def noisy(x: jax.Array) -> jax.Array:
         noise = 0.1 * rng.standard_normal(x.shape)

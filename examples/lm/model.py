@@ -26,7 +26,7 @@ ZEROS = nnx.initializers.zeros_init()
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model; what a spec learns of its own comes on top."""
+    """Sizes of the model, without what a spec learns of its own."""
 
     num_layers: int
     num_heads: int
@@ -66,22 +66,22 @@ def _rotate(x: jax.Array) -> jax.Array:
 
 
 def routing_for(seq_len: int) -> Routing:
-    """Clusters of 128 positions beside local windows as long, for half of the heads."""
+    """Options for routing: half of the heads cluster 128 positions, half are local."""
     clusters = max(2, seq_len // 128)
     window = -(-seq_len // clusters)
     return Routing(num_clusters=clusters, window=window, local_window=window)
 
 
 def text_of(spec: Spec) -> str:
-    """What a spec is called: its text, or its name."""
+    """The text of a spec, or its name."""
     return ROUTING if isinstance(spec, Routing) else repr(spec)
 
 
 def attention_layer(config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> nnx.Module:
-    """The layer of a spec; positions turn, but for the heads that cluster by content.
+    """The layer of a spec, with rotary positions but for heads that cluster by content.
 
     Raises:
-      ValueError: routing, and keys that are fewer than queries.
+      ValueError: routing with fewer key heads than query heads.
     """
     if not isinstance(spec, Routing):
         return SparseAttention(
@@ -114,7 +114,7 @@ class Block(nnx.Module):
         )  # fmt: skip
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``[batch, seq, d_model]`` to the same."""
+        """Maps ``[batch, seq, d_model]`` to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         # Squared ReLU (So et al., Primer, 2021): cheap on a CPU, and learns fast.
         hidden = jnp.square(nnx.relu(self.up(self.mlp_norm(x))))
@@ -125,8 +125,8 @@ class LanguageModel(nnx.Module):
     """The logits of the next byte at each position."""
 
     def __init__(self, config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> None:
-        # Of a byte and of the one before it: pairs of bytes, which a small model takes
-        # long to find by attention, are there from the start.
+        # Embeds a byte and the byte before it: pairs of bytes, which a small model takes
+        # long to find by attention, are known from the start.
         embed = partial(
             nnx.Embed, NUM_BYTES, config.d_model,
             embedding_init=nnx.initializers.normal(1.0), rngs=rngs,
@@ -143,16 +143,16 @@ class LanguageModel(nnx.Module):
         )  # fmt: skip
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """``[batch, seq]`` integers to ``[batch, seq, 256]`` float32."""
+        """Maps integers ``[batch, seq]`` to logits ``[batch, seq, 256]``, float32."""
         return self.logits(self.embedded(tokens))
 
     def embedded(self, tokens: jax.Array) -> jax.Array:
-        """``[batch, seq]`` integers to what the blocks read of each position."""
+        """Maps integers ``[batch, seq]`` to the input of the first block."""
         before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
         return self.embed(tokens) + self.embed_before(before)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """``[batch, seq, d_model]`` to ``[batch, seq, 256]`` float32."""
+        """Maps ``[batch, seq, d_model]`` to logits ``[batch, seq, 256]``, float32."""
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)).astype(jnp.float32)
@@ -168,16 +168,16 @@ def bits_per_byte(model: LanguageModel, batch: jax.Array) -> jax.Array:
 
 
 def count_params(config: ModelConfig, spec: Spec) -> int:
-    """The number of parameters, without making them."""
+    """Counts the parameters without making them."""
     model = nnx.eval_shape(lambda: LanguageModel(config, spec, nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
     return sum(math.prod(x.shape) for x in leaves)
 
 
 def matched(config: ModelConfig, spec: Spec, num_params: int) -> ModelConfig:
-    """The sizes with the width of the MLP at which a model has ``num_params``.
+    """Sizes with the MLP width that gives a model about ``num_params`` parameters.
 
-    As near as whole features allow; each has ``2 * d_model`` parameters in a layer.
+    Each feature of an MLP has ``2 * d_model`` parameters in a layer.
     """
     feature = 2 * config.d_model * config.num_layers
     lacking = round((num_params - count_params(config, spec)) / feature)

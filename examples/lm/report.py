@@ -1,4 +1,4 @@
-"""Runs side by side: a table on the screen, as JSON and Markdown, and two pictures."""
+"""Reports runs side by side: a table, JSON, Markdown, and two pictures."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from lm.model import ROUTING, ModelConfig
 from lm.training import Result, TrainConfig
 
 BLOCK = 128
-# A picture shows this many positions at most, in this many cells at most.
+# The most positions that a picture shows, and the most cells.
 PICTURE_POSITIONS, PICTURE_CELLS = 1024, 256
 COLOURS = ("#4c566a", "#d1495b", "#2a7f9e", "#e0a030", "#6a994e", "#8f5ea8")
 
@@ -32,16 +32,16 @@ class Row:
     step_seconds: float
     tokens_per_second: float
     memory_bytes: int
-    # None where content decides.
+    # None if content decides the pairs.
     num_pairs: int | None = None
     visited_blocks: int | None = None
     num_blocks: int | None = None
 
 
 def row(result: Result, model: ModelConfig, config: TrainConfig) -> Row:
-    """What is compared of a run; pairs and blocks are of one layer and one head map."""
+    """The numbers of one run; pairs and blocks are of one layer and one head map."""
     history = result.history
-    # The first step of a process pays for warming up.
+    # The first step of a process includes warming up.
     seconds = float(np.median(history.seconds[1:] or history.seconds))
     counts = {}
     if not by_content(result.spec):
@@ -66,12 +66,12 @@ def row(result: Result, model: ModelConfig, config: TrainConfig) -> Row:
 
 
 def by_content(spec: str) -> bool:
-    """Whether what is attended depends on the text, as routing and selections do."""
+    """Whether the attended pairs depend on the text, as in routing and selections."""
     return spec == ROUTING or bool(sa.plan(spec, 1, relayout=False).operands)
 
 
 def _cells(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """The table as text; the first run is what the others are compared with."""
+    """The table as text; the other runs are compared with the first."""
     base = rows[0]
     return [
         {
@@ -97,7 +97,7 @@ def _counts(row: Row, base: Row) -> dict[str, str]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The comparison, for a terminal: a column a run."""
+    """The comparison for a terminal: one column for each run."""
     cells = _cells(rows)
     shown = Table(title="dense and sparse, all else equal", title_justify="left")
     shown.add_column("spec")
@@ -133,7 +133,7 @@ def markdown(rows: Sequence[Row], setting: str) -> str:
 def write(
     out: Path, results: Sequence[Result], rows: Sequence[Row], setting: dict[str, Any]
 ) -> list[Path]:
-    """Writes table and pictures, each whole or not at all; returns the paths."""
+    """Writes table and pictures, each whole or not at all, and returns the paths."""
     record = {
         "setting": setting,
         "rows": [asdict(row) for row in rows],
@@ -160,7 +160,7 @@ def write(
 
 
 def draw_curves(results: Sequence[Result]) -> Figure:
-    """Bits per byte by step, and by the time that the steps took."""
+    """Draws bits per byte by step, and by the time that the steps took."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     width = max(1, results[0].history.step // 25)
@@ -195,7 +195,7 @@ def _label(axes: Axes, x: str, y: str) -> None:
 
 
 def draw_patterns(specs: Sequence[str], setting: dict[str, Any]) -> Figure:
-    """The first positions of each static spec, darker where more is seen."""
+    """Draws the first positions of each static spec, darker where more is seen."""
     specs = [text for text in specs if not by_content(text)]
     size = min(setting["seq_len"], PICTURE_POSITIONS)
     cell = -(-size // PICTURE_CELLS)

@@ -1,4 +1,4 @@
-"""One run: compile a step, take it, measure it, keep it."""
+"""Trains one model: compiles a step, runs it, measures it, keeps checkpoints."""
 
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from sadsl.layers.nnx import commitment_loss
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, on what and how fast."""
+    """Length of training, batch size and learning rate."""
 
     steps: int
     batch_size: int
@@ -64,29 +64,29 @@ class TrainConfig:
 
 
 class State(NamedTuple):
-    """All that changes from step to step."""
+    """Everything that a step changes."""
 
     params: Any
     optimizer: Any
-    # What a step changes without a gradient: centroids of routing layers.
+    # Changed in a step without a gradient: centroids of routing layers.
     others: Any
 
 
 class Compiled(NamedTuple):
-    """The executables of a run, its first state, and what they need."""
+    """The compiled functions of a run, its first state, and the memory they need."""
 
     step: Callable[[State, np.ndarray], tuple[State, jax.Array]]
     valid: Callable[[Any, Any, np.ndarray], jax.Array]
     state: State
     num_params: int
     memory_bytes: int
-    # Of those, what a step needs beside the state and the batch.
+    # Part of these bytes that is neither state nor batch.
     temp_bytes: int
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run, and what it took."""
+    """A finished run, and its cost."""
 
     spec: str
     history: History
@@ -100,7 +100,7 @@ def identity(
     config: TrainConfig,
     corpus: data.Corpus,
 ) -> dict[str, Any]:
-    """All that decides on the losses of a run, by short names."""
+    """Everything that the losses of a run depend on, by short names."""
     when = {"valid_every", "checkpoint_every"}
     settings = {name: x for name, x in asdict(config).items() if name not in when}
     size = len(corpus.train) + len(corpus.valid)
@@ -113,7 +113,7 @@ def first_state(
 ) -> tuple[nnx.GraphDef, State]:
     """The structure of the model, and its state before the first step.
 
-    The seed alone decides on the weights; the structure is the same for every seed.
+    Weights depend on the seed alone; the structure is the same for every seed.
     """
     model = LanguageModel(sizes, spec, nnx.Rngs(config.seed))
     graph, params, others = nnx.split(model, nnx.Param, ...)
@@ -121,7 +121,7 @@ def first_state(
 
 
 def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled:
-    """Makes the model and compiles its steps, which serve every seed."""
+    """Makes the model and compiles its steps, for use with every seed."""
     graph, state = first_state(spec, sizes, config)
     optimizer = config.optimizer()
 
@@ -167,9 +167,9 @@ def train(
     keep: Callable[[State, History], None],
     tell: Callable[[History], None],
 ) -> None:
-    """Goes on from ``state``, or the first one if None, and adds to ``history``.
+    """Continues from ``state``, or from the first one if None, and adds to ``history``.
 
-    ``tell`` is called after each step, ``keep`` after each that makes a checkpoint.
+    It calls ``tell`` after each step, and ``keep`` after each step with a checkpoint.
     """
     state = compiled.state if state is None else jax.device_put(state)
     for step in range(history.step, config.steps):
