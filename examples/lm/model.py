@@ -125,8 +125,8 @@ class LanguageModel(nnx.Module):
     """The logits of the next byte at each position."""
 
     def __init__(self, config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> None:
-        # Embeds a byte and the byte before it: pairs of bytes, which a small model takes
-        # long to find by attention, are known from the start.
+        # Embeds a byte and the byte before it. So pairs of bytes, which a small model
+        # takes long to find by attention, are known from the start.
         embed = partial(
             nnx.Embed, NUM_BYTES, config.d_model,
             embedding_init=nnx.initializers.normal(1.0), rngs=rngs,
