@@ -167,26 +167,21 @@ def hyper_attention(
     """Attention that is exact for large entries and estimated for the rest.
 
     Queries and keys are each sorted by the rank of their hash signs in a Gray code, and
-    cut into equally many blocks. A query attends exactly to the key block with the
-    number of its own block. Keys drawn at random stand for all other keys: a drawn key
-    of the own block is masked out, each other one weighs ``kv_seq_len / samples``. The
-    normaliser is unbiased. ``jit`` and ``grad`` work.
+    cut into equally many blocks. A query attends exactly to the key block with its own
+    block's number. Random keys stand for all others: one of the own block is masked
+    out, any other weighs ``kv_seq_len / samples``. The normaliser is unbiased.
 
     Han et al., HyperAttention: long-context attention in near-linear time, 2023,
-    section 3. The last block is short here, where the released code fills it with zero
-    keys. Samples are masked and weighted on every backend, which not all of its kernels
-    do.
+    section 3. The released code fills the last block with zero keys; here it is short.
+    Not all kernels of that code mask and weigh samples; here every backend does.
 
     Args:
       q, k, v: as in ``sadsl.attention``.
-      draws: of ``draw_hyper``, for these shapes and ``how``.
-      how: the options; ``Hyper()`` if None.
-      return_lse: whether to return the log-sum-exp too.
-      **options: those of ``sadsl.attention``, but ``operands``.
+      draws, how: ``draw_hyper(key, q, k, how)``, and the same options for it.
+      return_lse, **options: those of ``sadsl.attention``, but ``operands``.
 
     Raises:
-      ValueError: ``how.causal`` with another number of keys than of queries, or draws
-        that were made for other sizes.
+      ValueError: ``how.causal`` with unequal lengths, or draws for other sizes.
 
     Example:
       >>> import jax
