@@ -310,12 +310,13 @@ def _on(lowered: Any, target: targets.Target) -> Any:
     here = lowered.target in targets.TARGETS
     if here and targets.TARGETS[lowered.target].platform == target.platform:
         return replace(lowered, target=target.name)
-    options = replace(
-        lowered.options,
+    setting = replace(
+        lowered.options.setting,
         impl=DEFAULT_IMPL[platform],
-        # Blocks named for one platform may be impossible on another.
+        # Block sizes named for one platform may be impossible on another.
         config=KernelConfig(relayout=lowered.options.setting.config.relayout),
     )
+    options = replace(lowered.options, setting=setting)
     return replace(lowered, target=target.name, options=options)
 
 
