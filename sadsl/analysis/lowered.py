@@ -16,10 +16,11 @@ from pallas_kernels.config import KernelConfig, Tiles
 from sadsl.analysis.explain import Explanation, explain
 from sadsl.run import checks, merging
 from sadsl.run.backends import PLATFORMS, choose_impl
+from sadsl.run.kernels import choose_tiles
 from sadsl.run.operands import check_given, operand_ranks
 from sadsl.run.options import Options
 from sadsl.run.plans import plan_of
-from sadsl.run.softmax import choose_tiles, sinks_of, traced
+from sadsl.run.softmax import sinks_of, traced
 from sadsl.run.types import Setting
 from sadsl.terms.base import Spec
 from sadsl.text.specs import as_term

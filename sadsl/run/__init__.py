@@ -1,4 +1,4 @@
-"""A checked call on arrays, one file for each kind of term.
+"""Runs a checked call on arrays; each kind of term has a file.
 
 Importing this package registers the rule of every kind of term with ``attend``.
 """

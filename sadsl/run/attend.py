@@ -1,4 +1,4 @@
-"""``attend``: what a term yields on checked arrays; each kind of term has its rule."""
+"""``attend`` and ``choose``: generic functions with one rule for each kind of term."""
 
 from collections.abc import Mapping
 from functools import singledispatch
@@ -14,10 +14,12 @@ from sadsl.terms.base import Spec, Term, read_by
 def attend(
     term: Spec, inputs: QKV, given: Mapping[str, Any], setting: Setting
 ) -> Outcome:
-    """Output and lse of ``term``. Each file of this wing registers its kind of term.
+    """Computes the output and the lse of ``term``.
+
+    Each file of this wing registers the rule of its kind of term.
 
     Args:
-      term: a map or a term; which rule applies follows from its class.
+      term: a map or a term; its class selects the rule.
       inputs: q, k and v, ``[batch, seq, heads, dim]``, checked.
       given: the run-time arrays that ``term`` reads, by name.
       setting: the options of the call.
@@ -37,9 +39,9 @@ def choose(
     given: Mapping[str, Any],
     setting: Setting,
 ) -> dict[str, Array]:
-    """What the selections of ``term`` choose for q and k, by name.
+    """The choices of the selections of ``term`` for q and k, by name.
 
-    A term without a rule of its own chooses what its parts choose.
+    A term without its own rule collects the choices of its parts.
     """
     assert isinstance(term, Term)
     found: dict[str, Array] = {}

@@ -1,4 +1,4 @@
-"""Which backends there are, and which one a call runs on."""
+"""The backends, and which of them a call runs on."""
 
 from typing import Any
 
@@ -7,19 +7,22 @@ import jax
 from pallas_kernels import dispatch
 
 IMPLS = ("reference", *dispatch.BACKENDS)
-
-
+# The platforms on which each backend runs.
 PLATFORMS = {"xla": ("cpu", "gpu", "tpu"), "tpu": ("tpu",), "triton": ("gpu",)}
-
-
+# The backend of each platform, if the call names none.
 DEFAULT_IMPL = {"cpu": "xla", "tpu": "tpu", "gpu": "triton"}
 
 
 def choose_impl(impl: str | None, interpret: Any, *arrays: Any) -> str:
-    """The backend of a call.
+    """The backend of a call: ``impl``, or that of the default device if None.
+
+    Args:
+      impl: the name that the caller gave, or None.
+      interpret: whether kernels run in an interpreter, which works on any device.
+      *arrays: the arrays of the call; the device is checked unless one is traced.
 
     Raises:
-      ValueError: it does not exist, or concrete arrays lie where it cannot run.
+      ValueError: no backend has this name, or it cannot run on the default device.
     """
     if impl is None:
         impl = DEFAULT_IMPL.get(jax.default_backend(), "xla")

@@ -41,51 +41,69 @@ def attention(
         Float[Array, "batch num_q_heads q_seq"],
     ]
 ):
-    """Attention over the pairs that ``spec`` selects.
+    """Computes attention over the pairs that ``spec`` selects.
 
     ``jit``, ``grad``, ``vmap``, ``jax.checkpoint`` and ``shard_map`` over batch or
-    heads work (with ``interpret`` as ``shard_map(check_vma=False)``), and with "xla"
-    forward mode and any second derivative. A query that selects no key yields 0, and
-    ``lse == -inf``. Lengths need not be multiples of a block.
+    heads work (with ``interpret`` as ``shard_map(check_vma=False)``). With "xla",
+    forward mode and any second derivative work too. A query that sees no key yields 0
+    and ``lse == -inf``. Lengths need not be multiples of a block.
 
-    A key that no query sees, such as padding or an unused slot of a cache, and a query
-    that sees no key may hold anything, NaN too. A value (or a cotangent) that is not
-    finite and that some query sees may reach other queries of its block, and their
+    A key that no query sees, such as padding or an unused slot of a cache, may hold
+    NaN, and so may a query that sees no key. If some query sees a value (or a
+    cotangent) that is not finite, it may reach other queries of its block, and their
     gradients. A score of ``-inf`` has no weight; any finite score counts.
 
     Args:
-      q, k, v: float32, bfloat16 or float16, all of one dtype; the number of heads of q
-        is a multiple of that of k and v. Products accumulate in float32. With "xla" and
-        "reference" also float64, which everything but a choice is then computed in;
+      q, k, v: ``[batch, seq, heads, head_dim]``, float32, bfloat16 or float16, all of
+        one dtype; v may have its own ``head_dim_v``. The number of heads of q is a
+        multiple of that of k and v. Products accumulate in float32. With "xla" and
+        "reference" also float64, in which everything but a selection is computed then;
         without ``jax_enable_x64``, JAX itself makes float32 of it.
       spec: an index map, a term such as ``softmax(map, ...)`` or ``joint(a, b)``, or
         their text.
-      q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``. Those
-        that int32 does not hold (NumPy int64) are ranked, and keep their order.
-      operands: what the spec reads by name: integers for maps made of
-        ``operand(name)``; what a selection asks for, or parts that ``select`` chose
-        before; biases, sinks, gates and decays, which have gradients; functions, where
-        a term names a feature map. What ``a | full()`` and its like leave without a
-        reader may be passed all the same, and need not be.
+      q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``. Ids
+        that do not fit int32 (NumPy int64) are replaced by their ranks.
+      operands: the arrays that the spec reads, by name: integers for maps made of
+        ``operand(name)``; scores or centroids for selections, or the choices that
+        ``select`` made before; biases, sinks, gates and decays, which have gradients;
+        functions, where a term names a feature map. An operand that the spec names but
+        simplification removes, as in ``a | full()``, may be passed or left out.
       sm_scale: factor before the softmax; ``head_dim ** -0.5`` if None. It may be
         traced, and has a gradient: then q, k and v are multiplied in float32.
-      q_offset: the position of the first query, as decoding needs.
+      q_offset: the position of the first query, for decoding.
       return_lse: also return the natural log-sum-exp, f32 (f64 for f64); it has a
         gradient.
       impl: "xla", "tpu", "triton", "reference" (dense), or None for the default device.
       interpret: run Pallas kernels in an interpreter (True, or its parameters).
       config: block sizes and pipelining; never changes the result.
-      dropout_rate: the part of the attention weights that is dropped; the others grow
-        by ``1 / (1 - dropout_rate)``, and the lse is that of all.
-      dropout_key: what decides on it, a key of ``jax.random``; the same weights are
-        dropped on every backend. Parts of a spec that may weigh one pair twice drop it
-        apart: part ``i`` of ``average``, ``gated`` and ``heads`` draws from
-        ``jax.random.fold_in(dropout_key, i)``, a part of that part likewise, and a
-        ``joint`` as it says. Under ``shard_map``, fold the shard into it.
+      dropout_rate: the share of the attention weights that is dropped, in [0, 1). The
+        others grow by ``1 / (1 - dropout_rate)``. The lse counts all weights.
+      dropout_key: a key of ``jax.random``, from which the dropped weights are drawn;
+        they are the same on every backend. Part ``i`` of ``average``, ``gated`` and
+        ``heads`` draws from ``jax.random.fold_in(dropout_key, i)``, and so do the parts
+        of that part; ``joint`` says what it does. Under ``shard_map``, fold the index
+        of the shard into the key.
+
+    Returns:
+      ``out``, ``[batch, q_seq, num_q_heads, head_dim_v]``, in the dtype of q; with
+      ``return_lse``, ``(out, lse)``, and ``lse`` is ``[batch, num_q_heads, q_seq]``.
 
     Raises:
       ValueError: the arrays, the spec and the options do not fit together.
       NotImplementedError: this backend cannot do it; nothing falls back silently.
+
+    Example:
+      Queries and keys of 0 give equal weights, so ``exp(lse)`` counts the keys:
+
+      >>> import jax.numpy as jnp
+      >>> import sadsl as sa
+      >>> x, v = jnp.zeros((1, 4, 1, 2)), jnp.arange(4.0).reshape(1, 4, 1, 1)
+      >>> spec = sa.causal() & sa.window(1)  # or its text, "causal() & window(1)"
+      >>> out, lse = sa.attention(x, x, v, spec, return_lse=True)
+      >>> [round(float(y), 3) for y in out[0, :, 0, 0]]
+      [0.0, 0.5, 1.5, 2.5]
+      >>> [round(float(y), 3) for y in jnp.exp(lse[0, 0])]
+      [1.0, 2.0, 2.0, 2.0]
     """
     term = any_term(spec)
     checks.problem(q, k, v, q_offset)
@@ -108,8 +126,8 @@ def attention(
         return out
     if lse is None:
         raise NotImplementedError(
-            f"return_lse=True: {term!r} has more than one normaliser, so that no "
-            "single log-sum-exp belongs to a query: leave it False"
+            f"return_lse=True: {term!r} has more than one normaliser, so a query has "
+            "no single log-sum-exp: leave it False"
         )
     return out, lse.astype(wide(q.dtype))
 
@@ -122,7 +140,7 @@ def _given(
     """All run-time arrays of a call by name.
 
     Raises:
-      ValueError: one kind of segment ids without the other.
+      ValueError: the ids of queries were given without those of keys, or vice versa.
     """
     ids = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
     named = {name: x for name, x in ids.items() if x is not None}
@@ -135,7 +153,11 @@ def _given(
 
 
 def _check_read(term: Term, given: Mapping[str, Any]) -> None:
-    """Refuses arrays that no part of a mixture reads; maps check their own."""
+    """Refuses arrays that no part of a mixture reads; maps check their own arrays.
+
+    Raises:
+      ValueError: no part reads an array.
+    """
     if isinstance(term, Softmax | ScatterMean):
         return
     for name in given:
@@ -154,10 +176,33 @@ def select(
     sm_scale: float | None = None,
     q_offset: int = 0,
 ) -> dict[str, Array]:
-    """What the selections of ``spec`` choose for these queries and keys, by name.
+    """Lets the selections of ``spec`` choose keys for these queries, and returns that.
 
-    Pass it as ``operands=`` to ``attention`` to use one choice for several calls, and
-    an entry of its batch to ``IndexMap.dense``, to look at it. Empty for a static map.
+    Pass the result as ``operands=`` to ``attention``, to use one choice in several
+    calls. Pass one entry of its batch to ``IndexMap.dense``, to look at it.
+
+    Args:
+      spec: an index map, a term, or text.
+      q, k: as in ``attention``.
+      operands, sm_scale, q_offset: as in ``attention``; selections may read them.
+
+    Returns:
+      The chosen arrays by name; empty if content decides nothing in ``spec``.
+
+    Raises:
+      ValueError: the arrays and the spec do not fit together.
+
+    Example:
+      The query 0.5 scores the keys 2 and 1 highest:
+
+      >>> import jax, jax.numpy as jnp
+      >>> import sadsl as sa
+      >>> q = jnp.full((1, 1, 1, 1), 0.5)
+      >>> k = jnp.array([0.0, 1.0, 2.0, -1.0]).reshape(1, 4, 1, 1)
+      >>> top = sa.topk(2, block=1)
+      >>> chosen = jax.jit(lambda q, k: sa.select(top, q, k))(q, k)
+      >>> top.dense(1, 4, operands={n: x[0] for n, x in chosen.items()}).astype(int)
+      array([[[0, 1, 1, 0]]])
     """
     term = any_term(spec)
     checks.problem(q, k, k, q_offset)

@@ -18,13 +18,13 @@ from sadsl.terms.channel import Channel
 def _(
     term: Channel, inputs: QKV, given: Mapping[str, Any], setting: Setting
 ) -> Outcome:
-    """Channel attention, the same on every backend: two products and a small softmax.
+    """Channel attention: two products and a small softmax, in XLA on every backend.
 
     Products accumulate in float32 (float64 for float64).
 
     Raises:
       ValueError: queries and keys differ in length, or keys and values in width.
-      NotImplementedError: there is dropout on the weights, or a ``q_offset``.
+      NotImplementedError: the call has dropout or a ``q_offset``.
     """
     del given
     q, k, v = inputs
@@ -38,7 +38,8 @@ def _(
     if setting.q_offset or setting.dropout_rate:
         raise NotImplementedError(
             f"{term!r} with q_offset={setting.q_offset}, dropout_rate="
-            f"{setting.dropout_rate}: its weights are between channels; leave both 0"
+            f"{setting.dropout_rate}: its weights are between channels, not between "
+            "tokens; leave both 0"
         )
     scale = setting.sm_scale if term.scale == "head_dim" else q_seq**-0.5
     return Outcome(_attended(q, k, v, scale=scale), None)
@@ -46,6 +47,7 @@ def _(
 
 @jax.jit
 def _attended(q: Array, k: Array, v: Array, *, scale: Any) -> Array:
+    """``(softmax(scale * q^T k) v^T)^T`` for each head, shaped like ``q``."""
     heads, kv_heads, dim = q.shape[2], *k.shape[2:]
     products = partial(
         jnp.einsum, preferred_element_type=wide(q.dtype), precision="highest"

@@ -1,4 +1,4 @@
-"""What is checked once, at the border, of a call's arrays."""
+"""Checks the arrays and the options of a call, once, before anything runs."""
 
 from typing import Any, TypeAlias
 
@@ -16,9 +16,11 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def problem(q: Any, k: Any, v: Any, q_offset: int) -> Problem:
-    """The sizes of a call, from arrays or ShapeDtypeStructs.
+    """Checks q, k and v and returns the sizes of the call.
 
-    Each is ``[batch, seq, heads, head_dim]``.
+    Args:
+      q, k, v: arrays or ShapeDtypeStructs, ``[batch, seq, heads, head_dim]``.
+      q_offset: the position of the first query.
 
     Raises:
       ValueError: ranks, lengths, heads or dtypes do not fit together.
@@ -81,7 +83,9 @@ def _check_sizes(q: Shape, k: Shape, v: Shape) -> None:
 
 
 def scale(sm_scale: Any, head_dim: int) -> Any:
-    """The factor of the scores: a Python float, or a traced scalar, float32 at least.
+    """The scale of a call; ``head_dim ** -0.5`` if ``sm_scale`` is None.
+
+    A Python float, or a traced scalar of float32 (float64 for float64).
 
     Raises:
       ValueError: it is not one number.
@@ -90,8 +94,8 @@ def scale(sm_scale: Any, head_dim: int) -> Any:
         return float(head_dim**-0.5)
     if np.ndim(sm_scale):
         raise ValueError(
-            f"sm_scale has shape {np.shape(sm_scale)}: it must be one number; multiply "
-            "q by factors that differ"
+            f"sm_scale has shape {np.shape(sm_scale)}: it must be one number; where "
+            "the factors differ, multiply q by them"
         )
     if isinstance(sm_scale, jax.core.Tracer):
         return sm_scale.astype(wide(sm_scale.dtype))
@@ -99,7 +103,7 @@ def scale(sm_scale: Any, head_dim: int) -> Any:
 
 
 def precision(dtype: Any, impl: str) -> None:
-    """Refuses float64 where there are only kernels.
+    """Refuses float64 on the backends whose kernels have no float64.
 
     Raises:
       NotImplementedError: this backend has no float64.
@@ -112,7 +116,7 @@ def precision(dtype: Any, impl: str) -> None:
 
 
 def dropout(rate: Any, key: Any) -> float:
-    """The rate of a call, checked; 0 where nothing is dropped.
+    """Checks the dropout rate of a call and returns it as a float; 0 drops nothing.
 
     Raises:
       ValueError: the rate is outside [0, 1), or there is a rate without a key.
@@ -128,16 +132,16 @@ def dropout(rate: Any, key: Any) -> float:
     if rate and key is None:
         raise ValueError(
             f"dropout_rate={rate} without dropout_key: pass a key of jax.random, or "
-            "dropout_rate=0 where nothing shall be dropped"
+            "dropout_rate=0 to drop nothing"
         )
     return float(rate)
 
 
 def segment_ids(q_ids: Any, kv_ids: Any) -> tuple[Any, Any]:
-    """The ids, ranked together if int32 does not hold some of them.
+    """The segment ids, replaced by their ranks if int32 does not hold all of them.
 
-    Which are equal, and which is the smaller, stays as it is. Of traced ids nothing is
-    known: ``integers`` refuses those that int32 may not hold.
+    Ranks keep which ids are equal and which are smaller. The values of traced ids are
+    not known, so they stay; ``integers`` later refuses dtypes that int32 cannot hold.
     """
     both = [x if isinstance(x, jax.Array) else np.asarray(x) for x in (q_ids, kv_ids)]
     if all(_is_small(x) for x in both):
@@ -156,7 +160,10 @@ def segment_ids(q_ids: Any, kv_ids: Any) -> tuple[Any, Any]:
 
 
 def _is_small(ids: Any) -> bool:
-    """Whether int32 holds the ids, as far as is known; what are none, others refuse."""
+    """Whether int32 holds the ids, as far as their values are known.
+
+    True for arrays that are not integers: another check refuses them.
+    """
     if not np.issubdtype(ids.dtype, np.integer) or holds_int32(ids.dtype):
         return True
     if isinstance(ids, jax.core.Tracer):

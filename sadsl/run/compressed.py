@@ -1,4 +1,4 @@
-"""Runs attention over a sequence of compressed blocks."""
+"""Runs ``compressed``: attention to one key and one value for each block."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,10 +20,10 @@ from sadsl.terms.compressed import Compressed
 def _(
     term: Compressed, inputs: QKV, given: Mapping[str, Any], setting: Setting
 ) -> Outcome:
-    """Attention over the compressed sequence, by the kernels of any map.
+    """Attention over the sequence of blocks, by the ordinary kernels.
 
     Raises:
-      ValueError: a function that compresses is missing, or yields another shape.
+      ValueError: a compressing function is missing, or returns another shape.
     """
     q, k, v = inputs
     batch, length, heads, _ = q.shape
@@ -43,10 +43,13 @@ def shortened(
     name: str | None,
     given: Mapping[str, Any],
 ) -> Float[Array, "batch blocks heads dim"]:
-    """A vector for each whole block of ``x``: the mean, or by the function ``name``.
+    """One vector for each whole block of ``x``.
+
+    The mean of the block if ``name`` is None, else the result of the operand ``name``.
 
     Raises:
-      ValueError: the function was not given, or yields another shape.
+      ValueError: the function was not given, or returns another shape.
+      TypeError: the operand is not a function.
     """
     if name is None:
         return _means(x, length=term.length, stride=term.stride)
@@ -64,8 +67,9 @@ def shortened(
     wanted = (*blocks.shape[:2], *x.shape[2:])
     if found.shape != wanted:
         raise ValueError(
-            f"operand {name!r} made {found.shape} of blocks {blocks.shape}: {term!r} "
-            f"needs one vector a block and head, {wanted}"
+            f"operand {name!r} returned shape {found.shape} for blocks of shape "
+            f"{blocks.shape}: {term!r} needs one vector for each block and head, "
+            f"{wanted}"
         )
     return found.astype(x.dtype)
 
@@ -74,6 +78,7 @@ def shortened(
 def _means(
     x: Float[Array, "batch seq heads dim"], *, length: int, stride: int
 ) -> Float[Array, "batch blocks heads dim"]:
+    """The mean of each whole block, accumulated in float32 at least."""
     summed = widened(x)
     window, step = (1, length, 1, 1), (1, stride, 1, 1)
     zero = np.zeros((), summed.dtype)

@@ -1,4 +1,4 @@
-"""What the selections of a call choose, given its arrays."""
+"""Lets the selections of a call choose keys, from its arrays."""
 
 from collections.abc import Mapping
 
@@ -15,9 +15,9 @@ from sadsl.terms.base import TRACED_SCALE
 def with_parts(
     q: Array, k: Array, arrays: Mapping[str, Array], options: Options
 ) -> Mapping[str, Array]:
-    """The arrays that the map reads, what content decides among them.
+    """The arrays that the map reads, with the choices of its selections.
 
-    A choice that simplification has removed from the map is not made.
+    A selection that simplification has removed from the map does not choose.
     """
     if not options.selections:
         return arrays
@@ -34,7 +34,7 @@ def with_parts(
 def chosen_parts(
     q: Array, k: Array, arrays: Mapping[str, Array], options: Options
 ) -> dict[str, Array]:
-    """What the selections of a call choose, by the names that its map reads."""
+    """The choices of the selections of a call, by the names that its map reads."""
 
     def chosen(q: Array, k: Array, arrays: Mapping[str, Array]) -> dict[str, Array]:
         return choose(options.selections, content_of(q, k, arrays, options))
@@ -47,7 +47,7 @@ def chosen_parts(
 def content_of(
     q: Array, k: Array, arrays: Mapping[str, Array], options: Options
 ) -> Content:
-    """What selections may look at."""
+    """All that selections may look at; q and k are ``[batch, heads, seq, dim]``."""
     scale = options.setting.sm_scale
     return Content(
         q=jnp.swapaxes(q, 1, 2),

@@ -1,4 +1,4 @@
-"""``heads``: every part of the heads is a call of its own."""
+"""Runs ``heads``: one call for each range of heads."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +16,13 @@ from sadsl.terms.heads import Heads
 def slices(
     inputs: tuple[Array, ...], term: Heads
 ) -> list[tuple[tuple[Array, ...], Spec]]:
-    """The heads of every part, of q and of what has the heads of k.
+    """Splits the arrays by heads: for each part its arrays and its spec.
+
+    ``inputs`` are q and others that have the heads of k, ``[batch, seq, heads, dim]``.
 
     Raises:
-      ValueError: the numbers do not add up to the heads, or split a group of them.
+      ValueError: the numbers do not add up to the heads of q, or split a group of heads
+        that share a key head.
     """
     q, *others = inputs
     heads, group = q.shape[2], q.shape[2] // others[0].shape[2]
@@ -32,8 +35,8 @@ def slices(
     for spec, count in term.shares:
         if count % group:
             raise ValueError(
-                f"{term!r}: {count} heads of {spec!r} split a group of {group} that "
-                "reads one key head: give a multiple of it"
+                f"{term!r}: {count} heads of {spec!r} split a group of {group} heads "
+                f"that share a key head: give a multiple of {group}"
             )
         stop = start + count
         mine = tuple(x[:, :, start // group : stop // group] for x in others)
@@ -44,10 +47,10 @@ def slices(
 
 @attend.register
 def _(term: Heads, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> Outcome:
-    """The outcomes of all parts, side by side; an lse if every part has one."""
+    """The outcomes of all parts, joined along the heads; an lse if all have one."""
     found = []
     for i, ((q, k, v), spec) in enumerate(slices(inputs, term)):
-        # Else the first heads of all parts would drop the same pairs.
+        # With one key, the first heads of all parts would drop the same pairs.
         mine = dropout_seeds.of_part(read_by(spec, given), i)
         found.append(attend(spec, (q, k, v), mine, setting))
     lses = [lse for _, lse in found if lse is not None]
@@ -62,10 +65,10 @@ def _(
     given: Mapping[str, Any],
     setting: Setting,
 ) -> dict[str, Array]:
-    """What the selections of all parts choose, each for its own heads.
+    """The choices of the selections of all parts, each for its own heads.
 
     Raises:
-      ValueError: two parts have the same selection, whose arrays have one name.
+      ValueError: two parts have the same selection, so that their arrays share a name.
     """
     found: dict[str, Array] = {}
     for (q, k), spec in slices(inputs, term):

@@ -1,4 +1,4 @@
-"""Linear attention: by recurrence, by two sums, or over all pairs."""
+"""Runs ``linear``: as a recurrence, as two sums, or over all pairs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,9 +29,16 @@ from sadsl.terms.linear import Kind, Linear
 
 @dataclass(frozen=True)
 class Static:
-    """The static part of a call; ``eps`` is None without a normaliser.
+    """The static part of a call.
 
-    ``positive`` says that no weight is negative, so that there is an lse.
+    Attributes:
+      kind: which keys a query sees.
+      documents: what is known of packed documents; None without segment ids.
+      eps: the number added to the normaliser; None without a normaliser.
+      positive: whether no weight is negative, so that the output has an lse.
+      q_offset: the position of the first query.
+      impl: the backend.
+      call: the static part of the kernel call; None for the reference.
     """
 
     kind: Kind
@@ -44,7 +51,7 @@ class Static:
 
 
 class Arrays(NamedTuple):
-    """The arrays of a call: features, values, log-decays, and ids of documents."""
+    """The arrays of a call: features, values, log-decays and document ids."""
 
     q: Array  # [batch, q_seq, num_q_heads, features]
     k: Array  # [batch, kv_seq, num_kv_heads, features]
@@ -57,12 +64,12 @@ class Arrays(NamedTuple):
 def _(term: Linear, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> Outcome:
     """Linear attention on any backend, at a cost linear in the length.
 
-    ``impl="reference"`` is the definition, over all pairs. The sums of ``full()`` are
-    two products in XLA on every backend.
+    ``impl="reference"`` is the definition, over all pairs. On every backend, ``full()``
+    is two matrix products in XLA.
 
     Raises:
       ValueError: arrays, sizes and the term do not fit together.
-      NotImplementedError: dropout, or what a recurrence cannot do.
+      NotImplementedError: the call has dropout, or no recurrence for it exists.
     """
     if setting.dropout_rate:
         raise NotImplementedError(
@@ -81,14 +88,14 @@ def _(term: Linear, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> 
     if known is None or not known.same_ids or setting.q_offset:
         lengths = q.shape[1], k.shape[1]
         there = present(ids, lengths, setting.q_offset, causal=term.kind.causal)
-    # Before the features: where a slope is no number, 0 times it is none either.
+    # Before the feature map: its slope at such a row may be NaN, and so may 0 times it.
     q, k, v = kept(q, there.q), kept(k, there.k), kept(v, there.k)
     phi = features_of(term, given)
     fq, fk = phi(q, "q"), phi(k, "k")
     if fq.shape[-1] != fk.shape[-1]:
         raise ValueError(
             f"{term!r}: the feature map yields {fq.shape[-1]} features of q and "
-            f"{fk.shape[-1]} of k: they must be as many"
+            f"{fk.shape[-1]} of k: the two numbers must be equal"
         )
     decay = log_decays(term, given, (q, k), setting.q_offset)
     eps = term.eps if term.normalise else None
@@ -110,7 +117,7 @@ def _(term: Linear, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> 
 
 @partial(jax.jit, static_argnames="static")
 def run(arrays: Arrays, *, static: Static) -> tuple[Array, Array | None]:
-    """The output ``[batch, q_seq, num_q_heads, head_dim_v]``, and the lse, if any."""
+    """The output ``[batch, q_seq, num_q_heads, head_dim_v]``, and the lse or None."""
     if is_symbolic(arrays.q) and static.impl in KNOWN_SIZES:
         return entry_by_entry(partial(_run, static=static), arrays)
     return _run(arrays, static=static)
@@ -136,6 +143,7 @@ def _run(arrays: Arrays, *, static: Static) -> tuple[Array, Array | None]:
 
 
 def _dense(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
+    """``sum_k w_qk v_k`` over the pairs of the map, with all weights in memory."""
     q, k, v, log_decay, ids = arrays
     dtype = wide(q.dtype)
     group = q.shape[2] // k.shape[2]
@@ -150,7 +158,7 @@ def _dense(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
         seen &= (ids[0][:, :, None] == ids[1][:, None, :])[:, None]
     weights = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest")
     if log_decay is not None:
-        # Summed for every pair by itself, so that no difference of sums is taken.
+        # One sum for every pair: a difference of two prefix sums would be less exact.
         decay = clipped(log_decay)
         after = (jnp.arange(decay.shape[2])[:, None] > columns)[None, None]
         steps = jnp.cumsum(jnp.where(after, decay[..., None], 0.0), axis=2)
@@ -167,11 +175,11 @@ def _dense(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
     return out, total[..., 0]
 
 
-# --- what is in no pair, which may be anything: 0 ---
+# --- queries and keys that are in no pair may hold NaN: they are set to 0 ---
 
 
 class Present(NamedTuple):
-    """Who is in a pair, bool ``[batch, seq]``; None for all."""
+    """Which queries and keys are in a pair, bool ``[batch, seq]``; None for all."""
 
     q: Array | None
     k: Array | None
@@ -184,7 +192,7 @@ def present(
     *,
     causal: bool,
 ) -> Present:
-    """The queries that see a key, and the keys that a query sees."""
+    """The queries that see a key, and the keys that some query sees."""
     q_seq, kv_seq = lengths
     rows = q_offset + jnp.arange(q_seq, dtype=jnp.int32)
     columns = jnp.arange(kv_seq, dtype=jnp.int32)
@@ -193,7 +201,8 @@ def present(
         unused = causal and kv_seq > end
         return Present(None, (columns < end)[None] if unused else None)
     q_ids, kv_ids = ids
-    # Of the queries of its document, the last must not be before a key, and so on.
+    # A key is seen if the last query of its document is not before it; a query sees a
+    # key if the first key of its document is not after it.
     last, has_query = jax.vmap(partial(_last_of, at=rows))(q_ids, kv_ids)
     first, has_key = jax.vmap(partial(_last_of, at=-columns))(kv_ids, q_ids)
     if causal:
@@ -204,12 +213,15 @@ def present(
 
 @jax.jit
 def kept(x: Array, there: Array | None) -> Array:
-    """``x [batch, seq, heads, dim]``, and 0 for what is not there."""
+    """``x [batch, seq, heads, dim]`` with 0 at the positions that are not ``there``."""
     return x if there is None else jnp.where(there[:, :, None, None], x, 0)
 
 
 def _last_of(ids: Array, asked: Array, *, at: Array) -> tuple[Array, Array]:
-    """The greatest ``at`` of those with the ids that are ``asked``; if there is one."""
+    """For each id ``asked``, the greatest ``at`` with this id, and whether it exists.
+
+    ``ids`` and ``at`` are ``[n]``, ``asked`` is ``[m]``, and both results are ``[m]``.
+    """
     order = jnp.lexsort((at, ids))
     of_order = ids[order]
     place = jnp.searchsorted(of_order, asked, side="right") - 1
@@ -221,29 +233,29 @@ def _last_of(ids: Array, asked: Array, *, at: Array) -> tuple[Array, Array]:
 
 
 def _causal(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
+    """The recurrence, in the given order or sorted by document."""
     known = static.documents
     if known is None or known.in_order:
         return _aligned(arrays, static)
     if known.in_order is False or known.same_ids:
         return _by_document(arrays, static)
     assert arrays.ids is not None
-    # Sorted, queries and keys have slots of their own: twice as many as in order.
-    # Without the checkpoint, what a gradient of the second way needs would be written
-    # in the first way too.
+    # Sorted, queries and keys have separate slots: twice as many as in order. Without
+    # the checkpoint, `cond` would also write the residuals of the branch not taken.
     moved = jax.checkpoint(partial(_by_document, static=static))
     as_given = partial(_aligned, static=static)
     return jax.lax.cond(in_order(*arrays.ids), as_given, moved, arrays)
 
 
 def _aligned(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
-    """Queries and keys side by side at their positions, and the recurrence on them."""
+    """Pads queries and keys to the same positions, and runs the recurrence on them."""
     q, k, v, log_decay, ids = arrays
     q_seq, kv_seq, offset = q.shape[1], k.shape[1], static.q_offset
     seq = max(offset + q_seq, kv_seq)
     starts = None
     if ids is not None:
         q_ids, kv_ids = ids
-        # A query that is no part of the document at its position sees nothing.
+        # A query whose id is not that of the key at its position sees nothing.
         q = jnp.where((q_ids == kv_ids)[:, :, None, None], q, 0)
         starts = starts_of(kv_ids)
     q = padded(q, offset, seq - offset - q_seq)
@@ -254,7 +266,7 @@ def _aligned(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
 
 
 def _by_document(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
-    """Keys and queries of each document after one another, and the recurrence on them.
+    """Sorts keys and queries by document, and runs the recurrence on them.
 
     Ids may be in any order, and the lengths may differ.
     """
@@ -273,6 +285,7 @@ def _by_document(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
 def _recurrence(
     arrays: Arrays, starts: Array | None, static: Static
 ) -> tuple[Array, Array | None]:
+    """Runs the kernels; results are ``[batch, seq, num_q_heads, ...]``."""
     assert static.call is not None
     inputs = kernel_inputs(arrays, starts)
     found = kernels.attend(inputs, static.call, impl=static.impl)
@@ -282,9 +295,9 @@ def _recurrence(
 
 
 def kernel_inputs(arrays: Arrays, starts: Array | None) -> kernels.LinearInputs:
-    """The arrays with heads in front: one for every state.
+    """The arrays with heads in front, one head for each state.
 
-    There are as many states as decays differ: one for each head of k, or of q.
+    There is one state for each head of k, or for each head of q if decays differ there.
     """
     q, k, v, log_decay, _ = arrays
     batch, seq, num_q_heads, features = q.shape
@@ -313,9 +326,10 @@ def _seq_first(x: Array) -> Array:
 
 
 def _sums(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
+    """``phi(q) (sum_k phi(k) v^T)``, and the same with 1 for v as the normaliser."""
     q, k, v, _, _ = arrays
     batch, seq, num_q_heads, features = q.shape
-    # A sum over the keys outgrows f16; bf16 has the range.
+    # A sum over the keys exceeds the range of f16, but not that of bf16.
     dtype = wide(q.dtype)
     narrow = jnp.bfloat16 if q.dtype == jnp.bfloat16 else dtype
     product = partial(jnp.einsum, precision="highest", preferred_element_type=dtype)

@@ -1,4 +1,4 @@
-"""Linear attention token by token: the state that a causal term keeps, and a step."""
+"""Decodes linear attention token by token, with a state of constant size."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -24,15 +24,15 @@ from sadsl.run.linear_operands import (
 )
 from sadsl.terms.linear import Linear
 
-# How many documents a state tells apart: more cost more of every step.
+# How many past documents a state remembers. Each step compares its id with all of them.
 REMEMBERED = 64
 
 
 class PastDocuments(NamedTuple):
-    """The ids of the documents so far, each once, that of the last token first.
+    """The ids of the last documents, each once, the document of the last token first.
 
-    A state keeps the sums of one document, so a document that comes back after another
-    has lost its tokens. The ids are kept to notice that.
+    A state keeps the sums of one document only. If a document comes back after another
+    one, its sums are lost; the ids are kept to notice that.
     """
 
     ids: Array  # int32 [batch, REMEMBERED]; only the first of each row are used
@@ -40,32 +40,46 @@ class PastDocuments(NamedTuple):
 
     @property
     def used(self) -> Array:
-        """Which ids are those of documents, bool ``[batch, REMEMBERED]``."""
+        """Which entries of ``ids`` are used, bool ``[batch, REMEMBERED]``."""
         return jnp.arange(REMEMBERED)[None] < self.count[:, None]
 
 
 class LinearState(NamedTuple):
-    """All that a decoder keeps of the tokens so far; its size never grows."""
+    """The state of a decoder of linear attention; its size does not grow with tokens.
 
-    s: Array  # f32 [batch, heads, features, head_dim_v]
-    z: Array | None  # f32 [batch, heads, features], with a normaliser
-    documents: PastDocuments | None  # with segments()
+    Attributes:
+      s: the sums of features times values, f32 ``[batch, heads, features,
+        head_dim_v]``.
+      z: the sums of features, f32 ``[batch, heads, features]``; None without a
+        normaliser.
+      documents: the ids of past documents; None without ``segments()``.
+    """
+
+    s: Array
+    z: Array | None
+    documents: PastDocuments | None
 
 
 def linear_state(
     term: Linear, batch: int, num_heads: int, features: int, head_dim_v: int
 ) -> LinearState:
-    """The state of no token.
+    """The state before the first token: all zeros.
 
     Args:
       term: ``linear(...)`` with a causal map.
-      batch: entries.
-      num_heads: heads of k; those of q if the decays are those of q.
-      features: what the feature map yields; ``head_dim`` but for maps that change it.
+      batch: number of batch entries.
+      num_heads: heads of k; those of q if there is one decay for each head of q.
+      features: the number of features; ``head_dim``, unless the feature map changes it.
       head_dim_v: the size of a value.
 
     Raises:
       ValueError: the map is not causal.
+
+    Example:
+      >>> import sadsl as sa
+      >>> state = sa.linear_state(sa.linear(), 1, num_heads=2, features=4, head_dim_v=8)
+      >>> state.s.shape, state.z.shape
+      ((1, 2, 4, 8), (1, 2, 4))
     """
     _check_causal(term)
     z = jnp.zeros((batch, num_heads, features), jnp.float32)
@@ -87,18 +101,30 @@ def linear_prefill(
     given: Mapping[str, Any] | None = None,
     num_q_heads: int | None = None,
 ) -> LinearState:
-    """The state after the keys of a prompt, ``[batch, seq, heads, ...]``.
+    """The state after the keys and values of a prompt.
 
-    With ``segments()`` it is that of the document of the last key, all pieces of it.
+    With ``segments()`` it is the state of the document of the last key, with all pieces
+    of that document.
 
     Args:
       term: ``linear(...)`` with a causal map.
-      k, v: the keys and values, as in ``attention``.
-      given: the operands that the term reads, and the segment ids of the keys.
+      k, v: keys and values ``[batch, seq, heads, ...]``, as in ``attention``.
+      given: the operands that the term reads, and "kv_segment_ids".
       num_q_heads: heads of q; those of k if None.
 
     Raises:
       ValueError: the map is not causal, or arrays do not fit together.
+
+    Example:
+      With features of 1, the state counts tokens and sums their values:
+
+      >>> import jax.numpy as jnp
+      >>> import sadsl as sa
+      >>> term = sa.linear("identity")
+      >>> k, v = jnp.ones((1, 4, 1, 1)), jnp.arange(4.0).reshape(1, 4, 1, 1)
+      >>> state = sa.linear_prefill(term, k, v)
+      >>> float(state.z[0, 0, 0]), float(state.s[0, 0, 0, 0])
+      (4.0, 6.0)
     """
     _check_causal(term)
     given = given or {}
@@ -122,7 +148,7 @@ def linear_prefill(
 
 
 def _past_documents(ids: Array) -> PastDocuments:
-    """The documents of a prompt, by their last token."""
+    """The documents of a prompt, ordered by their last tokens, the latest first."""
     seq = ids.shape[1]
     order = jnp.argsort(ids, axis=1, stable=True)
     together = jnp.take_along_axis(ids, order, axis=1)
@@ -141,20 +167,20 @@ def linear_step(
     v: Array,
     given: Mapping[str, Any] | None = None,
 ) -> tuple[LinearState, Array]:
-    """One more token: the state with it, and its output, as the whole sequence has it.
+    """Adds one token to the state, and returns the new state and the token's output.
 
-    With ``segments()`` a token whose id is not that of the token before starts a
-    document. A state keeps the sums of one document only, so none may come back after
-    another: among the last 64 documents that is noticed. It is refused where the ids
-    are known, and under ``jit`` the outputs of that piece are NaN; a document from
-    further back starts anew.
+    The output is that of ``attention`` over the whole sequence. With ``segments()``, a
+    token whose id differs from that of the previous token starts a document. A document
+    must not come back after another one, since a state keeps the sums of one document.
+    That is noticed for the last 64 documents: it is an error if the ids are known, and
+    under ``jit`` the outputs of that piece are NaN. An earlier document starts anew.
 
     Args:
       term: ``linear(...)`` with a causal map.
-      state: that of the tokens before; of ``linear_state`` or ``linear_prefill``.
+      state: the state of the previous tokens.
       q, k, v: ``[batch, num_q_heads or num_kv_heads, head_dim]``.
-      given: what the term reads, for this token: log-decays ``[batch, heads]``, ids
-        ``[batch]``; a feature map that is an operand, as ever.
+      given: the operands of the term for this token: log-decays ``[batch, heads]``,
+        segment ids ``[batch]``, and functions by their names.
 
     Returns:
       The new state, and the output ``[batch, num_q_heads, head_dim_v]``.
@@ -162,6 +188,19 @@ def linear_step(
     Raises:
       ValueError: the map is not causal, arrays do not fit together, or a document
         comes back.
+
+    Example:
+      The first token sees itself only, so its output is its value:
+
+      >>> import jax, jax.numpy as jnp
+      >>> import sadsl as sa
+      >>> term = sa.linear()
+      >>> state = sa.linear_state(term, 1, num_heads=1, features=2, head_dim_v=2)
+      >>> x = jnp.array([[[1.0, 2.0]]])
+      >>> step = jax.jit(lambda state, x: sa.linear_step(term, state, x, x, x))
+      >>> state, out = step(state, x)
+      >>> [round(float(y), 3) for y in out[0, 0]]
+      [1.0, 2.0]
     """
     _check_causal(term)
     given = given or {}
@@ -174,35 +213,54 @@ def linear_step(
     fk, wide_v = (jnp.repeat(x, heads // num_kv_heads, axis=1) for x in (fk, wide_v))
     fq = fq.reshape(batch, heads, num_q_heads // heads, -1)
 
-    kept = _kept(term, given, (batch, num_q_heads, num_kv_heads))
-    old_s, old_z, past = state
-    if past is not None:
-        ids = segment_ids("kv_segment_ids", given, (batch,))
-        past, start, back = _after(term, past, ids)
-        q_ids = segment_ids("q_segment_ids", given, (batch,))
-        fq = jnp.where((q_ids == ids)[:, None, None, None], fq, 0.0)
-        fresh = jnp.where(back, jnp.nan, 0.0)[:, None, None]
-        old_s = jnp.where(start[:, None, None, None], fresh[..., None], old_s)
-        if old_z is not None:
-            old_z = jnp.where(start[:, None, None], fresh, old_z)
-    s = kept[..., None, None] * old_s + fk[..., :, None] * wide_v[..., None, :]
+    factor = _factor(term, given, (batch, num_q_heads, num_kv_heads))
+    before = state
+    if state.documents is not None:
+        before, sees = _in_document(term, state, state.documents, given)
+        fq = jnp.where(sees[:, None, None, None], fq, 0.0)
+    s = factor[..., None, None] * before.s + fk[..., :, None] * wide_v[..., None, :]
     out = jnp.einsum("bhgd,bhde->bhge", fq, s, precision="highest")
     z = None
-    if old_z is not None:
-        z = kept[..., None] * old_z + fk
+    if before.z is not None:
+        z = factor[..., None] * before.z + fk
         total = jnp.einsum("bhgd,bhd->bhg", fq, z, precision="highest")
         out, _ = normalised(out, total[..., None], term.eps)
     out = out.reshape(batch, num_q_heads, -1).astype(q.dtype)
-    return LinearState(s, z, past), out
+    return LinearState(s, z, before.documents), out
 
 
-def _after(
+def _in_document(
+    term: Linear, state: LinearState, past: PastDocuments, given: Mapping[str, Any]
+) -> tuple[LinearState, Array]:
+    """The state that a token is added to, and whether its query sees its key.
+
+    The sums are 0 where the token starts a document, and NaN where its document comes
+    back after another one. The query sees nothing if its id is not that of the key;
+    the answer is bool ``[batch]``.
+    """
+    batch = state.s.shape[:1]
+    ids = segment_ids("kv_segment_ids", given, batch)
+    past, starts, comes_back = _with_document(term, past, ids)
+    q_ids = segment_ids("q_segment_ids", given, batch)
+    fresh = jnp.where(comes_back, jnp.nan, 0.0)[:, None, None]
+    s = jnp.where(starts[:, None, None, None], fresh[..., None], state.s)
+    z = state.z
+    if z is not None:
+        z = jnp.where(starts[:, None, None], fresh, z)
+    return LinearState(s, z, past), q_ids == ids
+
+
+def _with_document(
     term: Linear, past: PastDocuments, ids: Array
 ) -> tuple[PastDocuments, Array, Array]:
-    """The documents with that of one more token; whether it starts, and comes back.
+    """Adds the document of one more token to those of the past.
+
+    Returns:
+      The documents; whether the token starts one, and whether that one was there
+      before, bool ``[batch]`` each.
 
     Raises:
-      ValueError: it comes back, as far as ids are known yet.
+      ValueError: a document comes back, if the ids are not traced.
     """
     known = (past.ids == ids[:, None]) & past.used
     start = ~known[:, 0]
@@ -223,8 +281,10 @@ def _after(
     return past, start, back
 
 
-def _kept(term: Linear, given: Mapping[str, Any], sizes: tuple[int, int, int]) -> Array:
-    """The factor of the old state, ``[batch or 1, heads or 1]``."""
+def _factor(
+    term: Linear, given: Mapping[str, Any], sizes: tuple[int, int, int]
+) -> Array:
+    """The factor by which the old state decays, f32 ``[batch or 1, heads or 1]``."""
     batch, num_q_heads, num_kv_heads = sizes
     if term.decay is None:
         return jnp.ones((1, 1), jnp.float32)
@@ -239,20 +299,22 @@ def _kept(term: Linear, given: Mapping[str, Any], sizes: tuple[int, int, int]) -
 def _check_causal(term: Linear) -> None:
     if not term.kind.causal:
         raise ValueError(
-            f"{term!r} is not causal, so that later tokens change what earlier ones "
-            "got: no state decodes it; use map=causal(), or causal() & segments()"
+            f"{term!r} is not causal: later tokens would change the outputs of earlier "
+            "ones, so no state can decode it; use map=causal(), or causal() & "
+            "segments()"
         )
 
 
 def _check_state(
     term: Linear, state: LinearState, k: Array, v: Array, num_q_heads: int
 ) -> None:
-    """Refuses a state that was made for other sizes."""
+    """Refuses a state whose sizes do not fit the token."""
     batch, num_kv_heads, features = k.shape
     wanted = batch, features, v.shape[-1]
     found = state.s.shape[0], *state.s.shape[2:]
     if found != wanted or state.s.shape[1] not in (num_kv_heads, num_q_heads):
         raise ValueError(
             f"{term!r}: the state has shape {state.s.shape}: it must be [batch, heads, "
-            f"features, head_dim_v], here {(batch, num_kv_heads, *wanted[1:])}"
+            f"features, head_dim_v], here {(batch, num_kv_heads, *wanted[1:])}; make "
+            "one with linear_state or linear_prefill"
         )

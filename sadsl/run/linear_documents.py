@@ -1,8 +1,8 @@
-"""Packed documents in a linear recurrence: tokens of one id brought together.
+"""Sorts the tokens of packed documents, so that a linear recurrence can run on them.
 
-A recurrence empties its state where a document starts, so the tokens of a document must
-follow each other. Where they do not, or where queries and keys are those of other
-positions, all are sorted by document, and by position within it.
+A recurrence resets its state where a document starts, so the tokens of a document must
+be adjacent. If they are not, or if queries and keys have different positions, all
+tokens are sorted by document, and by position within it.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from lowering.run_time import sort
 from pallas_kernels.linear.marks import GRAIN, STRONGEST
 from sadsl.run.linear_operands import clipped
 
-# Log-decays whose sum is below this are forgotten: far from both ends of what f32 and
-# wrapped int32 sums can tell apart.
+# A sum of log-decays below this counts as full decay. The limit is far from both ends
+# of the range in which f32 sums and wrapped int32 sums are exact.
 FORGOTTEN = 16 * STRONGEST
 
 
@@ -26,10 +26,11 @@ FORGOTTEN = 16 * STRONGEST
 class Documents:
     """What is known of the documents of a call before it runs.
 
-    ``in_order``: each document is in one piece, and a query has the id of the key at
-    its position, or one that no key has; None where the ids are traced. ``same_ids``:
-    every query is known to have the id of the key at its position, so that a sort by
-    document takes both at once: a few percent of the time of a call.
+    Attributes:
+      in_order: whether each document is in one piece, and each query has the id of the
+        key at its position, or an id that no key has; None if the ids are traced.
+      same_ids: whether every query is known to have the id of the key at its position.
+        Then one sort serves both, which saves a few percent of the time of a call.
     """
 
     in_order: bool | None
@@ -37,7 +38,10 @@ class Documents:
 
 
 def documents(ids: tuple[Array, Array], q_offset: int, *, same_ids: bool) -> Documents:
-    """What the ids ``[batch, seq]`` of queries and keys tell; ``same_ids`` if known."""
+    """Reads ``Documents`` off the ids ``[batch, seq]`` of queries and keys.
+
+    For traced ids, ``same_ids`` is what the caller knows.
+    """
     q, kv = ids
     if q_offset or q.shape[1] != kv.shape[1]:
         return Documents(in_order=False, same_ids=False)
@@ -48,9 +52,11 @@ def documents(ids: tuple[Array, Array], q_offset: int, *, same_ids: bool) -> Doc
 
 
 def in_order(q_ids: Any, kv_ids: Any, xp: Any = jnp) -> Any:
-    """Whether each document is in one piece, and queries beside their keys.
+    """Whether each document is in one piece, with queries at the positions of its keys.
 
-    A query whose id no key has sees nothing, wherever it is.
+    A query whose id no key has may be anywhere, since it sees nothing. On traced ids
+    (``xp`` is jax.numpy) the answer is False wherever the ids of queries and keys
+    differ.
     """
     together = xp.sort(kv_ids, axis=1)
     pieces, fewest = (
@@ -64,10 +70,17 @@ def in_order(q_ids: Any, kv_ids: Any, xp: Any = jnp) -> Any:
 
 
 class Sorted(NamedTuple):
-    """Which token is in every slot of the order by document, and the slot of each.
+    """The order of tokens by document, as slots.
 
-    The tokens are those of the keys, then those of the queries, unless ``paired``: then
-    each is a key and a query. ``at`` is the position of the token in every slot.
+    The tokens are the keys, then the queries; if ``paired``, each token is a key and a
+    query.
+
+    Attributes:
+      order: the token in each slot.
+      slots: the slot of each token.
+      at: the position of the token in each slot.
+      starts: whether a document starts in a slot.
+      paired: whether a token is a key and a query at once.
     """
 
     order: Int32[Array, "batch 1 slots"]
@@ -77,7 +90,7 @@ class Sorted(NamedTuple):
     paired: bool
 
     def placed(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        """The arrays ``[batch, seq, heads, dim]`` in slots."""
+        """Moves the arrays ``[batch, seq, heads, dim]`` to slots."""
         if not self.paired:
             q_seq, kv_seq = q.shape[1], k.shape[1]
             q, k, v = padded(q, kv_seq, 0), padded(k, 0, q_seq), padded(v, 0, q_seq)
@@ -85,13 +98,13 @@ class Sorted(NamedTuple):
         return q, k, v
 
     def between(self, log_decay: Array | None) -> Array | None:
-        """Log-decays ``[batch, heads, positions]`` from slot to slot."""
+        """Log-decays ``[batch, heads, positions]``, summed from slot to slot."""
         if log_decay is None:
             return None
         return _between(log_decay, self.at, self.starts)
 
     def of_queries(self, x: Array, q_seq: int) -> Array:
-        """What the queries of ``x [batch, slots, ...]`` have, in the given order."""
+        """The rows of the queries in ``x [batch, slots, ...]``, in the given order."""
         x = sort.permute(x, self.slots, self.order)
         return x[:, x.shape[1] - q_seq :]
 
@@ -99,7 +112,7 @@ class Sorted(NamedTuple):
 def by_document(
     ids: tuple[Array, Array], q_offset: int, *, causal: bool, paired: bool
 ) -> Sorted:
-    """The order by document, and by position in it: a key before a query there.
+    """Sorts by document, then by position; at one position the key comes first.
 
     If not ``causal``, all keys of a document come before its queries.
     """
@@ -108,7 +121,7 @@ def by_document(
     if not paired:
         labels = jnp.concatenate([kv_ids, q_ids], axis=1)
         at = np.concatenate([at, q_offset + np.arange(q_ids.shape[1])])
-    # The sort by id is stable: it keeps what comes first here.
+    # The sort by id is stable, so this order remains within each document.
     first = np.argsort(at, kind="stable") if causal else np.arange(len(at))
     order = jnp.argsort(labels[:, first], axis=1, stable=True)
     order = jnp.asarray(first, jnp.int32)[order]
@@ -137,14 +150,15 @@ def _between(
     at: Int32[Array, "batch slots"],
     starts: Bool[Array, "batch slots"],
 ) -> Float[Array, "batch heads slots"]:
-    """The log-decays of all positions after the token before, up to the token itself.
+    """The sum of the log-decays from the previous slot's position to this slot's.
 
-    0 where a document starts. The steps in between count, whatever their document.
+    The sum leaves out the former and includes the latter position. It is 0 where a
+    document starts. All positions in between count, whatever their document.
     """
     decay = clipped(log_decay)
-    # A difference of two sums over the whole sequence must be as exact as a sum over
-    # the steps between: whole grains are added as integers, where a wrapped sum has the
-    # right differences, and what is left of each is small.
+    # A difference of two prefix sums must be as exact as a sum over the steps between.
+    # So decay = grains * GRAIN + rest: grains are summed as integers, whose differences
+    # are exact even if a sum wraps, and the sum of the rests is small.
     grains = jax.lax.stop_gradient(jnp.round(decay / GRAIN))
     fine = jnp.cumsum(decay - grains * GRAIN, axis=2)
     coarse = jnp.cumsum(grains.astype(jnp.int32), axis=2)

@@ -1,4 +1,4 @@
-"""What a call gives a linear term, checked: features, log-decays, documents."""
+"""Checks the operands of a ``linear`` term: feature map, log-decays, segment ids."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,13 +17,14 @@ from sadsl.terms.linear import FEATURES, Linear
 def features_of(
     term: Linear, given: Mapping[str, Any]
 ) -> Callable[[Array, str], Array]:
-    """The feature map of a call: ``phi(x, name)``, in ``product_dtype(x.dtype)``.
+    """The feature map of a call as ``phi(x, name)``; ``name`` is "q" or "k".
 
-    The map is applied in float32, as are its derivatives.
+    The map and its derivatives are computed in float32. The result is rounded to
+    ``product_dtype(x.dtype)``.
 
     Raises:
-      ValueError: it was not given; or what it yields has another shape than ``[batch,
-        seq, heads, features]``.
+      ValueError: the function was not given, or its result is not shaped ``[batch, seq,
+        heads, features]``.
     """
     phi = term.feature_map
     if term.named_features is not None:
@@ -32,8 +33,8 @@ def features_of(
             found = "was not given" if phi is None else f"is {type(phi).__name__}"
             raise ValueError(
                 f"{term!r} asks for a function {term.named_features!r}, which {found}: "
-                f"pass operands={{{term.named_features!r}: f}}; known without are "
-                f"{', '.join(FEATURES)}"
+                f"pass operands={{{term.named_features!r}: f}}, or use one of the "
+                f"built-in maps {', '.join(FEATURES)}"
             )
     elif isinstance(phi, str):
         phi = FEATURES[phi]
@@ -51,9 +52,9 @@ def features_of(
 
 
 def product_dtype(dtype: Any) -> Any:
-    """The dtype of features, for inputs of ``dtype``, and of what they are summed in.
+    """The dtype of the features of inputs of ``dtype``: float32 for float16.
 
-    Features are exponentials, and a cotangent is divided by their sum: both leave the
+    Features are exponentials, and cotangents are divided by their sum: both leave the
     range of float16. bfloat16 has the range of float32.
     """
     return jnp.float32 if dtype == jnp.float16 else dtype
@@ -62,7 +63,9 @@ def product_dtype(dtype: Any) -> Any:
 def log_decays(
     term: Linear, given: Mapping[str, Any], q_and_k: tuple[Any, Any], q_offset: int
 ) -> Array | None:
-    """Log-decays of all positions, ``[batch or 1, heads or 1, positions]``.
+    """The log-decays of all positions, ``[batch or 1, heads or 1, positions]``.
+
+    None for a term without decay.
 
     Raises:
       ValueError: they were not given, or do not fit ``q_and_k``.
@@ -80,8 +83,8 @@ def log_decays(
         if positions > kv_seq:
             raise ValueError(
                 f"{term!r}: queries up to position {positions - 1} come after the last "
-                f"of {kv_seq} keys, where {term.decay!r} says no decay: pass as many "
-                "keys"
+                f"of {kv_seq} keys, where {term.decay!r} says no decay: pass keys and "
+                "decays up to the last query"
             )
     else:
         values = jnp.asarray(np.log(np.atleast_1d(term.decay)), dtype)
@@ -93,10 +96,10 @@ def log_decays(
 def check_decay_heads(
     term: Linear, heads: int, num_q_heads: int, num_kv_heads: int
 ) -> None:
-    """Refuses a number of decays that is no number of heads."""
+    """Refuses decays whose number of heads is not 1, that of k or that of q."""
     if heads not in (1, num_kv_heads, num_q_heads):
         raise ValueError(
-            f"{term!r} has decays of {heads} heads: must be one, or one for each of "
+            f"{term!r} has decays of {heads} heads: give one decay, or one for each of "
             f"the {num_kv_heads} heads of k or the {num_q_heads} of q"
         )
 
@@ -127,22 +130,24 @@ def given_log_decay(
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"operand {name!r} has dtype {x.dtype}: it must be of floats")
-    # In NumPy: under jit, an operation on known values yields traced ones.
+    # In NumPy, since under jit a jax operation on known values yields a tracer.
     known = None if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float32)
     if known is not None and (known > 0).any():
         raise ValueError(
             f"operand {name!r} holds {known.max():.3g}: log-decays must be at most "
             "0, such as those of jax.nn.log_sigmoid"
         )
-    # Traced values cannot be refused.
+    # Traced values cannot be refused, so a value above 0 becomes NaN.
     return jnp.where(x > 0, jnp.nan, x)
 
 
 def segment_ids(name: str, given: Mapping[str, Any], shape: tuple[int, ...]) -> Array:
-    """The ids of documents, int32 of ``shape``, whose batch may be missing or 1.
+    """The operand ``name`` of document ids, broadcast to ``shape``, int32.
+
+    The batch axis of the operand may be 1 or missing.
 
     Raises:
-      ValueError: they were not given, have another shape, or are no integers.
+      ValueError: it was not given, has another shape, or does not hold integers.
     """
     if name not in given:
         raise ValueError(f"linear over segments() reads {name}: pass it")
@@ -153,5 +158,5 @@ def segment_ids(name: str, given: Mapping[str, Any], shape: tuple[int, ...]) -> 
 
 
 def clipped(log_decay: Any) -> Any:
-    """Log-decays as they count."""
+    """Log-decays clipped to ``[STRONGEST, 0]``."""
     return jnp.clip(log_decay, STRONGEST, 0.0)

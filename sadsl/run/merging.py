@@ -1,12 +1,13 @@
-"""Outputs with their log-sum-exps, merged: the arithmetic of mixtures.
+"""Merges the outputs of several parts by their log-sum-exps, or averages them.
 
-With ``o_p`` and ``L_p`` the output and the log-sum-exp of part ``p``, one softmax over
-all pairs is ``sum_p exp(L_p - L) o_p`` with ``L = log sum_p exp(L_p)``, as long as no
-pair is in two parts.
+Let ``o_p`` be the output of part ``p`` and ``L_p`` its log-sum-exp. If no pair is in
+two parts, one softmax over all pairs is ``sum_p exp(L_p - L) o_p`` with
+``L = log sum_p exp(L_p)``.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache, reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from sadsl.run.types import Outcome
 
 
 def merge(parts: Sequence[Outcome]) -> Outcome:
-    """One normaliser over disjoint parts, each of which has an lse."""
+    """One softmax over disjoint parts, each of which has an lse."""
     lses = tuple(part.lse for part in parts if part.lse is not None)
     assert len(lses) == len(parts)
     return Outcome(*_merge(tuple(part.out for part in parts), lses))
@@ -26,6 +27,7 @@ def merge(parts: Sequence[Outcome]) -> Outcome:
 
 @jax.jit
 def _merge(outs: tuple[Array, ...], lses: tuple[Array, ...]) -> tuple[Array, Array]:
+    """Merges ``[batch, q_seq, heads, dim]`` by lses ``[batch, heads, q_seq]``."""
     shares, lse = _shares(lses)
     out = _sum(
         [
@@ -44,9 +46,10 @@ def _times(weight: Array, out: Array) -> Array:
 
 @lru_cache
 def _along(size: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """One more axis of ``size`` with the same everywhere, and its transpose, a sum.
+    """The linear map that repeats an array along a new last axis, and its transpose.
 
-    CPUs add up the last axis of an array one number at a time, but for dots.
+    The transpose is a sum over that axis, written as a matmul: XLA:CPU reduces the last
+    axis serially, and a matmul is faster.
     """
 
     def spread(x: Array) -> Array:
@@ -59,10 +62,14 @@ def _along(size: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array
 
 
 def _shares(lses: tuple[Array, ...]) -> tuple[list[Array], Array]:
-    """The part of the common normaliser that each has, and its logarithm."""
+    """The share of each part in the common normaliser, and the common lse.
+
+    ``share_p = exp(L_p - L)`` with ``L = log sum_p exp(L_p)``, computed relative to the
+    greatest ``L_p``.
+    """
     stacked = jnp.stack(lses)
     top = jax.lax.stop_gradient(stacked.max(axis=0))
-    # Where all parts are empty, nothing is subtracted from -inf.
+    # Where all parts are empty, -inf minus -inf would be NaN.
     top = jnp.where(jnp.isneginf(top), 0.0, top)
     empty = jnp.isneginf(stacked)
     share = jnp.where(empty, 0.0, jnp.exp(jnp.where(empty, 0.0, stacked - top[None])))
@@ -79,11 +86,11 @@ def with_sink(
     lse: Float[Array, "batch heads q_seq"],
     sinks: Float[Array, "batch_or_1 heads"],
 ) -> Outcome:
-    """One more logit under the normaliser, to which no value belongs."""
+    """Adds a logit without a value to the normaliser of each query."""
     logits = jnp.broadcast_to(sinks.astype(lse.dtype)[:, :, None], lse.shape)
     (share, _), total = _shares((lse, logits))
-    fewer = _times(jnp.swapaxes(share, 1, 2), out.astype(share.dtype))
-    return Outcome(fewer.astype(out.dtype), total)
+    scaled = _times(jnp.swapaxes(share, 1, 2), out.astype(share.dtype))
+    return Outcome(scaled.astype(out.dtype), total)
 
 
 @jax.jit
@@ -95,7 +102,10 @@ def mean(outs: tuple[Array, ...]) -> Array:
 
 @jax.jit
 def gated_sum(outs: tuple[Array, ...], gates: Float[Array, "... parts"]) -> Array:
-    """The sum of outputs, each times its gate ``[batch or 1, q_seq, heads]``."""
+    """``sum_m gates[..., m] * outs[m]``, accumulated in float32 at least.
+
+    ``gates`` is ``[batch or 1, q_seq, heads, parts]``.
+    """
     wide = [widened(out) for out in outs]
     weight = gates.astype(wide[0].dtype)
     shape = wide[0].shape[:-1]
@@ -105,4 +115,5 @@ def gated_sum(outs: tuple[Array, ...], gates: Float[Array, "... parts"]) -> Arra
 
 
 def _sum(arrays: Sequence[Array]) -> Array:
-    return partial(sum, start=arrays[0])(arrays[1:])
+    """The sum, without the zero that Python's ``sum`` starts from."""
+    return reduce(add, arrays)

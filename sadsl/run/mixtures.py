@@ -1,4 +1,4 @@
-"""How mixtures run: their parts, each by its own rule, and what is made of them."""
+"""Runs mixtures: each part by its own rule, then their merge, mean or gated sum."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowering.problem import Problem
 from sadsl.run import dropout_seeds, merging
 from sadsl.run.attend import attend
+from sadsl.run.options import problem_of
 from sadsl.run.types import QKV, Outcome, Setting
 from sadsl.terms.base import read_by
 from sadsl.terms.mixtures import Average, Gated, Joint, Mixture, Weighted, members_of
@@ -17,13 +17,11 @@ from sadsl.terms.overlaps import Member
 
 @attend.register
 def _(term: Joint, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> Outcome:
-    """One softmax over the parts of a joint, merged by log-sum-exp.
+    """One softmax over all parts: the outcomes of disjoint members, merged.
 
     Raises:
-      ValueError: terms share pairs that none can give up.
+      ValueError: two terms share pairs, and the later one cannot give them up.
     """
-    q, k, _ = inputs
-    problem = Problem(q.shape[1], k.shape[1], q.shape[2], setting.q_offset)
 
     def of_member(member: Member) -> Outcome:
         mine: Mapping[str, Any] = read_by(member.term, given)
@@ -31,7 +29,8 @@ def _(term: Joint, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> O
             mine = dropout_seeds.of_part(mine, member.draw)
         return _weighed(attend(member.term, inputs, mine, setting), member.log_weight)
 
-    found = [of_member(member) for member in members_of(term, problem)]
+    members = members_of(term, problem_of(inputs, setting))
+    found = [of_member(member) for member in members]
     return found[0] if len(found) == 1 else merging.merge(found)
 
 
@@ -45,10 +44,10 @@ def _(
 
 @attend.register
 def _(term: Gated, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> Outcome:
-    """The sum of the outputs of the parts, each times its gate.
+    """The sum of the outputs of the parts, each multiplied by its gate.
 
     Raises:
-      ValueError: the gates are missing, or of another shape.
+      ValueError: the gates are missing, or have another shape.
     """
     gates = _gates(term, given, inputs[0])
     outputs = _outputs(term, inputs, given, setting)
@@ -59,7 +58,7 @@ def _(term: Gated, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> O
 def _(
     term: Weighted, inputs: QKV, given: Mapping[str, Any], setting: Setting
 ) -> Outcome:
-    """The output of the term, and its lse with the weight."""
+    """The output of the term, and its lse plus the logarithm of the weight."""
     mine = read_by(term.term, given)
     return _weighed(attend(term.term, inputs, mine, setting), term.log_weight)
 
@@ -67,7 +66,7 @@ def _(
 def _outputs(
     term: Mixture, inputs: QKV, given: Mapping[str, Any], setting: Setting
 ) -> tuple[Array, ...]:
-    """The outputs of all parts; each drops weights of its own."""
+    """The outputs of all parts; dropout draws anew for each part."""
     shares = [read_by(part, given) for part in term.terms]
     keyed = (dropout_seeds.of_part(mine, i) for i, mine in enumerate(shares))
     return tuple(
@@ -83,6 +82,11 @@ def _weighed(found: Outcome, log_weight: float) -> Outcome:
 
 
 def _gates(term: Gated, given: Mapping[str, Any], q: Array) -> Array:
+    """The gates of a call, ``[batch or 1, q_seq, num_q_heads, terms]``.
+
+    Raises:
+      ValueError: the operand was not given, or has another shape.
+    """
     batch, length, heads, _ = q.shape
     wanted = length, heads, len(term.terms)
     if term.gates not in given:

@@ -1,4 +1,4 @@
-"""The run-time arrays of a call, checked against what its spec reads."""
+"""Checks the run-time arrays of a call against the operands that its spec reads."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,11 @@ from sadsl.selections.base import Selection, operands_of
 def call_arrays(
     options: Options, operands: Mapping[str, Any] | None, batch: int
 ) -> dict[str, Array]:
-    """The run-time arrays of a call with a batch axis, checked against its map."""
+    """The run-time arrays of a call, checked, each ``[batch or 1, ...]``.
+
+    Raises:
+      ValueError: an array is missing, unknown, or has the wrong shape or dtype.
+    """
     arrays = operand_arrays(operands, floats=frozenset(options.asked))
     ranks = operand_ranks(options, arrays)
     fitted = with_batch_axis(arrays, ranks, batch)
@@ -28,7 +32,11 @@ def call_arrays(
 
 
 def check_given(arrays: Mapping[str, Any], options: Options) -> None:
-    """Checks the arrays of a caller, but for what selections check or make."""
+    """Checks the arrays of a caller, except those that selections check or make.
+
+    Raises:
+      ValueError: an array is missing, unknown, or has the wrong shape.
+    """
     chosen = options.selections
     known = {*options.asked, *options.of_bias, *operands_of(options.term.map)}
     if options.score is not None:
@@ -44,10 +52,11 @@ def check_given(arrays: Mapping[str, Any], options: Options) -> None:
 
 
 def operand_ranks(options: Options, arrays: Mapping[str, Any]) -> dict[str, int]:
-    """The axes of each array beside the batch: as many as it is indexed by.
+    """The number of axes of each array beside the batch: the number of its indices.
 
-    The map is taken as it was written: simplification may remove what reads an array,
-    which a caller passes all the same. An array that nothing reads is refused later.
+    The map counts as it was written. Simplification may remove the part that reads an
+    array, and a caller may pass it all the same. An array that nothing reads is refused
+    later.
     """
     unread = {name: x.ndim for name, x in arrays.items()}
     written = operands_of(options.term.map)
@@ -57,9 +66,12 @@ def operand_ranks(options: Options, arrays: Mapping[str, Any]) -> dict[str, int]
 def check_operands(
     arrays: Mapping[str, Any], stages: Stages, made: tuple[Selection, ...] = ()
 ) -> None:
-    """Checks arrays ``[batch or 1, ...]`` against what the map reads.
+    """Checks arrays ``[batch or 1, ...]`` against the operands of the simplified map.
 
-    The parts of the selections ``made`` need not be there yet.
+    The arrays that the selections ``made`` will choose may still be missing.
+
+    Raises:
+      ValueError: an array is missing, unknown, or has the wrong shape.
     """
     program = stages["simplify"]
     problem = program.problem
@@ -77,12 +89,12 @@ def check_operands(
 def operand_arrays(
     operands: Mapping[str, Any] | None, *, floats: frozenset[str] = frozenset()
 ) -> dict[str, jax.Array]:
-    """The run-time arrays of a call by name, as int32 or bools.
+    """The run-time arrays of a call by name, as int32 or bool.
 
-    Those named in ``floats`` are what selections look at: they keep their dtype.
+    Those named in ``floats``, which selections and biases read, keep their dtype.
 
     Raises:
-      ValueError: not integers.
+      ValueError: another array does not hold integers.
     """
     return {
         name: jnp.asarray(x) if name in floats else integers(name, x)
@@ -93,10 +105,10 @@ def operand_arrays(
 def with_batch_axis(
     arrays: Mapping[str, jax.Array], ranks: Mapping[str, int], batch: int
 ) -> dict[str, jax.Array]:
-    """Each array as ``[batch or 1, ...]``; ``ranks`` are those without the batch.
+    """Each array as ``[batch or 1, ...]``; ``ranks`` do not count the batch axis.
 
     Raises:
-      ValueError: the leading axis is not the batch.
+      ValueError: an array has another rank, or its first axis is not the batch.
     """
     found = {}
     for name, x in arrays.items():

@@ -1,4 +1,4 @@
-"""The static part of a checked call, as one hashable value."""
+"""``Options``: the static part of a checked call, as one hashable value."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +21,7 @@ from sadsl.terms.softmax import Softmax
 class Options:
     """The static part of a call with one softmax, as one hashable value.
 
-    ``setting.sm_scale`` is None where the scale is among the arrays.
+    ``setting.sm_scale`` is None if the scale is traced: then it is among the arrays.
     """
 
     term: Softmax
@@ -29,58 +29,64 @@ class Options:
     setting: Setting
 
     def with_scale(self, sm_scale: float) -> "Options":
-        """These options with another factor of the scores."""
+        """These options with another scale."""
         return replace(self, setting=replace(self.setting, sm_scale=sm_scale))
 
     @cached_property
     def selections(self) -> tuple[Selection, ...]:
-        """The parts of the map that are decided by content."""
+        """The selections in the map, which content decides."""
         return selections_of(self.term)
 
     @cached_property
     def read(self) -> frozenset[str]:
-        """The arrays that the simplified map still reads."""
+        """The names of the operands that the simplified map still reads."""
         maps = self.stages["simplify"].maps
         return frozenset(name for node in maps for name in ir.operand_names(node))
 
     @cached_property
     def asked(self) -> dict[str, int]:
-        """The arrays of floats that selections and the bias read, with their axes."""
+        """The operands of floats that selections and the bias read.
+
+        By name, with their number of axes beside the batch.
+        """
         own = {} if self.term.bias is None else self.term.bias.operands
         return {n: r for s in self.selections for n, r in s.operands.items()} | own
 
     @cached_property
     def of_bias(self) -> dict[str, int]:
-        """All run-time arrays that the bias reads, integers too."""
+        """All operands that the bias reads, integers too, as ``asked`` has them."""
         bias = self.term.bias
         return {} if bias is None else {**bias.operands, **bias.integer_operands}
 
     @cached_property
     def score(self) -> Score | None:
-        """The bias as an expression."""
+        """The bias as an expression, or None."""
         bias = self.term.bias
         return None if bias is None else bias.score(self.problem.num_heads)
 
     @property
     def lowered_score(self) -> LoweredScore | None:
-        """The bias as kernels take it."""
+        """The bias in the form that kernels take, or None."""
         if self.score is None:
             return None
         return lower(self.score, self.problem)
 
     @property
     def keeps_order(self) -> bool:
-        """Whether positions stay as given: a bias is made for pairs in that order."""
+        """Whether the kernels keep the given order of positions.
+
+        With a bias they do, since its arrays are laid out in that order.
+        """
         return self.setting.config.relayout is False or self.term.bias is not None
 
     @property
     def stages(self) -> Stages:
-        """The lowered map in the given order of positions, every stage kept."""
+        """The lowered map in the given order of positions, with every stage."""
         return pipeline.run(self.term.map.node, self.problem)
 
     @cached_property
     def sorted_by(self) -> sort.SortKeys | None:
-        """The labels that positions are sorted by at run time, if they are."""
+        """The labels by which the call sorts positions at run time, or None."""
         orders = [
             (s.key(s.order["q"]), s.key(s.order["k"]))
             for s in self.selections
@@ -91,7 +97,7 @@ class Options:
         return sort.keys(self.stages["simplify"], orders)
 
     def arranged(self, tiles: Tiles) -> Stages:
-        """The lowered map in the order of positions that kernels work in."""
+        """The lowered map in the order of positions that the kernels work in."""
         if self.keeps_order:
             return self.stages
         if self.sorted_by is not None:
@@ -100,16 +106,20 @@ class Options:
         return pipeline.arrange(self.stages, forward.block_q, forward.block_kv)
 
 
+def problem_of(inputs: tuple[Array, ...], setting: Setting) -> Problem:
+    """The sizes of a call; ``inputs`` start with q and k."""
+    q, k = inputs[0], inputs[1]
+    return Problem(q.shape[1], k.shape[1], q.shape[2], setting.q_offset)
+
+
 def options_of(inputs: tuple[Array, ...], term: Softmax, setting: Setting) -> Options:
     """The static part of a call with one softmax; ``inputs`` start with q and k."""
-    q, k = inputs[0], inputs[1]
-    problem = Problem(q.shape[1], k.shape[1], q.shape[2], setting.q_offset)
     if traced_scale(setting):
         setting = replace(setting, sm_scale=None)
-    return Options(replace(term, sink=None), problem, setting)
+    return Options(replace(term, sink=None), problem_of(inputs, setting), setting)
 
 
 def traced_scale(setting: Setting) -> dict[str, Array]:
-    """The factor of the scores as a run-time array, if it is one."""
+    """The traced scale by its name among the run-time arrays; empty for a number."""
     scale = setting.sm_scale
     return {} if isinstance(scale, float) else {TRACED_SCALE: scale}

@@ -1,4 +1,4 @@
-"""The plan of one content: which blocks a call visits, for given queries and keys."""
+"""``plan`` and ``plan_for``: which blocks a call visits, without running it."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,9 +17,9 @@ from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.config import KernelConfig, Tile, Tiles
 from sadsl.run import checks
 from sadsl.run.content import with_parts
+from sadsl.run.kernels import prepare
 from sadsl.run.operands import call_arrays
 from sadsl.run.options import Options
-from sadsl.run.softmax import prepare
 from sadsl.run.types import Setting
 from sadsl.terms.base import Spec
 from sadsl.text.specs import as_term
@@ -37,19 +37,38 @@ def plan_for(
     q_offset: int = 0,
     relayout: bool = True,
 ) -> Plan:
-    """Which blocks a call visits for these queries and keys, as the kernels plan it.
+    """Plans a call for given queries and keys: which blocks its kernels visit.
 
-    Has one map for each entry of the batch and head whose plans may differ, the heads
-    of an entry together; counts are over all of them. Where the call sorts its
-    positions by a label, the blocks are those of the sorted order.
+    For maps that content decides; ``plan`` needs no arrays. The plan has one map for
+    each batch entry and head whose plans may differ, and counts are over all of them.
+    If the call sorts its positions by a label, the blocks are those of the sorted
+    order.
 
     Args:
       spec: a map, ``softmax(map)``, or text.
-      q, k: arrays, not traced.
-      block_q, block_kv: block sizes.
-      operands: the run-time arrays of the call, segment ids by their names among them.
+      q, k: arrays ``[batch, seq, heads, head_dim]``, not traced.
+      block_q, block_kv: block sizes, in positions.
+      operands: the run-time arrays of the call; segment ids are among them, as
+        "q_segment_ids" and "kv_segment_ids".
       sm_scale, q_offset: as in ``attention``; selections may depend on them.
       relayout: False keeps the given order of positions.
+
+    Raises:
+      ValueError: the arrays and the spec do not fit together.
+
+    Example:
+      Documents of 4 and 4 tokens, in blocks of 2: causal attention visits 3 of the 4
+      blocks of each document, and none between documents.
+
+      >>> import jax.numpy as jnp
+      >>> import sadsl as sa
+      >>> x = jnp.ones((1, 8, 1, 4))
+      >>> ids = jnp.array([[0, 0, 0, 0, 1, 1, 1, 1]])
+      >>> ids = {"q_segment_ids": ids, "kv_segment_ids": ids}
+      >>> spec = sa.causal() & sa.segments()
+      >>> plan = sa.plan_for(spec, x, x, block_q=2, block_kv=2, operands=ids)
+      >>> plan.num_full, plan.num_partial, plan.num_empty
+      (2, 4, 10)
     """
     problem = checks.problem(q, k, k, q_offset)
     setting = Setting(
@@ -70,12 +89,13 @@ def plan_for(
 def _forward_mask(
     q: Array, k: Array, arrays: Mapping[str, Array], *, options: Options, tiles: Tiles
 ) -> BlockMask:
+    """The plan that the forward kernel walks."""
     found = with_parts(q, k, arrays, options)
     return prepare(found, options, tiles).masks.forward
 
 
 def on_host(mask: BlockMask) -> BlockMask:
-    """A run-time plan as NumPy arrays, without the room that it did not need."""
+    """A run-time plan as NumPy arrays, cut to the runs that it uses."""
     held = jax.tree.map(np.asarray, mask)
     count = int(held.row_ptr[-1])
     names = "run_start", "run_stop", "run_full"
@@ -94,22 +114,34 @@ def plan(
     exact: bool = False,
     relayout: bool = True,
 ) -> Plan:
-    """Which blocks a spec visits, computed from its expression: no arrays, no jit.
+    """Plans a spec from its expression: which blocks it visits. No arrays, no jit.
 
-    The plan never misses a pair and never calls a block full that is not. Blocks that
-    the analysis leaves open are looked into up to a budget; past it they count as
-    partial, and ``exact=True`` looks into all of them. Where another order of the
-    positions visits enough fewer blocks to pay for it, the plan is in that order, and
-    ``plan.layouts`` says which.
+    The plan never misses a pair, and never calls a block full that is not. Interval
+    analysis decides most blocks. The others are evaluated, up to a budget; beyond it
+    they count as partial, and ``exact=True`` evaluates them all. If another order of
+    the positions visits enough fewer blocks to pay for the move, the plan is in that
+    order, and ``plan.layouts`` says which.
 
     Args:
       spec: an index map, a term, or text.
       q_seq_len, kv_seq_len: numbers of queries and keys (``q_seq_len`` if None).
-      block_q, block_kv: block sizes, any positive integers.
-      num_heads: heads; maps that differ by head are planned once each.
+      block_q, block_kv: block sizes in positions, any positive integers.
+      num_heads: heads; each distinct map of the heads is planned once.
       q_offset: the position of the first query.
-      exact: settle every block, whatever it costs.
+      exact: decide every block, whatever it costs.
       relayout: look for a better order of positions; False keeps the given one.
+
+    Raises:
+      ValueError: a size is not a positive integer, or the map is made for another one.
+      NotImplementedError: the spec is more than one softmax.
+
+    Example:
+      >>> import sadsl as sa
+      >>> plan = sa.plan(sa.causal() & sa.window(256), 1024)
+      >>> plan.num_full, plan.num_partial, plan.num_empty
+      (7, 14, 43)
+      >>> plan.num_pairs
+      230272
     """
     kv_seq_len = q_seq_len if kv_seq_len is None else kv_seq_len
     sizes = {"q_seq_len": q_seq_len, "kv_seq_len": kv_seq_len, "block_q": block_q}
@@ -126,7 +158,7 @@ def plan(
 def plan_of(
     stages: Stages, given: Stages, block_q: int, block_kv: int, *, exact: bool = False
 ) -> Plan:
-    """The plan of lowered stages, beside the counts of the given order."""
+    """The plan of lowered stages, with the counts in the given order beside it."""
     found = _counted(stages, block_q, block_kv, exact)
     if stages.layouts is None:
         return found
@@ -136,7 +168,7 @@ def plan_of(
 
 
 def _counted(stages: Stages, block_q: int, block_kv: int, exact: bool) -> Plan:
-    # Spelt as the other callers do, so that all share one cached plan.
+    # The same positional call as elsewhere, so that all share one cached plan.
     options = (True,) if exact else ()
     mask = pipeline.block_mask(stages, block_q, block_kv, "q", *options)
     return Plan(stages.planned.maps, mask, stages.planned.problem.num_heads)

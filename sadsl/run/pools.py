@@ -1,7 +1,7 @@
-"""One vector a region: the pool of what its members are, in linear time.
+"""Pools the vectors of the tokens in each region, in time linear in the length.
 
-Regions of a partition are runs, halves of runs or prefixes, so that pools come of
-reshapes and scans. Sums and maxima are taken in float32 (float64 for float64).
+The regions of the built-in partitions are runs, halves of runs or prefixes, so pools
+are reshapes and scans. Sums and maxima are taken in float32 (float64 for float64).
 """
 
 from functools import partial
@@ -37,10 +37,10 @@ def pooled(
     partition: Partition,
     pool: Pool,
 ) -> Float[Array, "batch regions heads dim"]:
-    """The pool of the members of each region, in the dtype of ``x``; 0 for none.
+    """The pool of the members of each region, in the dtype of ``x``.
 
-    Only ``valid`` tokens are members, all if None. The gradient of a maximum goes to
-    where it is found, in equal shares among equals.
+    A region without members yields 0. Only ``valid`` tokens are members; all are if
+    None. The gradient of a maximum goes to the members that attain it, in equal shares.
     """
     there = jnp.ones((1, x.shape[1]), bool) if valid is None else valid
     x_wide = widened(x)
@@ -56,12 +56,16 @@ def pooled(
 
 @partial(jax.jit, static_argnames="partition")
 def counted(there: Bool[Array, "batch_or_1 n"], *, partition: Partition) -> Array:
-    """How many of the tokens that are ``there`` each region has, int32."""
+    """The number of tokens of each region that are ``there``, int32."""
     return aggregated(there.astype(jnp.int32), partition, "sum")
 
 
 def aggregated(x: Array, partition: Partition, op: Op) -> Array:
-    """Sums or maxima over members: ``[batch, n, ...]`` to ``[batch, regions, ...]``."""
+    """Sums or maxima over members: ``[batch, n, ...]`` to ``[batch, regions, ...]``.
+
+    Raises:
+      TypeError: the partition has no pools.
+    """
     match partition:
         case Spans(size=size):
             return _reduce(_grid(x, size, op), op, 2)
@@ -72,7 +76,7 @@ def aggregated(x: Array, partition: Partition, op: Op) -> Array:
         case Rows(width=width, part=part):
             return _along(x, width, 2, part, op)
         case Rowmajor(width=width):
-            # All tokens of a row have its members.
+            # The region of each token of a row holds the whole row.
             whole = _reduce(_grid(x, width, op), op, 2)
             return jnp.repeat(whole, width, axis=1)[:, : x.shape[1]]
         case Regions():
@@ -82,7 +86,7 @@ def aggregated(x: Array, partition: Partition, op: Op) -> Array:
 
 
 def _one_by_one(x: Array, partition: Regions, op: Op) -> Array:
-    """Region by region, nothing kept for the gradient but ``x``."""
+    """Pools region by region; the gradient recomputes, so that only ``x`` is kept."""
     masks = jnp.asarray(partition.held(x.shape[1]))
 
     @jax.checkpoint
@@ -94,7 +98,7 @@ def _one_by_one(x: Array, partition: Regions, op: Op) -> Array:
 
 
 def _nothing(op: Op, dtype: jnp.dtype) -> Array:
-    """What a pool is unchanged by."""
+    """The neutral element: 0 for sums, -inf for maxima."""
     if op == "sum":
         return jnp.zeros((), dtype)
     return jnp.array(-jnp.inf, dtype)
@@ -105,7 +109,7 @@ def _reduce(x: Array, op: Op, axis: int) -> Array:
 
 
 def _grid(x: Array, width: int, op: Op) -> Array:
-    """``[batch, rows, width, ...]``, filled up with nothing."""
+    """``[batch, rows, width, ...]``; the last row is padded with neutral elements."""
     batch, n, *rest = x.shape
     rows = -(-n // width)
     pads = [(0, 0), (0, rows * width - n), *((0, 0) for _ in rest)]
@@ -114,7 +118,11 @@ def _grid(x: Array, width: int, op: Op) -> Array:
 
 
 def _along(x: Array, width: int, axis: int, part: Part, op: Op) -> Array:
-    """Over the others of a row or a column, or those on one side of each cell."""
+    """Pools, for each cell, other cells of its row or column.
+
+    ``part`` says which: those before it along ``axis`` of the grid, those after it, or
+    all others.
+    """
     grid = _grid(x, width, op)
     match part:
         case "before":
@@ -131,7 +139,7 @@ def _along(x: Array, width: int, axis: int, part: Part, op: Op) -> Array:
 
 
 def _exclusive(x: Array, axis: int, op: Op, *, reverse: bool) -> Array:
-    """The running pool along an axis, without the entry itself."""
+    """The running pool along an axis, of the entries before (or after) each one."""
     one = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
     nothing = jnp.full_like(one, _nothing(op, x.dtype))
     size = x.shape[axis]
@@ -144,7 +152,7 @@ def _exclusive(x: Array, axis: int, op: Op, *, reverse: bool) -> Array:
 
 
 def _dyadic(x: Array, partition: Tower, op: Op) -> Array:
-    """Level by level, each from the one below, then the regions that there are."""
+    """Pools dyadic spans: each level from the one below, then those of the regions."""
     n = x.shape[1]
     level, levels, starts = x, [x], [0]
     while level.shape[1] > 1:
@@ -159,7 +167,10 @@ def _dyadic(x: Array, partition: Tower, op: Op) -> Array:
 
 
 def _places(n: int, partition: Tower, starts: list[int]) -> np.ndarray:
-    """Where each region is among all levels; the end stands for an empty one."""
+    """The index of each region among the spans of all levels.
+
+    An empty region has the index of the neutral element behind the last span.
+    """
     end = starts[-1] + 1
     found = []
     for group, (_, count, _) in enumerate(partition.groups(n)):

@@ -1,4 +1,7 @@
-"""The dense oracle: attention as it is defined, over all pairs, in plain JAX."""
+"""The dense reference: attention computed over all pairs, in plain JAX.
+
+Every other backend is tested against it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +21,10 @@ from pallas_kernels.precision import wide
 
 @dataclass(frozen=True)
 class _Dense(NumPy):
-    """Positions ``[1, q, 1]``, ``[1, 1, k]``; operands with a batch axis in front.
+    """Evaluates a predicate on positions ``[1, q, 1]`` and ``[1, 1, k]``.
 
-    All integers have the dtype of the positions: int32, or int64.
+    Operands have a batch axis in front. All integers have the dtype of the positions,
+    int32 or int64.
     """
 
     xp: ClassVar[ModuleType] = jnp
@@ -48,9 +52,9 @@ def pairs(
     kv_seq_len: int,
     operands: Mapping[str, jax.Array],
 ) -> Bool[Array, "batch_or_1 heads q kv"]:
-    """Every pair of every head, from the nodes of the heads as they were written.
+    """The pairs of every head, evaluated from one node for each head.
 
-    Only an operand indexed by ``h`` still has heads in it: it reads the head at hand.
+    The nodes are not simplified. Integers are int64 where int32 might overflow.
     """
     known = known_of(q_seq_len, kv_seq_len, len(nodes))
     nodes = tuple(exact(node, known) for node in nodes)
@@ -89,9 +93,9 @@ def attention(
     """Output and natural lse over the allowed pairs, in f32 (f64 for f64 inputs).
 
     ``bias`` is added to the capped scores; a bias or a score of ``-inf`` leaves the
-    pair out. A row that is left with no key yields 0, -inf and zero gradients.
-    Keys that no query sees, and queries that see no key, may hold anything. Dropout
-    multiplies the normalised weights by ``factor``.
+    pair out. A query that sees no key yields 0, -inf and zero gradients. Keys that no
+    query sees, and queries that see no key, may hold NaN. ``factor`` multiplies the
+    normalised weights, for dropout.
     """
     dtype = wide(q.dtype)
     group = q.shape[2] // k.shape[2]
@@ -99,7 +103,7 @@ def attention(
     wide_k, wide_v = (jnp.repeat(x, group, axis=2) for x in (wide_k, wide_v))
     if bias is not None:
         allowed = allowed & ~jnp.isneginf(bias)
-    # In a product, 0 * nan would be NaN.
+    # A pair that is not allowed has weight 0, but 0 * NaN is NaN: replace such rows.
     seen, sees = (jnp.swapaxes(allowed.any(axis=a), 1, 2)[..., None] for a in (2, 3))
     wide_k, wide_v = (jnp.where(seen, x, 0) for x in (wide_k, wide_v))
     wide_q = jnp.where(sees, wide_q, 0)
@@ -107,9 +111,9 @@ def attention(
     if logits_soft_cap is not None:
         s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
     if bias is not None:
-        # Without infinities, on which gradients turn to NaN.
+        # The -inf are in `allowed` already; adding them would make gradients NaN.
         s = s + jnp.where(jnp.isneginf(bias), 0, bias).astype(dtype)
-    # Double where: no -inf minus -inf on the way, forward or backward.
+    # Two wheres: neither forward nor backward may compute -inf minus -inf.
     allowed = allowed & ~jnp.isneginf(s)
     some = allowed.any(axis=-1, keepdims=True)
     least = jnp.finfo(dtype).min
@@ -120,5 +124,5 @@ def attention(
     p = p / l if factor is None else p / l * factor.astype(dtype)
     o = jnp.einsum("bhqk,bkhd->bqhd", p, wide_v, precision="highest")
     lse = jnp.where(some, top + jnp.log(l), -jnp.inf)[..., 0]
-    # Nor does a gradient of what sees nothing reach a product.
+    # This where also keeps the cotangents of queries without a key out of products.
     return jnp.where(sees, o, 0).astype(q.dtype), lse

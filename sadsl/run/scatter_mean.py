@@ -1,10 +1,9 @@
-"""``scatter_mean``: members of clusters side by side, kernels on them, put back.
+"""Runs ``scatter_mean``: gathers clusters, attends within them, scatters results back.
 
-Each cluster is copied to a head of its own, as long as the cluster has members, and the
-ordinary kernels run on these heads: block-diagonal attention in the order of the
-clusters. All copies together are as large as the arrays where ``num_clusters * window``
-is the length. Roy et al., Efficient content-based sparse attention with Routing
-Transformers, 2021, section 4.1.
+Each cluster becomes one head of ``window`` slots, which hold copies of its members, and
+the ordinary kernels run on these heads. The copies are as large as the arrays if
+``num_clusters * window`` is the length. Roy et al., Efficient content-based sparse
+attention with Routing Transformers, 2021, section 4.1.
 """
 
 from collections.abc import Mapping
@@ -36,14 +35,15 @@ from sadsl.selections.base import operands_of
 from sadsl.terms.scatter_mean import ScatterMean
 from sadsl.terms.softmax import Softmax
 
-# Names that no operand of a caller can have.
+# Names of run-time arrays that no operand of a caller can have: the position in each
+# slot of queries and of keys, and whether the value in a slot is not 0.
 Q_AT, K_AT, K_SEEN = "slot.q", "slot.k", "slot.seen"
 
 
 class Members(NamedTuple):
-    """Who fills the slots of every cluster: int32 ``[batch, heads, clusters, window]``.
+    """The members of every cluster, int32 ``[batch, heads, clusters, window]``.
 
-    Ascending; the length of the sequence stands for no one.
+    Positions ascend within a cluster. An empty slot holds the length of the sequence.
     """
 
     q: Array
@@ -54,20 +54,21 @@ class Members(NamedTuple):
 def _(
     term: ScatterMean, inputs: QKV, given: Mapping[str, Any], setting: Setting
 ) -> Outcome:
-    """The averaged output; there is no lse, since a query has several softmaxes.
+    """The averaged output. A query has several softmaxes, so there is no lse.
 
     Raises:
       ValueError: arrays, sizes and options do not fit together.
-      NotImplementedError: dropout, or a traced scale.
+      NotImplementedError: the call has dropout or a traced scale.
     """
     if setting.dropout_rate:
         raise NotImplementedError(
             f"dropout_rate={setting.dropout_rate}: {term!r} averages several softmaxes "
-            "of a query, whose weights have no dropout yet: leave it 0"
+            "of a query, and dropout on their weights is not implemented: leave it 0"
         )
     if traced_scale(setting):
         raise NotImplementedError(
-            f"sm_scale={setting.sm_scale!r} is traced: {term!r} takes a Python number"
+            f"sm_scale={setting.sm_scale!r} is traced: {term!r} takes a Python number; "
+            "multiply q by the traced factor instead"
         )
     if term.own_key == "alone" and setting.q_offset:
         raise ValueError(
@@ -87,7 +88,7 @@ def _(
     term: ScatterMean, inputs: tuple[Array, Array], given: Mapping[str, Any],
     setting: Setting,
 ) -> dict[str, Array]:  # fmt: skip
-    """The members of the clusters by name, to be passed back as operands."""
+    """The members of the clusters by name; a call takes them as operands."""
     q, k = inputs
     options = options_of((q, k), Softmax(term.rest), setting)
     of_clusters, _ = _arrays(term, given, options, q.shape[0])
@@ -98,14 +99,14 @@ def _(
 
 
 def _names(term: ScatterMean) -> list[str]:
-    """What members are called among the operands of a call."""
+    """The names of the members among the operands of a call."""
     return [term.clusters.key(name) for name in Members._fields]
 
 
 def _arrays(
     term: ScatterMean, given: Mapping[str, Any], options: Options, batch: int
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The arrays of the clusters and of the rest, each with a batch axis."""
+    """The arrays of the clusters and of the rest of the map, with a batch axis each."""
     ranks = {**term.clusters.operands, **dict.fromkeys(_names(term), 3)}
     mine = {name: x for name, x in given.items() if name in ranks}
     others = {name: x for name, x in given.items() if name not in ranks}
@@ -120,6 +121,7 @@ def _traced(
     q: Array, k: Array, v: Array, of_clusters: Mapping[str, Array],
     of_rest: Mapping[str, Array], *, term: ScatterMean, options: Options,
 ) -> Array:  # fmt: skip
+    """The output ``[batch, q_seq, num_q_heads, head_dim_v]`` of checked arrays."""
     members = _members(q, k, of_clusters, term, options)
     if term.sm_scale is not None:
         options = options.with_scale(term.sm_scale)
@@ -130,10 +132,10 @@ def _traced(
 def _members(
     q: Array, k: Array, arrays: Mapping[str, Array], term: ScatterMean, options: Options
 ) -> Members:
-    """The members as given, or chosen; no gradient flows through them.
+    """The members as given, or chosen now; no gradient flows through them.
 
     Raises:
-      ValueError: they are given in a shape that ``select`` does not make.
+      ValueError: the given members do not have the shape that ``select`` makes.
     """
     clusters = term.clusters
     given = [arrays[name] for name in _names(term) if name in arrays]
@@ -146,7 +148,7 @@ def _members(
         raise ValueError(
             f"the members of {clusters!r} have shapes {[x.shape[1:] for x in given]} "
             f"beside the batch: they must be {wanted}, as select chooses them for "
-            "these lengths"
+            "these lengths; choose them anew with select"
         )
     spread = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])) for x in given)
     return Members(*(x.astype(jnp.int32) for x in spread))
@@ -162,7 +164,7 @@ def _in_clusters(
     term: ScatterMean,
     options: Options,
 ) -> Array:
-    """Copies to slots, attention of every cluster, and the mean put back."""
+    """Copies members to slots, attends in every cluster, and averages the results."""
     q, k, v = inputs
     batch, q_seq_len, heads, _ = q.shape
     _, kv_seq_len, kv_heads, _ = k.shape
@@ -210,10 +212,10 @@ def _to_clusters(x: Array, slots: Slots, lead: tuple[int, int]) -> Array:
 
 
 def _map_of_slots(term: ScatterMean, problem: Problem, num_clusters: int) -> IndexMap:
-    """The pairs of slots of a cluster that attend.
+    """The pairs of slots of a cluster that attend, as a map.
 
-    Members ascend, so that causal clusters that are shared are causal in their slots,
-    which needs no run-time plan.
+    Members ascend. So a causal map of clusters that queries and keys share is causal in
+    the slots too, and needs no run-time plan.
     """
     alone = term.own_key == "alone"
     causal_alone = _simplified(term.rest, problem) == _simplified(causal(), problem)
@@ -236,13 +238,16 @@ def _map_of_slots(term: ScatterMean, problem: Problem, num_clusters: int) -> Ind
 
 
 def _simplified(map: IndexMap, problem: Problem) -> tuple[ir.Pred, ...]:
+    """The simplified nodes of a map, to tell equal maps."""
     return pipeline.run(map.node, problem)["simplify"].maps
 
 
 def _at_slots(node: ir.Pred, problem: Problem, num_clusters: int) -> ir.Pred:
-    """A map of positions as a map of slots, whose heads are heads and clusters.
+    """Rewrites a map of positions as a map of slots.
 
-    Slots of no position count as the last one.
+    ``q -> position of slot q``, ``k -> position of slot k`` and
+    ``h -> h // num_clusters``, since each head has become ``num_clusters`` heads. The
+    position of an empty slot is clipped to the last one.
     """
     shifted = pipeline.run(node, problem)["shift_queries"].maps[0]
     head = ir.FloorDiv(ir.H, num_clusters)
@@ -260,7 +265,10 @@ def _at_slots(node: ir.Pred, problem: Problem, num_clusters: int) -> ir.Pred:
 def _own_pairs(
     term: ScatterMean, problem: Problem, num_clusters: int, arrays: Mapping[str, Array]
 ) -> Array:
-    """Whether the rest lets a slot see itself, bool ``[batch or 1, heads, slots]``."""
+    """Whether the rest of the map lets the query of a slot see the key of that slot.
+
+    Bool ``[batch or 1, heads, slots]``.
+    """
     node = _at_slots(term.rest.node, problem, num_clusters)
     node = softmax.without_missing(node, arrays)
     heads, window = arrays[Q_AT].shape[1:]
@@ -282,7 +290,7 @@ def _dense(
     term: ScatterMean,
     options: Options,
 ) -> Array:
-    """The definition: dense attention in one cluster after the other."""
+    """The definition: dense attention in one cluster after another."""
     q, k, v = inputs
     lengths = options.problem.q_seq_len, options.problem.kv_seq_len
     program = options.stages["resolve_heads"]

@@ -1,28 +1,24 @@
-"""How a checked call runs: what content decides, the order, the plan, the kernels."""
+"""Runs one softmax over the pairs of a map, on any backend."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowering import ir, pipeline
+from lowering import ir
 from lowering.bias.nodes import resolved
-from lowering.expr.kernel_test import KernelPredicate
-from lowering.pipeline import Stages
-from lowering.run_time import bias_values, pair_bits, plans, sort
-from lowering.run_time.vectors import vectors_of
+from lowering.run_time import bias_values
 from pallas_kernels import dispatch
-from pallas_kernels.call import Call, Inputs, Masks, Vectors
-from pallas_kernels.config import Tiles
+from pallas_kernels.call import Inputs
 from pallas_kernels.precision import wide, widened
 from sadsl.maps.base import IndexMap
 from sadsl.run import dropout_seeds, merging, reference
 from sadsl.run.attend import attend, choose
 from sadsl.run.content import chosen_parts, with_parts
+from sadsl.run.kernels import choose_tiles, kernel_call, prepare
 from sadsl.run.operands import call_arrays
 from sadsl.run.options import Options, options_of, traced_scale
 from sadsl.run.symbolic_batch import KNOWN_SIZES, entry_by_entry, is_symbolic
@@ -35,7 +31,7 @@ from sadsl.terms.softmax import Softmax
 def _(
     term: IndexMap, inputs: QKV, given: Mapping[str, Any], setting: Setting
 ) -> Outcome:
-    """A map stands for the softmax over its pairs."""
+    """A bare map means the softmax over its pairs."""
     return attend(Softmax(term), inputs, given, setting)
 
 
@@ -46,11 +42,11 @@ def _(
     """One softmax over the pairs of a map.
 
     Raises:
-      ValueError: arrays are missing, unknown or of another shape.
+      ValueError: an operand is missing, unknown, or has the wrong shape.
     """
     options = options_of(inputs, term, setting)
-    apart = (term.sink, DROPOUT_KEY)
-    operands = {name: x for name, x in given.items() if name not in apart}
+    handled_here = (term.sink, DROPOUT_KEY)
+    operands = {name: x for name, x in given.items() if name not in handled_here}
     arrays = call_arrays(options, operands, inputs[0].shape[0])
     if setting.dropout_rate:
         arrays[DROPOUT_KEY] = dropout_seeds.key_words(given[DROPOUT_KEY])
@@ -66,7 +62,7 @@ def _(
     term: IndexMap, inputs: tuple[Array, Array], given: Mapping[str, Any],
     setting: Setting,
 ) -> dict[str, Array]:  # fmt: skip
-    """What the selections in a map choose."""
+    """The choices of the selections in a map."""
     return choose(Softmax(term), inputs, given, setting)
 
 
@@ -75,21 +71,22 @@ def _(
     term: Softmax, inputs: tuple[Array, Array], given: Mapping[str, Any],
     setting: Setting,
 ) -> dict[str, Array]:  # fmt: skip
-    """What the selections in the map of a softmax choose."""
+    """The choices of the selections in the map of a softmax."""
     q, k = inputs
     options = options_of((q, k), Softmax(term.map), setting)
-    extra = [name for name in term.operands if not reads(term.map, name)]
-    mine = {name: x for name, x in given.items() if name not in extra}
+    # The arrays of the bias and the sinks have no part in a choice.
+    unread = [name for name in term.operands if not reads(term.map, name)]
+    mine = {name: x for name, x in given.items() if name not in unread}
     arrays = call_arrays(options, mine, q.shape[0])
     arrays |= traced_scale(setting)
     return chosen_parts(q, k, arrays, options)
 
 
 def sinks_of(term: Softmax, given: Mapping[str, Any], q: Array) -> Array:
-    """The sink of every head, ``[batch or 1, heads]``.
+    """The sink logit of every head, ``[batch or 1, heads]``.
 
     Raises:
-      ValueError: it was not given, or in another shape.
+      ValueError: the operand was not given, or has another shape.
     """
     batch, _, heads, _ = q.shape
     if term.sink not in given:
@@ -101,8 +98,8 @@ def sinks_of(term: Softmax, given: Mapping[str, Any], q: Array) -> Array:
     if sinks.shape not in ((heads,), (1, heads), (batch, heads)):
         raise ValueError(
             f"operand {term.sink!r} has shape {sinks.shape}: the sinks of {term!r} "
-            f"must be ({heads},), one a head, perhaps with the batch of {batch} in "
-            "front"
+            f"must have shape ({heads},), one number for each head, or "
+            f"{(batch, heads)}"
         )
     return sinks.reshape(-1, heads)
 
@@ -111,13 +108,14 @@ def sinks_of(term: Softmax, given: Mapping[str, Any], q: Array) -> Array:
 def traced(
     q: Array, k: Array, v: Array, arrays: Mapping[str, Array], *, options: Options
 ) -> tuple[Array, Array]:
-    """Output and lse of a checked call; ``arrays`` have a batch axis.
+    """Output ``[batch, q, heads, dim_v]`` and lse ``[batch, heads, q]`` of a call.
 
-    With dropout, the words of its key are among them.
+    ``arrays`` are the checked run-time arrays ``[batch or 1, ...]``. With dropout, they
+    hold the words of its key.
     """
-    differ = options.selections or options.setting.dropout_rate
-    differ = differ or any(x.ndim and is_symbolic(x) for x in arrays.values())
-    if is_symbolic(q) and (differ or options.setting.impl in KNOWN_SIZES):
+    by_entry = options.selections or options.setting.dropout_rate
+    by_entry = by_entry or any(x.ndim and is_symbolic(x) for x in arrays.values())
+    if is_symbolic(q) and (by_entry or options.setting.impl in KNOWN_SIZES):
         if options.setting.dropout_rate:
             entry = jnp.arange(q.shape[0], dtype=jnp.int32)
             arrays = {**arrays, dropout_seeds.ENTRY: entry}
@@ -134,8 +132,9 @@ def _run(
     run = _dense if options.setting.impl == "reference" else _kernels
     if options.setting.sm_scale is not None:
         return run(q, k, v, chosen, options)
-    # Kernels have their scale as a constant. All three are widened: the product of q
-    # and the scale is not rounded, and kernels take arrays of one dtype.
+    # The scale of a kernel is a constant, so a traced scale multiplies q instead. In
+    # the wide dtype that product is not rounded. k and v are widened too, since kernels
+    # take arrays of one dtype.
     dtype, scale = q.dtype, arrays[TRACED_SCALE]
     q, k, v = map(widened, (q, k, v))
     q = q * scale.astype(q.dtype)
@@ -149,7 +148,7 @@ def _dense(
     problem = options.problem
     program = options.stages["resolve_heads"]
     maps = tuple(without_missing(node, arrays) for node in program.maps)
-    # An operand indexed by the head reads the head at hand.
+    # An operand that is indexed by the head reads the entry of this head.
     nodes = tuple(
         ir.substitute(maps[m], {"h": ir.Const(head)})
         for head, m in enumerate(program.map_of_head)
@@ -182,7 +181,7 @@ def without_missing(node: ir.Pred, arrays: Mapping[str, Array]) -> ir.Pred:
 def _dense_bias(
     arrays: Mapping[str, Array], options: Options, dtype: Any
 ) -> Array | None:
-    """The bias of every pair, straight from its expression."""
+    """The bias of every pair, evaluated from its expression."""
     if options.score is None:
         return None
     problem = options.problem
@@ -204,7 +203,7 @@ def _kernels(
     ready = prepare(arrays, options, tiles, dtype)
     layouts, orders = ready.stages.layouts, ready.orders
     if layouts is not None:
-        # Before the heads come to the front: the two are one change of layout.
+        # Before the heads come to the front: then both moves are one change of layout.
         q = layouts.q.to_slots(q, 1)
         k, v = (layouts.kv.to_slots(x, 1) for x in (k, v))
     if orders is not None:
@@ -223,84 +222,3 @@ def _kernels(
     if orders is not None:
         o, lse = orders.to_positions(o, lse)
     return o, lse
-
-
-class Prepared(NamedTuple):
-    """A call but for q, k and v: the map in its order, what it reads, its plans."""
-
-    stages: Stages
-    vectors: Vectors
-    masks: Masks
-    orders: sort.Orders | None
-
-
-def prepare(
-    arrays: Mapping[str, Array],
-    options: Options,
-    tiles: Tiles,
-    dtype: Any = jnp.float32,
-) -> Prepared:
-    """The order, the vectors and the plans, made at run time where content decides."""
-    stages, orders = options.arranged(tiles), None
-    if options.sorted_by is not None:
-        orders = sort.orders(options.sorted_by, options.stages["simplify"], arrays)
-        arrays = {**arrays, **orders.operands}
-    vectors = call_vectors(stages, arrays, tiles)
-    lowered = options.lowered_score
-    if lowered is not None:
-        added = bias_values.values(lowered, options.problem, arrays, dtype)
-        vectors = vectors._replace(scores=added)
-    if plans.is_run_time(stages):
-        masks = plans.masks(stages, tiles, vectors)
-    else:
-        masks = pipeline.masks(stages, tiles)
-    return Prepared(stages, vectors, masks, orders)
-
-
-def call_vectors(stages: Stages, arrays: Mapping[str, Array], tiles: Tiles) -> Vectors:
-    """The vectors and bits that the predicate reads, computed from the operands."""
-    program = stages["hoist"]
-    lengths = program.problem.q_seq_len, program.problem.kv_seq_len
-    heads_, block_kv = program.problem.num_heads, tiles.forward.block_kv
-    return Vectors(
-        vectors_of(program.q_vectors, lengths[0], heads_, arrays),
-        vectors_of(program.kv_vectors, lengths[1], heads_, arrays),
-        pair_bits.pack(program.bits, lengths, block_kv, heads_, arrays),
-    )
-
-
-def kernel_call(
-    options: Options, stages: Stages, tiles: Tiles, dtype: Any = jnp.float32
-) -> Call:
-    """The static part of the kernel call."""
-    score = options.lowered_score
-    return Call(
-        predicate=KernelPredicate(stages["hoist"].maps),
-        sm_scale=options.setting.sm_scale,
-        tiles=tiles,
-        logits_soft_cap=options.term.logits_soft_cap,
-        interpret=options.setting.interpret,
-        scores=None if score is None else replace(score.kernel, dtype=dtype),
-        learned_scores=score is not None and score.learned,
-        dropout_rate=options.setting.dropout_rate,
-    )
-
-
-def choose_tiles(options: Options, head_dim: int, head_dim_v: int, dtype: Any) -> Tiles:
-    """The block sizes of a call: the config's, else the backend's for these sizes."""
-    backend, problem = dispatch.BACKENDS[options.setting.impl], options.problem
-    lengths = problem.q_seq_len, problem.kv_seq_len
-    defaults = backend.default_tiles(lengths, head_dim, head_dim_v, dtype)
-    if not options.stages["hoist"].bits:
-        return options.setting.config.resolve(defaults)
-    # Bits are packed for blocks of keys: the smallest fits the registers of all three.
-    smallest = min(t.block_kv for t in (defaults.forward, defaults.dq, defaults.dkv))
-    tiles = options.setting.config.resolve(defaults.with_block_kv(smallest))
-    sizes = tiles.forward.block_kv, tiles.dq.block_kv, tiles.dkv.block_kv
-    if len(set(sizes)) > 1:
-        raise ValueError(
-            f"config: block_kv is {sizes[0]} in the forward kernel, {sizes[1]} in dq "
-            f"and {sizes[2]} in dkv, but {options.term!r} looks up pairs in a run-time "
-            "array, which is packed for one block_kv: name the same in all three"
-        )
-    return tiles

@@ -1,4 +1,4 @@
-"""How summaries run: pools, the values of the regions, and who reads them."""
+"""Runs ``summaries``: pools regions, attends within them, then attends to them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -23,7 +23,7 @@ from sadsl.terms.regions import Rowmajor
 from sadsl.terms.softmax import Softmax
 from sadsl.terms.summaries import PLAIN, Summaries
 
-# Names that no operand of a caller can have.
+# Names of run-time arrays that no operand of a caller can have.
 VALID, SOME = "regions.valid", "regions.some"
 
 
@@ -33,20 +33,20 @@ def _(
 ) -> Outcome:
     """Output and lse of every query over the regions that it reads.
 
-    Two calls on a short sequence: the regions attend to their members, once each, and
-    the queries to the regions. Gradients flow through both and through the pools.
+    Two calls: the regions attend to their members, which yields the values, and then
+    the queries attend to the regions. Gradients flow through both and through pools.
 
     Raises:
       ValueError: the sizes do not fit the partition, or operands are missing.
-      NotImplementedError: queries and keys are not those of the same tokens.
+      NotImplementedError: queries and keys do not belong to the same tokens.
     """
     q, k, _ = inputs
     n = k.shape[1]
     if q.shape[1] != n or setting.q_offset:
         raise NotImplementedError(
             f"{term!r} with {q.shape[1]} queries at offset {setting.q_offset} and {n} "
-            "keys: regions pool the queries of their tokens, so that queries and keys "
-            "must be those of the same tokens; pass all queries, with q_offset=0"
+            "keys: regions pool the queries of their tokens, so queries and keys must "
+            "belong to the same tokens; pass all queries, with q_offset=0"
         )
     term.partition.check(n)
     valid = _valid(term, given, inputs)
@@ -79,7 +79,7 @@ def _(
 def _of_clusters(
     term: Summaries, inputs: QKV, given: Mapping[str, Any], setting: Setting
 ) -> Outcome:
-    """The same for regions that content decides, a partition a head."""
+    """Output and lse over clusters, whose members content decides for each head."""
     partition = term.partition
     assert isinstance(partition, Clusters)
     q, k, v = inputs
@@ -109,7 +109,10 @@ def _of_clusters(
 def labels(
     q: Array, k: Array, partition: Clusters, given: Mapping[str, Any], setting: Setting
 ) -> tuple[Array, Array]:
-    """The clusters of queries and of keys, int32 ``[batch, heads, n]``; < 0: none."""
+    """The cluster of each query and of each key, int32 ``[batch, heads, n]``.
+
+    A negative label means no cluster.
+    """
     kmeans = partition.kmeans
     alone = replace(setting, impl="reference", dropout_rate=0.0)
     options = options_of((q, k), Softmax(kmeans), alone)
@@ -130,7 +133,7 @@ def _of_tokens(
     given: Mapping[str, Any],
     within: Callable[[Array, Array], Array],
 ) -> tuple[Array, Array]:
-    """The keys and values of the regions that ask with the query of a token."""
+    """The keys and values of regions that attend with the query of a token."""
     q, k, v = inputs
     if partition.key == "none":
         return k, within(q, v)
@@ -147,7 +150,7 @@ def _of_tokens(
 def _features(
     inputs: QKV, term: Summaries, given: Mapping[str, Any]
 ) -> tuple[Array, Array]:
-    """Queries and keys as they are pooled."""
+    """The features of queries and of keys, which are pooled."""
     found = [
         _feature(name, x, given)
         for name, x in zip(term.features, inputs[:2], strict=True)
@@ -164,11 +167,11 @@ def _feature(name: str, x: Array, given: Mapping[str, Any]) -> Array:
 def _called(
     name: str, given: Mapping[str, Any], x: Array, shape: tuple[int, ...]
 ) -> Array:
-    """What the callable operand makes of ``x``, in its dtype.
+    """Applies the callable operand ``name`` to ``x``; the result has its dtype.
 
     Raises:
-      ValueError: it was not given, or makes another shape.
-      TypeError: it is no function.
+      ValueError: it was not given, or returns another shape.
+      TypeError: it is not a function.
     """
     if name not in given:
         raise ValueError(
@@ -184,17 +187,17 @@ def _called(
     found = function(x)
     if found.shape != shape:
         raise ValueError(
-            f"operand {name!r} made {found.shape} of {x.shape}, but {shape} is needed: "
-            "batch, seq and heads as they are, and head_dim features"
+            f"operand {name!r} returned shape {found.shape} for shape {x.shape}: it "
+            f"must be {shape}: batch, seq and heads unchanged, and head_dim features"
         )
     return found.astype(x.dtype)
 
 
 def _valid(term: Summaries, given: Mapping[str, Any], inputs: QKV) -> Array | None:
-    """Which keys exist, bool ``[batch or 1, n]``; None for all.
+    """Which keys exist, bool ``[batch or 1, n]``; None if all exist.
 
     Raises:
-      ValueError: it was not given, or in another shape.
+      ValueError: the operand was not given, or has another shape.
     """
     if term.valid is None:
         return None
@@ -211,11 +214,11 @@ def _valid(term: Summaries, given: Mapping[str, Any], inputs: QKV) -> Array | No
 
 
 def _for_heads(x: Array, q: Array) -> Array:
-    """With the heads of the queries: each key head once a query head that reads it."""
+    """``x`` with one head for each query head: key heads are repeated."""
     group = q.shape[2] // x.shape[2]
     return x if group == 1 else jnp.repeat(x, group, axis=2)
 
 
 def _dropped_by(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What dropout is drawn from: it falls on the weights of the regions."""
+    """The dropout key, for the weights of the regions; empty without dropout."""
     return {n: x for n, x in given.items() if n == DROPOUT_KEY}

@@ -1,7 +1,7 @@
-"""A batch whose size is a symbol, as ``jax.export`` has it: one entry after the other.
+"""Runs calls whose batch size is a symbol (``jax.export``), one entry at a time.
 
-Plans made at run time, choices by content and Pallas kernels are made for a batch of a
-known size. That of one entry is known.
+Run-time plans, selections and Pallas kernels need a known batch size. The batch of one
+entry has a known size.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# The backends whose kernels need to know all sizes.
+# The backends whose kernels need known sizes.
 KNOWN_SIZES = "tpu", "triton"
 
 
@@ -20,9 +20,10 @@ def is_symbolic(x: Any) -> bool:
 
 
 def entry_by_entry(run: Callable[..., Any], *args: Any) -> Any:
-    """``run(*args)``, whose results have a batch axis, in a loop over batch entries.
+    """``run(*args)``, computed in a loop over the entries of the batch.
 
-    Arrays whose first axis is symbolic have one entry each time; others are shared.
+    Each iteration gets one entry of the arrays whose first axis is symbolic; the other
+    arrays are passed whole. The results of ``run`` must have a batch axis.
     """
     leaves, tree = jax.tree.flatten(args)
     many = [x.ndim > 0 and is_symbolic(x) for x in leaves]

@@ -1,4 +1,4 @@
-"""What is handed from one term to its parts while a call runs."""
+"""``Setting`` and ``Outcome``: what each rule of ``attend`` takes and returns."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -11,9 +11,9 @@ from pallas_kernels.config import KernelConfig
 
 @dataclass(frozen=True)
 class Setting:
-    """The options of a call, the same for all its parts.
+    """The options of a call, which are the same for all its parts.
 
-    All are static, but for a scale that is traced: ``sm_scale`` is a Python float, or a
+    All are static except a traced scale: ``sm_scale`` is a Python float, or a traced
     float32 scalar.
     """
 
@@ -26,11 +26,11 @@ class Setting:
 
 
 class Outcome(NamedTuple):
-    """What a term yields: out ``[batch, q_seq, num_q_heads, head_dim_v]``, and its lse.
+    """The result of a term: its output and its log-sum-exp.
 
-    ``lse`` is the natural logarithm of the normaliser, ``[batch, num_q_heads, q_seq]``,
-    or None where no single one belongs to a query. A query that sees nothing has output
-    0 and ``lse == -inf``.
+    ``out`` is ``[batch, q_seq, num_q_heads, head_dim_v]``. ``lse`` is the natural
+    logarithm of the normaliser, ``[batch, num_q_heads, q_seq]``, or None if a query has
+    no single normaliser. A query that sees no key has output 0 and ``lse == -inf``.
     """
 
     out: Array

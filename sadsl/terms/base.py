@@ -1,4 +1,4 @@
-"""What every term has, and how a call hands its parts on."""
+"""``Term``, the base class of all terms, and which operands a spec reads."""
 
 from collections.abc import Mapping
 from functools import reduce
@@ -8,14 +8,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from sadsl.maps.base import IndexMap
 from sadsl.selections.base import operands_of, selections_of
 
-# What dropout is drawn from travels as a run-time array; no operand has such a name.
+# The dropout key and a traced scale travel among the run-time arrays of a call. No
+# operand of a caller can have these names, which are not identifiers.
 DROPOUT_KEY = "dropout.key"
-# And a factor of the scores that is traced.
 TRACED_SCALE = "softmax.scale"
 
 
 class LayerSizes(NamedTuple):
-    """The sizes of a layer, as far as learned arrays depend on them."""
+    """The sizes of a layer on which the shapes of learned arrays depend."""
 
     num_q_heads: int
     num_kv_heads: int
@@ -25,10 +25,15 @@ class LayerSizes(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """An array that a layer learns, or makes of its input: one a query, if so said.
+    """An operand that a layer learns, or projects from its input.
 
-    A ``per_query`` array is ``[batch, q_seq, *shape]``, squashed as ``squash`` names:
-    "log_sigmoid", for log-decays, also divides by a temperature of 16.
+    Attributes:
+      shape: its axes, beside batch and position.
+      start: its initial values.
+      per_query: True for a projection of the input of each query, ``[batch, q_seq,
+        *shape]``; False for a parameter.
+      squash: the function applied to a projection; "log_sigmoid", for log-decays, also
+        divides by a temperature of 16.
     """
 
     shape: tuple[int, ...]
@@ -45,22 +50,25 @@ class Term:
 
     @property
     def parts(self) -> tuple["Spec", ...]:
-        """The specs that it is made of."""
+        """The specs inside this term."""
         return ()
 
     @property
     def operands(self) -> Mapping[str, int]:
-        """The axes, but for the batch, of the run-time arrays that it reads itself."""
+        """The operands that this term itself reads: names and numbers of axes.
+
+        The batch axis does not count, and the operands of parts are not listed.
+        """
         return {}
 
     @property
     def support(self) -> IndexMap | None:
-        """The pairs that share one normaliser; None where there are several."""
+        """The pairs that share the one normaliser; None if there are several."""
         return None
 
     @property
     def seen(self) -> IndexMap | None:
-        """All pairs on which the output depends; None where no map says that."""
+        """All pairs on which the output depends; None if no map describes them."""
         if self.support is not None:
             return self.support
         every = [seen(part) for part in self.parts]
@@ -68,11 +76,11 @@ class Term:
         return reduce(or_, known) if known and len(known) == len(every) else None
 
     def reads(self, name: str) -> bool:
-        """Whether a call with this term takes the run-time array ``name``."""
+        """Whether this term or a part of it reads the operand ``name``."""
         return name in self.operands or any(reads(part, name) for part in self.parts)
 
     def learned(self, sizes: LayerSizes) -> dict[str, Learned]:
-        """The arrays that a layer should learn, by the name of the operand."""
+        """The operands that a layer should learn, by name."""
         found: dict[str, Learned] = {}
         for part in self.parts:
             if isinstance(part, Term):
@@ -89,10 +97,10 @@ class Term:
 def together(
     term: Term, a: Mapping[str, Learned], b: Mapping[str, Learned]
 ) -> dict[str, Learned]:
-    """What two parts of ``term`` learn; an array that both read is one array.
+    """The learned operands of two parts of ``term``; equal ones are shared.
 
     Raises:
-      ValueError: they want it in two shapes.
+      ValueError: the parts want one name in two shapes.
     """
     for name in sorted(set(a) & set(b)):
         if a[name] != b[name]:
@@ -103,16 +111,34 @@ def together(
     return {**a, **b}
 
 
+def check_name(function: str, field: str, value: object, others: str = "") -> None:
+    """Refuses a name of an operand that is not a Python identifier.
+
+    Args:
+      function, field: where the name was given, for the error.
+      value: the name.
+      others: other values that the field takes, as text that ends in "or ".
+
+    Raises:
+      ValueError: it is not a name.
+    """
+    if not isinstance(value, str) or not value.isidentifier():
+        raise ValueError(
+            f"{function}: {field}={value!r} must be {others}the name of an operand, a "
+            "Python identifier; its value is passed as operands={name: value}"
+        )
+
+
 Spec: TypeAlias = IndexMap | Term
 
 
 def seen(spec: Spec) -> IndexMap | None:
-    """All pairs on which the output of a spec depends, if a map says that."""
+    """All pairs on which the output of a spec depends; None if no map says that."""
     return spec if isinstance(spec, IndexMap) else spec.seen
 
 
 def reads(spec: Spec, name: str) -> bool:
-    """Whether a call with ``spec`` takes the run-time array ``name``."""
+    """Whether a call with ``spec`` reads the run-time array ``name``."""
     if isinstance(spec, Term):
         return spec.reads(name)
     chosen = selections_of(spec)

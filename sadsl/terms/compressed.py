@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.call_text import call_text
 from sadsl.maps.named import full, where
-from sadsl.terms.base import DROPOUT_KEY, Term
+from sadsl.terms.base import DROPOUT_KEY, Term, check_name
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,11 +22,9 @@ class Compressed(Term):
     def __post_init__(self) -> None:
         at_least("compressed", "length", self.length, 1)
         at_least("compressed", "stride", self.stride, 1)
-        for name, by in {"key": self.key, "value": self.value}.items():
-            if by is not None and not (isinstance(by, str) and by.isidentifier()):
-                raise ValueError(
-                    f"compressed: {name}={by!r} must be the name of an operand, or None"
-                )
+        for field, name in {"key": self.key, "value": self.value}.items():
+            if name is not None:
+                check_name("compressed", field, name, "None or ")
 
     @property
     def blocks(self) -> IndexMap:

@@ -12,7 +12,7 @@ from lowering.problem import Problem
 from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
 from sadsl.terms import overlaps
-from sadsl.terms.base import LayerSizes, Learned, Spec, Term, together
+from sadsl.terms.base import LayerSizes, Learned, Spec, Term, check_name, together
 from sadsl.terms.overlaps import Member, Unit
 from sadsl.terms.softmax import Softmax
 
@@ -101,11 +101,7 @@ class Gated(Mixture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.gates, str) or not self.gates.isidentifier():
-            raise ValueError(
-                f"gated: gates={self.gates!r} must be the name of an operand, a Python "
-                "identifier; the array itself is passed as operands={name: array}"
-            )
+        check_name("gated", "gates", self.gates)
 
     @property
     def operands(self) -> Mapping[str, int]:

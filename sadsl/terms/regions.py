@@ -19,6 +19,7 @@ from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.call_text import call_text
 from sadsl.maps.named import blocks, full, where
 from sadsl.maps.symbols import Symbol, Truth, table
+from sadsl.terms.base import check_name
 
 Part = Literal["others", "before", "after"]
 KeyOf = Literal["none", "wsum", "proj", "wsum_proj"]
@@ -291,11 +292,7 @@ class Rowmajor(Partition):
                 f"rowmajor: key={self.key!r} must be one of "
                 f"{', '.join(get_args(KeyOf))}"
             )
-        if not isinstance(self.proj, str) or not self.proj.isidentifier():
-            raise ValueError(
-                f"rowmajor: proj={self.proj!r} must be the name of an operand, a "
-                "Python identifier"
-            )
+        check_name("rowmajor", "proj", self.proj)
 
     @property
     @override

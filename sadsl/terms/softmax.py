@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
-from sadsl.terms.base import LayerSizes, Learned, Spec, Term, together
+from sadsl.terms.base import LayerSizes, Learned, Spec, Term, check_name, together
 from sadsl.terms.biases import Bias
 
 
@@ -24,14 +24,8 @@ class Softmax(Term):
     def __post_init__(self) -> None:
         if not isinstance(self.map, IndexMap):
             raise TypeError(f"softmax takes an index map, not {self.map!r}")
-        if self.sink is not None and not (
-            isinstance(self.sink, str) and self.sink.isidentifier()
-        ):
-            raise ValueError(
-                f"softmax: sink={self.sink!r} must be True, False or the name of an "
-                "operand, a Python identifier; the array is passed as operands="
-                "{name: array}"
-            )
+        if self.sink is not None:
+            check_name("softmax", "sink", self.sink, "True, False or ")
         if not isinstance(self.bias, Bias | None):
             raise TypeError(
                 f"softmax: bias={self.bias!r} must be one such as alibi(), or None; an "

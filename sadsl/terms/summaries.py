@@ -10,7 +10,7 @@ from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
 from sadsl.maps.named import where
 from sadsl.maps.symbols import operand
-from sadsl.terms.base import DROPOUT_KEY, Spec, Term
+from sadsl.terms.base import DROPOUT_KEY, Spec, Term, check_name
 from sadsl.terms.cluster_regions import Clusters
 from sadsl.terms.regions import Partition, Pool, Rowmajor
 
@@ -38,12 +38,10 @@ class Summaries(Term):
                 f"summaries: pool={self.pool!r} must be one of "
                 f"{', '.join(get_args(Pool))}"
             )
-        for name in (*self.features, *((self.valid,) if self.valid else ())):
-            if not isinstance(name, str) or not name.isidentifier():
-                raise ValueError(
-                    f"summaries: {name!r} must be 'identity', 'relu' or the name of an "
-                    "operand, a Python identifier"
-                )
+        for name in self.features:
+            check_name("summaries", "phi", name, "'identity', 'relu' or ")
+        if self.valid:
+            check_name("summaries", "valid", self.valid, "None or ")
         plain = self.pool, self.phi
         if isinstance(self.partition, Rowmajor) and plain != ("max", "identity"):
             raise ValueError(

@@ -200,7 +200,7 @@ def test_what_cannot_be_compressed_is_refused():
     for options, message in (
         ({"length": 0}, r"length.*0.*at least 1"),
         ({"stride": 0}, r"stride.*0.*at least 1"),
-        ({"key": "not a name"}, r"key='not a name' must be the name of an operand"),
+        ({"key": "not a name"}, r"key='not a name' must be None or the name"),
     ):
         with pytest.raises(ValueError, match=message):
             sa.compressed(**options)

@@ -68,7 +68,7 @@ def test_prefill_and_steps_equal_the_whole(term):
 
 class TestErrors:
     def test_a_map_that_is_not_causal(self):
-        with pytest.raises(ValueError, match=r"not causal.*no state decodes it"):
+        with pytest.raises(ValueError, match=r"not causal.*no state can decode it"):
             sa.linear_state(sa.linear(map=sa.full()), 1, 2, 4, 4)
 
     def test_a_state_of_other_sizes(self):

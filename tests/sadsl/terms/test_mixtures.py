@@ -298,7 +298,7 @@ BAD_CALLS = [
     (sa.gated(NEAR, FAR), {}, "which was not given"),
     (sa.gated(NEAR, FAR), {"gates": np.ones((70, 4, 3))}, r"must be \[batch or 1"),
     (sa.softmax(NEAR, sink=True), {}, "reads its sinks from 'sink'"),
-    (sa.softmax(NEAR, sink=True), {"sink": np.ones(3)}, r"must be \(4,\)"),
+    (sa.softmax(NEAR, sink=True), {"sink": np.ones(3)}, r"must have shape \(4,\)"),
     (sa.joint(NEAR, FAR), {"x": np.ones(3)}, "no part of joint"),
 ]  # fmt: skip
 

@@ -201,7 +201,7 @@ def refused(spec, message, error=ValueError, kv=None, **options):
 
 def test_calls_that_do_not_fit_are_refused():
     far = sa.summaries(sa.spans(4))
-    refused(far, "keys must be those of the same", NotImplementedError, kv=12)
+    refused(far, "keys must belong to the same", NotImplementedError, kv=12)
     refused(far, "at offset 2", NotImplementedError, q_offset=2)
     bidirectional = sa.summaries(sa.rowmajor(4, causal=False, key="wsum"))
     refused(bidirectional, "does not cover 13 tokens: the last row is short")
