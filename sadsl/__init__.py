@@ -78,6 +78,9 @@ from sadsl.terms.biases import t5_bias as t5_bias
 from sadsl.terms.channel import channel as channel
 from sadsl.terms.cluster_regions import clusters as clusters
 from sadsl.terms.compressed import compressed as compressed
+from sadsl.terms.grid_regions import columns as columns
+from sadsl.terms.grid_regions import rowmajor as rowmajor
+from sadsl.terms.grid_regions import rows as rows
 from sadsl.terms.heads import heads as heads
 from sadsl.terms.linear import linear as linear
 from sadsl.terms.mixtures import average as average
@@ -85,9 +88,6 @@ from sadsl.terms.mixtures import gated as gated
 from sadsl.terms.mixtures import joint as joint
 from sadsl.terms.mixtures import weighted as weighted
 from sadsl.terms.own_regions import regions as regions
-from sadsl.terms.regions import columns as columns
-from sadsl.terms.regions import rowmajor as rowmajor
-from sadsl.terms.regions import rows as rows
 from sadsl.terms.regions import spans as spans
 from sadsl.terms.regions import tower as tower
 from sadsl.terms.scatter_mean import scatter_mean as scatter_mean

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from sadsl.run.call import attention
 from sadsl.terms.base import Spec, Term
-from sadsl.terms.regions import Rowmajor
+from sadsl.terms.grid_regions import Rowmajor
 from sadsl.terms.summaries import Summaries
 from sadsl.text.specs import any_term
 

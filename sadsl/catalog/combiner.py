@@ -13,8 +13,9 @@ from sadsl.maps.named import blocks, offsets, where
 from sadsl.maps.named import causal as causal_map
 from sadsl.selections.kmeans import Norm, kmeans
 from sadsl.terms.cluster_regions import clusters
+from sadsl.terms.grid_regions import KeyOf, columns, rowmajor, rows
 from sadsl.terms.mixtures import Average, Joint, average, joint
-from sadsl.terms.regions import KeyOf, Pool, columns, rowmajor, rows, spans, tower
+from sadsl.terms.regions import Pool, spans, tower
 from sadsl.terms.summaries import Phi, summaries
 
 Form = Literal["paper", "code"]

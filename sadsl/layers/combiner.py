@@ -19,7 +19,8 @@ from sadsl.catalog.combiner import Form
 from sadsl.layers import linen as linen_layers
 from sadsl.layers import nnx as nnx_layers
 from sadsl.terms.base import Term
-from sadsl.terms.regions import KeyOf, Pool
+from sadsl.terms.grid_regions import KeyOf
+from sadsl.terms.regions import Pool
 
 Variant = Literal["fixed", "logsparse", "vertical", "horizontal", "rowmajor", "mixture"]
 Features = Literal["identity", "relu", "deepsets"]

@@ -13,18 +13,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.precision import widened
+from sadsl.terms.grid_regions import Columns, Part, Rowmajor, Rows
 from sadsl.terms.own_regions import Regions
-from sadsl.terms.regions import (
-    RADIX,
-    Columns,
-    Part,
-    Partition,
-    Pool,
-    Rowmajor,
-    Rows,
-    Spans,
-    Tower,
-)
+from sadsl.terms.regions import RADIX, Partition, Pool, Spans, Tower
 
 Op = Literal["max", "sum"]
 

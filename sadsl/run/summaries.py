@@ -19,7 +19,7 @@ from sadsl.run.types import QKV, Outcome, Setting
 from sadsl.terms import cluster_regions
 from sadsl.terms.base import DROPOUT_KEY
 from sadsl.terms.cluster_regions import Clusters
-from sadsl.terms.regions import Rowmajor
+from sadsl.terms.grid_regions import Rowmajor
 from sadsl.terms.softmax import Softmax
 from sadsl.terms.summaries import PLAIN, Summaries
 

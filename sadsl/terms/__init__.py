@@ -1,1 +1,4 @@
-"""Terms: how pairs are scored and normalised, and how terms combine. Values only."""
+"""Terms say how pairs are scored and normalised, and how several terms combine.
+
+They are values only; ``sadsl.run`` computes with them.
+"""

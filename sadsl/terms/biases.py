@@ -1,11 +1,11 @@
-"""Biases: numbers added to the scaled, capped scores of pairs, before the softmax.
+"""Biases: numbers added to the scaled and capped scores of pairs, before the softmax.
 
 A bias is an expression, like a map: ``bias(lambda q, k, h: ...)`` is traced once on
-symbols. From it the compiler derives where each part is computed. Arithmetic of
-positions runs in the kernel, and nothing is stored for it. A look-up is made outside,
-in the smallest layout that holds it: a vector over queries or keys, a vector of
-diagonals if it depends on ``q - k`` alone, else an array of all pairs. Learned arrays
-get their gradients in any of them.
+symbols. From it the compiler derives where each part is computed. Arithmetic on
+positions runs in the kernel, and nothing is stored for it. A look-up is made outside
+the kernel, in the smallest layout that holds it: a vector over queries or keys, a
+vector of diagonals if it depends on ``q - k`` alone, else an array of all pairs.
+Learned arrays get their gradients in each layout.
 """
 
 import math
@@ -23,22 +23,26 @@ from sadsl.maps.traced import bound, tracing
 from sadsl.terms.base import LayerSizes, Learned
 
 Q, K, H = (POSITIONS[name] for name in "qkh")
-# Two lengths: an axis as long in both does not depend on the length.
+# An axis that is equally long for these two lengths does not depend on the length.
 LENGTHS = 1 << 20, 1 << 21
 
 
 class Bias:
-    """Numbers added to scores; subclass it as a frozen dataclass with ``of_heads``.
+    """The base class of biases; a subclass is a frozen dataclass with ``of_heads``.
 
-    ``a + b`` adds both. ``repr`` is code that builds the bias again.
+    ``a + b`` adds both biases. ``repr`` is code that builds the bias again.
     """
 
     def of_heads(self, num_heads: int) -> Real:
-        """The number added to query ``Q`` and key ``K`` in head ``H``, traced."""
+        """The number added to the score of query ``Q`` and key ``K`` in head ``H``.
+
+        ``Q``, ``K`` and ``H`` are symbols of this module; ``num_heads`` is the number
+        of query heads.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define of_heads")
 
     def score(self, num_heads: int) -> nodes.Score:
-        """The expression for so many query heads."""
+        """The expression of the bias, for a number of query heads."""
         with tracing(f"of_heads of {type(self).__name__}"):
             return score_node(self.of_heads(num_heads))
 
@@ -55,21 +59,21 @@ class Bias:
 
     @property
     def operands(self) -> dict[str, int]:
-        """The axes, but for the batch, of the floats that it reads."""
+        """The operands of floats that it reads: names and axes beside the batch."""
         return {w.name: len(w.index) for w in nodes.weights(self.score(1))}
 
     @property
     def integer_operands(self) -> dict[str, int]:
-        """The axes, but for the batch, of the integers that it reads."""
+        """The operands of integers that it reads: names and axes beside the batch."""
         found = nodes.integer_operands(self.score(1))
         return {operand.name: len(operand.index) for operand in found}
 
     def reads(self, name: str) -> bool:
-        """Whether it takes the run-time array ``name``."""
+        """Whether it reads the operand ``name``."""
         return name in self.operands or name in self.integer_operands
 
     def learned(self, sizes: LayerSizes) -> dict[str, Learned]:
-        """The arrays that a layer should learn: those whose size no length decides."""
+        """The operands that a layer should learn: those of a size without a length."""
         found = {}
         for look_up in nodes.weights(self.score(sizes.num_q_heads)):
             shape = tuple(_axis(i, sizes.num_q_heads) for i in look_up.index)
@@ -82,7 +86,7 @@ class Bias:
 
 
 def _axis(index: ir.Expr, num_heads: int) -> int | None:
-    """The entries of an axis, or None if the lengths of a call decide it."""
+    """The size of an axis indexed by ``index``; None if it depends on the lengths."""
     ends = set()
     for length in LENGTHS:
         new: dict[ir.Axis, ir.Expr] = {"n": ir.Const(length)}
@@ -97,7 +101,7 @@ def _axis(index: ir.Expr, num_heads: int) -> int | None:
 
 @dataclass(frozen=True, repr=False)
 class Traced(Bias):
-    """An expression as it was traced; see ``bias``, which makes it."""
+    """A traced expression; see ``bias``, which makes it."""
 
     node: nodes.Score
 
@@ -112,7 +116,7 @@ class Traced(Bias):
 
 @dataclass(frozen=True, repr=False)
 class BiasSum(Bias):
-    """Two biases added."""
+    """The sum of two biases."""
 
     left: Bias
     right: Bias
@@ -130,7 +134,7 @@ class BiasSum(Bias):
 
 @dataclass(frozen=True, repr=False)
 class Alibi(Bias):
-    """A slope a head times the distance; see ``alibi``, which makes it."""
+    """``-slope * distance`` with one slope for each head; see ``alibi``."""
 
     slopes: tuple[float, ...] | None = None
 
@@ -142,7 +146,7 @@ class Alibi(Bias):
 
 @dataclass(frozen=True, repr=False)
 class T5Bias(Bias):
-    """A learned number a bucket of distances; see ``t5_bias``, which makes it."""
+    """A learned number for each bucket of distances; see ``t5_bias``."""
 
     name: str = "bias"
     num_buckets: int = 32
@@ -157,8 +161,8 @@ class T5Bias(Bias):
             raise ValueError(f"t5_bias: num_buckets={self.num_buckets} must be {least}")
         if self.max_distance <= buckets // 2:
             raise ValueError(
-                f"t5_bias: max_distance={self.max_distance} must be above the "
-                f"{buckets // 2} distances that have a bucket of their own"
+                f"t5_bias: max_distance={self.max_distance} must be above "
+                f"{buckets // 2}, the number of distances with a bucket of their own"
             )
 
     def of_heads(self, num_heads: int) -> Real:
@@ -177,7 +181,7 @@ class T5Bias(Bias):
 
 @dataclass(frozen=True, repr=False)
 class DistanceBias(Bias):
-    """A learned number a distance; see ``distance_bias``, which makes it."""
+    """A learned number for each distance; see ``distance_bias``."""
 
     name: str
     left: int
@@ -199,7 +203,7 @@ class DistanceBias(Bias):
 
 @dataclass(frozen=True, repr=False)
 class PairBias(Bias):
-    """A number a pair; see ``pair_bias``, which makes it."""
+    """A number for each pair; see ``pair_bias``."""
 
     name: str
 
@@ -211,7 +215,7 @@ class PairBias(Bias):
 
 @dataclass(frozen=True, repr=False)
 class KeyBias(Bias):
-    """A number a key; see ``key_bias``, which makes it."""
+    """A number for each key; see ``key_bias``."""
 
     name: str
 
@@ -222,16 +226,27 @@ class KeyBias(Bias):
 
 
 def bias(of_pair: Callable[..., Any]) -> Traced:
-    """A number for each pair: ``bias(lambda q, k: ...)``, or with the head ``h``.
+    """A number for each pair, written as a function of positions.
 
-    A parameter with a default keeps it, as in ``lambda q, k, d=d: ...``.
-    Traced once on symbols: integers of positions as in ``where``; floats; their sums
-    and products; ``table((0.5, 0.25))[h]``; and ``weights(name)[h, q - k]``, a run-time
-    array that may be learned. ``q_offset`` counts: positions are the true ones. To
-    leave pairs out is the map's part.
+    The function is traced once on symbols. It may use integers of positions as in
+    ``where``; floats; sums and products; ``table((0.5, 0.25))[h]``; and
+    ``weights(name)[h, q - k]``, a run-time array that may be learned. Positions include
+    ``q_offset``. To leave pairs out, use a map.
+
+    Args:
+      of_pair: ``lambda q, k: ...``, or ``lambda q, k, h: ...`` with the head. A
+        parameter with a default keeps it, as in ``lambda q, k, d=d: ...``.
 
     Raises:
-      TypeError: what the function returns is no number of positions.
+      TypeError: the function does not return a number made of positions.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.bias(lambda q, k: -0.5 * abs(q - k))
+      bias(lambda q, k, h: (-0.5) * maximum(q - k, (q - k) * -1))
+      >>> learned = sa.bias(lambda q, k, h: sa.weights("per_key")[h, k])
+      >>> learned.operands
+      {'per_key': 2}
     """
     names = bound(of_pair, "bias", ("q", "k", "h"))
     with tracing("the function of bias"):
@@ -239,24 +254,37 @@ def bias(of_pair: Callable[..., Any]) -> Traced:
 
 
 def traced_bias(value: Any) -> Traced:
-    """The bias of a traced number, or of a constant."""
+    """The bias of a traced number or a constant."""
     return Traced(score_node(value))
 
 
 def alibi(slopes: Iterable[float] | None = None) -> Alibi:
-    """``-slope[h] * |q - k|``: attention with linear biases, nothing learned.
+    """The bias ``-slope[h] * |q - k|``; nothing is learned.
 
-    Press et al., Train short, test long (2022), section 3; ``slopes`` are one a query
-    head, by default those of ``alibi_slopes``. Computed in the kernel from positions.
+    Press et al., Train short, test long: attention with linear biases enables input
+    length extrapolation (2022), section 3. The kernel computes it from positions.
+
+    Args:
+      slopes: one number for each query head; those of the paper if None.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.softmax(sa.causal(), bias=sa.alibi())
+      softmax(causal(), bias=alibi())
+      >>> sa.alibi((0.5, 0.25)) + sa.key_bias("penalty")
+      alibi(slopes=(0.5, 0.25)) + key_bias('penalty')
     """
     return Alibi(None if slopes is None else numbers(slopes))
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
-    """``2 ** (-8 * (h + 1) / num_heads)`` for a power of two of heads.
+    """The slopes of ALiBi: ``2 ** (-8 * (h + 1) / num_heads)`` for a power of two.
 
-    Otherwise those of the next lower power of two, then every other one of the next
-    higher, as in the published code of Press et al. (2022).
+    For other numbers, the slopes of the next lower power of two, followed by every
+    other slope of the next higher one, as in the published code of Press et al. (2022).
+
+    >>> alibi_slopes(3)
+    (0.0625, 0.00390625, 0.25)
     """
     low = 1 << (num_heads.bit_length() - 1)
     of_low = tuple(2.0 ** (-8 * (h + 1) / low) for h in range(low))
@@ -270,22 +298,36 @@ def t5_bias(
     max_distance: int = 128,
     bidirectional: bool = False,
 ) -> T5Bias:
-    """A learned number for each head and bucket of ``k - q``, not scaled.
+    """A learned number for each head and bucket of distances.
 
-    Raffel et al., Exploring the limits of transfer learning (T5, 2020), section 2.1,
-    and its published code: half of the buckets hold one distance each, the others grow
-    to ``max_distance``, and all beyond share the last. A causal layer counts only the
-    keys before the query; ``bidirectional`` has half of the buckets on either side.
+    Half of the buckets hold one distance each. The others widen logarithmically up to
+    ``max_distance``, and all greater distances share the last one (Raffel et al.,
+    Exploring the limits of transfer learning, T5, 2020, section 2.1, and its code). The
+    number is added after the scale; T5 itself has none, which is ``sm_scale=1.0``.
 
     Args:
-      name: of the operand ``[num_q_heads or 1, num_buckets]``.
-      num_buckets, max_distance, bidirectional: as above.
+      name: the operand ``[num_q_heads or 1, num_buckets]``, of floats.
+      num_buckets: number of buckets.
+      max_distance: the distance from which on all share the last bucket.
+      bidirectional: False: later keys share the bucket of distance 0, for causal maps.
+        True: half of the buckets are for keys before, half for keys after the query.
+
+    Raises:
+      ValueError: the buckets are too few, or do not fit ``max_distance``.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.t5_bias(num_buckets=8, max_distance=16).operands
+      {'bias': 2}
+      >>> from sadsl.terms.biases import t5_buckets
+      >>> t5_buckets(8, 16)  # of the distances 0 to 16
+      (0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 7)
     """
     return T5Bias(name, num_buckets, max_distance, bool(bidirectional))
 
 
 def t5_buckets(num_buckets: int, max_distance: int) -> tuple[int, ...]:
-    """The bucket of each distance ``0 .. max_distance`` on one side."""
+    """The bucket of each distance ``0 .. max_distance``, on one side of the query."""
     exact = num_buckets // 2
     rest = num_buckets - exact
 
@@ -293,36 +335,66 @@ def t5_buckets(num_buckets: int, max_distance: int) -> tuple[int, ...]:
         if distance < exact:
             return distance
         step = rest * math.log(distance / exact) / math.log(max_distance / exact)
-        # A distance at the very border of a bucket belongs to it.
+        # A distance exactly at the lower border of a bucket belongs to it.
         return min(exact + math.floor(step + 1e-9), num_buckets - 1)
 
     return tuple(map(bucket, range(max_distance + 1)))
 
 
 def distance_bias(name: str, left: int, right: int = 0) -> DistanceBias:
-    """A learned number for each head and distance ``q - k``.
+    """A learned number for each head and distance ``q - k``, clipped to a range.
 
-    Distances count from ``-right`` to ``left``; those beyond have the number of the
-    last one within. The operand is ``[num_q_heads or 1, left + right + 1]``; its entry
-    ``right`` is that of ``q == k``.
+    The bias is ``table[h, clip(q - k, -right, left) + right]`` (Shaw et al.,
+    Self-attention with relative position representations, 2018, clips likewise).
+
+    Args:
+      name: the operand ``table``, ``[num_q_heads or 1, left + right + 1]``, of floats.
+      left: the greatest distance before the query with a number of its own.
+      right: the greatest distance after the query with a number of its own.
+
+    Raises:
+      ValueError: ``left + right`` is negative.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.softmax(sa.causal(), bias=sa.distance_bias("near", left=16))
+      softmax(causal(), bias=distance_bias('near', 16))
     """
     return DistanceBias(name, left, right)
 
 
 def pair_bias(name: str) -> PairBias:
-    """A number for each pair: the operand ``[batch, num_q_heads or 1, q_seq, kv_seq]``.
+    """A number for each pair, from an array of all pairs.
 
-    The batch axis may be 1 or left out; more keys or queries than there are do no harm.
-    Gradients reach it. Memory is quadratic, as it is already. ``-inf`` leaves a pair
-    out, though its block is visited, which a map would avoid; a finite number never
-    does: a row of nothing but ``finfo.min`` is a softmax over that row.
+    Gradients reach the array. ``-inf`` leaves a pair out, but its block is still
+    visited; a map avoids that. A finite number never leaves a pair out: a row of
+    nothing but ``finfo.min`` is a softmax over that row.
+
+    Args:
+      name: the operand ``[batch, num_q_heads or 1, q_seq, kv_seq]``, of floats. Its
+        batch axis may be 1 or missing, and the last two axes may be longer than the
+        call.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.softmax(sa.causal(), bias=sa.pair_bias("scores")).operands
+      {'scores': 3}
     """
     return PairBias(name)
 
 
 def key_bias(name: str) -> KeyBias:
-    """A number for each key: the operand ``[batch, num_q_heads or 1, kv_seq]``.
+    """A number for each key.
 
-    The batch axis may be 1 or left out. Gradients reach it; ``-inf`` leaves a key out.
+    Gradients reach the array. ``-inf`` leaves a key out.
+
+    Args:
+      name: the operand ``[batch, num_q_heads or 1, kv_seq]``, of floats. Its batch axis
+        may be 1 or missing.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.softmax(sa.full(), bias=sa.key_bias("penalty")).operands
+      {'penalty': 2}
     """
     return KeyBias(name)

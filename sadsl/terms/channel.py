@@ -11,7 +11,7 @@ Scale = Literal["head_dim", "tokens"]
 
 @dataclass(frozen=True, repr=False)
 class Channel(Term):
-    """The channels of a head attend to each other over all tokens; see ``channel``."""
+    """Channels of a head attend to channels of the same head; see ``channel``."""
 
     scale: Scale = "head_dim"
 
@@ -22,7 +22,7 @@ class Channel(Term):
             )
 
     def reads(self, name: str) -> bool:
-        """No array; dropout gets as far as the error that it cannot be."""
+        """Accepts the dropout key only, so that ``attend`` can raise a clear error."""
         return name == DROPOUT_KEY
 
     def __repr__(self) -> str:
@@ -30,7 +30,7 @@ class Channel(Term):
 
 
 def channel(scale: Scale = "head_dim") -> Channel:
-    """Each channel of a head is a mean of channels, weighted over the whole sequence.
+    """Attention between the channels of each head instead of between tokens.
 
     With the queries ``Q``, keys ``K`` and values ``V`` of a head, ``[n, d]`` each, the
     output is ``(softmax(s * Q^T K) V^T)^T``: the softmax runs over the ``d`` channels
@@ -38,13 +38,22 @@ def channel(scale: Scale = "head_dim") -> Channel:
     al., DaViT: dual attention vision transformers, 2022, section 3.2; its code swaps
     the names of the three projections, which is the same class of functions).
 
-    It has no index map: every token of the output depends on all tokens, so it is
-    bidirectional only; one length for queries and keys; one width for keys and values.
-    There is no log-sum-exp of a query, so it cannot be part of ``joint``.
+    It has no index map: each output token depends on all tokens, so it cannot be
+    causal. Queries and keys have one length, keys and values one width. A query has no
+    log-sum-exp, so the term cannot be part of ``joint``.
 
     Args:
-      scale: ``s`` is the ``sm_scale`` of the call, whose default is the paper's
-        ``head_dim ** -0.5``; "tokens" takes ``n ** -0.5``, whatever the call says, as
-        the authors' later vision encoder does (Xiao et al., Florence-2, 2024).
+      scale: the factor ``s``: "head_dim" takes the ``sm_scale`` of the call, by default
+        ``head_dim ** -0.5`` as in the paper; "tokens" takes ``n ** -0.5``, whatever the
+        call says, as the authors' later vision encoder does (Xiao et al., Florence-2,
+        2024).
+
+    Raises:
+      ValueError: ``scale`` is neither of the two.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.average(sa.blocks(49), sa.channel())
+      average(blocks(49), channel())
     """
     return Channel(scale)

@@ -1,14 +1,14 @@
-"""Regions decided by content: the clusters that a query is not in.
+"""``clusters``: regions that content decides, the clusters that a query is not in.
 
-Clusters are disjoint, and a causal query reads of each other cluster the part up to its
+Clusters are disjoint. A causal query reads, of each other cluster, the part up to its
 own position (Ren et al., Combiner, 2021, section 4.3). Such a part changes only where a
-token joins the cluster, so that there is one region a token, *its cluster up to it*,
-and a query reads the region of the last token of every cluster at its position. That
-token is in the query's own block of positions, or the last of its cluster before the
-block: a block reads one region a cluster, listed for it, beside those of its tokens.
-With blocks at least as long as there are clusters, all lists together are no longer
-than the sequence: time of order ``n * (clusters + n / clusters)`` and linear memory,
-whatever the labels are.
+token joins the cluster. So there is one region for each token, *its cluster up to it*,
+and a query reads the region of the last token of every cluster up to its position. That
+token is in the query's block of positions, or it is the last one of its cluster before
+that block. So a block reads the regions of its own tokens, and one listed region for
+each cluster. If a block is at least as long as the number of clusters, all lists
+together are no longer than the sequence. The time is of order
+``n * (clusters + n / clusters)`` and memory is linear, for any labels.
 """
 
 from collections.abc import Mapping
@@ -29,15 +29,15 @@ from sadsl.maps.symbols import OperandArray, Symbol, Truth
 from sadsl.selections.kmeans import Kmeans
 from sadsl.terms.regions import Partition
 
-# Blocks of queries are a multiple of this, as those of kernels are.
+# Blocks of queries are multiples of this size, like those of kernels.
 LEAST_BLOCK = 128
-# Names that no operand of a caller can have.
+# Names of run-time arrays that no operand of a caller can have.
 Q_LABEL, LABEL, UNTIL, SIZE = "regions.q", "regions.k", "regions.until", "regions.size"
 
 
 @dataclass(frozen=True, repr=False)
 class Clusters(Partition):
-    """See ``clusters``."""
+    """Clusters of a kmeans as regions; see ``clusters``."""
 
     kmeans: Kmeans
     causal: bool = True
@@ -55,11 +55,11 @@ class Clusters(Partition):
         return causal_map() - self.kmeans if self.causal else ~self.kmeans
 
     def block(self) -> int:
-        """The queries that share a list: no fewer than there are clusters."""
+        """The number of queries that share a list: at least the number of clusters."""
         return -(-self.kmeans.num_clusters // LEAST_BLOCK) * LEAST_BLOCK
 
     def num_listed(self, n: int) -> int:
-        """The length of all lists; the first block has nothing before it."""
+        """The length of all lists together; 0 for a single block, which needs none."""
         blocks = -(-n // self.block())
         return blocks * self.kmeans.num_clusters if blocks > 1 else 0
 
@@ -73,7 +73,7 @@ class Clusters(Partition):
     def members(self, n: int) -> IndexMap:
         """Keys of the region's cluster, up to the region's token if causal."""
         if self.causal:
-            # As labels of kmeans, so that the kernels sort by them.
+            # Written with the kmeans itself, so that the kernels sort by its labels.
             return causal_map() & self.kmeans
         return where(lambda q, k, h: OperandArray(LABEL)[h, k] == q)
 
@@ -98,20 +98,35 @@ class Clusters(Partition):
 
 
 def clusters(kmeans: Kmeans, causal: bool = True) -> Clusters:
-    """All clusters but the query's own: each up to its position, if ``causal``.
+    """The clusters of a kmeans as regions; a query reads all clusters but its own.
+
+    Ren et al., Combiner: full attention transformer with sparse computation cost, 2021,
+    section 4.3.
 
     Args:
       kmeans: ``kmeans(num_clusters, members="argmax")``; its centroids are an operand.
-      causal: whether later tokens are hidden; else a region is a whole cluster.
+      causal: a query reads each other cluster up to its position. False: it reads whole
+        clusters.
+
+    Raises:
+      ValueError: ``kmeans`` is not a kmeans with ``members="argmax"``.
+
+    Example:
+      >>> import sadsl as sa
+      >>> partition = sa.clusters(sa.kmeans(8, members="argmax"))
+      >>> partition.support
+      causal() - kmeans(8, members='argmax')
     """
     return Clusters(kmeans, bool(causal))
 
 
 class Order(NamedTuple):
-    """Tokens by cluster, each ``[batch, heads, n]``; within a cluster they ascend.
+    """The order of tokens by cluster; tokens of a cluster ascend.
 
-    ``at`` is the token of every slot, ``slot`` the slot of every token, ``first``
-    whether a slot is the first of its cluster.
+    Attributes:
+      at: the token in each slot.
+      slot: the slot of each token.
+      first: whether a slot is the first of its cluster.
     """
 
     at: Int32[Array, "batch heads n"]
@@ -121,7 +136,7 @@ class Order(NamedTuple):
 
 @jax.jit
 def order_of(labels: Int32[Array, "batch heads n"]) -> Order:
-    """The order by label."""
+    """The order of tokens by label."""
     at = jnp.argsort(labels, axis=-1, stable=True)
     ranked = jnp.take_along_axis(labels, at, axis=-1)
     changes = ranked[..., 1:] != ranked[..., :-1]
@@ -131,9 +146,9 @@ def order_of(labels: Int32[Array, "batch heads n"]) -> Order:
 
 @jax.jit
 def until(labels: Int32[Array, "batch heads n"], order: Order) -> Array:
-    """For each token, the next one of its cluster, or ``n``; 0 where it has none.
+    """For each token, the next token of its cluster; ``n`` if there is none.
 
-    That is how long its cluster stays as it is. Negative labels are no cluster.
+    Up to there the cluster does not change. 0 for a negative label: no cluster.
     """
     n = labels.shape[-1]
     end = jnp.full((*labels.shape[:2], 1), n, order.at.dtype)
@@ -153,9 +168,10 @@ def pooled(
     partition: Clusters,
     pool: str,
 ) -> Float[Array, "batch regions heads dim"]:
-    """The pool of the members of each region, in the dtype of ``x``; 0 for none.
+    """The pool of the members of each region, in the dtype of ``x``.
 
-    A scan in the order of the clusters, restarted where one begins.
+    A scan over the tokens in the order of the clusters, restarted at each cluster. A
+    region without members yields 0.
     """
     by_head = widened(jnp.swapaxes(x, 1, 2))
     ranked = jnp.take_along_axis(by_head, order.at[..., None], axis=2)
@@ -178,11 +194,11 @@ def pooled(
 def sizes(
     labels: Int32[Array, "batch heads n"], count: int
 ) -> Int32[Array, "batch heads clusters"]:
-    """How many tokens each of ``count`` clusters has."""
+    """The number of tokens in each of ``count`` clusters."""
     batch, heads, n = labels.shape
     flat = labels.reshape(-1, n)
     row = jnp.arange(len(flat))[:, None]
-    # Who is in no cluster is dropped.
+    # Tokens without a cluster get an index out of range, which the update drops.
     at = jnp.where(flat < 0, count, flat)
     found = jnp.zeros((len(flat), count), jnp.int32).at[row, at].add(1, mode="drop")
     return found.reshape(batch, heads, count)
@@ -201,10 +217,10 @@ def _running(x: Array, first: Array, combine: Any) -> Array:
 def tokens_read(
     labels: Int32[Array, "batch heads n"], *, partition: Clusters
 ) -> Int32[Array, "batch heads regions"]:
-    """Whose region each entry of the summary sequence is; -1 for no one's.
+    """The token of each region in the summary sequence; -1 for none.
 
-    For every block of queries the last token of each cluster before it, then all
-    tokens.
+    First the lists: for each block of queries, the last token of each cluster before
+    the block. Then all tokens.
     """
     batch, heads, n = labels.shape
     every = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), labels.shape)
@@ -214,7 +230,7 @@ def tokens_read(
     flat = labels.reshape(-1, n)
     row, token = jnp.arange(len(flat))[:, None], jnp.arange(n)[None, :]
     none = jnp.full((len(flat), -(-n // block), count), -1, jnp.int32)
-    # Who is in no cluster is dropped.
+    # Tokens without a cluster get an index out of range, which the update drops.
     at = row, token // block, jnp.where(flat < 0, count, flat)
     last = none.at[at].max(every.reshape(-1, n), mode="drop")
     before = jax.lax.cummax(last, axis=1)[:, :-1]
@@ -225,7 +241,7 @@ def tokens_read(
 def taken(
     x: Float[Array, "batch n heads dim"], at: Int32[Array, "batch heads regions"]
 ) -> Float[Array, "batch regions heads dim"]:
-    """The vectors of these tokens; any for -1."""
+    """The vectors of the tokens ``at``; an arbitrary one for -1."""
     if at.shape[-1] == x.shape[1]:
         return x
     index = jnp.swapaxes(jnp.maximum(at, 0), 1, 2)[..., None]
@@ -248,7 +264,7 @@ def operands_of_seen(
     order: Order,
     at: Int32[Array, "batch heads regions"],
 ) -> Mapping[str, Array]:
-    """The run-time arrays that ``seen`` reads, from labels of queries and of keys."""
+    """The run-time arrays that ``seen`` reads, made from (query labels, key labels)."""
     mine, other = labels
     if not partition.causal:
         return {Q_LABEL: mine, SIZE: sizes(other, partition.kmeans.num_clusters)}

@@ -1,4 +1,4 @@
-"""``heads``: another spec for each range of heads."""
+"""``heads``: different heads run different specs."""
 
 from dataclasses import dataclass
 from math import gcd
@@ -28,17 +28,17 @@ class Heads(Term):
 
     @property
     def num_heads(self) -> int:
-        """Of all parts together."""
+        """The number of heads of all parts together."""
         return sum(count for _, count in self.shares)
 
     @property
     def parts(self) -> tuple[Spec, ...]:
-        """The specs, without their numbers of heads."""
+        """The specs of the parts."""
         return tuple(spec for spec, _ in self.shares)
 
     @property
     def seen(self) -> IndexMap | None:
-        """The pairs of every head, unless those of a part depend on the head."""
+        """The pairs of every head; None if the pairs of a part depend on the head."""
         maps = [seen(spec) for spec in self.parts]
         known = [m for m in maps if m is not None and "h" not in ir.axes(m.node)]
         if len(known) < len(maps):
@@ -48,10 +48,10 @@ class Heads(Term):
         return per_head(*(m for m, (_, n) in each for _ in range(n // unit)))
 
     def learned(self, sizes: LayerSizes) -> dict[str, Learned]:
-        """What each part learns for its own heads.
+        """The operands that each part learns, sized for its own heads.
 
         Raises:
-          ValueError: two parts read one learned array, which has the heads of one.
+          ValueError: two parts learn an operand of one name.
         """
         found: dict[str, Learned] = {}
         for spec, count in self.shares:
@@ -74,10 +74,30 @@ class Heads(Term):
 
 
 def heads(*parts: tuple[Spec, int]) -> Heads:
-    """``heads((a, 4), (b, 2))``: heads 0 to 3 have spec ``a``, heads 4 and 5 ``b``.
+    """Runs different specs on different heads.
 
-    Each part is a call of its own on its heads: a head in a map, or on an axis of an
-    operand, counts from the first of the part. Every part takes the operands that it
-    reads. With grouped queries each number is a multiple of the group.
+    Each part is a call of its own on its heads: within a part, the heads of a map and
+    on the axes of an operand count from 0. Each part gets the operands that it reads.
+
+    Args:
+      *parts: pairs ``(spec, number of heads)``, for consecutive heads. With grouped
+        queries, each number is a multiple of the group.
+
+    Raises:
+      TypeError: a part is not such a pair.
+      ValueError: there is no part, or a number is below 1.
+
+    Example:
+      Heads 0 to 3 run ``causal()``, heads 4 and 5 a window:
+
+      >>> import sadsl as sa
+      >>> spec = sa.heads((sa.causal(), 4), (sa.causal() & sa.window(1), 2))
+      >>> spec.num_heads
+      6
+      >>> print(spec.seen.dense(4, num_heads=6)[4].astype(int))
+      [[1 0 0 0]
+       [1 1 0 0]
+       [0 1 1 0]
+       [0 0 1 1]]
     """
     return Heads(parts)

@@ -1,4 +1,4 @@
-"""Linear attention: a product of features in the place of the exponential."""
+"""``linear``: attention whose weights are products of features, not exponentials."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ SEGMENT_IDS = "q_segment_ids", "kv_segment_ids"
 
 
 def elu1(x: Array) -> Array:
-    """``elu(x) + 1``: above 0 everywhere, and as precise far below 0 as above."""
+    """``elu(x) + 1``: positive everywhere, without cancellation far below 0."""
     return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
 
 
@@ -33,19 +33,24 @@ def relu(x: Array) -> Array:
 
 
 def identity(x: Array) -> Array:
-    """The queries and keys as they are."""
+    """``x`` unchanged."""
     return x
 
 
 FEATURES: Mapping[str, FeatureMap] = {"elu1": elu1, "relu": relu, "identity": identity}
-# The others may have negative features: their normaliser has no logarithm.
+# Other feature maps may be negative, and then the normaliser has no logarithm.
 NONNEGATIVE = "elu1", "relu"
 CAUSAL = causal()
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Which keys a query sees: up to its own position, of its own document."""
+    """Which keys a query sees.
+
+    Attributes:
+      causal: only keys at its position or before.
+      segments: only keys of its own document.
+    """
 
     causal: bool
     segments: bool
@@ -53,7 +58,7 @@ class Kind:
 
 @dataclass(frozen=True, repr=False)
 class Linear(Term):
-    """Weights that are products of features. See ``linear``, which makes it."""
+    """Attention with products of features as weights; see ``linear``."""
 
     feature_map: str | FeatureMap = "elu1"
     decay: float | tuple[float, ...] | str | None = None
@@ -80,54 +85,58 @@ class Linear(Term):
         if isinstance(self.decay, str):
             if self.decay == self.feature_map:
                 raise ValueError(
-                    f"linear: {self.decay!r} names both the feature map and the decay"
+                    f"linear: {self.decay!r} names both the feature map and the decay: "
+                    "give one of the two operands another name"
                 )
             return
         for value in () if self.decay is None else np.ravel(self.decay):
             if not 0 < value <= 1:
                 raise ValueError(
-                    f"linear: decay={self.decay!r} must be in (0, 1], the factor of "
-                    "the state a step; 1 forgets nothing"
+                    f"linear: decay={self.decay!r} must be in (0, 1]: it multiplies "
+                    "the state at each step, and 1 forgets nothing"
                 )
 
     @property
     def kind(self) -> Kind:
-        """Which of the four maps it has.
+        """Which of the four supported maps it has.
 
         Raises:
-          NotImplementedError: another one.
+          NotImplementedError: it has another map.
         """
         return _kind(self.map)
 
     @property
     def positive(self) -> bool:
-        """Whether its normaliser is a sum of weights that are none of them negative."""
+        """Whether it has a normaliser, and no weight is negative."""
         return self.normalise and self.feature_map in NONNEGATIVE
 
     @property
     def named_features(self) -> str | None:
-        """The operand that is its feature map, if one is."""
+        """The name of the operand that is its feature map, or None."""
         name = self.feature_map
         return name if isinstance(name, str) and name not in FEATURES else None
 
     @property
     def operands(self) -> Mapping[str, int]:
-        """Segment ids, and log-decays that are given."""
+        """The segment ids, and the operand of log-decays."""
         found = dict.fromkeys(SEGMENT_IDS, 1) if self.kind.segments else {}
         return found | ({self.decay: 2} if isinstance(self.decay, str) else {})
 
     @property
     def support(self) -> IndexMap | None:
-        """Its map, if the weights of its pairs are none of them negative."""
+        """Its map, if no weight is negative."""
         return self.map if self.positive else None
 
     def reads(self, name: str) -> bool:
-        """Its arrays and its feature map; dropout gets as far as an error."""
+        """Whether it reads ``name``: an array, its feature map, or the dropout key.
+
+        It accepts the dropout key so that ``attend`` can raise a clear error.
+        """
         known = (*self.operands, *operands_of(self.map))
         return name in known or name in (self.named_features, DROPOUT_KEY)
 
     def learned(self, sizes: LayerSizes) -> dict[str, Learned]:
-        """Log-decays of every token, one a key head."""
+        """The log-decays of every token, one for each key head."""
         if not isinstance(self.decay, str):
             return {}
         shape = (sizes.num_kv_heads,)
@@ -149,43 +158,57 @@ def linear(
 
     ``out_i = sum_j w_ij v_j / (sum_j w_ij + eps)`` with ``w_ij = phi(q_i) . phi(k_j)``
     over the pairs of the map (Katharopoulos et al., Transformers are RNNs, 2020,
-    section 3). With a decay, ``w_ij`` is multiplied by the factors of the steps from
-    ``j`` to ``i`` (Sun et al., Retentive Network, 2023, section 2): the state is
-    multiplied by the factor of a position before it takes in the key there. Neither
-    ``sm_scale`` nor a soft cap applies; scale in the feature map.
+    section 3). A decay multiplies ``w_ij`` by the factors of the steps from ``j`` to
+    ``i`` (Sun et al., Retentive Network, 2023, section 2): the state is multiplied by
+    the factor of a position before the key there is added. ``sm_scale`` and a soft cap
+    do not apply; scale in the feature map.
 
-    A query whose normaliser vanishes has output 0, lse -inf and zero gradients: where
-    it is 0, or within 1e-10 of ``-eps`` (or ``eps``, where that is less). Features may
-    be negative; then a sum that cancels is divided by as it is, plus ``eps``. With
-    "elu1" and "relu" the logarithm of the normaliser is the lse, so that the term has a
-    place in ``joint``.
+    If the normaliser of a query is 0, or within 1e-10 of ``-eps`` (or ``eps``, if that
+    is less), the query has output 0, lse -inf and zero gradients. Features may be
+    negative; a normaliser that is small because its terms cancel is still divided by,
+    plus ``eps``. With "elu1" and "relu" the logarithm of the normaliser is the lse, so
+    the term can be part of ``joint``.
 
     Args:
       feature_map: "elu1", "relu", "identity", or another name: a function among the
-        operands of the call, ``operands={"phi": f}``, such as a Flax module. Or a
-        hashable function itself, which has no text. It is applied to q and k in
-        float32, ``[batch, seq, heads, head_dim]``, and may change the last size. Its
-        values are rounded to bfloat16 if q and k have that dtype, never to float16.
-      decay: None; the factor of a step, in (0, 1], or a tuple of one a head; or the
-        name of an operand ``[batch, kv_seq, heads]`` of log-decays of at most 0, which
-        has a gradient. Values below -60 count as -60; values above 0 are refused, and
-        under ``jit`` make what comes after them NaN. Heads are those of k, or those of
-        q: then a group shares keys but no state.
+        operands of the call, ``operands={"phi": f}``, such as a Flax module. A hashable
+        function itself works too, but the term then has no text. It is applied to q
+        and k in float32, ``[batch, seq, heads, head_dim]``, and may change the last
+        size. Its values are rounded to bfloat16 if q and k are bfloat16, never to
+        float16.
+      decay: None; the factor of each step, in (0, 1], one number or a tuple with one
+        for each head; or the name of an operand ``[batch, kv_seq, heads]`` of
+        log-decays, at most 0, which has a gradient. Log-decays below -60 count as -60.
+        Those above 0 are refused; under ``jit`` they make all later outputs NaN. Heads
+        are those of k, or those of q: then the heads of a group share keys, but each
+        has its state.
       map: ``causal()`` (if None), ``full()``, ``segments()``, or ``causal() &
-        segments()``. A document may lie in several pieces: tokens are sorted by
+        segments()``. A document may be in several pieces: tokens are sorted by
         document, unless the ids are known to be in order when the call is traced. A
         decay counts all steps between two tokens, whatever their documents.
       normalise: False yields the plain sum.
-      eps: added to the normaliser.
+      eps: the number added to the normaliser.
 
     Raises:
-      ValueError: a decay outside of (0, 1], or with a map that is not causal.
-      NotImplementedError: another map.
+      ValueError: a decay is outside (0, 1], or the map with it is not causal.
+      NotImplementedError: the map is not one of the four. Without a decay, the call
+        raises it.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.linear("relu", decay=0.99)
+      linear('relu', decay=0.99)
+      >>> sa.linear().support  # no weight is negative: it can be part of joint(...)
+      causal()
+      >>> sa.linear("identity").support is None
+      True
     """
     if decay is not None and not isinstance(decay, str):
         values = np.asarray(decay, np.float64)
         if values.ndim > 1:
-            raise ValueError(f"linear: decay={decay!r} must be one number a head")
+            raise ValueError(
+                f"linear: decay={decay!r} must be one number, or one for each head"
+            )
         decay = tuple(values.tolist()) if values.ndim else float(values)
     chosen = CAUSAL if map is None else map
     return Linear(feature_map, decay, chosen, bool(normalise), float(eps))
@@ -209,6 +232,6 @@ def _kind(map: IndexMap) -> Kind:
 
 
 def _conjuncts(map: IndexMap) -> frozenset[ir.Pred]:
-    """What a map demands of a pair, in normal form."""
+    """The conditions that a map puts on a pair, simplified; equal for equal maps."""
     node = simplify(map.node)
     return frozenset(node.terms if isinstance(node, ir.And) else (node,))

@@ -1,4 +1,4 @@
-"""Terms made of terms: one normaliser over all (``joint``), or a mean of outputs."""
+"""Terms made of terms: ``joint``, ``average``, ``gated`` and ``weighted``."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ Overlap = Literal["remove", "refuse", "count"]
 
 @dataclass(frozen=True, repr=False)
 class Mixture(Term):
-    """Specs side by side. See the functions that make mixtures."""
+    """The base class of terms that combine several specs."""
 
     terms: tuple[Spec, ...]
 
@@ -35,7 +35,7 @@ class Mixture(Term):
 
     @property
     def parts(self) -> tuple[Spec, ...]:
-        """The specs."""
+        """The combined specs."""
         return self.terms
 
     def __repr__(self) -> str:
@@ -44,7 +44,7 @@ class Mixture(Term):
 
 @dataclass(frozen=True, repr=False)
 class Joint(Mixture):
-    """One normaliser over all pairs: reducers R1 and R3. See ``joint``."""
+    """One softmax over the pairs of all parts; see ``joint``."""
 
     overlap: Overlap = "remove"
 
@@ -75,10 +75,10 @@ class Joint(Mixture):
         num_heads: int = 1,
         q_offset: int = 0,
     ) -> tuple[Spec, ...]:
-        """The terms that run and are merged: no pair in two (unless they count twice).
+        """The terms that run and are merged; no two share a pair, unless both count.
 
         Raises:
-          ValueError: a pair is in two terms, and cannot be taken out of one.
+          ValueError: a pair is in two terms, and cannot be taken out of the later one.
         """
         kv_seq_len = q_seq_len if kv_seq_len is None else kv_seq_len
         problem = Problem(q_seq_len, kv_seq_len, num_heads, q_offset)
@@ -90,12 +90,12 @@ class Joint(Mixture):
 
 @dataclass(frozen=True, repr=False)
 class Average(Mixture):
-    """The mean of the outputs. See ``average``."""
+    """The mean of the outputs; see ``average``."""
 
 
 @dataclass(frozen=True, repr=False)
 class Gated(Mixture):
-    """The sum of the outputs, each times a gate. See ``gated``."""
+    """The sum of the outputs, each multiplied by a gate; see ``gated``."""
 
     gates: str = "gates"
 
@@ -105,7 +105,7 @@ class Gated(Mixture):
 
     @property
     def operands(self) -> Mapping[str, int]:
-        """The gates: query, head and part."""
+        """The gates, with axes for query, head and part."""
         return {self.gates: 3}
 
     def learned(self, sizes: LayerSizes) -> dict[str, Learned]:
@@ -117,7 +117,7 @@ class Gated(Mixture):
 
 @dataclass(frozen=True, repr=False)
 class Weighted(Term):
-    """A term whose normaliser counts several times: R4. See ``weighted``."""
+    """A term whose pairs count several times in a joint; see ``weighted``."""
 
     term: Spec
     log_weight: float
@@ -127,8 +127,8 @@ class Weighted(Term):
             raise TypeError(f"weighted takes a map or a term, not {self.term!r}")
         if not math.isfinite(self.log_weight):
             raise ValueError(
-                f"weighted: log_weight={self.log_weight} must be finite; leave out a "
-                "term that shall not count"
+                f"weighted: log_weight={self.log_weight} must be finite; leave the "
+                "term out if it must not count"
             )
 
     @property
@@ -148,58 +148,116 @@ class Weighted(Term):
 def joint(*terms: Spec, overlap: Overlap = "remove") -> Joint:
     """One softmax over the pairs of all terms, each scored by its own rule.
 
-    Maps and softmax terms of equal options run as one plan where that visits no more
-    blocks; all else is merged by log-sum-exp, exactly.
+    Maps and softmax terms with equal options run as one plan if that visits no more
+    blocks. All other terms are merged by log-sum-exp, which is exact.
+
+    A joint inside another one keeps its own ``overlap``. A sink of one name joins the
+    normaliser once, however many terms have it, with the weight of the first of them.
+    Dropout draws by query and key, as for one softmax over all pairs. Terms that keep
+    shared pairs (``overlap="count"``), and terms whose keys are not tokens, each draw
+    anew.
 
     Args:
-      terms: maps, ``softmax(...)``, ``summaries(...)``, ``linear(...)`` with a positive
-        feature map, ``weighted(...)``, or other joints.
-      overlap: "remove": a pair of several terms belongs to the first of them, so that
-        none counts twice; a term that cannot give up pairs is refused. "refuse": the
-        terms claim to have no pair in common, and ValueError says where they do.
-        "count": every term keeps its pairs, as some published mixtures do.
+      *terms: maps, ``softmax(...)``, ``summaries(...)``, ``linear(...)`` with a
+        nonnegative feature map, ``compressed(...)``, ``weighted(...)``, or joints.
+      overlap: what happens to a pair of several terms. "remove": it belongs to the
+        first of them; a later term that cannot give up pairs is refused. "refuse": it
+        is an error. "count": it counts in each of them, as in some published mixtures.
 
-    Within ``joint(...)``, other joints keep what they say of their own terms. A sink of
-    one name is one sink, in however many terms: it joins the normaliser once, with the
-    weight of the first term that has it. Dropout decides by query and key, as it does
-    for one softmax over all; terms that keep the pairs of others
-    (``overlap="count"``), and terms whose keys are no tokens, draw each its own.
+    Raises:
+      TypeError: a part is neither a map nor a term.
+      ValueError: a part has no single normaliser, or ``overlap`` is unknown.
+
+    Example:
+      The second term gives up the pairs of the first:
+
+      >>> import sadsl as sa
+      >>> near = sa.softmax(sa.causal() & sa.window(2), bias=sa.alibi())
+      >>> for term in sa.joint(near, sa.causal()).resolved(256):
+      ...     print(term)
+      softmax(causal() & window(2), bias=alibi())
+      softmax(causal() - (causal() & window(2)))
     """
     return Joint(terms, overlap)
 
 
 def average(*terms: Spec) -> Average:
-    """The mean of the outputs of all terms (Ren et al., Combiner, 2021, section 4.4).
+    """The mean of the outputs of all terms.
 
-    A query that sees nothing in a term has output 0 there, which counts. Each term
-    drops weights of its own: see ``dropout_key`` of ``attention``.
+    Each term has its own softmax (Ren et al., Combiner: full attention transformer with
+    sparse computation cost, 2021, section 4.4). A query that sees no key of a term has
+    output 0 there, which counts in the mean. Dropout draws anew for each term: see
+    ``dropout_key`` of ``attention``.
+
+    Args:
+      *terms: maps and terms.
+
+    Raises:
+      TypeError: a part is neither a map nor a term.
+      ValueError: there is no part.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.average(sa.causal() & sa.window(64), sa.causal() & sa.strided(64))
+      average(causal() & window(64), causal() & strided(64))
     """
     return Average(terms)
 
 
 def gated(*terms: Spec, gates: str = "gates") -> Gated:
-    """``sum_m gates[..., m] * out_m`` over the outputs of the terms.
+    """The sum ``sum_m gates[..., m] * out_m`` of the outputs of the terms.
 
-    The operand ``gates`` is ``[batch or 1, q_seq, num_q_heads, terms]``, of floats that
-    are used as they are; layers learn them, a sigmoid of a projection of each query's
-    input (Yuan et al., Native sparse attention, 2025, section 3.2). Each term drops
-    weights of its own: see ``dropout_key`` of ``attention``.
+    Layers learn the gates as a sigmoid of a projection of each query's input (Yuan et
+    al., Native sparse attention: hardware-aligned and natively trainable sparse
+    attention, 2025, section 3.2). Dropout draws anew for each term: see ``dropout_key``
+    of ``attention``.
+
+    Args:
+      *terms: maps and terms.
+      gates: the operand ``[batch or 1, q_seq, num_q_heads, terms]`` of floats, which
+        are used without a squash.
+
+    Raises:
+      TypeError: a part is neither a map nor a term.
+      ValueError: there is no part, or ``gates`` is not an identifier.
+
+    Example:
+      >>> import sadsl as sa
+      >>> term = sa.gated(sa.causal() & sa.window(512), sa.compressed(32, 16))
+      >>> term.operands
+      {'gates': 3}
     """
     return Gated(terms, gates)
 
 
 def weighted(term: Spec, log_weight: float) -> Weighted:
-    """``term``, whose pairs count ``exp(log_weight)`` times in a joint.
+    """Lets the pairs of ``term`` count ``exp(log_weight)`` times in a joint.
 
-    Its own output stays; its lse grows by ``log_weight``, as that of all its sinks and
-    pairs. So a sample of ``m`` of ``n``
-    keys stands for all of them with ``log(n / m)`` (Han et al., HyperAttention, 2024).
+    The output of the term itself does not change. Its lse grows by ``log_weight``; the
+    weight is that of its sinks, too. For example, a sample of ``m`` of ``n`` keys
+    stands for all of them with ``log(n / m)`` (Han et al., HyperAttention: long-context
+    attention in near-linear time, 2024).
+
+    Args:
+      term: a map or a term.
+      log_weight: the natural logarithm of the weight, finite.
+
+    Raises:
+      TypeError: ``term`` is neither a map nor a term.
+      ValueError: ``log_weight`` is not finite.
+
+    Example:
+      >>> import math
+      >>> import sadsl as sa
+      >>> sample = sa.weighted(sa.strided(4) - sa.window(8, 8), math.log(4))
+      >>> sa.joint(sa.window(8, 8), sample)
+      joint(window(8, 8), weighted(strided(4) - window(8, 8), 1.386...))
     """
     return Weighted(term, float(log_weight))
 
 
 def support_of(spec: Spec) -> IndexMap | None:
-    """The pairs of a spec that share one normaliser, if it has one."""
+    """The pairs of a spec that share one normaliser; None if there are several."""
     return spec if isinstance(spec, IndexMap) else spec.support
 
 
@@ -209,7 +267,11 @@ def _known(support: IndexMap | None) -> IndexMap:
 
 
 def one_softmax(term: Spec) -> Softmax | None:
-    """The one softmax that a joint of maps with equal options means, if it is one."""
+    """The one softmax that a spec is equal to, or None.
+
+    A joint is equal to one softmax if its parts are maps and softmax terms with equal
+    options and at most one sink.
+    """
     match term:
         case IndexMap():
             return Softmax(term)
@@ -228,17 +290,17 @@ def one_softmax(term: Spec) -> Softmax | None:
 
 
 def members_of(term: Joint, problem: Problem) -> tuple[Member, ...]:
-    """The terms that run, whose outputs merged by log-sum-exp are those of a joint.
+    """The members that run; their outputs, merged by log-sum-exp, are the joint's.
 
-    Each sink is in one of them.
+    Each sink belongs to exactly one member.
 
     Raises:
-      ValueError: a pair is in two terms that cannot or shall not give it up.
+      ValueError: a pair is in two terms, and cannot or must not be given up.
     """
     units = _numbered(_units(term, problem))
     found = list(overlaps.settled(units, problem))
     for name, log_weight in _sinks(term).items():
-        # Any softmax of this weight may carry it, and one of no pair where none does.
+        # A softmax member of this weight carries the sink, or a new one without pairs.
         nothing = Member(Softmax(overlaps.NOWHERE), log_weight)
         at = [i for i, x in enumerate(found) if _may_carry(x, log_weight)]
         carrier = found.pop(at[0]) if at else nothing
@@ -249,13 +311,14 @@ def members_of(term: Joint, problem: Problem) -> tuple[Member, ...]:
 
 
 def _may_carry(member: Member, log_weight: float) -> bool:
+    """Whether a member can take a sink of this weight."""
     term = member.term
     free = isinstance(term, Softmax) and term.sink is None
     return free and member.log_weight == log_weight
 
 
 def _sinks(term: Spec, log_weight: float = 0.0) -> dict[str, float]:
-    """The sinks of a term of a joint, each with the weight of the first that has it."""
+    """The sinks in a part of a joint, each with the weight of the first that has it."""
     match term:
         case Softmax(sink=str(name)):
             return {name: log_weight}
@@ -268,10 +331,10 @@ def _sinks(term: Spec, log_weight: float = 0.0) -> dict[str, float]:
 
 
 def _units(term: Spec, problem: Problem) -> list[Unit]:
-    """The members of a term of a joint, without sinks.
+    """The members of a part of a joint, in units and without sinks.
 
     Raises:
-      ValueError: joints in it have a pair in two terms that may not share one.
+      ValueError: a joint inside it with overlap="refuse" has a pair in two terms.
     """
     match term:
         case IndexMap():
@@ -291,12 +354,12 @@ def _units(term: Spec, problem: Problem) -> list[Unit]:
                 each = [overlaps.settled(part, problem) for part in parts]
                 overlaps.check_disjoint(each, problem)
             return [unit for part in parts for unit in part]
-    # The keys of other terms may be no tokens.
+    # The keys of other terms may not be tokens, so dropout cannot draw by token.
     return [(Member(term, draw=None),)]
 
 
 def _counted(parts: list[list[Unit]], problem: Problem) -> Unit:
-    """All members as one unit; each part has random numbers of its own."""
+    """All members as one unit; dropout draws anew for each part."""
     found: list[Member] = []
     first = 0
     for part in parts:
@@ -308,11 +371,12 @@ def _counted(parts: list[list[Unit]], problem: Problem) -> Unit:
 
 
 def _num_draws(units: list[Unit]) -> int:
+    """How many numbers of draws the units use."""
     return 1 + max((x.draw for u in units for x in u if x.draw is not None), default=-1)
 
 
 def _numbered(units: list[Unit]) -> list[Unit]:
-    """With a number of random numbers for each member that has one of its own."""
+    """The units, where each member without a number of its draw gets a new one."""
     own = count(_num_draws(units) or 1)
     return [
         tuple(x._replace(draw=next(own)) if x.draw is None else x for x in unit)

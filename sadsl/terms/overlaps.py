@@ -1,4 +1,4 @@
-"""Which pairs two terms of a joint share, and who keeps them: by the expressions."""
+"""Finds the pairs that terms of a joint share, and takes them out of later terms."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,20 +19,20 @@ from sadsl.selections.base import selections_of
 from sadsl.terms.base import Spec, Term
 from sadsl.terms.softmax import Softmax
 
-# Blocks that plans are compared with: about those of the kernels.
+# The block size for comparing plans, close to that of the kernels.
 BLOCK = 128
 NOWHERE = ~full()
 Meeting = Literal["never", "unknown"] | tuple[int, int, int]
 
 
 class Member(NamedTuple):
-    """A term of a joint, and what the joint says of it beside.
+    """A term of a joint, with its weight and its dropout.
 
     Attributes:
-      term: what scores its pairs; a softmax has no sink here.
-      log_weight: what its lse grows by.
-      draw: which random numbers its dropout has: members with one number have no pair
-        in common; None for a number of its own.
+      term: the term; a softmax has no sink here.
+      log_weight: the number added to its lse.
+      draw: the number of its dropout draw. Members with the same number share no pair.
+        None if it needs a number of its own.
       counts: whether it keeps the pairs that it shares with others of its unit.
     """
 
@@ -42,23 +42,25 @@ class Member(NamedTuple):
     counts: bool = False
 
 
-# The members of a unit keep the pairs that they share; of units the first has them.
+# Members of one unit keep the pairs that they share. A pair that two units share
+# belongs to the first of them.
 Unit = tuple[Member, ...]
 
 
 def settled(units: Sequence[Unit], problem: Problem) -> tuple[Member, ...]:
-    """The members to be merged by log-sum-exp: no unit has a pair of another.
+    """The members to merge by log-sum-exp, without pairs that two units share.
 
     Raises:
-      ValueError: a pair is in two units, and the later cannot give it up.
+      ValueError: a pair is in two units, and the later one cannot give it up.
     """
     return _grouped(_disjoint(units, problem), problem)
 
 
 class _Own(NamedTuple):
-    """A member without the pairs of those before it.
+    """A member without the pairs of the members before it.
 
-    ``beside`` still has those that members of equal options have too.
+    ``beside`` is its map without those of members with other options only: several
+    members of equal options can run as one softmax over the union of their ``beside``.
     """
 
     member: Member
@@ -66,6 +68,7 @@ class _Own(NamedTuple):
 
 
 def _disjoint(units: Sequence[Unit], problem: Problem) -> list[_Own]:
+    """The members of all units without shared pairs; empty ones are dropped."""
     kept: list[_Own] = []
     for unit in units:
         before = [own.member for own in kept]
@@ -74,15 +77,15 @@ def _disjoint(units: Sequence[Unit], problem: Problem) -> list[_Own]:
             both = support(own.member.term), support(member.term)
             if member.counts or meeting(*both, problem) != "never":
                 kept.append(own)
-    # A joint of nothing still has its output of 0.
+    # If no pair is left, one empty member yields the output 0.
     return kept or [_Own(units[0][0], support(units[0][0].term))]
 
 
 def _without(member: Member, before: Sequence[Member], problem: Problem) -> _Own:
-    """A member without the pairs of those before it.
+    """Takes the pairs of the members before it out of a member.
 
     Raises:
-      ValueError: it is no softmax, and cannot give up single pairs.
+      ValueError: it is not a softmax, so it cannot give up single pairs.
     """
     term = member.term
     met = [x for x in before if _meet(x.term, term, problem)]
@@ -91,7 +94,7 @@ def _without(member: Member, before: Sequence[Member], problem: Problem) -> _Own
             f"joint: {term!r} shares pairs with {met[0].term!r}, which comes before "
             "it, and cannot give up single pairs: put it first, so that the other "
             "gives them up, take them out of the other by hand, or say "
-            "overlap='count' to have both"
+            "overlap='count' to count them twice"
         )
     if not met or not isinstance(term, Softmax):
         return _Own(member, support(term))
@@ -106,7 +109,10 @@ def _minus(map: IndexMap, others: Sequence[Member]) -> IndexMap:
 
 
 def _options(member: Member) -> Member | None:
-    """What a softmax is but for its map; None for what stays as it is."""
+    """The options of a softmax member: itself with an empty map.
+
+    None for members that cannot be joined with others.
+    """
     if member.counts or not isinstance(member.term, Softmax):
         return None
     return member._replace(term=replace(member.term, map=NOWHERE))
@@ -117,10 +123,10 @@ def _meet(a: Spec, b: Spec, problem: Problem) -> bool:
 
 
 def check_disjoint(parts: Sequence[Sequence[Member]], problem: Problem) -> None:
-    """Refuses parts of a joint whose members have a pair in common.
+    """Refuses parts of a joint that share a pair.
 
     Raises:
-      ValueError: two have one, or content decides whether they do.
+      ValueError: two parts share a pair, or content decides whether they do.
     """
     for one, other in combinations(parts, 2):
         for a, b in product(one, other):
@@ -138,7 +144,7 @@ def check_disjoint(parts: Sequence[Sequence[Member]], problem: Problem) -> None:
 
 
 def _grouped(owned: Sequence[_Own], problem: Problem) -> tuple[Member, ...]:
-    """Softmax members of equal options as one, where that visits no more blocks."""
+    """Joins softmax members of equal options, if that visits no more blocks."""
     groups: dict[Member | int, list[_Own]] = {}
     for i, own in enumerate(owned):
         options = _options(own.member)
@@ -155,22 +161,23 @@ def _grouped(owned: Sequence[_Own], problem: Problem) -> tuple[Member, ...]:
 
 
 def union(maps: Sequence[IndexMap]) -> IndexMap:
-    """The union of maps; of none, the map of no pair."""
+    """The union of maps; the empty map if there are none."""
     return reduce(or_, maps) if maps else NOWHERE
 
 
 def _costs_no_more(whole: Softmax, members: Sequence[Member], problem: Problem) -> bool:
-    """Whether one plan visits no more blocks than those of the members together."""
+    """Whether one plan visits no more blocks than the plans of the members together."""
     maps = [support(x.term) for x in members]
     chosen = [s for map in maps for s in selections_of(map)]
     if chosen:
-        # A map that content decides may be sorted by its labels, if it stands alone.
+        # Alone, a map with labels may be sorted by them at run time, which saves more.
         return not any(s.order for s in chosen)
     return _visited(whole.map, problem) <= sum(_visited(m, problem) for m in maps)
 
 
 @lru_cache(maxsize=512)
 def _visited(map: IndexMap, problem: Problem) -> int:
+    """The number of blocks that the plan of a map visits, over all heads."""
     stages = pipeline.arrange(pipeline.run(map.node, problem), BLOCK, BLOCK)
     mask = pipeline.block_mask(stages, BLOCK, BLOCK, "q")
     heads = np.bincount(mask.map_of_head, minlength=mask.num_maps)
@@ -189,7 +196,10 @@ def support(term: Spec) -> IndexMap:
 
 @lru_cache(maxsize=1024)
 def meeting(a: IndexMap, b: IndexMap, problem: Problem) -> Meeting:
-    """A pair ``(head, query, key)`` of both maps; or that there is none, or unknown."""
+    """A pair ``(head, query, key)`` of both maps.
+
+    "never" if they share none, "unknown" if run-time arrays decide it.
+    """
     both = a if a == b else a & b
     stages = pipeline.run(both.node, problem)
     program = stages["simplify"]
@@ -209,7 +219,7 @@ def meeting(a: IndexMap, b: IndexMap, problem: Problem) -> Meeting:
 
 
 def _meeting_at_run_time(program: pipeline.Program, problem: Problem) -> Meeting:
-    """ "never" if two maps are disjoint whatever the run-time arrays hold."""
+    """ "never" if two maps share no pair for any run-time arrays, else "unknown"."""
     for node in program.maps:
         widest = envelope(node, lambda _: True)
         one = replace(problem, num_heads=1)
@@ -223,7 +233,7 @@ def _meeting_at_run_time(program: pipeline.Program, problem: Problem) -> Meeting
 def _pair(
     node: ir.Pred, q_block: int, kv_block: int, problem: Problem
 ) -> tuple[int, int] | None:
-    """The first pair of a block, if it has one."""
+    """The first pair ``(query, key)`` of a block, or None."""
     q = np.arange(q_block * BLOCK, min((q_block + 1) * BLOCK, problem.q_seq_len))
     k = np.arange(kv_block * BLOCK, min((kv_block + 1) * BLOCK, problem.kv_seq_len))
     held = evaluate(node, NumPy(q[:, None], k[None, :]))

@@ -1,4 +1,4 @@
-"""Partitions of your own: two index maps, checked against what they shall cover."""
+"""``regions``: a partition made of two index maps of the caller."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from sadsl.terms.regions import Partition
 
 @dataclass(frozen=True, repr=False)
 class Regions(Partition):
-    """See ``regions``."""
+    """A partition made of two index maps; see ``regions``."""
 
     member_map: IndexMap
     seen_map: IndexMap
@@ -35,9 +35,9 @@ class Regions(Partition):
 
     @override
     def check(self, n: int) -> None:
-        """Refuses regions that overlap for a query, or do not cover what they should.
+        """Refuses regions that overlap for a query, or do not cover ``covers``.
 
-        Exact, in NumPy, once a length: it looks at each pair.
+        Exact: it looks at each pair, in NumPy, once for each length.
         """
         _check(self, n)
 
@@ -58,11 +58,11 @@ class Regions(Partition):
         return self.seen_map & where(lambda q, k: flags[k] == 1)
 
     def held(self, n: int) -> np.ndarray:
-        """Who is in each region, bool ``[num, n]``."""
+        """Which tokens are in each region, bool ``[num, n]``."""
         return _held(self.member_map, self.num, n)
 
     def __repr__(self) -> str:
-        # The fields have other names than the parameters: all stand by position.
+        # Fields and parameters have different names, so all are shown by position.
         return call_text(self, by_position=4)
 
 
@@ -81,7 +81,7 @@ def _check(partition: Regions, n: int) -> None:
         query, key = twice[0]
         raise ValueError(
             f"{partition!r}: query {query} has key {key} in {times[query, key]:.0f} of "
-            "the regions that it sees: they must be disjoint"
+            "the regions that it sees: they must be disjoint; change members or seen"
         )
     if wanted is None:
         return
@@ -91,24 +91,43 @@ def _check(partition: Regions, n: int) -> None:
         count = "in no region" if wanted[query, key] else "in a region"
         raise ValueError(
             f"{partition!r} does not cover {partition.covers!r}: query {query} has key "
-            f"{key} {count} that it sees; change the maps, or what they shall cover"
+            f"{key} {count} that it sees; change the maps, or covers"
         )
 
 
 def regions(
     members: IndexMap, seen: IndexMap, num: int, covers: IndexMap | None = None
 ) -> Regions:
-    """``num`` regions of your own, for any length; pools look at every pair.
+    """A partition of your own, given by two index maps, for trying partitions out.
 
-    Region ``j`` holds the keys of ``members(j, key)``, and is read by the queries of
-    ``seen(query, j)``, unless it is empty. The maps are the same for all heads and read
-    no run-time arrays. For trying partitions out: the others pool in linear time.
+    Region ``j`` holds the keys with ``members(j, key)``. The queries with
+    ``seen(query, j)`` read it, unless it is empty. The maps are the same for all heads
+    and read no run-time arrays. Pools look at every pair of a region and a token; those
+    of the built-in partitions take linear time.
 
     Args:
-      members: an index map of regions and keys.
-      seen: an index map of queries and regions.
-      num: regions.
-      covers: the pairs that ``seen @ members`` has to be, each by one region; checked
-        when used. Where None, that is composed, and only checked to be disjoint.
+      members: an index map from regions to keys.
+      seen: an index map from queries to regions.
+      num: the number of regions.
+      covers: the pairs that ``seen @ members`` must be, each by exactly one region;
+        checked at the call. None: the composition itself, checked to be disjoint.
+
+    Raises:
+      TypeError: ``members`` or ``seen`` is not an index map.
+      ValueError: ``num`` is below 1.
+
+    Example:
+      Two regions, of even and of odd tokens; a query reads the one it is not in:
+
+      >>> import sadsl as sa
+      >>> members = sa.where(lambda region, key: key % 2 == region)
+      >>> seen = sa.where(lambda query, region: query % 2 != region)
+      >>> parity = sa.regions(members, seen, 2, covers=~sa.strided(2))
+      >>> parity.check(4)
+      >>> print(parity.support.dense(4)[0].astype(int))
+      [[0 1 0 1]
+       [1 0 1 0]
+       [0 1 0 1]
+       [1 0 1 0]]
     """
     return Regions(members, seen, num, covers)

@@ -1,4 +1,4 @@
-"""``scatter_mean``: a softmax in each cluster, and the mean of its outputs."""
+"""``scatter_mean``: one softmax in each cluster, and the mean of the outputs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ OwnKey = Literal["seen", "alone"]
 
 @dataclass(frozen=True, repr=False)
 class ScatterMean(Term):
-    """A softmax in every cluster of ``map``, and the mean of what they yield: R2.
+    """One softmax in every cluster of ``map``, averaged; see ``scatter_mean``.
 
-    ``map`` is ``kmeans(...)`` with ``members="topw"``, perhaps ``&`` maps that are not
-    decided by content. See ``scatter_mean``, which makes it.
+    ``map`` is ``kmeans(...)`` with ``members="topw"``, optionally ``&`` maps that
+    content does not decide.
     """
 
     map: IndexMap
@@ -46,12 +46,13 @@ class ScatterMean(Term):
         if clusters.members != "topw":
             raise ValueError(
                 f"scatter_mean: {clusters!r} has clusters of any size, and a kernel "
-                "needs one: use members='topw', or the map alone, which is one softmax"
+                "needs one size: use members='topw', or the map alone, which is one "
+                "softmax"
             )
         if selections_of(rest):
             raise NotImplementedError(
-                f"scatter_mean: beside its kmeans, the map has {rest!r}, which is "
-                "decided by content too: give maps of positions and operands"
+                f"scatter_mean: beside its kmeans, the map has {rest!r}, which content "
+                "decides too: give maps of positions and operands"
             )
         if self.own_key == "alone" and not clusters.share_qk:
             raise ValueError(
@@ -61,25 +62,25 @@ class ScatterMean(Term):
 
     @property
     def operands(self) -> Mapping[str, int]:
-        """What the clusters read, and their members."""
+        """The operands of the clusters, and their members."""
         names = (self.clusters.key(name) for name in ("q", "k"))
         return {**self.clusters.operands, **dict.fromkeys(names, 3)}
 
     @property
     def parts(self) -> tuple[Spec, ...]:
-        """What the map demands beside a cluster in common."""
+        """The rest of the map, without its clusters."""
         return (self.rest,)
 
     def reads(self, name: str) -> bool:
-        """Whether the clusters or the rest of the map take the array."""
+        """Whether the clusters or the rest of the map read the operand ``name``."""
         return name in self.operands or name in operands_of(self.rest)
 
     @property
     def clusters(self) -> Kmeans:
-        """The clusters that the map has.
+        """The one kmeans in the map.
 
         Raises:
-          ValueError: it has none, or several.
+          ValueError: the map has none, or several.
         """
         found = [part for part in _conjuncts(self.map) if isinstance(part, Kmeans)]
         if len(found) != 1:
@@ -91,7 +92,7 @@ class ScatterMean(Term):
 
     @property
     def rest(self) -> IndexMap:
-        """What the map demands of a pair beside a cluster in common."""
+        """The map without its kmeans."""
         rest = [part for part in _conjuncts(self.map) if not isinstance(part, Kmeans)]
         return reduce(and_, rest) if rest else full()
 
@@ -106,29 +107,41 @@ def scatter_mean(
     own_key: OwnKey = "seen",
     skip_zeros: bool = False,
 ) -> ScatterMean:
-    """One softmax a cluster of the ``kmeans`` in ``map``; outputs are averaged.
+    """One softmax in each cluster of the ``kmeans`` in ``map``, and their mean.
 
-    With ``out_c[i]`` the softmax of query ``i`` over the keys of cluster ``c`` that the
-    rest of the map allows, and ``cnt_i`` the clusters that hold the query, the output
-    is ``sum_c out_c[i] / (cnt_i + eps_count)``: 0 for a query in no cluster (Roy et
-    al., Efficient content-based sparse attention with Routing Transformers, 2021,
-    section 4.1, and its published code). Positions are the true ones, so ``causal()``
-    is causal whichever positions a cluster holds; who is in a cluster may still depend
-    on later tokens.
+    Let ``out_c[i]`` be the attention of query ``i`` over the keys of cluster ``c`` that
+    the rest of the map allows, and ``cnt_i`` the number of clusters that hold query
+    ``i``. The output is ``sum_c out_c[i] / (cnt_i + eps_count)``, which is 0 for a
+    query in no cluster (Roy et al., Efficient content-based sparse attention with
+    Routing Transformers, 2021, section 4.1, and its published code). The rest of the
+    map sees true positions, so ``causal()`` hides later keys. Which tokens are in a
+    cluster may still depend on later tokens.
 
     Args:
-      map: ``kmeans(...)``, perhaps ``&`` maps of positions: ``causal() & kmeans(8)``.
-      eps_count: added to the number of clusters of a query.
+      map: ``kmeans(...)`` with ``members="topw"``, optionally ``&`` maps of positions.
+      eps_count: the number added to ``cnt_i``.
       sm_scale: factor before the softmax; that of the call if None.
-      own_key: "seen": the pair of a query and its own key is like any other; "alone":
-        it counts only where the query sees no other key of the cluster.
-      skip_zeros: keys whose value is 0 throughout are padding, which no one sees.
+      own_key: "seen": a query sees its own key like any other; "alone": it sees its own
+        key only if it sees no other key of the cluster.
+      skip_zeros: True hides keys whose value is 0 in all features: padding.
+
+    Raises:
+      TypeError: ``map`` is not an index map.
+      ValueError: the map does not have exactly one kmeans, or an option is unknown.
+      NotImplementedError: the map has another part that content decides.
+
+    Example:
+      >>> import sadsl as sa
+      >>> term = sa.scatter_mean(sa.causal() & sa.kmeans(8))
+      >>> term.clusters, term.rest
+      (kmeans(8), causal())
     """
     scale = None if sm_scale is None else float(sm_scale)
     return ScatterMean(map, float(eps_count), scale, own_key, bool(skip_zeros))
 
 
 def _conjuncts(map: IndexMap) -> tuple[IndexMap, ...]:
+    """The parts of ``a & b - c`` as ``(a, b, ~c)``."""
     match map:
         case Both(a, b):
             return *_conjuncts(a), *_conjuncts(b)

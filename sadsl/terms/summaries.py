@@ -1,4 +1,4 @@
-"""The term of summaries: a query reads one key and one value a region."""
+"""``summaries``: attention to regions, each with one key and one value."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,16 +12,17 @@ from sadsl.maps.named import where
 from sadsl.maps.symbols import operand
 from sadsl.terms.base import DROPOUT_KEY, Spec, Term, check_name
 from sadsl.terms.cluster_regions import Clusters
-from sadsl.terms.regions import Partition, Pool, Rowmajor
+from sadsl.terms.grid_regions import Rowmajor
+from sadsl.terms.regions import Partition, Pool
 
-# Feature maps that need no callable.
+# The feature maps that are not operands.
 PLAIN = ("identity", "relu")
 Phi: TypeAlias = str | tuple[str, str]
 
 
 @dataclass(frozen=True, repr=False)
 class Summaries(Term):
-    """Regions summarised by a key and a value each: reducer R3. See ``summaries``."""
+    """Attention to regions with one key and one value each; see ``summaries``."""
 
     partition: Partition
     pool: Pool = "max"
@@ -52,19 +53,19 @@ class Summaries(Term):
 
     @property
     def features(self) -> tuple[str, str]:
-        """The feature maps of queries and of keys before they are pooled."""
+        """The feature maps of queries and of keys, applied before pooling."""
         if isinstance(self.phi, str):
             return self.phi, self.phi
         if not isinstance(self.phi, tuple) or len(self.phi) != 2:
             raise TypeError(
-                f"summaries: phi={self.phi!r} must be a name, or one for the queries "
-                "and one for the keys"
+                f"summaries: phi={self.phi!r} must be a name, or a tuple of one name "
+                "for the queries and one for the keys"
             )
         return self.phi
 
     @property
     def callables(self) -> tuple[str, ...]:
-        """The operands that are functions."""
+        """The names of the operands that are functions."""
         names = [name for name in self.features if name not in PLAIN]
         if isinstance(self.partition, Rowmajor) and "proj" in self.partition.key:
             names.append(self.partition.proj)
@@ -79,7 +80,7 @@ class Summaries(Term):
     @property
     @override
     def parts(self) -> tuple[Spec, ...]:
-        """The clusters, where content decides who is in a region."""
+        """The kmeans of the partition, if content decides the regions."""
         return (self.partition.kmeans,) if isinstance(self.partition, Clusters) else ()
 
     @override
@@ -105,27 +106,47 @@ def summaries(
     phi: Phi = "identity",
     valid: str | None = None,
 ) -> Summaries:
-    """Attention to regions, each with one key and one value: Combiner's abstractions.
+    """Attention to regions of tokens, each with one key and one value.
 
-    With ``m(j)`` the members of region ``j``, its key and its query are
-    ``pool(phi(k[m(j)]))`` and ``pool(phi(q[m(j)]))``, and its value is the attention of
-    that query over its members, which does not depend on who reads it. A query attends
-    to the regions that the partition lets it read. In ``joint(direct, summaries(...))``
-    all share one normaliser: full attention, locally of rank one (Ren et al., Combiner:
-    full attention transformer with sparse computation cost, 2021, section 3).
+    Let ``m(j)`` be the members of region ``j``. Its key is ``pool(phi(k[m(j)]))``, its
+    query is ``pool(phi(q[m(j)]))``, and its value is the attention of that query over
+    its members, which is the same for all readers. A query attends to the regions that
+    the partition lets it read. In ``joint(direct, summaries(...))`` keys and regions
+    share one normaliser: full attention that is of rank one within a region (Ren et
+    al., Combiner: full attention transformer with sparse computation cost, 2021,
+    section 3, which calls the regions abstractions).
 
-    Self-attention only: regions pool the queries of their tokens. ``sm_scale`` is
-    applied once to either product. Members and regions run as ordinary maps.
+    For self-attention only, since regions pool the queries of their tokens.
+    ``sm_scale`` applies to both products, once each. Both run as ordinary maps.
 
     Args:
       partition: ``spans(size)``, ``tower()``, ``columns(width)``, ``rows(width)``,
-        ``rowmajor(width)`` or ``clusters(kmeans(...))``.
-      pool: "max", "mean" or "sum" over the members, feature by feature.
-      phi: "identity", "relu", or the name of an operand that is a function of arrays
+        ``rowmajor(width)``, ``clusters(kmeans(...))`` or ``regions(...)``.
+      pool: "max", "mean" or "sum" over the members, for each feature.
+      phi: "identity", "relu", or the name of an operand that is a function from arrays
         ``[batch, seq, heads, head_dim]`` to the same shape, such as a dense layer with
-        a ReLU; two names are for queries and keys apart.
-      valid: the name of an operand ``[seq]``, perhaps with a batch axis, that is 0 at
-        keys which do not exist: no region has them, and no region is made of them
-        alone. None: all keys exist.
+        a ReLU. A tuple of two names is for queries and for keys.
+      valid: the name of an operand ``[seq]`` or ``[batch, seq]`` that is 0 at keys that
+        do not exist. They are in no region, and a region without members is not read.
+        None: all keys exist.
+
+    Raises:
+      TypeError: ``partition`` is not a partition.
+      ValueError: an option is unknown, or a name is not an identifier.
+
+    Example:
+      Keys in the query's own span of 2 tokens directly, spans before it by a summary:
+
+      >>> import sadsl as sa
+      >>> spec = sa.joint(sa.causal() & sa.blocks(2), sa.summaries(sa.spans(2)))
+      >>> print(spec.terms[1].support.dense(6)[0].astype(int))
+      [[0 0 0 0 0 0]
+       [0 0 0 0 0 0]
+       [1 1 0 0 0 0]
+       [1 1 0 0 0 0]
+       [1 1 1 1 0 0]
+       [1 1 1 1 0 0]]
+      >>> sa.properties(spec, 6).coverage
+      1.0
     """
     return Summaries(partition, pool, phi, valid)

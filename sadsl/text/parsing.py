@@ -43,10 +43,11 @@ from sadsl.terms.biases import (
 from sadsl.terms.channel import channel
 from sadsl.terms.cluster_regions import clusters
 from sadsl.terms.compressed import compressed
+from sadsl.terms.grid_regions import columns, rowmajor, rows
 from sadsl.terms.heads import heads
 from sadsl.terms.linear import linear
 from sadsl.terms.own_regions import regions
-from sadsl.terms.regions import columns, rowmajor, rows, spans, tower
+from sadsl.terms.regions import spans, tower
 from sadsl.terms.scatter_mean import scatter_mean
 from sadsl.terms.softmax import softmax
 from sadsl.terms.summaries import summaries

@@ -283,7 +283,7 @@ BAD = [
     (lambda: sa.weighted(3, 1.0), TypeError, "a map or a term, not 3"),
     (lambda: sa.weighted(NEAR, float("nan")), ValueError, "log_weight=nan must be"),
     (lambda: sa.softmax(NEAR, sink=3), ValueError, "sink=3 must be True"),
-    (lambda: sa.softmax(NEAR, bias=3), TypeError, r"bias=3 must be one such as alibi"),
+    (lambda: sa.softmax(NEAR, bias=3), TypeError, r"bias=3 must be a bias such as"),
     (lambda: sa.plan(sa.average(NEAR, FAR), 70), NotImplementedError, "of a part"),
 ]  # fmt: skip
 

@@ -122,7 +122,7 @@ def test_text_is_read_back():
         (
             lambda: sa.scatter_mean(kmeans(2) & ~kmeans(3)),
             NotImplementedError,
-            "decided by content too",
+            "content decides too",
         ),
         (lambda: sa.scatter_mean(kmeans(2), -1.0), ValueError, "at least 0"),
         (lambda: sa.scatter_mean(kmeans(2), own_key="no"), ValueError, "seen, alone"),

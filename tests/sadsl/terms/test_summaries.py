@@ -184,7 +184,7 @@ def test_what_makes_no_partition_is_refused(message):
 def test_what_is_of_another_type_is_refused():
     with pytest.raises(TypeError, match="summaries takes a partition"):
         sa.summaries(sa.causal())
-    with pytest.raises(TypeError, match="one for the queries and one for the keys"):
+    with pytest.raises(TypeError, match="one name for the queries and one for"):
         sa.summaries(sa.spans(4), phi=("f",))
     with pytest.raises(TypeError, match="members=3 must be an index map"):
         sa.regions(3, sa.full(), 4)
