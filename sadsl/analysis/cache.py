@@ -1,4 +1,4 @@
-"""The cache that a causal map needs when it is decoded token by token."""
+"""``cache``: how many keys a decoder of a causal map must keep."""
 
 from dataclasses import dataclass
 
@@ -18,21 +18,22 @@ from sadsl.text.specs import as_term
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """What of the keys and values a decoder has to keep, for ``n`` tokens.
+    """The keys and values that a decoder must keep, for ``n`` tokens.
 
-    At step ``t`` the query ``t`` is answered; key ``k`` has to be there for
-    ``k <= t <= last_use[k]``. One cache serves all heads: a position is kept as long as
-    some head needs it; ``size_by_map`` says what each distinct map needs by itself.
+    Step ``t`` computes the output of query ``t``, and key ``k`` must be in the cache
+    for ``k <= t <= last_use[k]``. One cache serves all heads: a position is kept as
+    long as some head needs it.
 
     Attributes:
-      n: tokens in all.
-      size: the most positions that have to be there at once: no cache is smaller.
-      pinned, slots: a cache that is simple: the first ``pinned`` positions for good,
-        and a ring of ``slots`` for the last ones.
+      n: the number of tokens.
+      size: the most positions that are needed at once; no cache can be smaller.
+      pinned, slots: a simple cache: the first ``pinned`` positions stay for good, and a
+        ring buffer of ``slots`` holds the last ones.
       last_use: the last query that sees each key, over all heads; -1 for none.
-      size_by_map, map_of_head: sizes of the distinct maps, and who has which.
-      length_note: why the map depends on the length, or None if it does not: then the
-        row of a query is the same however many tokens follow.
+      size_by_map: the size that each distinct map needs by itself.
+      map_of_head: the distinct map of each head, as an index.
+      length_note: why the keys of a query depend on how many tokens follow; None if
+        they do not.
     """
 
     n: int
@@ -46,7 +47,11 @@ class Cache:
 
     @property
     def kind(self) -> str:
-        """``"everything"``, ``"ring"``, or ``"ring with waste"``."""
+        """How good a ring buffer is.
+
+        "everything": no key can be dropped. "ring": the simple cache has the least
+        size. "ring with waste": it is larger than the least size.
+        """
         if self.size == self.n:
             return "everything"
         if self.pinned + self.slots == self.size:
@@ -83,17 +88,26 @@ class Cache:
 
 
 def cache(spec: Spec | str, n: int, num_heads: int = 1) -> Cache:
-    """The smallest cache that decodes a causal map, from its expression.
+    """Finds the smallest cache that decodes a causal map, from its expression.
 
-    Of a map decided by content, it holds what some content may choose.
+    For a map that content decides, the cache holds all keys that some content may
+    choose.
 
     Args:
       spec: an index map, a term, or text; causal for ``n`` positions.
-      n: tokens in all, the prompt included.
-      num_heads: heads.
+      n: the number of tokens, including the prompt.
+      num_heads: the number of heads.
 
     Raises:
       ValueError: the map lets a query see a later key, or reads run-time arrays.
+
+    Example:
+      >>> import sadsl as sa
+      >>> found = sa.cache(sa.causal() & (sa.window(7) | sa.sinks(2)), 100)
+      >>> print(found)
+      10 of 100 positions: the first 2 for good and a ring of 8
+      >>> found.size, found.kind
+      (10, 'ring')
     """
     node = widest(as_term(spec).map)
     maps, map_of_head = head_maps(node, n, num_heads)
@@ -122,7 +136,7 @@ def cache(spec: Spec | str, n: int, num_heads: int = 1) -> Cache:
 def head_maps(
     node: ir.Pred, n: int, num_heads: int
 ) -> tuple[tuple[ir.Pred, ...], tuple[int, ...]]:
-    """The distinct maps of the heads on ``n`` positions, and who has which.
+    """The distinct maps of the heads on ``n`` positions, and the map of each head.
 
     Raises:
       ValueError: they read run-time arrays, or are made for another length.
@@ -133,9 +147,9 @@ def head_maps(
     names = ir.operand_names(node)
     if names:
         raise ValueError(
-            f"the map reads the run-time arrays {list(names)}, so that its properties "
-            "are not known before they are: put constants in their place (blocks(size) "
-            "for segments(), a number for an operand)"
+            f"the map reads the run-time arrays {list(names)}, so its properties are "
+            "not known without them: put constants in their place (blocks(size) for "
+            "segments(), a number for an operand)"
         )
     every = heads.per_head(ir.substitute(node, {"n": ir.Const(n)}), num_heads)
     verify.verify(every, n, n)
@@ -145,7 +159,10 @@ def head_maps(
 def first_offence(
     maps: tuple[ir.Pred, ...], map_of_head: tuple[int, ...], n: int
 ) -> tuple[int, int, int] | None:
-    """The first pair ``(head, q, k)`` with ``k > q``: least q, then k, then head."""
+    """The first pair ``(head, q, k)`` with ``k > q``, by q, then k, then head; or None.
+
+    Such a pair shows that the map is not causal.
+    """
     found = []
     for m, node in enumerate(maps):
         later = ir.And((node, ir.Le(ir.Add(ir.Q, ir.Const(1)), ir.K)))
@@ -165,7 +182,7 @@ def last_use(node: ir.Pred, n: int) -> np.ndarray:
 
 
 def most_live(last: np.ndarray) -> int:
-    """The most keys that are live at one step: key k is in k .. last[k]."""
+    """The most keys that are live at one step; key ``k`` lives in ``k .. last[k]``."""
     n = len(last)
     used = last >= 0
     starts = np.bincount(np.flatnonzero(used), minlength=n)
@@ -174,7 +191,10 @@ def most_live(last: np.ndarray) -> int:
 
 
 def ring(last: np.ndarray) -> tuple[int, int]:
-    """Pinned positions and ring slots, of the smallest such cache; few pinned."""
+    """The numbers of pinned positions and ring slots of the smallest such cache.
+
+    Of several, the one with the fewest pinned positions.
+    """
     n = len(last)
     life = np.where(last >= 0, last - np.arange(n) + 1, 0)
     longest = np.append(np.maximum.accumulate(life[::-1])[::-1], 0)
@@ -183,10 +203,10 @@ def ring(last: np.ndarray) -> tuple[int, int]:
 
 
 def length_note(node: ir.Pred, n: int, num_heads: int) -> str | None:
-    """Why the row of a query depends on how many tokens follow, or None.
+    """Why the keys of a query depend on how many tokens follow; None if they do not.
 
-    A map on a grid exists at one length only. One that reads the number of keys is
-    compared, row by row, with itself when the query is the last token.
+    A map on a grid exists for one length only. A map that reads the number of keys is
+    compared, query by query, with itself at the length where the query is last.
     """
     for part in ir.walk(node):
         if isinstance(part, ir.Within):

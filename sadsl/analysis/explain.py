@@ -1,4 +1,4 @@
-"""What a lowered call will do, in counts and times, beside dense attention."""
+"""``explain``: counts, FLOPs, bytes and predicted times of a lowered call."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,13 +19,13 @@ from sadsl.run.backends import DEFAULT_IMPL
 
 THIS = "this call"
 SIDES = {"forward": False, "backward": True}
-# Rows of a table by map: a spec with more maps is shown by their sums alone.
+# A spec with more distinct maps than this is shown by their sums only.
 MOST_MAPS = 16
 
 
 @dataclass(frozen=True)
 class ReportTable:
-    """Cells as text; the first column is of names, the others of numbers."""
+    """A table of text cells; the first column holds names, the others numbers."""
 
     title: str
     header: tuple[str, ...]
@@ -48,9 +48,9 @@ class ReportTable:
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """What ``explain`` found: facts, tables, and the cost as numbers.
+    """The result of ``explain``: facts, tables, and the cost as numbers.
 
-    ``print`` shows it as aligned text, a notebook as HTML tables.
+    ``print`` shows it as aligned text, and a notebook as HTML tables.
     """
 
     facts: tuple[tuple[str, str], ...]
@@ -72,7 +72,7 @@ class Explanation:
         return f'<div style="font-size: 90%">{"".join(parts)}</div>'
 
 
-# Only what takes the colours of the page, light or dark.
+# These styles inherit the colours of the page, so they work on light and dark pages.
 _TABLE = "border-collapse: collapse; margin: 0 0 0.8em 0"
 _LINE = "border-bottom: 1px solid color-mix(in srgb, currentColor 40%, transparent)"
 
@@ -105,10 +105,10 @@ def _html_table(table: ReportTable) -> str:
 
 
 def explain(lowered: Any) -> Explanation:
-    """Blocks, pairs, FLOPs, bytes and predicted times of a ``Lowered`` call.
+    """Counts blocks, pairs, FLOPs and bytes of a ``Lowered`` call, and predicts times.
 
-    Tiles and FLOPs are exact, over whole blocks as the kernels visit them; bytes and
-    times follow the model of ``lowering.cost``.
+    Blocks and FLOPs are exact, over whole blocks as the kernels visit them. Bytes and
+    times follow the model of ``lowering.cost``. Users call ``Lowered.explain()``.
     """
     columns = compared(lowered)
     of = columns[THIS]
@@ -123,7 +123,7 @@ def explain(lowered: Any) -> Explanation:
 
 
 def compared(lowered: Any) -> dict[str, Cost]:
-    """The cost of a call, without its order of positions, and of dense attention."""
+    """Costs by name: the call, the call in the given order, and dense attention."""
     sizes, problem = _sizes(lowered), lowered.options.problem
     columns = {THIS: _cost(lowered, sizes)}
     if lowered.stages.layouts is not None:
@@ -140,7 +140,7 @@ def _dense(lowered: Any, sizes: CallSizes) -> Cost:
 
 
 def _lengths_as_given(lowered: Any) -> Masks:
-    """The plans with their blocks and heads, but lengths without slots of padding."""
+    """The plans with the lengths of the call, instead of those with padding slots."""
     problem = lowered.options.problem
     lengths = {"q_seq_len": problem.q_seq_len, "kv_seq_len": problem.kv_seq_len}
     return Masks(*(replace(mask, **lengths) for mask in lowered.masks))
@@ -150,7 +150,7 @@ def _sizes(lowered: Any) -> CallSizes:
     q, k, v, _ = lowered.arguments
     impl = lowered.options.setting.impl
     itemsize = np.dtype(q.dtype).itemsize
-    # The TPU kernels widen float16, which that chip has no arithmetic for.
+    # TPU kernels widen float16, since the chip has no arithmetic for it.
     widened = impl == "tpu" and np.dtype(q.dtype) == np.float16
     return CallSizes(
         batch=q.shape[0],
@@ -248,9 +248,9 @@ def _maps(plan: Plan, pairs: tuple[int, ...]) -> ReportTable:
 
 
 def comparison(columns: Mapping[str, Cost], target: str) -> ReportTable:
-    """Costs side by side; the last rows relate them to the first column.
+    """A table of costs, one column each; its last rows are ratios to the first column.
 
-    On a target with public peaks these are predicted times, elsewhere FLOPs.
+    The ratios are of predicted times on a target with public peaks, else of FLOPs.
     """
     costs = list(columns.values())
     known = target in PEAKS
@@ -281,7 +281,7 @@ def comparison(columns: Mapping[str, Cost], target: str) -> ReportTable:
 
 
 def _chips(lowered: Any) -> ReportTable:
-    """Predicted times on every chip, with the kernels and blocks of its platform."""
+    """A table of predicted times on every chip, with the kernels of its platform."""
     of_impl: dict[str, tuple[Cost, Cost]] = {}
     rows = []
     for target in targets.TARGETS.values():
@@ -325,7 +325,7 @@ def _ratio(a: float, b: float) -> str:
 
 
 def _time(time: Time) -> str:
-    """Three digits, a unit, and what limits it."""
+    """A time with three digits and a unit, and whether compute or memory limits it."""
     units = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
     unit = next((u for u, scale in units.items() if time.seconds >= scale), "ns")
     return f"{time.seconds / units[unit]:.3g} {unit} ({time.limit})"

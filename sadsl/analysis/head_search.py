@@ -1,7 +1,7 @@
-"""Which pattern suits which head: an offline search on samples of q, k and v.
+"""Searches offline which pattern suits which head, on samples of q, k and v.
 
 Jiang et al., MInference 1.0, 2024, section 3.2 and algorithm 1; Li et al., MMInference,
-2025, section 4. Everything is read off calls of ``attention``, so nothing of the size
+2025, section 4. All measures come from calls of ``attention``, so no array of the size
 of queries times keys is made.
 """
 
@@ -21,15 +21,15 @@ from sadsl.maps.named import causal, keys
 from sadsl.run.call import attention, select
 from sadsl.selections.base import selections_of
 
-# How far the output is from that of dense attention, how much attention is kept, or how
-# many numbers of the output differ.
+# The distance of the output from that of dense attention; the share of attention that
+# is kept; or how many numbers of the output differ by more than MISMATCH.
 Measure = Literal["output", "recall", "mismatch"]
 MISMATCH = 5e-3
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What candidates are tried on, as ``attention`` takes it."""
+    """The inputs on which candidates are tried, as ``attention`` takes them."""
 
     q: Float[Array, "batch length num_q_heads head_dim"]
     k: Float[Array, "batch length num_kv_heads head_dim"]
@@ -39,29 +39,29 @@ class Sample:
 
     @property
     def num_heads(self) -> int:
-        """The heads that are searched for."""
+        """The number of query heads."""
         return self.q.shape[2]
 
     def read_by(self, spec: IndexMap) -> dict[str, Any]:
-        """The operands that a spec reads."""
+        """The operands of the sample that a spec reads."""
         names = set(ir.operand_names(spec.node))
         names |= {name for s in selections_of(spec) for name in s.operands}
         return {n: x for n, x in (self.operands or {}).items() if n in names}
 
     def run(self, spec: IndexMap) -> tuple[np.ndarray, np.ndarray]:
-        """Output and lse, float64."""
+        """Output ``[batch, q, heads, dim_v]``, lse ``[batch, heads, q]``; float64."""
         return self._attend(self.q, spec)
 
     def num_pairs(self, spec: IndexMap) -> np.ndarray:
-        """Attended pairs of every head, summed over the batch.
+        """The attended pairs of every head, summed over the batch.
 
-        The logits of zero queries are zero: ``lse`` is the logarithm of a count.
+        Queries of zeros have scores of 0, so the ``lse`` is the logarithm of a count.
         """
         _, lse = self._attend(jnp.zeros_like(self.q), spec)
         return np.rint(np.exp(lse)).sum(axis=(0, 2)).astype(np.int64)
 
     def _attend(self, q: Array, spec: IndexMap) -> tuple[np.ndarray, np.ndarray]:
-        """Attention of ``q`` over what ``self.q`` selects."""
+        """Attention of ``q`` over the keys that selections choose for ``self.q``."""
         given = self.read_by(spec)
         made = _parts(spec, self.q, self.k, given, self.sm_scale)
         out, lse = attention(
@@ -80,26 +80,38 @@ def _parts(
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: a map for every head, and how all candidates did."""
+    """The result of a search: a map for every head, and all measures.
+
+    Attributes:
+      spec: the map of all heads.
+      chosen: the index of the candidate of each head.
+      measured: the measure of every candidate on every head, ``[candidates, heads]``.
+    """
 
     spec: PerHead
-    chosen: tuple[int, ...]  # of each head, the number of its candidate
-    measured: np.ndarray  # [candidates, heads]
+    chosen: tuple[int, ...]
+    measured: np.ndarray
 
 
 def search_heads(
     sample: Sample, candidates: Sequence[IndexMap], *, by: Measure = "output"
 ) -> Found:
-    """Gives every head the candidate that comes nearest to dense causal attention.
+    """Gives every head the candidate that is nearest to dense causal attention.
 
-    ``by`` says what is near: "output", the least norm of the difference of the outputs
-    (the paper); "recall", the greatest mean share of attention on the pairs that are
-    kept (the first code); "mismatch", the fewest numbers of the output that are off by
-    more than 5e-3 (the later code). The earlier candidate wins a tie. Candidates should
-    take like work: see ``fit_size``. A head counts alone, in every batch entry.
+    Jiang et al., MInference 1.0, 2024, algorithm 1. The earlier candidate wins a tie.
+    Candidates should cost about the same: see ``fit_size``. Each head is judged alone,
+    over all batch entries.
+
+    Args:
+      sample: the inputs to try candidates on.
+      candidates: index maps.
+      by: the measure. "output": the least norm of the difference of the outputs (the
+        paper). "recall": the greatest mean share of attention on the pairs of the map
+        (its first code). "mismatch": the fewest numbers of the output that differ by
+        more than 5e-3 (its later code).
 
     Raises:
-      ValueError: there is no candidate, or the measure is not one of these.
+      ValueError: there is no candidate, or the measure is unknown.
     """
     if by not in ("output", "recall", "mismatch"):
         raise ValueError(f"by={by!r} must be 'output', 'recall' or 'mismatch'")
@@ -111,7 +123,7 @@ def search_heads(
 
 
 def _measure(found: tuple, dense: tuple, by: Measure) -> np.ndarray:
-    """One number a head."""
+    """The measure of every head, ``[heads]``, from pairs (output, lse)."""
     out, lse = found
     if by == "recall":
         return np.exp(lse - dense[1]).mean(axis=(0, 2))
@@ -128,15 +140,21 @@ def search_in_order(
     span: tuple[int, int],
     gain: float = 0.01,
 ) -> Found:
-    """Gives every head a candidate that keeps the attention within a span.
+    """Gives every head a candidate that keeps the attention within a span of tokens.
 
-    Li et al., MMInference, 2025, as its code does: the recall is the share that is kept
-    of what the queries of ``span`` (start, stop: the vision tokens) give to its keys. A
-    candidate replaces the one before it only where it keeps more by over ``gain``: the
+    Li et al., MMInference, 2025, as in its code. The recall of a candidate is the share
+    that it keeps of the attention from the queries to the keys of the span. A candidate
+    replaces an earlier one only if its recall is greater by more than ``gain``, so the
     order matters. The code takes samples of up to 25,000 tokens.
 
+    Args:
+      sample: the inputs to try candidates on.
+      candidates: index maps, in order.
+      span: start and stop of the span, such as the vision tokens.
+      gain: the least advantage of a later candidate.
+
     Raises:
-      ValueError: there is no candidate, or the span is not one of the sample.
+      ValueError: there is no candidate, or the span is not within the sample.
     """
     _check(candidates)
     start, stop = span
@@ -170,12 +188,18 @@ def fit_size(
     least: int = 1,
     most: int | None = None,
 ) -> int:
-    """The greatest size whose map has ``num_pairs`` pairs a head or fewer, on average.
+    """Finds the greatest size whose map has at most ``num_pairs`` pairs for each head.
 
-    So candidates are brought to equal work (MInference, algorithm 1: that of an A-shape
-    of 1k global and 4k local keys); a pair takes ``4 * head_dim`` operations. More
-    pairs must come with a greater size. ``most`` is the length if None; ``least``,
-    should that have too many already. Each size that is tried is compiled.
+    This gives all candidates equal work (MInference, algorithm 1: the work of an
+    A-shape with 1k global and 4k local keys). A pair costs ``4 * head_dim`` operations.
+    Each size that is tried is compiled.
+
+    Args:
+      make: the map of a size; a greater size must not have fewer pairs.
+      sample: the inputs on which pairs are counted.
+      num_pairs: the most pairs of a head, as a mean over heads and batch entries.
+      least: the smallest size, returned even if it has more pairs.
+      most: the greatest size; the number of keys if None.
     """
     most = sample.k.shape[1] if most is None else most
     while least < most:

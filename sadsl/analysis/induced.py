@@ -1,4 +1,4 @@
-"""The matrix of weights that a spec amounts to, for small sizes."""
+"""``induced``: the matrix of weights of a spec, for small sizes."""
 
 from typing import Any, cast
 
@@ -20,26 +20,37 @@ def induced(
     impl: str = "reference",
     **options: Any,
 ) -> Float[Array, "batch num_q_heads q_seq kv_seq"]:
-    """The weight of each key in the output of each query.
+    """Computes the weight of each key in the output of each query.
 
-    Found by attention to the identity instead of values: the output of every spec is
-    linear in the values. A softmax over any map, and a Combiner that is full attention,
-    have rows that sum to 1; gates, or a mean over parts that may be empty, have not.
+    The output of a spec is linear in the values, so attention with the identity matrix
+    as values yields the weights. Rows sum to 1 for a softmax over any map, and for a
+    Combiner that is full attention, but not for gates or means with empty parts.
 
     Args:
       q, k: as in ``sadsl.attention``.
       spec: a map, a term, or text.
-      impl: the backend; the dense definition unless another is named.
-      **options: those of ``sadsl.attention``, such as ``operands``.
+      impl: the backend; "reference" is the dense definition.
+      **options: options of ``sadsl.attention``, such as ``operands``.
 
     Raises:
-      ValueError: keys of the spec are made from values (``rowmajor`` with "proj").
+      ValueError: the spec makes keys from values (``rowmajor`` with "proj").
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import sadsl as sa
+      >>> spec = sa.causal() & sa.window(1)
+      >>> weights = jax.jit(lambda x: sa.induced(x, x, spec))(jnp.zeros((1, 4, 1, 2)))
+      >>> print(weights.reshape(4, 4))
+      [[1. 0. 0. 0. ]
+       [0.5 0.5 0. 0. ]
+       [0. 0.5 0.5 0. ]
+       [0. 0. 0.5 0.5]]
     """
     term = any_term(spec)
     if _reads_values(term):
         raise ValueError(
-            f"{term!r} makes keys from values, so that no matrix of weights is the "
-            "same for all values: look at key='wsum' instead"
+            f"{term!r} makes keys from values, so no matrix of weights is the same for "
+            "all values: look at key='wsum' instead"
         )
     length, heads = k.shape[1:3]
     one = jnp.eye(length, dtype=k.dtype)[None, :, None]
@@ -49,6 +60,7 @@ def induced(
 
 
 def _reads_values(term: Term) -> bool:
+    """Whether the weights of a term depend on its values."""
     if isinstance(term, Summaries) and isinstance(term.partition, Rowmajor):
         return term.partition.key == "proj"
     return any(_reads_values(part) for part in term.parts if isinstance(part, Term))

@@ -1,8 +1,8 @@
-"""Selection leak: whether the keys chosen for a query depend on later tokens.
+"""``selection_leak``: tests whether the keys chosen for a query depend on later tokens.
 
-A causal map hides later keys from a query; that it also *chooses* without looking at
-them is another matter, and published mechanisms differ in it. Each selection says so in
-its field ``leak``, and ``selection_leak`` finds out.
+A causal map hides later keys from a query. Its *choice* of keys may still depend on
+later tokens, and published mechanisms differ in this. The field ``leak`` of a selection
+declares it, and ``selection_leak`` tests it.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,22 +18,22 @@ from sadsl.selections.base import Leak, selections_of
 from sadsl.terms.base import Spec
 from sadsl.text.specs import as_term
 
-# From no dependence on later tokens to any.
+# The values of `leak`, from no dependence on later tokens to any.
 ORDER: tuple[Leak, ...] = ("none", "block", "all")
 
-# A distance, and the (prefix, head, query, key) that shows it.
+# A distance in tokens, and the (prefix, head, query, key) that shows it, or None.
 Found: TypeAlias = tuple[int, tuple[int, int, int, int] | None]
 
-# The run-time arrays that belong to q and k of [batch, seq, heads, head_dim].
+# Makes the run-time arrays of a call from its q and k, [batch, seq, heads, head_dim].
 MakeOperands: TypeAlias = Callable[[np.ndarray, np.ndarray], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Sizes of the random content on which ``selection_leak`` looks for a leak.
+    """The sizes of the random content on which ``selection_leak`` tests.
 
-    The last ``n - cut`` tokens are replaced for each of ``cuts`` (every position if
-    None), in each of ``repeats`` sequences of ``n`` tokens.
+    In each of ``repeats`` sequences of ``n`` tokens, and for each of ``cuts`` (every
+    position if None), the last ``n - cut`` tokens are replaced.
     """
 
     n: int = 48
@@ -45,19 +45,19 @@ class Trial:
 
     @property
     def each_cut(self) -> tuple[int, ...]:
-        """The lengths of the prefixes that stay."""
+        """The lengths of the prefixes that are not replaced."""
         return tuple(range(1, self.n)) if self.cuts is None else self.cuts
 
 
 @dataclass(frozen=True)
 class SelectionLeak:
-    """What ``selection_leak`` found.
+    """The result of ``selection_leak``.
 
     Attributes:
-      declared: what the selections say of themselves, the worst of them.
+      declared: the worst ``leak`` that the selections declare.
       leaks: whether some choice changed with a later token.
-      distance: a lower bound of how far ahead choices look, in tokens: whether some
-        query sees some key changed when only tokens at least so many positions after
+      distance: a lower bound of how many tokens a choice looks ahead: for some query
+        and key the choice changed when only tokens at least this many positions after
         both were replaced. 0 without a leak.
       example: ``(prefix, head, query, key)`` of that pair, or None.
     """
@@ -79,7 +79,7 @@ class SelectionLeak:
 
 
 def declared_leak(spec: Spec | str) -> Leak | None:
-    """The worst ``leak`` of the selections of a spec; None if it has none."""
+    """The worst ``leak`` of the selections of a spec; None if it has no selection."""
     found = [s.leak for s in selections_of(as_term(spec))]
     return max(found, key=ORDER.index) if found else None
 
@@ -87,17 +87,18 @@ def declared_leak(spec: Spec | str) -> Leak | None:
 def selection_leak(
     spec: Spec | str, operands: MakeOperands | None = None, trial: Trial | None = None
 ) -> SelectionLeak:
-    """Tests by random content whether choices within a prefix depend on what follows.
+    """Tests on random content whether choices within a prefix depend on later tokens.
 
-    The pairs of queries and keys of a prefix must stay as they are when all tokens
-    after it are replaced. No change on some content proves nothing: a leak may be rare.
+    The selected pairs of a prefix must not change when all tokens after it are
+    replaced. No change on random content is no proof: a leak may be rare.
 
     Args:
       spec: a map, a term or text with a selection in it.
-      operands: the run-time arrays that the selections ask for, made from q and k of
-        ``[batch, n, heads, head_dim]``. What belongs to a token must be computed from
-        it alone, with a batch axis; what does not is the same for the whole batch.
-      trial: sizes; queries and keys have as many heads.
+      operands: a function that makes the run-time arrays that the selections read from
+        q and k, ``[batch, n, heads, head_dim]``. An array with an entry for each token
+        has a batch axis, and each entry must be computed from its token alone. Other
+        arrays are the same for the whole batch.
+      trial: the sizes of the content; queries and keys have equally many heads.
 
     Raises:
       ValueError: the spec has no selection.
@@ -105,7 +106,10 @@ def selection_leak(
     term, trial = as_term(spec), trial or Trial()
     declared = declared_leak(term)
     if declared is None:
-        raise ValueError(f"{term.map!r} has no selection: no choice can leak")
+        raise ValueError(
+            f"{term.map!r} has no selection, so no choice can leak: give a map with "
+            "topk(...), kmeans(...) or another selection"
+        )
     rng = np.random.default_rng(trial.seed)
     find = jax.jit(lambda q, k, given: select(term, q, k, operands=given))
     best: Found = (0, None)
@@ -120,7 +124,10 @@ def selection_leak(
 
 
 def _content(trial: Trial, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """q and k: first as they are, then with all tokens after each prefix replaced."""
+    """q and k with a batch: the original first, then one entry for each prefix.
+
+    In the entry of a prefix, all tokens after the prefix are replaced.
+    """
     shape = 2, 2, trial.n, trial.num_heads, trial.head_dim
     old, new = rng.normal(size=shape).astype(np.float32)
     after = np.arange(trial.n) >= np.array([trial.n, *trial.each_cut])[:, None]
@@ -129,7 +136,7 @@ def _content(trial: Trial, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
 
 
 def _longest(cuts: tuple[int, ...], pairs: np.ndarray) -> Found:
-    """The change that is farthest from the tokens that made it, over all prefixes."""
+    """The changed pair that is farthest before the replaced tokens, of all prefixes."""
     best: Found = (0, None)
     for cut, row in zip(cuts, pairs[1:], strict=True):
         changed = (row != pairs[0])[:, :cut, :cut]
@@ -142,7 +149,7 @@ def _longest(cuts: tuple[int, ...], pairs: np.ndarray) -> Found:
 
 
 def _pairs(index_map: IndexMap, trial: Trial, parts: Mapping[str, Any]) -> np.ndarray:
-    """Every pair, bool ``[batch, heads, q, k]``."""
+    """The selected pairs of every batch entry, bool ``[batch, heads, q, k]``."""
     rows = []
     for b in range(1 + len(trial.each_cut)):
         given = {name: x[b if len(x) > 1 else 0] for name, x in parts.items()}

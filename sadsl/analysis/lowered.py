@@ -1,4 +1,4 @@
-"""``lower``: a spec and the shapes of a call down to a chip's code, all stages kept."""
+"""``lower``: compiles a call for a chip and keeps every stage for inspection."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,27 +30,34 @@ IMPL_OF_PLATFORM = {"cpu": "xla", "tpu": "tpu", "cuda": "triton"}
 
 @dataclass(frozen=True)
 class Lowered:
-    """A lowered attention call. ``print`` it to see every stage by name."""
+    """A lowered attention call; ``print`` shows every stage by name.
+
+    Attributes:
+      options: the static part of the call.
+      target: the name of the chip, or "cpu".
+      arguments: q, k, v and a dict of operands, as ShapeDtypeStructs.
+      gradient: whether the gradients are lowered instead of the output.
+    """
 
     options: Options
     target: str
-    arguments: tuple  # q, k, v, operands as ShapeDtypeStructs
+    arguments: tuple
     gradient: bool = False
 
     @property
     def stages(self) -> pipeline.Stages:
-        """The map after every pass."""
+        """The stages of the map, one after each pass."""
         return self.options.arranged(self.tiles)
 
     @cached_property
     def tiles(self) -> Tiles:
-        """The block sizes of the three kernels."""
+        """The block sizes of the forward, dq and dkv kernels."""
         q, _, v, _ = self.arguments
         return choose_tiles(self.options, q.shape[-1], v.shape[-1], q.dtype)
 
     @cached_property
     def masks(self) -> Masks:
-        """The plans that the three kernels walk."""
+        """The plans of the forward, dq and dkv kernels."""
         return pipeline.masks(self.stages, self.tiles)
 
     @cached_property
@@ -79,7 +86,7 @@ class Lowered:
 
     @cached_property
     def jaxpr(self) -> str:
-        """The program that reaches the backend, kernels included."""
+        """The jaxpr of the call, with its kernels."""
         if self.target == "cpu":
             return self._jaxpr()
         with targets.abstract_mesh(self.target):
@@ -87,7 +94,7 @@ class Lowered:
 
     def _jaxpr(self) -> str:
         found = jax.make_jaxpr(self.run)(*self.arguments)
-        # Notebooks would get colours otherwise, as escape codes.
+        # Without this, notebooks would show the escape codes of colours.
         return found.pretty_print(use_color=False)
 
     @cached_property
@@ -99,11 +106,11 @@ class Lowered:
         return lowered.as_text()
 
     def explain(self) -> Explanation:
-        """Counts, FLOPs, bytes and predicted times, beside those of dense attention."""
+        """Counts, FLOPs, bytes and predicted times, compared with dense attention."""
         return explain(self)
 
     def compile(self) -> "Compiled":
-        """Compiles for the target.
+        """Compiles the call for the target, which need not be present.
 
         Raises:
           RuntimeError: a TPU is the target and libtpu is not installed.
@@ -142,19 +149,24 @@ class Lowered:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled call: its code, and what the compiler says of it."""
+    """A compiled call: its code and the figures of the compiler.
+
+    Attributes:
+      lowered: the call.
+      executable: the compiled program; None for GPUs, where only Triton IR is made.
+    """
 
     lowered: Lowered
     executable: Any
 
     def asm(self) -> str:
-        """The deepest code at hand: optimised HLO (CPU, TPU) or Triton IR (GPU)."""
+        """The lowest-level code: optimised HLO (CPU, TPU) or Triton IR (GPU)."""
         if self.executable is None:
             return self.lowered.module
         return self.executable.as_text()
 
     def memory(self) -> dict[str, int]:
-        """Bytes of arguments, outputs and temporaries; empty where not compiled."""
+        """Bytes of arguments, outputs, temporaries and code; empty for GPUs."""
         if self.executable is None:
             return {}
         found = self.executable.memory_analysis()
@@ -166,7 +178,7 @@ class Compiled:
         }
 
     def report(self) -> str:
-        """The compiler's figures, aligned."""
+        """The figures of the compiler, as aligned text."""
         rows = [("target", self.lowered.target)]
         rows += [(f"{name} (bytes)", f"{n:,}") for name, n in self.memory().items()]
         if self.executable is None:
@@ -188,22 +200,33 @@ def lower(
     config: KernelConfig | None = None,
     gradient: bool = False,
 ) -> Lowered:
-    """Lowers ``attention(q, k, v, spec)`` for a chip, which need not be there.
+    """Lowers ``attention(q, k, v, spec)`` for a chip, which need not be present.
 
     Args:
       spec: an index map, a term, or text.
       q, k, v: arrays or ShapeDtypeStructs ``[batch, seq, heads, head_dim]``.
       target: "cpu", "tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu7x", "a100", "h100", "h200",
-        "b200"; None is the platform of the default device ("cpu" on a CPU).
-      impl: the backend, if not the one of the target.
-      operands: run-time arrays or their ShapeDtypeStructs (segment ids among them, as
-        "q_segment_ids" and "kv_segment_ids").
+        "b200"; None is the default device.
+      impl: the backend; that of the target's platform if None.
+      operands: run-time arrays or their ShapeDtypeStructs; segment ids are among them,
+        as "q_segment_ids" and "kv_segment_ids".
       sm_scale, q_offset, config: as in ``attention``.
       gradient: lower the gradients of ``sum(out)`` instead of ``(out, lse)``.
 
     Raises:
-      ValueError: unknown target, an impl that cannot run on it, or arrays that do not
-        fit the spec.
+      ValueError: the target is unknown, the backend cannot run on it, or the arrays do
+        not fit the spec.
+      NotImplementedError: the spec is more than one softmax.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import sadsl as sa
+      >>> x = jax.ShapeDtypeStruct((1, 1024, 8, 64), jnp.bfloat16)
+      >>> low = sa.lower(sa.causal() & sa.window(256), x, x, x, target="h100")
+      >>> print(low.stages["simplify"])
+      (k - q <= 0) & (q - k <= 256)
+      >>> low.tiles.forward.block_q, low.plan.num_pairs
+      (128, 230272)
     """
     target = target or _default_target()
     platform = "cpu" if target == "cpu" else _platform(target)
@@ -252,6 +275,11 @@ def _impl_for(impl: str, target: str, platform: str) -> str:
 
 
 def _platform(target: str) -> str:
+    """The platform of a target.
+
+    Raises:
+      ValueError: the target is unknown.
+    """
     if target not in targets.TARGETS:
         known = ", ".join(("cpu", *targets.TARGETS))
         raise ValueError(f"target={target!r}: must be None or one of {known}")
@@ -259,6 +287,11 @@ def _platform(target: str) -> str:
 
 
 def _default_target() -> str:
+    """The target of the default device.
+
+    Raises:
+      ValueError: it is not a known chip.
+    """
     if jax.default_backend() == "cpu":
         return "cpu"
     kind = jax.devices()[0].device_kind
@@ -266,8 +299,8 @@ def _default_target() -> str:
         if target.device_kind == kind:
             return name
     raise ValueError(
-        f"the default device is a {kind!r}, which is not a known target: name one of "
-        f"{', '.join(targets.TARGETS)}"
+        f"the default device is a {kind!r}, which is not a known target: pass target=, "
+        f"one of {', '.join(targets.TARGETS)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What an index map does to information, read off its expression."""
+"""``properties``: causality, coverage, hops and growth, from a map's expression."""
 
 from dataclasses import dataclass
 
@@ -17,36 +17,40 @@ from sadsl.selections.base import Leak, widest
 from sadsl.terms.base import Spec
 from sadsl.text.specs import map_of
 
-# Lengths that the growth of the pairs is fitted to, as parts of the whole.
+# The growth of the number of pairs is fitted at the lengths n // part.
 PARTS = (8, 4, 2, 1)
 NAMES = {0.0: "1", 0.5: "n^0.5", 1.0: "n", 1.5: "n^1.5", 2.0: "n^2"}
 
 
 @dataclass(frozen=True, eq=False)
 class Properties:
-    """What ``properties`` found of a map on ``n`` positions.
+    """The properties of a map on ``n`` positions, found by ``properties``.
 
-    A key is visible to a query iff ``k <= q`` in a causal map, and always in any other.
-    All but ``worst_head`` and ``num_empty_rows`` are about the pairs that *some* head
-    has, and of a map decided by content, about those that some content may choose.
+    In a causal map the keys with ``k <= q`` are *visible* to a query, and in other maps
+    all keys are. All numbers are about the pairs that *some* head has, except
+    ``worst_head`` and ``num_empty_rows``. For a map that content decides, they are
+    about the pairs that some content may choose.
 
     Attributes:
-      n, num_heads: the sizes asked for.
-      causal: no head lets a query see a later key.
-      offence: if not, the first such pair ``(head, q, k)``: least q, then k, then head.
+      n, num_heads: the given sizes.
+      causal: whether no head lets a query see a later key.
+      offence: if not causal, the first such pair ``(head, q, k)``, by q, then k, then
+        head.
       worst_head: the head with the most queries that see no key.
-      num_empty_rows, empty_rows: how many queries of that head see none, and the first.
-      num_unseen_keys, unseen_keys: how many keys no query of any head sees; the first.
-      num_pairs: pairs that some head has.
-      coverage: their share of the visible pairs: what one layer covers.
-      hops: layers until every query has heard of every visible key.
+      num_empty_rows, empty_rows: the number of such queries in that head, and the first
+        of them.
+      num_unseen_keys, unseen_keys: the number of keys that no query of any head sees,
+        and the first of them.
+      num_pairs: the number of pairs that some head has.
+      coverage: their share of the visible pairs, which is the reach of one layer.
+      hops: the number of layers until every visible key can influence every query.
       last_use: the last query that sees each key, over all heads; -1 for none.
-      cache: the smallest cache for decoding, or None if the map is not causal.
-      growth, exponent: how the pairs of all heads grow with n, by name and fitted; None
-        if the map is made for this length.
-      selection_leak: how far the keys that content chooses for a query may depend on
-        later tokens, by design: "none", "block" (those of the query's block), "all", or
-        None where nothing is decided by content.
+      cache: the smallest cache for decoding; None if the map is not causal.
+      growth, exponent: how the number of pairs grows with n, as a name and as a fitted
+        exponent; None if the map is made for this length.
+      selection_leak: how far the choice of keys may depend on later tokens, by design:
+        "none", "block" (on those of the query's block), "all", or None if content
+        decides nothing.
     """
 
     n: int
@@ -69,11 +73,11 @@ class Properties:
 
     @property
     def reach_by_depth(self) -> tuple[tuple[int, float, float], ...]:
-        """``(depth, least share, most share)`` of the visible pairs, as reached."""
+        """``(depth, least share, most share)`` of the visible pairs reached so far."""
         return self.hops.reach
 
     def rows(self) -> list[tuple[str, str]]:
-        """Names and values, for printing."""
+        """The names and values that ``print`` shows."""
         allowed = "k <= q" if self.causal else "all"
         cache_text = "none: the map is not causal"
         if self.cache is not None:
@@ -114,7 +118,7 @@ class Properties:
 
     @property
     def hops_text(self) -> str:
-        """The number of hops in words, with what is not known of it."""
+        """The number of hops in words, as a range if it is not known exactly."""
         found = self.hops
         if found.least is None:
             return "never: some pair is out of reach at any depth"
@@ -141,19 +145,26 @@ class Properties:
 
 
 def properties(spec: Spec | str, n: int, num_heads: int = 1) -> Properties:
-    """Causality, empty rows, coverage, hops, live ranges and growth of a map.
+    """Finds causality, empty rows, coverage, hops, live ranges and growth of a map.
 
-    Everything is exact except ``hops``, which says by ``hops.exact`` whether it is, and
-    the fitted ``growth``. Nothing of size ``n * n`` is built for long sequences. What a
-    selection chooses counts as if all of it were chosen.
+    Everything is exact, except the fitted ``growth``, and ``hops`` if ``hops.exact`` is
+    False. For long sequences nothing of size ``n * n`` is built. A selection counts as
+    if it chose all keys that it may choose.
 
     Args:
       spec: an index map, a term, or text.
-      n: queries, and keys.
-      num_heads: heads; a multiple of what ``per_head`` asks for.
+      n: the number of queries, which is also the number of keys.
+      num_heads: the number of heads; a multiple of the number that ``per_head`` needs.
 
     Raises:
       ValueError: the map reads run-time arrays, or is made for another length.
+      NotImplementedError: no map describes the pairs of a part of the spec.
+
+    Example:
+      >>> import sadsl as sa
+      >>> found = sa.properties(sa.causal() & sa.window(7), 64)
+      >>> found.causal, found.num_pairs, found.hops.least, found.cache.size
+      (True, 484, 9, 8)
     """
     seen = map_of(spec)
     node = widest(seen)
@@ -191,10 +202,11 @@ def properties(spec: Spec | str, n: int, num_heads: int = 1) -> Properties:
 def fit_growth(
     node: ir.Pred, n: int, num_heads: int
 ) -> tuple[str | None, float | None]:
-    """The class of the number of pairs, by its slope over n / 8, n / 4, n / 2 and n.
+    """Fits how the number of pairs grows over n / 8, n / 4, n / 2 and n.
 
-    "n log n" is told from "n" by the doubling ratios: pairs per position then rise by
-    the same amount at every doubling, and not by a factor.
+    The result is the name of the class and the slope in a log-log plot. For "n log n"
+    the pairs per position rise by the same amount at every doubling, which tells it
+    from a power of n.
     """
     fixed = any(isinstance(p, ir.Within | ir.Table) for p in ir.walk(node))
     if fixed or n < 8 * len(PARTS) * 2:
