@@ -1,1 +1,1 @@
-"""What can be said of a spec without running it: plans, costs, properties, caches."""
+"""Analyses of specs that do not run them: lowering, costs, properties and caches."""

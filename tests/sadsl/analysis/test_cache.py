@@ -1,4 +1,4 @@
-"""The derived cache against decoding token by token, keeping only what is live."""
+"""The derived cache against decoding that keeps only the live keys."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Explain: text that says what the dense mask holds, and the same as HTML."""
+"""The counts of ``explain`` against dense masks, as text and as HTML."""
 
 from html.parser import HTMLParser
 

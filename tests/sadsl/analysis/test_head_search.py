@@ -1,4 +1,4 @@
-"""The offline search for a pattern of every head."""
+"""The offline search for the pattern of every head."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""What is declared of selection leaks against what random content shows."""
+"""Declared selection leaks against choices on random content."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Lowering for chips that are not there, explain, pictures, and the printed stages."""
+"""Lowering for absent chips, ``explain``, pictures, and the printed stages."""
 
 from pathlib import Path
 

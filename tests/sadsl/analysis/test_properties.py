@@ -1,4 +1,4 @@
-"""Properties against their definitions on dense maps, and mutants that must be seen."""
+"""Properties against their definitions on dense maps, and against mutated maps."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Absence is told by the map, never by a number: what nobody sees may hold anything."""
+"""Keys that no query sees, and queries that see no key, may hold NaN."""
 
 import calls
 import jax

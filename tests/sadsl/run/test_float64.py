@@ -1,4 +1,4 @@
-"""64-bit JAX: float64 is computed in float64, and float32 as without it."""
+"""With 64-bit JAX, float64 runs in float64, and float32 runs as without it."""
 
 from collections.abc import Mapping
 from functools import partial

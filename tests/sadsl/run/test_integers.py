@@ -1,4 +1,4 @@
-"""Integers at the ends of int32 and beyond: the public call on every backend."""
+"""Integers near the limits of int32 and beyond, on every backend."""
 
 import calls
 import exact

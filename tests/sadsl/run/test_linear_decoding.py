@@ -1,4 +1,4 @@
-"""Decoding token by token gives what the whole sequence gives."""
+"""Decoding token by token gives the outputs of the whole sequence."""
 
 import jax
 import jax.numpy as jnp

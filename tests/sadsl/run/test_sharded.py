@@ -1,4 +1,4 @@
-"""Calls whose arrays lie on several devices: by hand (``shard_map``), or by jit."""
+"""Calls on arrays that are sharded over devices, by ``shard_map`` or by jit."""
 
 import warnings
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Parts of a map that simplification removes: their arrays and choices do no harm."""
+"""Arrays and choices of map parts that simplification removes are accepted."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Options of a call that are traced: a scale is taken, others are refused by name."""
+"""Traced options of a call: a traced scale works, the others are refused by name."""
 
 import jax
 import jax.numpy as jnp

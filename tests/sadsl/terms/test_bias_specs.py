@@ -1,4 +1,4 @@
-"""Biases as values: text, what they are made of, lowering, and what they refuse."""
+"""Biases as values: their text, operands, lowering and errors."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Biases of the scores: values and gradients of every kind, against float64."""
+"""Outputs and gradients with every kind of bias, against float64."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""Random nested specs with every option, against the definitions in float64."""
+"""Random nested specs with all options, against their definitions in float64."""
 
 import jax
 import jax.numpy as jnp

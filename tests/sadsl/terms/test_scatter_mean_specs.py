@@ -1,4 +1,4 @@
-"""Specs of routing attention: parts of heads, slots, texts and refusals."""
+"""Specs of routing attention: as parts of heads, their slots, texts and errors."""
 
 import jax
 import jax.numpy as jnp

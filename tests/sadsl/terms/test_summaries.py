@@ -1,4 +1,4 @@
-"""Partitions as sets, pools, and what summaries refuse."""
+"""Partitions against sets of tokens, pools, and the errors of summaries."""
 
 import combiner_oracle as by_sets
 import jax
