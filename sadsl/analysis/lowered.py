@@ -238,11 +238,24 @@ def lower(
         config=config or KernelConfig(),
     )
     options = Options(as_term(spec), problem, setting)
+    fitted = _operand_shapes(options, operands or {}, q)
+    arrays = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
+    return Lowered(options, target, (*arrays, fitted), gradient)
+
+
+def _operand_shapes(
+    options: Options, operands: Mapping[str, Any], q: Any
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The operands of a call as checked ShapeDtypeStructs with a batch axis.
+
+    Raises:
+      ValueError: an operand is missing, unknown, or has the wrong shape.
+    """
     sink = {} if options.term.sink is None else {options.term.sink: 1}
     asked = options.asked | sink
     shapes = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype if name in asked else jnp.int32)
-        for name, x in (operands or {}).items()
+        for name, x in operands.items()
     }
     ranks = operand_ranks(options, shapes) | sink
     fitted = {
@@ -254,8 +267,7 @@ def lower(
     if sink:
         jax.eval_shape(lambda given: sinks_of(options.term, given, q), fitted)
     check_given({name: x for name, x in fitted.items() if name not in sink}, options)
-    arrays = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
-    return Lowered(options, target, (*arrays, fitted), gradient)
+    return fitted
 
 
 def _impl_for(impl: str, target: str, platform: str) -> str:

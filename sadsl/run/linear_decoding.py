@@ -186,8 +186,7 @@ def linear_step(
       The new state, and the output ``[batch, num_q_heads, head_dim_v]``.
 
     Raises:
-      ValueError: the map is not causal, arrays do not fit together, or a document
-        comes back.
+      ValueError: the map is not causal, arrays do not fit, or a document comes back.
 
     Example:
       The first token sees itself only, so its output is its value:
@@ -197,8 +196,7 @@ def linear_step(
       >>> term = sa.linear()
       >>> state = sa.linear_state(term, 1, num_heads=1, features=2, head_dim_v=2)
       >>> x = jnp.array([[[1.0, 2.0]]])
-      >>> step = jax.jit(lambda state, x: sa.linear_step(term, state, x, x, x))
-      >>> state, out = step(state, x)
+      >>> state, out = jax.jit(lambda s: sa.linear_step(term, s, x, x, x))(state)
       >>> [round(float(y), 3) for y in out[0, 0]]
       [1.0, 2.0]
     """
@@ -212,21 +210,24 @@ def linear_step(
     heads = state.s.shape[1]
     fk, wide_v = (jnp.repeat(x, heads // num_kv_heads, axis=1) for x in (fk, wide_v))
     fq = fq.reshape(batch, heads, num_q_heads // heads, -1)
-
     factor = _factor(term, given, (batch, num_q_heads, num_kv_heads))
     before = state
     if state.documents is not None:
         before, sees = _in_document(term, state, state.documents, given)
         fq = jnp.where(sees[:, None, None, None], fq, 0.0)
     s = factor[..., None, None] * before.s + fk[..., :, None] * wide_v[..., None, :]
+    z = None if before.z is None else factor[..., None] * before.z + fk
+    out = _output(term, fq, s, z).reshape(batch, num_q_heads, -1)
+    return LinearState(s, z, before.documents), out.astype(q.dtype)
+
+
+def _output(term: Linear, fq: Array, s: Array, z: Array | None) -> Array:
+    """The output of features ``[batch, heads, group, features]`` on a state, f32."""
     out = jnp.einsum("bhgd,bhde->bhge", fq, s, precision="highest")
-    z = None
-    if before.z is not None:
-        z = factor[..., None] * before.z + fk
-        total = jnp.einsum("bhgd,bhd->bhg", fq, z, precision="highest")
-        out, _ = normalised(out, total[..., None], term.eps)
-    out = out.reshape(batch, num_q_heads, -1).astype(q.dtype)
-    return LinearState(s, z, before.documents), out
+    if z is None:
+        return out
+    total = jnp.einsum("bhgd,bhd->bhg", fq, z, precision="highest")
+    return normalised(out, total[..., None], term.eps)[0]
 
 
 def _in_document(

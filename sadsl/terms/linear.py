@@ -203,15 +203,24 @@ def linear(
       >>> sa.linear("identity").support is None
       True
     """
-    if decay is not None and not isinstance(decay, str):
-        values = np.asarray(decay, np.float64)
-        if values.ndim > 1:
-            raise ValueError(
-                f"linear: decay={decay!r} must be one number, or one for each head"
-            )
-        decay = tuple(values.tolist()) if values.ndim else float(values)
     chosen = CAUSAL if map is None else map
-    return Linear(feature_map, decay, chosen, bool(normalise), float(eps))
+    return Linear(feature_map, _factors(decay), chosen, bool(normalise), float(eps))
+
+
+def _factors(decay: Any) -> float | tuple[float, ...] | str | None:
+    """A decay as ``Linear`` keeps it: a number, a tuple of one for each head, a name.
+
+    Raises:
+      ValueError: it has more than one axis.
+    """
+    if decay is None or isinstance(decay, str):
+        return decay
+    values = np.asarray(decay, np.float64)
+    if values.ndim > 1:
+        raise ValueError(
+            f"linear: decay={decay!r} must be one number, or one for each head"
+        )
+    return tuple(values.tolist()) if values.ndim else float(values)
 
 
 @lru_cache(maxsize=512)
