@@ -119,7 +119,7 @@ def call_with(x, **operands):
         (lambda: call_with(alibi((0.5, 0.25))), "table of 2 at `h`.* from 0 to 3"),
         (lambda: t5_bias(num_buckets=1), "num_buckets=1 must be at least 2"),
         (lambda: t5_bias(num_buckets=5, bidirectional=True), "even and at least 4"),
-        (lambda: t5_bias(max_distance=16), "max_distance=16 must be above the 16"),
+        (lambda: t5_bias(max_distance=16), "max_distance=16 must be above 16"),
         (lambda: distance_bias("d", 2, -3), "there is no distance"),
         (lambda: alibi((math.inf,)), "finite constants, not inf"),
         (lambda: weights("a b"), "the name of an operand, a Python identifier"),
