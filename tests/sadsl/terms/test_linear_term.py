@@ -61,7 +61,7 @@ class TestTerm:
             sa.linear(3)
         with pytest.raises(ValueError, match=r"'x' names both"):
             sa.linear("x", "x")
-        with pytest.raises(ValueError, match=r"one number a head"):
+        with pytest.raises(ValueError, match=r"one for each head"):
             sa.linear(decay=[[0.5]])
 
     def test_what_it_reads_and_learns(self):
