@@ -24,8 +24,8 @@ demo: $(VENV)/.train  ## trains a dense and a sparse model on real text; picture
 test: $(VENV)/.test  ## all tests but the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-slow: $(VENV)/.test  ## the tests that take over ten seconds each
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+test-slow: $(VENV)/.test  ## the rest: each case on every backend, laws on all examples
+	SADSL_WHOLE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 check: $(VENV)/.test  ## lint, types, import arrows
 	$(BIN)/ruff check .

@@ -103,9 +103,9 @@ def test_every_name_at_the_top_is_used():
         if path.parts[0] in FLOORS:
             # A decorator such as ``take.defjvp`` may be all that needs a function.
             for node in tree.body:
-                if isinstance(node, ast.ClassDef):
-                    defined[node.name] = f"{path}:{node.lineno}"
-                elif isinstance(node, ast.FunctionDef) and not node.decorator_list:
+                decorated = bool(getattr(node, "decorator_list", None))
+                function = isinstance(node, ast.FunctionDef) and not decorated
+                if function or isinstance(node, ast.ClassDef):
                     defined[node.name] = f"{path}:{node.lineno}"
     defined.pop("__dir__")
     assert {place for name, place in defined.items() if not used[name]} == set()

@@ -7,6 +7,7 @@ import pytest
 import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 from lowering import pipeline, planning
@@ -45,11 +46,12 @@ def assert_sound(found, true, spec):
     assert not np.any((found == FULL) & (true != FULL)), f"false full block of {spec!r}"
 
 
+@pytest.mark.hypothesis
 def test_random_maps():
     """Plans are sound, and under one percent of the blocks they visit are empty."""
     maps = visited = needless = 0
 
-    @settings(max_examples=2000, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=few(2000), suppress_health_check=list(HealthCheck))
     @given(
         strategies.SIZES,
         strategies.SIZES,
@@ -71,11 +73,11 @@ def test_random_maps():
         assert plan.num_pairs == pairs.sum()
 
     check_one()
-    assert maps >= 2000
+    assert maps >= few(2000)
     assert needless <= 0.01 * visited
 
 
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(max_examples=few(150), suppress_health_check=list(HealthCheck))
 @given(strategies.composed(), strategies.BLOCKS, strategies.BLOCKS)
 def test_exact_plans_are_exact(spec, block_q, block_kv):
     true = kinds_by_definition(spec.dense(97, 97), block_q, block_kv)
@@ -83,7 +85,7 @@ def test_exact_plans_are_exact(spec, block_q, block_kv):
     np.testing.assert_array_equal(found, true, err_msg=repr(spec))
 
 
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(max_examples=few(150), suppress_health_check=list(HealthCheck))
 @given(strategies.composed(), strategies.BLOCKS)
 def test_past_the_budget_plans_stay_sound(spec, block):
     true = kinds_by_definition(spec.dense(64, 64), block, block)
@@ -129,7 +131,7 @@ def test_pairs_of_a_long_causal_map_have_a_closed_form():
     assert windowed.num_pairs == by_row.sum() + extra.sum()
 
 
-@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@settings(max_examples=few(100), suppress_health_check=list(HealthCheck))
 @given(strategies.with_heads(), st.sampled_from([6, 12]))
 def test_heads_share_rows_and_keep_their_maps(spec, num_heads):
     pairs = spec.dense(48, 48, num_heads)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 from pallas_kernels import linear, tpu, triton, xla
@@ -18,7 +19,7 @@ LARGEST = 1 << 30
 
 
 @pytest.mark.parametrize("impl", BACKENDS)
-@settings(max_examples=30)
+@settings(max_examples=few(30))
 @given(
     q=LENGTH,
     kv=LENGTH,

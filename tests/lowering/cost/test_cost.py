@@ -12,6 +12,7 @@ import pytest
 import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 from lowering import pipeline
@@ -113,7 +114,7 @@ def tiles():
     return st.builds(square, strategies.BLOCKS, strategies.BLOCKS)
 
 
-@settings(max_examples=40)
+@settings(max_examples=few(40))
 @given(strategies.with_heads(), strategies.SIZES, tiles())
 def test_blocks_and_pairs_are_counted_as_one_sees_them(spec, n, tiles):
     masks = masks_of(spec, n, 6, tiles)
@@ -178,7 +179,7 @@ def test_triton_multiplies_powers_of_two():
     assert flops == 2 * 64 * 64 * (64 + 16)
 
 
-@settings(max_examples=30)
+@settings(max_examples=few(30))
 @given(strategies.with_heads(), strategies.BLOCKS)
 def test_padding_of_xla_is_that_of_its_lists(spec, block):
     """With few keys to a row and to a chunk, so that all kinds of rows come up."""

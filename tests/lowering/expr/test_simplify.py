@@ -5,6 +5,7 @@ import pytest
 import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 from lowering import ir
@@ -26,7 +27,7 @@ def selects(node):
     return np.broadcast_to(evaluate(node, NumPy(Q, K)), (41, 37))
 
 
-@settings(max_examples=400, suppress_health_check=list(HealthCheck))
+@settings(max_examples=few(400), suppress_health_check=list(HealthCheck))
 @given(strategies.composed())
 def test_simplify_keeps_the_selection_and_is_idempotent(spec):
     (node,) = heads.per_head(spec.node, 1)
@@ -69,7 +70,7 @@ def test_normal_forms(spec, text):
     assert show(simplify(spec.node)) == text
 
 
-@settings(max_examples=400, suppress_health_check=list(HealthCheck))
+@settings(max_examples=few(400), suppress_health_check=list(HealthCheck))
 @given(strategies.composed(), st.integers(0, 40), st.integers(0, 36), st.data())
 def test_verdicts_are_true(spec, q, k, data):
     q_end, k_end = data.draw(st.integers(q, 40)), data.draw(st.integers(k, 36))
@@ -97,7 +98,7 @@ def test_verdicts_are_true(spec, q, k, data):
         assert told["none"] != told["all"]
 
 
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=few(40), suppress_health_check=list(HealthCheck))
 @given(st.lists(strategies.composed(3), min_size=1, max_size=3))
 def test_the_kernel_predicate_selects_the_same_pairs(specs):
     nodes = tuple(simplify(heads.per_head(spec.node, 1)[0]) for spec in specs)

@@ -9,6 +9,7 @@ import pytest
 import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 from lowering import pipeline
@@ -52,7 +53,7 @@ def all_counts(node, q_seq_len, kv_seq_len):
     return {name: count for name, count in found.items() if count is not None}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=few(150), deadline=None)
 @given(strategies.composed(), strategies.SIZES, strategies.SIZES, st.integers(0, 9))
 def test_every_rule_that_applies_counts_right(spec, q_seq_len, kv_seq_len, q_offset):
     q_seq_len = min(q_seq_len, strategies.POSITIONS - q_offset)

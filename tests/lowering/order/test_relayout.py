@@ -8,6 +8,7 @@ import pytest
 import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 from lowering import ir, pipeline
@@ -57,7 +58,7 @@ def slots_by_definition(layout):
     return np.array(found)
 
 
-@settings(max_examples=20, **SETTINGS)
+@settings(max_examples=few(20), **SETTINGS)
 @given(layouts())
 def test_slots_and_positions_match_one_to_one(layout):
     positions = slots_by_definition(layout)
@@ -82,7 +83,7 @@ def test_what_is_no_permutation_is_refused():
         Layout(12, (Axis(3, (2,)), Axis(4, (4,))), (0, 1))
 
 
-@settings(max_examples=100, **SETTINGS)
+@settings(max_examples=few(100), **SETTINGS)
 @given(strategies.composed(), layouts(), layouts())
 def test_a_map_in_slots_selects_the_same_pairs(spec, q, kv):
     (node,) = heads.per_head(spec.node, 1)

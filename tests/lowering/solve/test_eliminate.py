@@ -5,6 +5,7 @@ import pytest
 import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 from lowering import ir
@@ -95,7 +96,7 @@ def test_exact_on_what_it_names(spec):
             np.testing.assert_array_equal(held[:, 0], rows.any(axis=1))
 
 
-@settings(max_examples=120, suppress_health_check=SUPPRESS)
+@settings(max_examples=few(120), suppress_health_check=SUPPRESS)
 @given(strategies.composed(4), strategies.SIZES)
 def test_random_maps(spec, n):
     """The first and last key and query, with the walk over blocks where need be."""
@@ -158,7 +159,7 @@ def test_factors():
     assert factors(simplify((spec & sa.causal()).node), 60) is None
 
 
-@settings(max_examples=60, suppress_health_check=SUPPRESS)
+@settings(max_examples=few(60), suppress_health_check=SUPPRESS)
 @given(st.integers(2, 7), st.integers(2, 7), st.integers(1, 3), st.integers(0, 2))
 def test_grids_by_hand(h, w, near, far):
     spec = grid_map(

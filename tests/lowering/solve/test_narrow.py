@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import strategies
 from hypothesis import HealthCheck, assume, given, settings
+from laws import few
 
 from lowering import ir, pipeline
 from lowering.expr import fits
@@ -130,27 +131,27 @@ def assert_narrow(node, values):
             assert LOW <= part.value <= HIGH, str(hoisted)
 
 
-@quiet(max_examples=100)
+@quiet(max_examples=few(100))
 @given(strategies.extreme_wheres(), strategies.int32_arrays(N))
 def test_a_narrowed_predicate_holds_the_same_pairs(a_map, values):
     assert_narrow(a_map.node, operands_of(a_map.node, values))
 
 
 @pytest.mark.slow
-@quiet(max_examples=1500)
+@quiet(max_examples=few(1500))
 @given(strategies.extreme_wheres(), strategies.int32_arrays(N))
 def test_many_narrowed_predicates_hold_the_same_pairs(a_map, values):
     assert_narrow(a_map.node, operands_of(a_map.node, values))
 
 
-@quiet(max_examples=8)
+@quiet(max_examples=few(8))
 @given(strategies.extreme_wheres(), strategies.int32_arrays(N))
 def test_any_int32_is_told_from_any_other(a_map, values):
     assert_holds(a_map.node, operands_of(a_map.node, values))
 
 
 @pytest.mark.slow
-@quiet(max_examples=300)
+@quiet(max_examples=few(300))
 @given(strategies.extreme_wheres(), strategies.int32_arrays(N))
 def test_any_int32_is_told_from_any_other_in_many_maps(a_map, values):
     assert_holds(a_map.node, operands_of(a_map.node, values))

@@ -305,6 +305,7 @@ def test_a_long_sequence(has):
         np.testing.assert_allclose(total[0, 0, 0, row], weights.sum() + EPS, rtol=2e-5)
 
 
+@pytest.mark.optimised
 def test_memory_grows_as_the_length():
     def temporaries(seq):
         case = Case(seq, "n", chunk=64, dim=16, dim_v=16, batch=1)

@@ -249,6 +249,7 @@ def test_remat_shard_map_and_half_precision():
     oracle.assert_close(found.o, np.asarray(exact.o), "bfloat16")
 
 
+@pytest.mark.optimised
 def test_what_the_first_order_keeps_and_runs():
     """Residuals are inputs, outputs, row totals and lists, without zeros."""
     f = attend(TINY)
@@ -268,6 +269,7 @@ def test_what_the_first_order_keeps_and_runs():
     assert text.count("attention_derivative") == 1
 
 
+@pytest.mark.optimised
 def test_memory_is_linear_in_every_mode():
     n = 2048
     case = Case(

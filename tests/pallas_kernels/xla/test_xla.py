@@ -320,6 +320,7 @@ def test_gradients_against_differences():
     check_grads(loss(case), (inputs,), order=1, modes=("rev",), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.optimised
 @pytest.mark.usefixtures("one_loop")
 def test_memory_is_linear_in_the_length():
     def temp(n):

@@ -5,6 +5,7 @@ import pytest
 import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 from lowering import ir
@@ -66,13 +67,13 @@ def check(spec, n, num_heads=1):
     return found
 
 
-@settings(max_examples=60, suppress_health_check=SUPPRESS)
+@settings(max_examples=few(60), suppress_health_check=SUPPRESS)
 @given(strategies.composed(4), st.sampled_from([1, 2, 7, 13, 24]))
 def test_random_causal_maps(spec, n):
     check(sa.causal() & spec, n)
 
 
-@settings(max_examples=20, suppress_health_check=SUPPRESS)
+@settings(max_examples=few(20), suppress_health_check=SUPPRESS)
 @given(strategies.with_heads(), st.sampled_from([1, 7, 13]))
 def test_random_maps_by_head(spec, n):
     check(spec & sa.causal(), n, num_heads=6)

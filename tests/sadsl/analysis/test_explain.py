@@ -9,6 +9,7 @@ import pytest
 import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 from lowering.cost import rooflines
@@ -224,7 +225,7 @@ def test_html_holds_the_same_cells():
     assert "<script" not in html
 
 
-@settings(max_examples=25)
+@settings(max_examples=few(25))
 @given(strategies.with_heads(), strategies.SIZES, st.sampled_from(["cpu", "a100"]))
 def test_any_map_is_explained(spec, n, target):
     of = lowered(spec, n=n, heads=(6, 3), target=target).explain()

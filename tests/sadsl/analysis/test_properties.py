@@ -7,6 +7,7 @@ import pytest
 import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 from lowering import ir
@@ -77,13 +78,13 @@ def check_reach(reach, shares):
         assert least - 1e-9 <= share <= most + 1e-9
 
 
-@settings(max_examples=60, suppress_health_check=SUPPRESS)
+@settings(max_examples=few(60), suppress_health_check=SUPPRESS)
 @given(strategies.with_heads(), st.sampled_from([1, 2, 7, 13, 48]), st.booleans())
 def test_random_maps(spec, n, causal):
     check(sa.causal() & spec if causal else spec, n, num_heads=6)
 
 
-@settings(max_examples=80, suppress_health_check=SUPPRESS)
+@settings(max_examples=few(80), suppress_health_check=SUPPRESS)
 @given(
     strategies.composed(4),
     strategies.SIZES,

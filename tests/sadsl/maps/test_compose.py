@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 from lowering import ir
@@ -67,7 +68,7 @@ maps = st.recursive(
 )
 
 
-@settings(max_examples=120, suppress_health_check=SUPPRESS)
+@settings(max_examples=few(120), suppress_health_check=SUPPRESS)
 @given(maps, maps)
 def test_random_maps(a, b):
     try:

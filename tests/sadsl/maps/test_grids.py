@@ -10,6 +10,7 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 from lowering import pipeline
@@ -87,7 +88,7 @@ def assert_planned(spec, n, blocks=(16, 40)):
     assert sa.plan(spec, n, block_q=16, block_kv=16).num_pairs == pairs.sum()
 
 
-@settings(max_examples=250)
+@settings(max_examples=few(250))
 @given(RULES)
 def test_neighborhoods_by_definition(rule):
     *axes, extra = rule
@@ -99,7 +100,7 @@ def test_neighborhoods_by_definition(rule):
     assert sa.parse(repr(spec)).node == spec.node
 
 
-@settings(max_examples=60)
+@settings(max_examples=few(60))
 @given(RULES)
 def test_neighborhoods_are_planned(rule):
     shape, *options, extra = rule

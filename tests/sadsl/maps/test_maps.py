@@ -9,6 +9,7 @@ import pytest
 import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 
@@ -124,7 +125,7 @@ def test_users_write_their_own():
     assert sa.plan(spec, 100).num_pairs == 199
 
 
-@settings(max_examples=300, suppress_health_check=list(HealthCheck))
+@settings(max_examples=few(300), suppress_health_check=list(HealthCheck))
 @given(strategies.with_heads())
 def test_text_reads_back(spec):
     assert sa.parse(repr(spec)) == spec

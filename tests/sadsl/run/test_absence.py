@@ -9,6 +9,7 @@ import pytest
 import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 
@@ -133,7 +134,7 @@ def test_nothing_comes_of_it_whatever_the_term(impl, name, dtype, kind):
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=few(25))
 @given(
     map=strategies.composed(5),
     impl=st.sampled_from(calls.IMPLS),

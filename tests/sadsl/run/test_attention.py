@@ -10,6 +10,7 @@ from calls import BACKENDS, IMPLS, SMALL, arrays, assert_matches
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
+from laws import few
 
 import sadsl as sa
 
@@ -95,7 +96,7 @@ def test_soft_cap(impl):
     assert_matches(impl, spec, pairs, q, k, v, do, soft_cap=1.5)
 
 
-@settings(max_examples=6, suppress_health_check=list(HealthCheck))
+@settings(max_examples=few(6), suppress_health_check=list(HealthCheck))
 @given(
     strategies.with_heads(),
     st.sampled_from([(1, 1), (13, 33), (60, 60), (45, 20)]),
@@ -110,7 +111,7 @@ def test_random_maps_on_the_cpu_path(spec, lengths, block):
 
 
 @pytest.mark.parametrize("impl", ["tpu", "triton"])
-@settings(max_examples=2, suppress_health_check=list(HealthCheck))
+@settings(max_examples=few(2), suppress_health_check=list(HealthCheck))
 @given(strategies.with_heads())
 def test_random_maps_on_kernels(impl, spec):
     q, k, v, do = arrays(1, 45, 50, 6, 3, 16, 16)

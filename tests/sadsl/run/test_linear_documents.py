@@ -10,6 +10,7 @@ import oracle
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from laws import few
 
 import sadsl as sa
 from sadsl.run.linear_documents import _between
@@ -104,7 +105,7 @@ def check(q_ids, kv_ids, offset, decays, impl):
         oracle.assert_close(found[1], want[1], "float32")
 
 
-@settings(max_examples=4, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=few(4), phases=(Phase.explicit, Phase.generate))
 @given(documents(), st.booleans())
 def test_random_documents(ids, decays):
     check(*ids, decays, "xla")
@@ -123,7 +124,7 @@ def test_pieces(impl, one):
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@settings(max_examples=few(150))
 @given(documents(), st.booleans(), st.sampled_from(["reference", "xla", "tpu"]))
 def test_random_documents_widely(ids, decays, impl):
     check(*ids, decays, impl)

@@ -267,6 +267,7 @@ def test_second_derivatives_of_kernels():
         oracle.assert_close(a, np.asarray(b), "float32")
 
 
+@pytest.mark.optimised
 def test_who_asks_for_no_gradient_does_not_pay():
     """The compiler drops the walk that finds it."""
     q, k, v, do = calls.arrays(1, 64, 64, 2, 2, 8, 8)

@@ -11,6 +11,7 @@ import pytest
 import strategies
 from calls import BACKENDS, arrays
 from hypothesis import given, settings
+from laws import few
 
 import sadsl as sa
 from lowering.problem import Problem
@@ -128,7 +129,7 @@ def test_maps_that_one_plan_would_serve_badly_are_merged():
     np.testing.assert_allclose(lse, wanted_lse, atol=2e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=few(60), deadline=None)
 @given(strategies.composed(3), strategies.composed(3), strategies.composed(3))
 def test_resolved_terms_are_disjoint_and_cover(a, b, c):
     n, heads = 23, 2

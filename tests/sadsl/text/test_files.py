@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import strategies
 from hypothesis import given, settings
+from laws import few
 
 import sadsl as sa
 from sadsl.text import files as storage
@@ -26,7 +27,7 @@ MAPS = [
 ]
 
 
-@settings(max_examples=40)
+@settings(max_examples=few(40))
 @given(strategies.with_heads())
 def test_specs_come_back(spec):
     assert storage.from_json(storage.to_json(spec)) == spec
@@ -135,7 +136,7 @@ def test_a_plan_in_another_order_comes_back(tmp_path):
     assert_same(sa.load_plan(tmp_path / "plan"), plan)
 
 
-@settings(max_examples=25)
+@settings(max_examples=few(25))
 @given(strategies.with_heads(), strategies.SIZES)
 def test_any_plan_comes_back(tmp_path_factory, spec, n):
     plan = sa.plan(spec, n, block_q=16, block_kv=16, num_heads=6)

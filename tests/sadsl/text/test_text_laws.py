@@ -292,14 +292,14 @@ REALS = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=few(100), deadline=None)
 @given(TRUTHS)
 def test_text_of_what_was_traced(truth):
     found = sa.where(lambda q, k, h: truth)
     assert sa.parse(repr(found)) == found
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=few(100), deadline=None)
 @given(REALS)
 def test_text_of_a_bias_that_was_traced(real):
     found = sa.softmax(CAUSAL, bias=sa.bias(lambda q, k, h: real))
