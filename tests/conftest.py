@@ -21,21 +21,32 @@ hypothesis.settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(items):
-    """Of a table of cases by backends, all but one backend a case are ``slow``.
+    """Chooses what of large tables runs in ``make test``; the rest becomes ``slow``.
 
-    The backends take turns, from case to case and from test to test, so that each meets
-    most of what there is in ``make test``, and all of it in ``make test-slow``.
+    Of a case that is there for several backends (``impl``), one backend stays. The
+    backends take turns, from case to case and from test to test. Of a test with the
+    marker ``sample(n)``, ``n`` cases stay, evenly spread.
     """
-    cases = {}
+    tests = {}
     for item in items:
-        params = dict(getattr(getattr(item, "callspec", None), "params", {}))
-        if "impl" not in params or item.get_closest_marker("slow"):
-            continue
-        others = sorted((k, str(v)) for k, v in params.items() if k != "impl")
-        cases.setdefault((item.nodeid.split("[")[0], *others), []).append(item)
-    for turn, backends in enumerate(cases.values()):
-        for place, item in enumerate(backends):
-            if place != turn % len(backends):
+        if not item.get_closest_marker("slow"):
+            params = dict(getattr(getattr(item, "callspec", None), "params", {}))
+            impl = params.pop("impl", None)
+            case = tuple(sorted((name, str(value)) for name, value in params.items()))
+            of_test = tests.setdefault(item.nodeid.split("[")[0], {})
+            of_test.setdefault(case if impl else item.nodeid, []).append(item)
+    turn = 0
+    for cases in tests.values():
+        kept = list(cases.values())
+        marker = kept[0][0].get_closest_marker("sample")
+        if marker:
+            kept = kept[:: -(-len(kept) // marker.args[0])]
+        stay = set()
+        for backends in kept:
+            stay.add(backends[turn % len(backends)])
+            turn += len(backends) > 1
+        for item in (each for backends in cases.values() for each in backends):
+            if item not in stay:
                 item.add_marker(pytest.mark.slow)
     if WHOLE:
         for item in items:
