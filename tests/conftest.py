@@ -1,6 +1,7 @@
 """Settings of all tests, made before jax is imported anywhere."""
 
 import os
+from zlib import crc32
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -35,16 +36,16 @@ def pytest_collection_modifyitems(items):
             case = tuple(sorted((name, str(value)) for name, value in params.items()))
             of_test = tests.setdefault(item.nodeid.split("[")[0], {})
             of_test.setdefault(case if impl else item.nodeid, []).append(item)
-    turn = 0
-    for cases in tests.values():
+    for name, cases in tests.items():
         kept = list(cases.values())
         marker = kept[0][0].get_closest_marker("sample")
         if marker:
-            kept = kept[:: -(-len(kept) // marker.args[0])]
+            step = -(-len(kept) // marker.args[0])
+            kept = kept[crc32(name.encode()) % step :: step]
         stay = set()
-        for backends in kept:
+        # The same case stays, whatever else is collected.
+        for turn, backends in enumerate(kept, start=crc32(name.encode())):
             stay.add(backends[turn % len(backends)])
-            turn += len(backends) > 1
         for item in (each for backends in cases.values() for each in backends):
             if item not in stay:
                 item.add_marker(pytest.mark.slow)

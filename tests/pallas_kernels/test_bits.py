@@ -189,6 +189,7 @@ STATIC = Content(
 )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("content", "traced"),
     [(TRACED, True), (STATIC, False)],

@@ -70,6 +70,7 @@ def assert_same(actual, expected, tolerance=1e-5):
 
 @pytest.mark.usefixtures("quick")
 class TestValues:
+    @pytest.mark.sample(4)
     @pytest.mark.parametrize("case", kernel_cases.params(), ids=str)
     def test_table(self, case):
         case.check("tpu", interpret=True)
@@ -79,6 +80,7 @@ class TestValues:
         case = Case(q_len=300, kv_len=300, dim=64, dim_v=128, forward=tile, dkv=tile)
         case.check("tpu", interpret=True)
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize(
         ("mode", "pattern"),
         [

@@ -54,6 +54,7 @@ def loss(case):
     return of
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("case", kernel_cases.params(), ids=str)
 def test_table(case):
     case.check("triton", interpret=True)

@@ -98,6 +98,7 @@ MAPS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("impl", calls.IMPLS)
 @pytest.mark.parametrize("name", [*MAPS][1:2])
 def test_nothing_comes_of_what_is_in_no_pair(impl, name):
@@ -195,6 +196,7 @@ MIXTURES = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("impl", IMPLS[1:])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_terms_ignore_an_unused_cache(impl, name):

@@ -24,6 +24,7 @@ SPECS = [
 ]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("spec", SPECS)
 def test_specs(impl, spec):

@@ -98,6 +98,7 @@ def test_every_feature_map(name, impl, dtype):
     check(name, impl, "float16" if name == "large" else dtype)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("map", [sa.causal(), sa.full(), sa.segments()], ids=str)
 @pytest.mark.parametrize("at", [-18.0, -12.0])
 def test_far_below_zero(map, at):

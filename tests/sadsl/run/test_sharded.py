@@ -83,6 +83,7 @@ def sharded(run, mesh, over, **options):
     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES],
