@@ -20,8 +20,6 @@ FLOORS = "sadsl", "lowering", "pallas_kernels"
 # Flax has two APIs, and layers bear one name in both.
 TWINS = {Path("sadsl/layers/linen.py"), Path("sadsl/layers/nnx.py")}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_KERNEL = 400, 60, 120
-# The docstring of the public contract of `attention` is longer than its code.
-LONG = {"attention"}
 
 
 def sources(*folders):
@@ -59,7 +57,7 @@ def test_files_and_functions_are_short():
         most = MOST_LINES_OF_A_KERNEL if kernels else MOST_LINES_OF_A_FUNCTION
         for node in functions(tree):
             size = node.end_lineno - node.lineno + 1
-            if size > most and node.name not in LONG:
+            if size > most:
                 long.append(f"{path}:{node.lineno}: {node.name} has {size} lines")
     assert long == []
 

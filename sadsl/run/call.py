@@ -1,7 +1,18 @@
-"""``attention`` and ``select``: what a user calls."""
+"""``attention`` and ``select``: what a user calls.
+
+Values that are not finite. A key that no query sees, such as padding or an unused slot
+of a cache, may hold NaN, and so may a query that sees no key. If some query sees a
+value (or a cotangent) that is not finite, it may reach other queries of its block, and
+their gradients. A score of ``-inf`` has no weight; any finite score counts.
+
+Dropout. The dropped weights follow from ``dropout_key``, and are the same on every
+backend. Part ``i`` of ``average``, ``gated`` and ``heads`` draws from
+``jax.random.fold_in(dropout_key, i)``, and so do the parts of that part; ``joint`` says
+what it does. Under ``shard_map``, fold the index of the shard into the key.
+"""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from jaxtyping import Array, Float, Integer
 
@@ -10,118 +21,93 @@ from pallas_kernels.precision import wide
 from sadsl.run import checks
 from sadsl.run.attend import attend, choose
 from sadsl.run.backends import choose_impl
-from sadsl.run.types import Setting
+from sadsl.run.types import QKV, Setting
 from sadsl.terms.base import DROPOUT_KEY, Spec, Term
 from sadsl.terms.scatter_mean import ScatterMean
 from sadsl.terms.softmax import Softmax
 from sadsl.text.specs import any_term
 
+Queries: TypeAlias = Float[Array, "batch q_seq num_q_heads head_dim"]
+Keys: TypeAlias = Float[Array, "batch kv_seq num_kv_heads head_dim"]
+Values: TypeAlias = Float[Array, "batch kv_seq num_kv_heads head_dim_v"]
+Out: TypeAlias = Float[Array, "batch q_seq num_q_heads head_dim_v"]
+Lse: TypeAlias = Float[Array, "batch num_q_heads q_seq"]
+Ids: TypeAlias = Integer[Array, "..."]
+
 
 def attention(
-    q: Float[Array, "batch q_seq num_q_heads head_dim"],
-    k: Float[Array, "batch kv_seq num_kv_heads head_dim"],
-    v: Float[Array, "batch kv_seq num_kv_heads head_dim_v"],
-    spec: Spec | str,
-    *,
-    q_segment_ids: Integer[Array, "..."] | None = None,
-    kv_segment_ids: Integer[Array, "..."] | None = None,
-    operands: Mapping[str, Any] | None = None,
-    sm_scale: float | Array | None = None,
-    q_offset: int = 0,
-    return_lse: bool = False,
-    impl: str | None = None,
-    interpret: Any = False,
-    config: KernelConfig | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: Array | None = None,
-) -> (
-    Float[Array, "batch q_seq num_q_heads head_dim_v"]
-    | tuple[
-        Float[Array, "batch q_seq num_q_heads head_dim_v"],
-        Float[Array, "batch num_q_heads q_seq"],
-    ]
-):
+    q: Queries, k: Keys, v: Values, spec: Spec | str, *,
+    q_segment_ids: Ids | None = None, kv_segment_ids: Ids | None = None,
+    operands: Mapping[str, Any] | None = None, sm_scale: float | Array | None = None,
+    q_offset: int = 0, return_lse: bool = False, impl: str | None = None,
+    interpret: Any = False, config: KernelConfig | None = None,
+    dropout_rate: float = 0.0, dropout_key: Array | None = None,
+) -> Out | tuple[Out, Lse]:  # fmt: skip
     """Computes attention over the pairs that ``spec`` selects.
 
-    ``jit``, ``grad``, ``vmap``, ``jax.checkpoint`` and ``shard_map`` over batch or
-    heads work (with ``interpret`` as ``shard_map(check_vma=False)``). With "xla",
-    forward mode and any second derivative work too. A query that sees no key yields 0
-    and ``lse == -inf``. Lengths need not be multiples of a block.
-
-    A key that no query sees, such as padding or an unused slot of a cache, may hold
-    NaN, and so may a query that sees no key. If some query sees a value (or a
-    cotangent) that is not finite, it may reach other queries of its block, and their
-    gradients. A score of ``-inf`` has no weight; any finite score counts.
+    A query that sees no key yields 0 and ``lse == -inf``. Lengths need not be multiples
+    of a block. ``jit``, ``grad``, ``vmap``, ``jax.checkpoint`` and ``shard_map`` over
+    batch or heads work; with "xla" also forward mode and any second derivative. The
+    docstring of ``sadsl.run.call`` says what NaN may reach, and how dropout is drawn.
 
     Args:
-      q, k, v: ``[batch, seq, heads, head_dim]``, float32, bfloat16 or float16, all of
-        one dtype; v may have its own ``head_dim_v``. The number of heads of q is a
-        multiple of that of k and v. Products accumulate in float32. With "xla" and
-        "reference" also float64, in which everything but a selection is computed then;
-        without ``jax_enable_x64``, JAX itself makes float32 of it.
-      spec: an index map, a term such as ``softmax(map, ...)`` or ``joint(a, b)``, or
-        their text.
-      q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``. Ids
-        that do not fit int32 (NumPy int64) are replaced by their ranks.
-      operands: the arrays that the spec reads, by name: integers for maps made of
-        ``operand(name)``; scores or centroids for selections, or the choices that
-        ``select`` made before; biases, sinks, gates and decays, which have gradients;
-        functions, where a term names a feature map. An operand that the spec names but
-        simplification removes, as in ``a | full()``, may be passed or left out.
-      sm_scale: factor before the softmax; ``head_dim ** -0.5`` if None. It may be
-        traced, and has a gradient: then q, k and v are multiplied in float32.
+      q, k, v: ``[batch, seq, heads, head_dim]`` of one dtype: float32, bfloat16,
+        float16; with "xla" and "reference" float64 too. The heads of q are a multiple
+        of those of k and v; v may have another ``head_dim``. Sums are in float32.
+      spec: an index map, a term such as ``softmax(map, ...)``, or their text.
+      q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``.
+      operands: the arrays that the spec reads, by name: integers of maps; scores,
+        centroids or choices of selections; biases, sinks, gates and decays, which have
+        gradients; functions that are feature maps.
+      sm_scale: factor before the softmax, ``head_dim ** -0.5`` if None; may be traced.
       q_offset: the position of the first query, for decoding.
-      return_lse: also return the natural log-sum-exp, f32 (f64 for f64); it has a
-        gradient.
+      return_lse: also return the natural log-sum-exp; it has a gradient.
       impl: "xla", "tpu", "triton", "reference" (dense), or None for the default device.
       interpret: run Pallas kernels in an interpreter (True, or its parameters).
       config: block sizes and pipelining; never changes the result.
       dropout_rate: the share of the attention weights that is dropped, in [0, 1). The
-        others grow by ``1 / (1 - dropout_rate)``. The lse counts all weights.
-      dropout_key: a key of ``jax.random``, from which the dropped weights are drawn;
-        they are the same on every backend. Part ``i`` of ``average``, ``gated`` and
-        ``heads`` draws from ``jax.random.fold_in(dropout_key, i)``, and so do the parts
-        of that part; ``joint`` says what it does. Under ``shard_map``, fold the index
-        of the shard into the key.
+        others grow by ``1 / (1 - dropout_rate)``; the lse counts all.
+      dropout_key: a key of ``jax.random`` for dropout.
 
     Returns:
-      ``out``, ``[batch, q_seq, num_q_heads, head_dim_v]``, in the dtype of q; with
-      ``return_lse``, ``(out, lse)``, and ``lse`` is ``[batch, num_q_heads, q_seq]``.
+      ``out`` in the dtype of q; with ``return_lse`` ``(out, lse)``, lse in float32.
 
     Raises:
       ValueError: the arrays, the spec and the options do not fit together.
       NotImplementedError: this backend cannot do it; nothing falls back silently.
 
-    Example:
-      Queries and keys of 0 give equal weights, so ``exp(lse)`` counts the keys:
-
-      >>> import jax.numpy as jnp
-      >>> import sadsl as sa
-      >>> x, v = jnp.zeros((1, 4, 1, 2)), jnp.arange(4.0).reshape(1, 4, 1, 1)
-      >>> spec = sa.causal() & sa.window(1)  # or its text, "causal() & window(1)"
-      >>> out, lse = sa.attention(x, x, v, spec, return_lse=True)
-      >>> [round(float(y), 3) for y in out[0, :, 0, 0]]
-      [0.0, 0.5, 1.5, 2.5]
-      >>> [round(float(y), 3) for y in jnp.exp(lse[0, 0])]
-      [1.0, 2.0, 2.0, 2.0]
+    >>> import jax.numpy as jnp, sadsl as sa
+    >>> x, v = jnp.zeros((1, 4, 1, 2)), jnp.arange(4.0).reshape(1, 4, 1, 1)
+    >>> sa.attention(x, x, v, sa.causal() & sa.window(1))[0, :, 0, 0].tolist()
+    [0.0, 0.5, 1.5, 2.5]
     """
-    term = any_term(spec)
     checks.problem(q, k, v, q_offset)
     given = _given(operands, q_segment_ids, kv_segment_ids)
     rate = checks.dropout(dropout_rate, dropout_key)
     if rate:
         given[DROPOUT_KEY] = dropout_key
-    _check_read(term, given)
-    setting = Setting(
-        sm_scale=checks.scale(sm_scale, q.shape[-1]),
-        q_offset=int(q_offset),
-        impl=choose_impl(impl, interpret, q, k, v),
-        interpret=interpret,
-        config=config or KernelConfig(),
-        dropout_rate=rate,
+    scale, impl = (
+        checks.scale(sm_scale, q.shape[-1]),
+        choose_impl(impl, interpret, q, k, v),
     )
-    checks.precision(q.dtype, setting.impl)
-    out, lse = attend(term, (q, k, v), given, setting)
+    config = config or KernelConfig()
+    setting = Setting(scale, int(q_offset), impl, interpret, config, rate)
+    return _attention((q, k, v), any_term(spec), given, setting, return_lse=return_lse)
+
+
+def _attention(
+    inputs: QKV,
+    term: Term,
+    given: Mapping[str, Any],
+    setting: Setting,
+    *,
+    return_lse: bool,
+) -> Any:
+    """The output, perhaps with the lse, of a call whose arrays fit together."""
+    _check_read(term, given)
+    dtype = inputs[0].dtype
+    checks.precision(dtype, setting.impl)
+    out, lse = attend(term, inputs, given, setting)
     if not return_lse:
         return out
     if lse is None:
@@ -129,7 +115,7 @@ def attention(
             f"return_lse=True: {term!r} has more than one normaliser, so a query has "
             "no single log-sum-exp: leave it False"
         )
-    return out, lse.astype(wide(q.dtype))
+    return out, lse.astype(wide(dtype))
 
 
 def _given(
