@@ -55,8 +55,8 @@ def operand_ranks(options: Options, arrays: Mapping[str, Any]) -> dict[str, int]
     """The number of axes of each array beside the batch: the number of its indices.
 
     The map counts as it was written. Simplification may remove the part that reads an
-    array, and a caller may pass it all the same. An array that nothing reads is refused
-    later.
+    array, and a caller may still pass that array. An array that nothing reads is
+    refused later.
     """
     unread = {name: x.ndim for name, x in arrays.items()}
     written = operands_of(options.term.map)

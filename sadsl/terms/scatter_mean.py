@@ -85,7 +85,7 @@ class ScatterMean(Term):
         found = [part for part in _conjuncts(self.map) if isinstance(part, Kmeans)]
         if len(found) != 1:
             raise ValueError(
-                f"scatter_mean: {self.map!r} must be one kmeans(...), perhaps `&` "
+                f"scatter_mean: {self.map!r} must be one kmeans(...), optionally `&` "
                 f"other maps; it has {len(found)} at the top"
             )
         return found[0]
