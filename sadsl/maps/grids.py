@@ -11,7 +11,6 @@ from typing_extensions import override
 from lowering import ir
 from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.grid_coordinates import AxisRule, Coordinates
-from sadsl.maps.operand_names import is_identifier
 from sadsl.maps.symbols import Symbol, Truth
 
 MAX_AXES = 4
@@ -58,7 +57,7 @@ class Grid:
                 "sizes, as in Grid(h=16, w=16)"
             )
         for name, size in sizes.items():
-            if not is_identifier(name) or name == "extra":
+            if not ir.is_name(name) or name == "extra":
                 raise ValueError(
                     f"Grid: axis {name!r} must be an identifier other than 'extra', "
                     "which counts the positions after the last cell: rename it"

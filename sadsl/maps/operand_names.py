@@ -1,9 +1,6 @@
 """Checks names that a caller gives to run-time arrays."""
 
-
-def is_identifier(value: object) -> bool:
-    """Whether ``value`` is a string that Python takes as a name."""
-    return isinstance(value, str) and value.isidentifier()
+from lowering import ir
 
 
 def check_operand_name(what: str, value: object, *others: str) -> None:
@@ -21,11 +18,11 @@ def check_operand_name(what: str, value: object, *others: str) -> None:
       >>> check_operand_name("gated: gates", "a b", "None")
       Traceback (most recent call last):
       ValueError: gated: gates='a b' must be None or the name of an operand, a Python
-        identifier; the array itself is passed as operands={name: array}
+        identifier; its value is passed as operands={name: value}
     """
-    if not is_identifier(value):
+    if not ir.is_name(value):
         known = f"{', '.join(others)} or " if others else ""
         raise ValueError(
             f"{what}={value!r} must be {known}the name of an operand, a Python "
-            "identifier; the array itself is passed as operands={name: array}"
+            "identifier; its value is passed as operands={name: value}"
         )

@@ -111,24 +111,6 @@ def together(
     return {**a, **b}
 
 
-def check_name(function: str, field: str, value: object, others: str = "") -> None:
-    """Refuses a name of an operand that is not a Python identifier.
-
-    Args:
-      function, field: where the name was given, for the error.
-      value: the name.
-      others: other values that the field takes, as text that ends in "or ".
-
-    Raises:
-      ValueError: it is not a name.
-    """
-    if not isinstance(value, str) or not value.isidentifier():
-        raise ValueError(
-            f"{function}: {field}={value!r} must be {others}the name of an operand, a "
-            "Python identifier; its value is passed as operands={name: value}"
-        )
-
-
 Spec: TypeAlias = IndexMap | Term
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.call_text import call_text
 from sadsl.maps.named import full, where
-from sadsl.terms.base import DROPOUT_KEY, Term, check_name
+from sadsl.maps.operand_names import check_operand_name
+from sadsl.terms.base import DROPOUT_KEY, Term
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,7 +25,7 @@ class Compressed(Term):
         at_least("compressed", "stride", self.stride, 1)
         for field, name in {"key": self.key, "value": self.value}.items():
             if name is not None:
-                check_name("compressed", field, name, "None or ")
+                check_operand_name(f"compressed: {field}", name, "None")
 
     @property
     def blocks(self) -> IndexMap:

@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.named import blocks, where
+from sadsl.maps.operand_names import check_operand_name
 from sadsl.maps.symbols import Symbol, Truth
-from sadsl.terms.base import check_name
 from sadsl.terms.regions import Partition
 
 Part = Literal["others", "before", "after"]
@@ -159,7 +159,7 @@ class Rowmajor(Partition):
                 f"rowmajor: key={self.key!r} must be one of "
                 f"{', '.join(get_args(KeyOf))}"
             )
-        check_name("rowmajor", "proj", self.proj)
+        check_operand_name("rowmajor: proj", self.proj)
 
     @property
     @override

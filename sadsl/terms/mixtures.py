@@ -11,8 +11,9 @@ from typing import Literal, get_args
 from lowering.problem import Problem
 from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
+from sadsl.maps.operand_names import check_operand_name
 from sadsl.terms import overlaps
-from sadsl.terms.base import LayerSizes, Learned, Spec, Term, check_name, together
+from sadsl.terms.base import LayerSizes, Learned, Spec, Term, together
 from sadsl.terms.overlaps import Member, Unit
 from sadsl.terms.softmax import Softmax
 
@@ -101,7 +102,7 @@ class Gated(Mixture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_name("gated", "gates", self.gates)
+        check_operand_name("gated: gates", self.gates)
 
     @property
     def operands(self) -> Mapping[str, int]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
-from sadsl.terms.base import LayerSizes, Learned, Spec, Term, check_name, together
+from sadsl.maps.operand_names import check_operand_name
+from sadsl.terms.base import LayerSizes, Learned, Spec, Term, together
 from sadsl.terms.biases import Bias
 
 
@@ -22,7 +23,7 @@ class Softmax(Term):
         if not isinstance(self.map, IndexMap):
             raise TypeError(f"softmax takes an index map, not {self.map!r}")
         if self.sink is not None:
-            check_name("softmax", "sink", self.sink, "True, False or ")
+            check_operand_name("softmax: sink", self.sink, "True", "False")
         if not isinstance(self.bias, Bias | None):
             raise TypeError(
                 f"softmax: bias={self.bias!r} must be a bias such as alibi(), or None; "

@@ -9,8 +9,9 @@ from typing_extensions import override
 from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
 from sadsl.maps.named import where
+from sadsl.maps.operand_names import check_operand_name
 from sadsl.maps.symbols import operand
-from sadsl.terms.base import DROPOUT_KEY, Spec, Term, check_name
+from sadsl.terms.base import DROPOUT_KEY, Spec, Term
 from sadsl.terms.cluster_regions import Clusters
 from sadsl.terms.grid_regions import Rowmajor
 from sadsl.terms.regions import Partition, Pool
@@ -40,9 +41,9 @@ class Summaries(Term):
                 f"{', '.join(get_args(Pool))}"
             )
         for name in self.features:
-            check_name("summaries", "phi", name, "'identity', 'relu' or ")
+            check_operand_name("summaries: phi", name, "'identity'", "'relu'")
         if self.valid:
-            check_name("summaries", "valid", self.valid, "None or ")
+            check_operand_name("summaries: valid", self.valid, "None")
         plain = self.pool, self.phi
         if isinstance(self.partition, Rowmajor) and plain != ("max", "identity"):
             raise ValueError(
