@@ -16,7 +16,9 @@ from jaxtyping import Array, Float, Float32, Int32
 from sadsl.maps.base import at_least
 from sadsl.maps.named import causal, full, where
 from sadsl.maps.symbols import operand
+from sadsl.run import merging
 from sadsl.run.call import attention, select
+from sadsl.run.types import Outcome
 from sadsl.selections.lsh import Lsh, by_bucket, hashes, lsh, sorted_chunks
 
 # An output of attention [batch, seq, heads, dim] and its lse [batch, heads, seq].
@@ -309,16 +311,10 @@ def merge(a: Part, b: Part) -> Part:
     Outputs are ``[batch, seq, heads, dim]``, lse ``[batch, heads, seq]``. Rows that are
     empty in both stay 0 and -inf.
     """
-    top = jax.lax.stop_gradient(jnp.maximum(a[1], b[1]))
-    top = jnp.where(jnp.isneginf(top), 0.0, top)
-    weights = [jnp.exp(lse - top) for _, lse in (a, b)]
-    total = weights[0] + weights[1]
-    some = total > 0
-    safe = jnp.where(some, total, 1.0)
-    shares = [jnp.swapaxes(w / safe, 1, 2)[..., None] for w in weights]
-    wide = [x.astype(jnp.float32) for x, _ in (a, b)]
-    o = shares[0] * wide[0] + shares[1] * wide[1]
-    return o, jnp.where(some, top + jnp.log(safe), -jnp.inf)
+    wide = [Outcome(out.astype(jnp.float32), lse) for out, lse in (a, b)]
+    out, lse = merging.merge(wide)
+    assert lse is not None
+    return out, lse
 
 
 def _check(q: Array, k: Array, draws: Draws, how: Hyper) -> None:

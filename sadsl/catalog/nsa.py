@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from sadsl.catalog.nsa_topk import MEAN_KEYS, nsa_topk
 from sadsl.maps.named import causal
 from sadsl.maps.named import window as near
+from sadsl.run import checks
 from sadsl.run.compressed import shortened
 from sadsl.selections.cell_scores import in_steps, products, softmax
 from sadsl.terms.compressed import Compressed, compressed
@@ -101,7 +102,7 @@ def nsa_importance(
       >>> jax.eval_shape(score, q, k).shape  # the shape alone; nothing runs
       (1, 2, 12, 3)
     """
-    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    scale = checks.scale(sm_scale, q.shape[-1])
     seq, groups = k.shape[1], k.shape[2]
     short = shortened(k, term, term.key, operands or {})
     start = np.arange(short.shape[1])[:, None] * term.stride

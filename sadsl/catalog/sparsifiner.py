@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sadsl.maps.base import IndexMap
+from sadsl.run import checks
 from sadsl.selections.factorised_topk import Predictor, factorised_topk, predicted
 
 
@@ -74,7 +75,7 @@ def sparsifiner_loss(
       ()
     """
     head_dim = q.shape[-1]
-    logit_scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    logit_scale = checks.scale(sm_scale, head_dim)
     q, k = (jnp.swapaxes(x, 1, 2).astype(jnp.float32) for x in (q, k))
     weights = Predictor(*(operands[f"predictor_{x}"][None] for x in Predictor._fields))
     guess = predicted(q, k, weights, logit_scale if scale is None else scale)

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from sadsl.run import checks
 from sadsl.selections.cell_scores import in_steps, products, softmax
 from sadsl.selections.tiles import grouped, num_parts, pooled
 
@@ -117,7 +118,7 @@ class BlockGate(nnx.Module):
         keys = _pooled(k, self.block, ("max", "min", "mean"))
         wide_q = self._rotated(means, weights["q"])
         wide_k = self._rotated(keys, weights["k"])
-        scores = products(wide_q, wide_k) * wide_q.shape[-1] ** -0.5
+        scores = products(wide_q, wide_k) * checks.scale(None, wide_q.shape[-1])
         rows, columns = (np.arange(n) for n in scores.shape[2:])
         past = (columns[None, :] <= rows[:, None])[None, None]
         return jnp.where(past, scores, -jnp.inf)
@@ -170,7 +171,7 @@ def target(
       block: positions of a block; that of the gate.
       sm_scale: as in ``sadsl.attention``; ``head_dim ** -0.5`` if None.
     """
-    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    scale = checks.scale(sm_scale, q.shape[-1])
     q, k = (
         jax.lax.stop_gradient(jnp.swapaxes(x, 1, 2)).astype(jnp.float32) for x in (q, k)
     )
