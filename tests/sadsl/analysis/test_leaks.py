@@ -14,6 +14,7 @@ import sadsl as sa
 from lowering import ir
 from lowering.expr.assume import envelope
 from sadsl.analysis.leaks import Trial, declared_leak, selection_leak
+from sadsl.maps.symbols import Truth
 from sadsl.run.call import select
 from sadsl.selections import Selection, key_positive, key_topw
 from sadsl.selections.base import selections_of
@@ -103,7 +104,7 @@ def test_envelope_holds_every_choice(name):
         given = {x: np.asarray(part)[0] for x, part in parts.items()}
         pairs = spec.dense(case.n, num_heads=case.num_heads, operands=given)
         most, least = (
-            sa.where(lambda q, k, node=node: sa.symbols.Truth(node)).dense(case.n)
+            sa.where(lambda q, k, node=node: Truth(node)).dense(case.n)
             for node in (widest, surely)
         )
         assert not np.any(pairs & ~most)

@@ -11,6 +11,7 @@ import sadsl as sa
 from lowering import ir
 from lowering.expr import heads
 from sadsl import floor_log2, isin, operand, table, where
+from sadsl.run.checks import segment_ids
 
 N = 20
 LOW, HIGH = -(2**31), 2**31 - 1
@@ -164,7 +165,7 @@ def test_ids_beyond_32_bits_are_told_apart(spec, ids):
 
 def test_ids_of_queries_and_keys_are_ranked_together():
     q_ids, kv_ids = np.array([[2**40, 3]]), np.array([[3, 2**33, 2**40]])
-    q_rank, kv_rank = sa.checks.segment_ids(q_ids, kv_ids)
+    q_rank, kv_rank = segment_ids(q_ids, kv_ids)
     np.testing.assert_array_equal(q_rank, [[2, 0]])
     np.testing.assert_array_equal(kv_rank, [[0, 1, 2]])
 

@@ -35,8 +35,8 @@ from sadsl.selections import (
     vertical_slash,
     vertical_slash_mass,
 )
-from sadsl.selections import vertical_slash as estimate
 from sadsl.selections.base import Content, selections_of
+from sadsl.selections.vertical_slash import best, covering
 
 
 @pytest.fixture(autouse=True)
@@ -83,22 +83,22 @@ def test_a_flex_prefill_head_takes_budgets_of_its_own():
 
 def test_sizes_by_mass_as_worked_out():
     mass = jnp.asarray([0.1, 0.5, 0.1, 0.3])
-    assert [int(estimate.covering(mass, a, 0)) for a in (0.65, 0.8, 1.0)] == [2, 3, 4]
-    assert int(estimate.covering(mass, 0.0, 3)) == 3
-    assert int(estimate.covering(mass, 0.5, 9)) == 4
+    assert [int(covering(mass, a, 0)) for a in (0.65, 0.8, 1.0)] == [2, 3, 4]
+    assert int(covering(mass, 0.0, 3)) == 3
+    assert int(covering(mass, 0.5, 9)) == 4
 
 
 def test_the_best_of_ties_and_of_what_is_not_finite():
-    best = jax.jit(estimate.best)
+    chosen = jax.jit(best)
     scores = jnp.asarray([1.0, np.nan, 2.0, 2.0, np.inf, 2.0, -np.inf])
     for count, first in ((0, []), (2, [2, 3]), (3, [2, 3, 5]), (9, [0, 2, 3, 5])):
-        assert np.flatnonzero(best(scores, jnp.asarray(count))).tolist() == first
+        assert np.flatnonzero(chosen(scores, jnp.asarray(count))).tolist() == first
     forced = jnp.asarray([0, 1, 0, 0, 0, 0, 0]) == 1
     for count, first in ((0, []), (1, [1]), (2, [1, 2]), (9, [0, 1, 2, 3, 5])):
         assert (
-            np.flatnonzero(best(scores, jnp.asarray(count), forced)).tolist() == first
+            np.flatnonzero(chosen(scores, jnp.asarray(count), forced)).tolist() == first
         )
-    level = estimate.best(jnp.zeros((2, 5)), jnp.asarray([1, 3]))
+    level = best(jnp.zeros((2, 5)), jnp.asarray([1, 3]))
     np.testing.assert_array_equal(level.sum(axis=1), [1, 3])
 
 
