@@ -152,9 +152,9 @@ def test_lists_hold_every_block_once(seed, short, monkeypatch):
 def test_traced_lists_hold_every_block_once(seed):
     mask = random_mask(seed)
     traced = jax.jit(lambda p: walks.plan(replace(mask, row_ptr=p)).walks)(mask.row_ptr)
-    (walks,) = jax.tree.map(np.asarray, traced)
+    (found,) = jax.tree.map(np.asarray, traced)
     for index, kinds in enumerate(block_mask.expand(mask)):
-        walk = jax.tree.map(lambda x, index=index: x[index], walks)
+        walk = jax.tree.map(lambda x, index=index: x[index], found)
         np.testing.assert_array_equal(visited(walk, mask), kinds)
 
 

@@ -194,7 +194,7 @@ def test_a_lowered_call_has_its_sink():
         assert sa.plan(spec, N).num_pairs
     with pytest.raises(ValueError, match="reads its sinks from 'sink2', which was not"):
         sa.lower(SINK, q, k, v)
-    with pytest.raises(ValueError, match=r"the sinks of .* must be \(2,\)"):
+    with pytest.raises(ValueError, match=r"the sinks of .* must have shape \(2,\)"):
         sa.lower(SINK, q, k, v, operands={"sink2": FLOATS["sink1"]})
 
 
