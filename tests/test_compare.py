@@ -126,6 +126,7 @@ def test_models_of_two_sizes_are_refused():
         comparison.check_equal_params({"a": 1000, "b": 1011})
 
 
+@pytest.mark.slow
 def test_the_future_is_found_wherever_it_comes_in():
     chosen = sa.causal() & sa.topk(1, block=4, eligible=sa.causal())
     specs = {"causal": sa.causal(), "not": sa.window(5, 1), "by blocks": chosen}

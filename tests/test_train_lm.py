@@ -111,6 +111,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(texts, finished, tmp_pa
     np.testing.assert_allclose(losses(tmp_path), losses(finished[0]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused(texts, finished):
     out, _ = finished
     other = run(texts, out, d_model=32, spec="causal() & window(4)")

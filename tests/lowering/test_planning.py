@@ -104,6 +104,7 @@ NAMED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [8, 16, 40])
 def test_named_maps_and_all_their_pairs_are_exact(block):
     specs = list(NAMED)

@@ -189,7 +189,7 @@ STATIC = Content(
 )
 
 
-@pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "traced"),
     [(TRACED, True), (STATIC, False)],
@@ -210,6 +210,7 @@ def test_against_float64(impl, content, traced):
         oracle.assert_close(a, b, case.dtype, f"{impl} {content} {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", KERNELS)
 def test_vmap_over_words_and_plans(impl):
     case = replace(CASE, batch=1, q_heads=2, q_len=13, kv_len=70)
@@ -287,6 +288,7 @@ def shapes_for(content, impl):
     return gradient_of(content, impl), args
 
 
+@pytest.mark.slow
 def test_machine_code_for_a_tpu():
     f, args = shapes_for(replace(ON_CHIP, block_kv=256, block_q=128), "tpu")
     compiled = targets.compile_for(f, args, "tpu-v5e")

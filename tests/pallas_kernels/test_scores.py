@@ -60,6 +60,7 @@ class Beyond:
         return jnp.where(q + 0 * k < self.length, 0.0, 1e6).astype(jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 def test_padded_queries_change_nothing(impl):
     """Even if a large number is added to their scores."""
@@ -86,6 +87,7 @@ class Every:
         return q_values[0] + kv_values[0] + pairs[0] + pairs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["tpu", "triton"])
 def test_vmap(impl):
     """``vmap`` over the added values alone."""

@@ -63,6 +63,7 @@ def flops(f, *shapes):
     return compiled.compile().cost_analysis()["flops"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("batch", "queries", "keys"),
     [(1, 1, 2048), (4096, 8, 8), (1, 130, 130), (3, 32, 32), (1, 1, 1)],

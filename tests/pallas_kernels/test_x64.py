@@ -48,6 +48,7 @@ def test_table(impl, case):
     case.check(impl, **INTERPRETED[impl])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("impl", "chip"),
     [("tpu", "tpu-v5e"), ("tpu", "tpu-v6e"), ("triton", "h100")],

@@ -69,6 +69,7 @@ COUNTED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("name", "impl"), COUNTED)
 def test_tiles_and_flops_are_those_that_the_kernels_execute(name, impl):

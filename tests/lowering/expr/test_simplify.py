@@ -98,6 +98,7 @@ def test_verdicts_are_true(spec, q, k, data):
         assert told["none"] != told["all"]
 
 
+@pytest.mark.slow
 @settings(max_examples=few(40), suppress_health_check=list(HealthCheck))
 @given(st.lists(strategies.composed(3), min_size=1, max_size=3))
 def test_the_kernel_predicate_selects_the_same_pairs(specs):

@@ -58,6 +58,7 @@ def slots_by_definition(layout):
     return np.array(found)
 
 
+@pytest.mark.slow
 @settings(max_examples=few(20), **SETTINGS)
 @given(layouts())
 def test_slots_and_positions_match_one_to_one(layout):
@@ -157,7 +158,7 @@ def test_plans_in_slots_are_sound_and_no_larger(name, block, eager):
         assert not np.any(~pairs & (kinds == FULL))
 
 
-@pytest.mark.sample(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "impl"),
     [(name, "xla") for name in MAPS]

@@ -138,6 +138,7 @@ def test_key_rows_are_the_query_rows_turned(name):
     np.testing.assert_array_equal(expand(columns), turned)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("seed", range(3))
 def test_runs_of_a_table_of_kinds(seed):
     rng = np.random.default_rng(seed)
@@ -152,6 +153,7 @@ def test_runs_of_a_table_of_kinds(seed):
         np.testing.assert_array_equal(getattr(found, a)[:count], getattr(wanted, b))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("n", [13, 130])
 @pytest.mark.parametrize("text", [SPECS["cells"], SPECS["slash"], SPECS["wide"]])
 def test_bits_hold_what_the_comparison_says(text, n):
@@ -181,6 +183,7 @@ def test_one_word_holds_the_columns_of_many_blocks():
     assert found.member.shape == (8, 128)
 
 
+@pytest.mark.slow
 def test_blocks_in_bits():
     """Some and every bit of each block, of a table with a ragged last column."""
     n, block = 100, 32

@@ -66,6 +66,7 @@ def test_content(name):
     assert constants.literals(found) < 1 << 20
 
 
+@pytest.mark.slow
 def test_large_tables_are_made_at_run_time(monkeypatch):
     q = jnp.ones((2, 100, 1, 8))
     rows = np.sort(np.random.default_rng(0).integers(0, 5, (2, 100)), axis=1)

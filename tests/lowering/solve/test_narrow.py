@@ -144,6 +144,7 @@ def test_many_narrowed_predicates_hold_the_same_pairs(a_map, values):
     assert_narrow(a_map.node, operands_of(a_map.node, values))
 
 
+@pytest.mark.slow
 @quiet(max_examples=few(8))
 @given(strategies.extreme_wheres(), strategies.int32_arrays(N))
 def test_any_int32_is_told_from_any_other(a_map, values):

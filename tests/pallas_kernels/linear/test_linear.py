@@ -166,12 +166,13 @@ def check(case, impl):
             oracle.assert_close(a, b, case.dtype, f"{impl} {case} {name}")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("case", "impl"), CASES, ids=str)
 def test_values_and_gradients(case, impl):
     check(case, impl)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", MOST_SLOW)
 def test_features_of_zero(impl):
     case = Case(20, "dsn")
@@ -238,6 +239,7 @@ class TestDerivatives:
         out, total = linear.attend(inputs, self.CASE.call(impl), impl=impl)
         return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.log(total))
 
+    @pytest.mark.slow
     def test_forward_over_reverse(self):
         """A Hessian times a vector equals a difference of gradients."""
         arrays = self.CASE.inputs()[:4]
@@ -287,6 +289,7 @@ class TestDerivatives:
                 np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("has", ["n", "dn"])
 def test_a_long_sequence(has):
     """131,072 tokens, compared with some rows of the recurrence in float64."""
@@ -340,12 +343,14 @@ def program(case, impl):
 CHIP = Case(600, "dsn", group=2, dim=128, dim_v=128, dtype="bfloat16", chunk=256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["tpu-v5e", pytest.param("tpu-v6e", marks=slow)])
 def test_machine_code(target):
     compiled = targets.compile_for(*program(CHIP, "tpu"), target)
     assert compiled.as_text().count("tpu_custom_call") >= 3
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("has", ["dsn", ""])
 def test_lowers_for_a_gpu(has):
     case = replace(CHIP, has=has, chunk=64, dim=100, dim_v=64)

@@ -70,17 +70,18 @@ def assert_same(actual, expected, tolerance=1e-5):
 
 @pytest.mark.usefixtures("quick")
 class TestValues:
-    @pytest.mark.sample(4)
+    @pytest.mark.slow
     @pytest.mark.parametrize("case", kernel_cases.params(), ids=str)
     def test_table(self, case):
         case.check("tpu", interpret=True)
 
+    @pytest.mark.slow
     def test_blocks_of_whole_registers(self):
         tile = Tile(block_q=128, block_kv=256)
         case = Case(q_len=300, kv_len=300, dim=64, dim_v=128, forward=tile, dkv=tile)
         case.check("tpu", interpret=True)
 
-    @pytest.mark.sample(1)
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("mode", "pattern"),
         [
@@ -106,6 +107,7 @@ class TestBlocks:
         rows = from_blocks(kinds[None], map_of_head=heads, like=like)
         return Masks(rows, rows, rows.transpose())
 
+    @pytest.mark.slow
     def test_a_full_block_never_asks_the_predicate(self):
         case = replace(SMALL, q_len=64, kv_len=64, pattern=Pattern("empty"))
         case = replace(case, dkv=case.forward)
@@ -116,6 +118,7 @@ class TestBlocks:
         expected = jax.jit(jax.value_and_grad(partial(loss, full)))(inputs)
         assert_same(actual, expected, 0)
 
+    @pytest.mark.slow
     def test_an_absent_block_is_never_read(self):
         case = replace(SMALL, q_len=64, kv_len=96, pattern=Pattern("full"))
         case = replace(case, dkv=case.forward)
@@ -131,6 +134,7 @@ class TestBlocks:
         run = jax.jit(jax.value_and_grad(partial(loss, case, masks=masks)))
         assert_same(run(poisoned), run(inputs), 0)
 
+    @pytest.mark.slow
     def test_gradients_repeat_bit_by_bit(self):
         inputs, *_ = SEGMENTS.arrays()
         run = jax.jit(jax.grad(partial(loss, SEGMENTS)))

@@ -54,7 +54,7 @@ def loss(case):
     return of
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", kernel_cases.params(), ids=str)
 def test_table(case):
     case.check("triton", interpret=True)
@@ -78,6 +78,7 @@ def test_vmap():
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_vmap_of_gradient():
     gradient = jax.jit(jax.grad(loss(SMALL)))
     inputs, batch = stacked(SMALL)
@@ -88,6 +89,7 @@ def test_vmap_of_gradient():
             np.testing.assert_allclose(a[i], b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_checkpoint():
     f, (inputs, _, _) = loss(SMALL), SMALL.arrays()
     expected = jax.jit(jax.grad(f))(inputs, SMALL.vectors())
@@ -96,6 +98,7 @@ def test_checkpoint():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_shard_map():
     case = replace(SMALL, batch=4, q_heads=2, kv_heads=1)
     # All batch entries share the plan; a shard has one batch entry.
@@ -130,6 +133,7 @@ def test_check_grads():
     )
 
 
+@pytest.mark.slow
 def test_second_derivative():
     case = replace(SMALL, q_len=20, kv_len=20, batch=1)
     inputs, vectors = case.arrays()[0], case.vectors()
@@ -201,6 +205,7 @@ def test_blocks_outside_of_runs_are_never_read():
     assert not np.isfinite(dirty[0][:, :, :32]).any()
 
 
+@pytest.mark.slow
 def test_traced_run_lists():
     case = replace(SMALL, pattern=Pattern("two maps", maps=2))
     inputs, vectors = case.arrays()[0], case.vectors()
@@ -290,6 +295,7 @@ def with_default_tiles(case):
     return replace(case, forward=tiles.forward, dkv=tiles.dkv)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", LOWERED, ids=str)
 def test_lowers_for_a_gpu(case):
     case = with_default_tiles(case)
@@ -309,6 +315,7 @@ def test_lowers_for_a_gpu(case):
     assert dkv.grid[1:] == (case.kv_heads, case.batch)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.name)
 def test_predicates_lower(pattern):
     case = Case(pattern=pattern, q_len=70, kv_len=70)

@@ -164,6 +164,7 @@ def check(case, function=derivatives, scores=None):
     return found
 
 
+@pytest.mark.slow
 def test_every_mode_up_to_the_second_order():
     check(SMALL, scores=Product())
 
@@ -180,6 +181,7 @@ def test_long_rows_and_rows_without_a_key(monkeypatch):
             assert np.asarray(x[:, :, :40]).any(), name
 
 
+@pytest.mark.slow
 def test_heads_of_different_maps():
     def two(f, x, u, w, c):
         return {"fwd": along(f, x, u), "fwd rev": hessian_product(f, x, c, w)}
@@ -229,6 +231,7 @@ def test_vmap_of_some_operands_and_derivatives_of_vmap():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_remat_shard_map_and_half_precision():
     x, u, _, c = operands(TINY)
     f = attend(TINY)
@@ -269,6 +272,7 @@ def test_what_the_first_order_keeps_and_runs():
     assert text.count("attention_derivative") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_memory_is_linear_in_every_mode():
     n = 2048

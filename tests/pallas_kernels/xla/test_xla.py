@@ -51,12 +51,14 @@ def loss(case):
     return f
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", table(), ids=str)
 @pytest.mark.usefixtures("one_loop")
 def test_values_and_gradients(case):
     case.check("xla")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -70,6 +72,7 @@ def test_rows_of_several_shapes(case):
     case.check("xla")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "pattern", [p for p in PATTERNS if p.name in LONG], ids=lambda p: p.name
 )
@@ -82,6 +85,7 @@ def test_long_rows(pattern):
     case.check("xla")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_loop")
 def test_heads_of_one_key_head_may_follow_different_maps():
     """Key head 0 has one query head of each map, key head 1 two of one map."""
@@ -158,6 +162,7 @@ def test_traced_lists_hold_every_block_once(seed):
         np.testing.assert_array_equal(visited(walk, mask), kinds)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_loop")
 def test_traced_runs_attend():
     """Traced plans match static ones, under jit and under vmap."""
@@ -225,6 +230,7 @@ def test_full_blocks_never_meet_the_predicate():
         np.testing.assert_array_equal(f(x, predicate=predicate).o, own.o)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("chunked")
 def test_full_blocks_of_long_rows_never_meet_the_predicate():
     test_full_blocks_never_meet_the_predicate()
@@ -298,6 +304,7 @@ def test_checkpoint_and_repeatability():
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_loop")
 def test_shard_map_over_batch():
     case = replace(SMALL, batch=4)
@@ -313,6 +320,7 @@ def test_shard_map_over_batch():
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_loop")
 def test_gradients_against_differences():
     case = Case(q_len=13, kv_len=13, batch=1, q_heads=2, kv_heads=1, dim=4, dim_v=4)

@@ -54,6 +54,7 @@ FIRST = vertical_slash(4, 0, last=3, forced_columns=0, forced_slashes=0)
 LOCAL = sa.causal() & sa.window(5)
 
 
+@pytest.mark.slow
 def test_a_sample_runs_and_counts_pairs():
     arrays = heads_of_two_kinds()
     fast, slow = Sample(*arrays), Slow(*arrays)

@@ -26,6 +26,7 @@ def quick(quick_compilation):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_leak_is_as_declared(name):
     case = CASES[name]
@@ -88,6 +89,7 @@ def test_properties_of_what_content_may_choose():
         sa.properties(sa.segments() & best, 16)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["reformer", "key_topw", "key_positive smooth"])
 def test_envelope_holds_every_choice(name):
     case = CASES[name]

@@ -64,6 +64,7 @@ def test_cpu():
     assert "stablehlo" in low.module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e", "tpu7x"])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_tpus(target, gradient):
@@ -75,6 +76,7 @@ def test_tpus(target, gradient):
     assert "custom-call" in compiled.asm()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("target", ["a100", "h100", "h200", "b200"])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_gpus(target, gradient):
@@ -131,6 +133,7 @@ def test_pictures():
     mpl.pyplot.close("all")
 
 
+@pytest.mark.slow
 def test_the_core_does_not_import_extras():
     import subprocess
     import sys

@@ -58,6 +58,7 @@ def test_plans_are_sound(case, block):
         assert not np.any((cell == FULL) & ~pairs)
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: case.name)
 def test_published_sizes(case):
     assert 60_000 <= case.n <= 66_000
@@ -84,6 +85,7 @@ QUICK = {
 }
 
 
+@pytest.mark.sample(1)
 @EVERY
 def test_attention(case):
     """Values and gradients against float64."""
@@ -218,6 +220,7 @@ EQUIVALENT = {
 }
 
 
+@pytest.mark.sample(20)
 @EVERY
 def test_mutants(case):
     by_size = [list(mutants(case.make(size).node)) for size in case.sizes]

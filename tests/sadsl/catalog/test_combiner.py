@@ -90,6 +90,7 @@ def assert_case(name, n, **how):
 SLOW = {"marks": pytest.mark.slow}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "n", "impl"),
     [
@@ -140,6 +141,7 @@ WEIGHTS = np.asarray(np.random.default_rng(5).normal(size=(8, 8)) / 8**0.5, np.f
 FEATURES = {"identity": lambda x: x, "relu": jax.nn.relu, "deep": None}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("impl", ["reference"])
 @pytest.mark.parametrize(
     ("make", "sets", "pool", "phi"),
@@ -213,6 +215,7 @@ VALID = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("impl", ["reference"])
 @pytest.mark.parametrize(
     "name",

@@ -103,6 +103,7 @@ SPECS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
 def test_is_what_loops_find(spec):
     n = 33
@@ -118,6 +119,7 @@ def test_is_what_loops_find(spec):
     assert sa.parse(repr(sa.causal() & spec)) == sa.causal() & spec
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("spec", [key_topw(5), key_topw(5, smooth=4)], ids=repr)
 def test_queries_that_come_late(spec):
     q, k, bias = drawn(1, 13, 2, 4), drawn(1, 33, 1, 4), drawn(1, 1, 33, seed=2)
@@ -198,6 +200,7 @@ def some(n, head_dim, dtype="float32"):
     return [jnp.asarray(drawn(*x, seed=i), dtype) for i, x in enumerate(shapes)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["xla", "tpu", "triton"])
 def test_bias_is_added(impl):
     """Where the keys are chosen by it, and with an odd head_dim."""

@@ -57,6 +57,7 @@ def nsa_by_definition(q, k, v, gates, chosen):
     return sum(gates[..., m, None] * out for m, out in enumerate(outs))
 
 
+@pytest.mark.slow
 def test_native_sparse_attention():
     spec = catalog.native_sparse_attention(3, **NSA)
     selected = catalog.nsa_topk(3, block=8)

@@ -36,6 +36,7 @@ def shapes(tree):
     return {name: x.shape for name, x in flat.items()}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", LAYERS)
 def test_both_layers_are_one_function_of_one_tree(name):
     x = inputs()
@@ -67,6 +68,7 @@ def test_both_layers_are_one_function_of_one_tree(name):
     np.testing.assert_array_equal(after[:, :7], a[:, :7])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("variant", ["logsparse", "mixture"])
 def test_every_variant_is_a_layer(variant):
     causal = variant == "logsparse"

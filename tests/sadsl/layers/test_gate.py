@@ -114,6 +114,7 @@ def test_the_target_a_few_rows_at_a_time(monkeypatch):
     np.testing.assert_allclose(target(q, k, block=8)[0], target_oracle(q, k), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_gate_learns_and_its_scores_decide():
     q, k = qk()
     wanted = target(q, k, block=8)

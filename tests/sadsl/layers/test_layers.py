@@ -46,6 +46,7 @@ def params_of(layer):
     return nnx.to_pure_dict(nnx.state(layer, nnx.Param))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [None, 2, 1])
 def test_nnx_equals_dense_values_and_gradients(kv_heads):
     layer = nnx_layer(num_kv_heads=kv_heads)
@@ -69,6 +70,7 @@ def test_nnx_equals_dense_values_and_gradients(kv_heads):
         )
 
 
+@pytest.mark.slow
 def test_nnx_cross_attention_and_segments():
     layer = nnx_layer("segments()", head_dim=5, out_features=7)
     x, kv = normal(BATCH, SEQ, FEATURES), normal(BATCH, 13, FEATURES, seed=2)
@@ -147,6 +149,7 @@ def test_layers_built_alike_share_one_compilation():
     assert attention_fn("causal()") != attention_fn("full()")
 
 
+@pytest.mark.slow
 def test_linen_equals_nnx():
     x = normal(BATCH, SEQ, FEATURES)
     layer = sparse_linen.SparseAttention(
@@ -211,6 +214,7 @@ def test_flax_nnx_layer_with_a_causal_spec_equals_its_own():
         np.testing.assert_allclose(a, b, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_flax_linen_layer_with_a_causal_spec_equals_its_own():
     x, mask = (
         normal(BATCH, SEQ, FEATURES),
@@ -239,6 +243,7 @@ def test_is_causal_adds_the_causal_map():
     )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 def test_any_number_of_batch_axes(batch):
     q, k, v = (normal(*batch, 9, 2, 8, seed=s) for s in range(3))

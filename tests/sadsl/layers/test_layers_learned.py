@@ -70,6 +70,7 @@ def mixed_by_hand(params, x):
     return jnp.einsum("bshd,hdf->bsf", out, params["out"]["kernel"])
 
 
+@pytest.mark.slow
 def test_sinks_and_gates_are_made_and_learned():
     layer, weights = nnx_layer(MIXED), normal(2, SEQ, FEATURES, seed=3)
     layer.learned["sink"][...] = normal(HEADS, seed=4)
@@ -241,6 +242,7 @@ class Stack(nnx.Module):
         return x
 
 
+@pytest.mark.slow
 def test_a_dense_first_stack_learns():
     specs = per_layer(MIXED, 3, first=["causal()"])
     model, wanted = Stack(specs, nnx.Rngs(0)), normal(2, SEQ, FEATURES, seed=7)
@@ -263,6 +265,7 @@ def test_a_dense_first_stack_learns():
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_fewer_query_heads():
     counts = catalog.sqa(4, "SQA")
     assert counts == {"num_heads": 4, "num_q_heads": 2, "num_kv_heads": 1}

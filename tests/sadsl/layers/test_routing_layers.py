@@ -41,6 +41,7 @@ def loops(x, means):
     return label
 
 
+@pytest.mark.slow
 def test_the_centroids_follow_the_published_moving_average():
     x, start = tokens(), clusters.initial(jax.random.key(1), 2, 4, 6)
     np.testing.assert_array_equal(start.sums, start.means)
@@ -74,6 +75,7 @@ def test_a_centroid_without_tokens_stays():
         assert float(jnp.abs(found.means - far.means).max()) > 0
 
 
+@pytest.mark.slow
 def test_directions_of_sums_and_first_centroids():
     x = normalized(tokens(), "unit")
     start = clusters.initial(jax.random.key(1), 2, 4, 6, "unit")
@@ -104,6 +106,7 @@ def test_directions_of_sums_and_first_centroids():
         clusters.lloyd(jax.random.key(0), bunches, 61)
 
 
+@pytest.mark.slow
 def test_the_commitment_loss_and_its_gradient():
     x, means = tokens(), clusters.initial(jax.random.key(1), 2, 4, 6).means
     vectors, centres = np.asarray(x, np.float64), np.asarray(means, np.float64)
@@ -123,6 +126,7 @@ def test_the_commitment_loss_and_its_gradient():
     np.testing.assert_array_equal(nothing, 0)
 
 
+@pytest.mark.slow
 def test_devices_of_an_axis_share_their_centroids():
     x, start = tokens(), clusters.initial(jax.random.key(1), 2, 4, 6)
     unit = normalized(x, "unit")
@@ -180,6 +184,7 @@ def by_hand(layer, x):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "share_qk"),
     [("official", True), ("lucidrains", True), ("official", False)],
@@ -226,6 +231,7 @@ def test_a_step_of_the_nnx_layer(variant, share_qk):
     np.testing.assert_allclose(layer.counts[...], moved.counts, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_changes_nothing():
     layer, x = nnx_layer(), jnp.asarray(X)
     layer.eval()

@@ -24,7 +24,7 @@ SPECS = [
 ]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("spec", SPECS)
 def test_specs(impl, spec):
@@ -33,6 +33,7 @@ def test_specs(impl, spec):
     assert_matches(impl, spec, pairs, q, k, v, do)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 def test_permutations_and_tables(impl):
     order = np.random.default_rng(3).permutation(70)
@@ -41,6 +42,7 @@ def test_permutations_and_tables(impl):
     assert_matches(impl, spec, spec.dense(70, num_heads=4)[None], q, k, v, do)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 def test_lengths_and_value_dim_differ(impl):
     q, k, v, do = arrays(q_len=33, kv_len=57, dim=16, dim_v=32)
@@ -81,6 +83,7 @@ def test_operands_by_query_head_and_batch(impl):
     assert_matches(impl, text, pairs, q, k, v, do, operands=operands)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 def test_query_offset(impl):
     q, k, v, do = arrays(q_len=20, kv_len=70)
@@ -89,6 +92,7 @@ def test_query_offset(impl):
     assert_matches(impl, spec, pairs, q, k, v, do, q_offset=50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 def test_soft_cap(impl):
     q, k, v, do = arrays()
@@ -97,7 +101,7 @@ def test_soft_cap(impl):
     assert_matches(impl, spec, pairs, q, k, v, do, soft_cap=1.5)
 
 
-@settings(max_examples=few(6), suppress_health_check=list(HealthCheck))
+@settings(max_examples=few(6, least=2), suppress_health_check=list(HealthCheck))
 @given(
     strategies.with_heads(),
     st.sampled_from([(1, 1), (13, 33), (60, 60), (45, 20)]),
@@ -112,7 +116,7 @@ def test_random_maps_on_the_cpu_path(spec, lengths, block):
 
 
 @pytest.mark.parametrize("impl", ["tpu", "triton"])
-@settings(max_examples=few(2), suppress_health_check=list(HealthCheck))
+@settings(max_examples=few(2, least=1), suppress_health_check=list(HealthCheck))
 @given(strategies.with_heads())
 def test_random_maps_on_kernels(impl, spec):
     q, k, v, do = arrays(1, 45, 50, 6, 3, 16, 16)
@@ -164,6 +168,7 @@ def test_transforms(impl):
     assert_same((total.sum(), tuple(g[:, 0] for g in grads)))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("axis", [0, 2])
 def test_shard_map_over_batch_or_heads(impl, axis):
@@ -185,6 +190,7 @@ def test_shard_map_over_batch_or_heads(impl, axis):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "impl", ["xla", "tpu", pytest.param("triton", marks=pytest.mark.slow)]
 )
@@ -208,6 +214,7 @@ def test_second_derivatives(impl):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype):
     q, k, v, _ = (x.astype(dtype) for x in arrays())

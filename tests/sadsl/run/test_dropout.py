@@ -31,6 +31,7 @@ def kept(spec, impl, q_len=26, kv_len=26, batch=2, heads=4, **options):
     return np.asarray(call(q, k, v)).swapaxes(1, 2) > 0
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("impl", IMPLS[1:])
 @pytest.mark.parametrize(
     "spec",
@@ -47,6 +48,7 @@ def test_the_mask_is_the_same_on_every_backend(impl, spec):
     np.testing.assert_array_equal(kept(spec, impl), same)
 
 
+@pytest.mark.slow
 def test_the_mask_depends_on_nothing_but_key_entry_head_and_positions():
     every = kept(sa.full(), "reference")
     assert abs(every.mean() - (1 - RATE)) < 4 * np.sqrt(RATE * (1 - RATE) / every.size)
@@ -141,6 +143,7 @@ APART = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", APART)
 def test_each_part_draws_from_the_key_of_its_path(name):
     spec, part, path = APART[name]
@@ -213,6 +216,7 @@ SEVERAL = [
 PATHS = [[(0,), (1,), (1, 1)], [(0,), (1,)], [(0, 0), (0, 1), (1,)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 def test_mixtures_drop_alike_on_every_backend(impl):
     check_dropped(impl, SEVERAL[0])
@@ -338,6 +342,7 @@ def test_what_does_not_fit_is_refused():
     refused(NotImplementedError, "is not implemented", clusters, centroids, **CALL)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("target", ["tpu-v5e", "h100"])
 def test_it_lowers_for_chips(target):
     """All three kernels are lowered, for a TPU as far as machine code."""

@@ -171,6 +171,7 @@ def narrowed(jaxpr):
     return found
 
 
+@pytest.mark.sample(1)
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", MANY)
 def test_both_paths_agree_in_all_digits(name):
@@ -224,6 +225,7 @@ def test_kernels_refuse_float64(impl, name):
         attend(CASES[name], impl, floats, named)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", but_for(["dropout"]))
 @pytest.mark.parametrize("impl", IMPLS)

@@ -56,6 +56,7 @@ def pairs_of(spec, values):
     )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("which", MAPS)
 @pytest.mark.parametrize("impl", calls.IMPLS)
@@ -152,6 +153,7 @@ LINEAR = "linear('elu1', map=causal() & segments())"
 DOCUMENTS = np.arange(N)[None] // 6
 
 
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("spec", ["causal() & segments()", LINEAR])
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def operands(term):
     return found
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "term",
     [

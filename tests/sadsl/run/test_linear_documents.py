@@ -130,6 +130,7 @@ def test_random_documents_widely(ids, decays, impl):
     check(*ids, decays, impl)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one", [True, False])
 def test_gradients(one):
     """Those of the definition, on traced ids of one array or of two."""
@@ -148,6 +149,7 @@ def test_gradients(one):
         oracle.assert_close(a, np.asarray(b, np.float64), "float32")
 
 
+@pytest.mark.slow
 def test_vmap_over_ids():
     q, k, v = arrays()
     run = lambda ids: call(q, k, v, (ids, ids + 0), 0, None, "xla")[0]
@@ -196,6 +198,7 @@ class TestDecoding:
 
         oracle.assert_close(decoded(ids), want[:, 23], "float32")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("prefill", [False, True])
     def test_a_document_that_comes_back(self, prefill):
         """Refused where ids are known, NaN where they are not; others go on."""

@@ -79,6 +79,7 @@ def check(name, impl, dtype):
         assert error <= RTOL[dtype] * 10 * scale + 1e-7, (name, error / scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 def test_float16(impl):
     check("elu1", impl, "float16")
@@ -98,7 +99,7 @@ def test_every_feature_map(name, impl, dtype):
     check(name, impl, "float16" if name == "large" else dtype)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("map", [sa.causal(), sa.full(), sa.segments()], ids=str)
 @pytest.mark.parametrize("at", [-18.0, -12.0])
 def test_far_below_zero(map, at):
@@ -133,6 +134,7 @@ def test_a_flax_module_gets_float32():
     assert (out != 0).any(axis=-1).all()
 
 
+@pytest.mark.slow
 def test_decoding_in_float16():
     q, k, v = arrays(-18.0, "float16", 0.3)
     term = sa.linear()

@@ -83,7 +83,7 @@ def sharded(run, mesh, over, **options):
     )
 
 
-@pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES],
@@ -99,6 +99,7 @@ def test_shards_of_batch_and_heads_under_the_check(name):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_dropout_and_a_replicated_axis_under_the_check():
     key = jax.random.key(3)
@@ -140,6 +141,7 @@ def test_kernels_lower_under_the_check(name, impl, target):
     assert program.as_text().count(call) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

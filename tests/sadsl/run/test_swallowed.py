@@ -123,6 +123,7 @@ def test_many_parts_that_others_swallow(impl):
     _random(60 if impl in ("reference", "xla") else 25)(impl)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("impl", "chosen_before"), [("reference", False), ("xla", True)]
 )
@@ -150,6 +151,7 @@ def test_what_nothing_reads_need_not_be_given(impl):
         call(spec, operands={"stop": jnp.zeros((1, 2, 3), jnp.int32)})
 
 
+@pytest.mark.slow
 def test_other_terms_take_what_their_maps_read_as_written():
     q, k, v, _ = arrays(**SIZES | {"kv_heads": 2})
     ids = {n: GIVEN[n] for n in ("q_segment_ids", "kv_segment_ids")}

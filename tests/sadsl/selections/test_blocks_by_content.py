@@ -132,6 +132,7 @@ def vmoba_topk(gate, own, k, scope):
     return chosen
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("layer", "options"),
     [
@@ -292,6 +293,7 @@ def sparsed_masks(x, y, ratio, new, scale):
     return np.array([[j // 8 in chosen[i // 8] for j in range(N)] for i in range(N)])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("ratio", "new", "scale"), [(0.3, 0, None), (0.3, 20, 0.5), (1.0, 20, None)]
 )
@@ -364,6 +366,7 @@ def test_costs_of_kinetics():
     assert [x * 1e12 for x in found] == pytest.approx([448 + 64, 224 + 32])
 
 
+@pytest.mark.slow
 def test_values_and_gradients_given_the_choice():
     spec = vmoba(2)
     q, k = qk(60)

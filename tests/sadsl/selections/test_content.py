@@ -113,6 +113,7 @@ def dense(spec, q, k):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("impl", "spec"),
     [
@@ -131,6 +132,7 @@ def test_composed(impl, spec):
     assert_matches(impl, spec, pairs, q, k, v, do)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_mask_of_blocks_of_the_user(impl):
     text = "where(lambda q, k, h: operand('mask')[h, q // 16, k // 24] == 1)"
@@ -140,6 +142,7 @@ def test_a_mask_of_blocks_of_the_user(impl):
     assert_matches(impl, text, pairs, q, k, v, do, operands={"mask": mask})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["xla", "triton"])
 def test_query_offset(impl):
     q, k, v, do = arrays(q_len=20)
@@ -153,6 +156,7 @@ def test_query_offset(impl):
     assert_matches(impl, spec, pairs, q, k, v, do, q_offset=50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["xla", "tpu", "triton"])
 def test_documents_that_cannot_meet_are_not_visited(impl):
     """Two documents in a sequence: what is wrong in one is not read by the other."""

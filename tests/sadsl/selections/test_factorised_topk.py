@@ -101,6 +101,7 @@ def by_head(x):
     return np.swapaxes(np.asarray(x), 1, 2)
 
 
+@pytest.mark.slow
 def test_attention_and_gradients():
     n, spec = 21, catalog.sparsifiner(0.25, 2)
     q, k, v, do = (drawn(2, n, 2, 4, seed=s) for s in range(4))

@@ -91,6 +91,7 @@ SPECS = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
 def test_is_what_loops_find(spec):
     small = [(1, 1), (13, 13)] if spec == SPECS[0] else []
@@ -150,6 +151,7 @@ def by_head(x):
     return np.swapaxes(np.asarray(x), 1, 2)
 
 
+@pytest.mark.slow
 def test_attention_and_gradients():
     spec = catalog.reformer(8, 2, 16)
     q, v, do = (jnp.asarray(drawn(2, 67, 2, 8, seed=s)) for s in (0, 1, 2))

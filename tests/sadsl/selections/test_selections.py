@@ -87,6 +87,7 @@ SPECS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
 def test_the_choice_is_the_definition(spec):
     gate = {"gate": GATE} if spec.operands else {}
@@ -169,6 +170,7 @@ def test_a_budget_over_the_eligible_set_takes_it_all():
     assert not chosen(nothing).any()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("fraction", "columns", "kept"),
     [(0.1, 64, 3), (0.2, 64, 6), (0.5, 64, 18), (0.0, 9, 1)],
@@ -235,6 +237,7 @@ MAPS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("offset", [0, 21])
 def test_cells_that_hold_a_pair(name, offset):
@@ -257,6 +260,7 @@ def test_tiles_are_named_as_their_map_has_them():
         assert sa.parse(repr(within(each))) == within(each)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("spec", "leak"),
     [

@@ -47,6 +47,7 @@ def compiled_quickly():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("n", [1, 13, 130])
 def test_vertical_slash_takes_the_mass_of_the_last_queries(n):
     q, k, _ = sample(n)
@@ -125,6 +126,7 @@ def test_kept_keys_are_those_that_the_end_of_the_prompt_attends_to():
 LABEL = np.array([0] * 5 + [1] * 9 + [0] * 3 + [1] * 2 + [0] * 11 + [2] * 4)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("other", [None, 0, 1])
 def test_vertical_slash_of_a_modality_looks_at_its_last_span(other):
     """The last span of modality 1 has two rows, so its estimate has two."""
@@ -184,6 +186,7 @@ def test_stripes_come_near_to_the_anchor_of_their_group():
 SMALL_DHSA = {"block": 8, "first": 3, "local": 4, "last": 2}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("n", "options"),
     [(1, {}), (70, {}), (70, {"by_block": True}), (13, {"max_chunks": 2})],
@@ -218,6 +221,7 @@ def test_boundaries_of_the_teacher():
         assert np.flatnonzero(found[0]).tolist() == sorted([0, *expected[:most]])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("n", "spec"),
     [
@@ -235,6 +239,7 @@ def test_the_descent_replayed(n, spec):
         np.testing.assert_array_equal(found[h], descent_by_definition(qh, kh, spec))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [
@@ -264,6 +269,7 @@ FAMILIES = sa.per_head(
 )
 
 
+@pytest.mark.slow
 def test_attention_over_what_was_selected():
     """Values and gradients on the implementation's own choice, two heads a key head."""
     n = 70
@@ -302,6 +308,7 @@ EVERYTHING = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_a_budget_for_everything_is_dense(name):
     n, spec = 50, EVERYTHING[name]
@@ -334,6 +341,7 @@ def test_a_key_that_is_not_finite_is_not_chosen(bad):
     assert not empty.any()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["vertical_slash", "chunk_budget", "descent"])
 def test_queries_from_an_offset_choose_as_among_all(name):
     spec = dict(zip(FAMILY_NAMES, FAMILIES.maps, strict=True))[name]

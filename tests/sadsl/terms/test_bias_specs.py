@@ -86,6 +86,7 @@ def test_lowering_for_gpus():
     assert low.module.count("tt.func") == 3
 
 
+@pytest.mark.slow
 def test_compiling_for_a_tpu():
     """The kernel loads windows of strips and of pairs."""
     low = sa.lower(LOWERED, *SHAPES, target="tpu-v5e", operands=OPERANDS)

@@ -151,6 +151,7 @@ def expected(case, learned, dlse):
         return jax.tree.map(np.asarray, (*values, *gradients))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "impl"),
     [("products", "reference"), ("products", "xla")]
@@ -267,6 +268,7 @@ def test_second_derivatives_of_kernels():
         oracle.assert_close(a, np.asarray(b), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_who_asks_for_no_gradient_does_not_pay():
     """The compiler drops the walk that finds it."""

@@ -86,6 +86,7 @@ class TestLengths:
             want, _ = definition(elu1_of, q, k, v, pairs, g, offset=offset)
             oracle.assert_close(out, want, "float32")
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("map", [sa.full(), sa.segments()], ids=str)
     def test_cross_attention(self, map):
         """Documents in any order, some of them without keys or without queries."""
@@ -108,6 +109,7 @@ class TestLengths:
 
 
 class TestGradients:
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize(
         "map",
         [sa.full(), pytest.param(sa.segments(), marks=pytest.mark.slow), DOCUMENTS],

@@ -92,6 +92,7 @@ class TestOperands:
         with pytest.raises(ValueError, match=message):
             sa.attention(q, k, v, sa.linear(decay="g"), operands=given)
 
+    @pytest.mark.slow
     def test_queries_of_another_document(self):
         """A query with an id that no key has is padding, and sees nothing."""
         q, k, v = arrays(4, 4, batch=1)

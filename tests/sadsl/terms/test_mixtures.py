@@ -82,6 +82,7 @@ def check(spec, wanted, impl="xla", given=None, *, sizes=None):
 KERNELS = [pytest.param(x, marks=pytest.mark.slow) for x in ("tpu", "triton")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["reference", "xla", *KERNELS])
 def test_a_joint_of_different_options_is_one_normaliser(impl):
     spec = sa.joint(sa.softmax(NEAR, 5.0), FAR, sa.softmax(FIRST, 5.0))
@@ -147,6 +148,7 @@ def test_resolved_terms_are_disjoint_and_cover(a, b, c):
         assert every[1][head, query, key]
 
 
+@pytest.mark.slow
 def test_pairs_that_two_terms_claim_are_refused_counted_or_removed():
     q, k, v, _ = arrays()
     with pytest.raises(ValueError, match="query 0 and key 0 of head 0 are in both"):
@@ -164,6 +166,7 @@ def test_pairs_that_two_terms_claim_are_refused_counted_or_removed():
     check(sa.joint(NEAR, FAR, overlap="count"), twice)
 
 
+@pytest.mark.slow
 def test_what_content_decides_gives_up_pairs_at_run_time():
     q, k, *_ = arrays()
     best = sa.causal() & sa.topk(2, block=8)
@@ -192,6 +195,7 @@ def test_what_content_decides_gives_up_pairs_at_run_time():
 # ---- Sinks, weights, averages, gates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["reference", "xla"])
 def test_sinks_join_the_normaliser(impl):
     spec = sa.softmax(NEAR & sa.queries(3, 80), 5.0, sink=True)
@@ -219,6 +223,7 @@ def test_a_sink_of_a_joint_counts_once():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_weights_average_and_gates():
     near, far = (jnp.asarray(m.dense(70)[None]) for m in (NEAR, FAR - NEAR))
 
@@ -262,6 +267,7 @@ def test_mixtures_nest_and_work_by_head():
     assert sa.properties(spec, 70, 4).num_pairs == (NEAR | FAR | FIRST).dense(70).sum()
 
 
+@pytest.mark.slow
 def test_empty_rows_of_all_parts_stay_empty():
     q, k, v, _ = arrays()
     late = sa.queries(20, 70)

@@ -143,6 +143,7 @@ def _random(impl, examples):
     run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_nested_spec_is_its_definition(impl):
     _random(impl, {"reference": 4, "xla": 3}.get(impl, 1))
@@ -174,6 +175,7 @@ NESTED = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("spec", NESTED, ids=repr)
 def test_no_option_is_lost_on_the_way(spec):
     check("reference", spec)

@@ -201,6 +201,7 @@ def test_norms_and_the_centroid_product(quick):
 # ---- The averaged term
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["xla", "tpu", "triton", "reference"])
 def test_the_official_head(impl):
     n, heads = (130 if impl == "xla" else 37), 2
@@ -234,6 +235,7 @@ def test_lucidrains_sees_itself_only_where_it_is_alone(impl, quick):
     check(near, q, k, v, centroids, members, allowed, **options)
 
 
+@pytest.mark.slow
 def test_keys_of_their_own_shared_by_groups_under_a_map_of_each_head(quick):
     n, heads = 53, 4
     q, k = normal(1, n, heads, 8), normal(1, n, 2, 8, seed=1)
@@ -250,6 +252,7 @@ def test_keys_of_their_own_shared_by_groups_under_a_map_of_each_head(quick):
     check(term, q, k, v, centroids, members, allowed, **options)
 
 
+@pytest.mark.slow
 def test_one_cluster_of_all_is_dense_attention(quick):
     q, v = normal(1, 257, 2, 8), normal(1, 257, 2, 8, seed=1)
     q, v, centroids = map(jnp.asarray, (q, v, normal(2, 1, 8, seed=2)))
@@ -259,6 +262,7 @@ def test_one_cluster_of_all_is_dense_attention(quick):
     np.testing.assert_allclose(found, dense / 1.01, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_segments_an_offset_and_what_select_chose(quick):
     n, skipped = 48, 9
     q, k, v = (jnp.asarray(normal(2, n, 2, 8, seed=i)) for i in range(3))
@@ -319,6 +323,7 @@ def test_vectors_that_are_not_finite_are_in_no_cluster(quick):
 # ---- As a map
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("members", ["argmax", "topw"])
 def test_the_map_is_one_softmax_over_the_union(members, quick):
     q, k, v = (normal(2, 40, 2, 8, seed=i) for i in range(3))

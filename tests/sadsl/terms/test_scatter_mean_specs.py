@@ -43,6 +43,7 @@ def test_heads_are_calls_of_their_own():
         sa.plan(spec, 30)
 
 
+@pytest.mark.slow
 def test_heads_pass_operands_to_the_parts_that_read_them():
     q, v = (jnp.asarray(normal(1, 24, 4, 8, seed=i)) for i in range(2))
     spec = routing_transformer(4, 2, 10, local_window=5)
@@ -67,6 +68,7 @@ def test_heads_pass_operands_to_the_parts_that_read_them():
 # ---- Slots
 
 
+@pytest.mark.slow
 def test_slots_and_their_sums_are_each_other_s_gradient():
     position = np.array([[0, 2, 5, 2, 2, 6], [6, 6, 6, 6, 6, 6]])
     slots = slots_of(jnp.asarray(position, jnp.int32), 6)
@@ -158,7 +160,7 @@ def test_calls_that_do_not_fit_are_refused():
     refused(ValueError, "float centroids .* not given", kmeans(3), {})
     refused(NotImplementedError, "more than one normaliser", kmeans(3), return_lse=True)
     term = sa.scatter_mean(kmeans(3))
-    with pytest.raises(ValueError, match="for 12 keys: pass share_qk=False"):
+    with pytest.raises(ValueError, match="and 12 keys: pass share_qk=False"):
         sa.attention(q[:, :5], q, q, term, operands=good)
     alone, half = sa.scatter_mean(kmeans(3), own_key="alone"), q[:, :6]
     with pytest.raises(ValueError, match="takes q_offset=0"):

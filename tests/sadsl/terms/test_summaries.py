@@ -56,6 +56,7 @@ def sets_of(partition, n):
     return [sorted(tuples[j] for j in np.flatnonzero(row)) for row in seen]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", PARTITIONS)
 def test_regions_are_the_sets_of_the_paper(name):
     sets, partition = PARTITIONS[name]
@@ -108,6 +109,7 @@ def test_a_tower_has_a_region_a_token_and_a_few_blocks_a_query():
         assert plan.num_full + plan.num_partial <= 2 * n // 128 + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["max", "mean", "sum"])
 def test_pools_are_those_of_the_members_that_exist(pool):
     n = 13
@@ -250,6 +252,7 @@ def test_regions_of_your_own_without_members_are_not_seen():
     oracle.assert_close(mine, np.asarray(theirs, np.float64), "float32")
 
 
+@pytest.mark.slow
 def test_tokens_of_no_cluster_and_empty_clusters_are_left_out():
     q = jnp.asarray(np.random.default_rng(0).normal(size=(1, 7, 1, 4)), jnp.float32)
     kmeans = sa.kmeans(3, members="argmax", norm="none")
@@ -290,6 +293,7 @@ def test_a_block_of_queries_lists_the_last_of_each_cluster_before_it(clusters):
             np.testing.assert_array_equal(of_block[head, b], last)
 
 
+@pytest.mark.slow
 def test_labels_may_be_given():
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.normal(size=(1, 13, 2, 8)), jnp.float32)
