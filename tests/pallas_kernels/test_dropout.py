@@ -151,6 +151,7 @@ def test_values_and_gradients(impl, case):
         oracle.assert_close(a, np.asarray(b), "float32", f"{impl} {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["xla", "tpu", "triton"])
 def test_gradient_of_keys_is_that_of_the_dense_pass(impl):
     """``dk`` under dropout equals that of ``pallas_kernels.dense``."""

@@ -19,6 +19,7 @@ def heads_first(x):
     return np.swapaxes(np.asarray(x, np.float64), 1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("dim", "soft_cap"),

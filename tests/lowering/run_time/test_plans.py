@@ -93,6 +93,7 @@ def pairs_of(text, given, n, b):
     return sa.parse(text).dense(n, num_heads=HEADS, operands=mine)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("n", [70, 130])
 @pytest.mark.parametrize("name", SPECS)
 def test_never_misses_a_pair_and_never_calls_full_what_is_not(name, n):

@@ -150,6 +150,7 @@ class TestTransforms:
         stack = partial(jax.tree.map, lambda *x: jnp.stack(x))
         return inputs, vectors, stack(*inputs), stack(*vectors)
 
+    @pytest.mark.slow
     def test_vmap(self):
         each, vectors, inputs, stacked = self.examples(SEGMENTS)
         one = jax.jit(partial(attend, SEGMENTS))
@@ -157,6 +158,7 @@ class TestTransforms:
         for i, (x, y) in enumerate(zip(each, vectors, strict=True)):
             assert_same(jax.tree.map(lambda a, i=i: a[i], out), one(x, y))
 
+    @pytest.mark.slow
     def test_vmap_of_grad_with_shared_vectors_and_values(self):
         each, vectors, inputs, _ = self.examples(SEGMENTS)
         shared = each[0].v
@@ -169,6 +171,7 @@ class TestTransforms:
         for i, x in enumerate(each):
             assert_same(jax.tree.map(lambda a, i=i: a[i], out), one(x.q, x.k))
 
+    @pytest.mark.slow
     def test_vmap_of_vmap(self):
         case = replace(SEGMENTS, batch=1)
         each, vectors, inputs, _ = self.examples(case)
@@ -178,12 +181,14 @@ class TestTransforms:
         for i, x in enumerate(each):
             assert_same(jax.tree.map(lambda a, i=i: a[0, i], out), one(x))
 
+    @pytest.mark.slow
     def test_checkpoint(self):
         inputs, *_ = SMALL.arrays()
         value = partial(loss, SMALL)
         plain, saved = jax.grad(value), jax.grad(jax.checkpoint(value))
         assert_same(jax.jit(saved)(inputs), jax.jit(plain)(inputs))
 
+    @pytest.mark.slow
     def test_shard_map_over_batch(self):
         case = replace(SEGMENTS, batch=4)
         inputs, *_ = case.arrays()
@@ -195,6 +200,7 @@ class TestTransforms:
         )
         assert_same(jax.jit(local)(inputs, vectors), jax.jit(gradient)(inputs, vectors))
 
+    @pytest.mark.slow
     def test_gradients_against_differences(self):
         case = Case(batch=1, q_heads=2, kv_heads=1, q_len=9, kv_len=9, dim=4, dim_v=4)
         inputs, *_ = case.arrays()
@@ -209,6 +215,7 @@ class TestTransforms:
 class TestTables:
     """Plans in table form: too long for scalar memory, or traced."""
 
+    @pytest.mark.slow
     def test_a_long_plan(self, monkeypatch):
         monkeypatch.setattr(runs, "SCALAR_BYTES", 60)
         case = replace(SMALL, pattern=Pattern("two maps", maps=2), q_len=90)
@@ -229,6 +236,7 @@ class TestTables:
 
         return f
 
+    @pytest.mark.slow
     def test_traced(self):
         case = replace(SMALL, pattern=Pattern("holes"), q_len=90, q_heads=4)
         inputs, *_ = case.arrays()
@@ -236,6 +244,7 @@ class TestTables:
         arrays = [arrays_of(m) for m in case.masks()]
         assert_same(jax.jit(self.valued(case))(inputs, arrays), expected)
 
+    @pytest.mark.slow
     def test_a_plan_for_each_example(self):
         tile = Tile(block_q=16, block_kv=16)
         case = Case(batch=2, q_heads=4, q_len=40, kv_len=40, forward=tile, dkv=tile)
@@ -328,10 +337,12 @@ def chip_case(block=256, **options):
 
 @pytest.mark.parametrize("target", CHIPS)
 class TestMachineCode:
+    @pytest.mark.slow
     def test_maps_of_heads(self, target):
         pattern = Pattern("two maps", maps=2)
         compile_gradient(chip_case(dim=64, dim_v=64, pattern=pattern), target)
 
+    @pytest.mark.slow
     def test_segments_in_a_long_band(self, target):
         n, pattern = 131_072, Pattern("segments", segments=True)
         case = chip_case(q_len=n, kv_len=n, dim=128, dim_v=128, pattern=pattern)
@@ -341,6 +352,7 @@ class TestMachineCode:
         compile_gradient(case, target, masks)
 
 
+@pytest.mark.slow
 def test_machine_code_of_default_tiles():
     tiles = tpu.default_tiles((700, 700), 128, 128, jnp.float32)
     pattern = Pattern("segments", segments=True)
@@ -348,6 +360,7 @@ def test_machine_code_of_default_tiles():
     compile_gradient(replace(case, forward=tiles.forward, dkv=tiles.dkv), "tpu-v5e")
 
 
+@pytest.mark.slow
 def test_machine_code_of_long_causal():
     n = 131_072
     case = chip_case(512, q_len=n, kv_len=n, dim=64, dim_v=64, batch=1)
@@ -355,6 +368,7 @@ def test_machine_code_of_long_causal():
     compile_gradient(case, "tpu-v6e", masks)
 
 
+@pytest.mark.slow
 def test_machine_code_of_a_vmapped_table():
     case = chip_case(128, dim=80, dim_v=40, soft_cap=5.0, batch=1)
     plans = case.masks()

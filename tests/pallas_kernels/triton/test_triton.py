@@ -154,6 +154,7 @@ def test_second_derivative():
         np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.slow
 def test_backward_repeats_bitwise():
     case = replace(SMALL, dtype="bfloat16", kv_heads=1)
     inputs, do, dlse = case.arrays()
@@ -163,6 +164,7 @@ def test_backward_repeats_bitwise():
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+@pytest.mark.slow
 def test_full_runs_never_ask_the_predicate():
     case = Case(q_len=128, kv_len=128, pattern=Pattern("full"), batch=1)
     inputs, _, _ = case.arrays()

@@ -278,6 +278,7 @@ def test_blocks_outside_of_the_runs_are_never_read_by_long_rows():
     check_poison()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_loop")
 def test_jit_of_vmap_and_vmap_of_grad():
     case = SMALL

@@ -141,7 +141,7 @@ WEIGHTS = np.asarray(np.random.default_rng(5).normal(size=(8, 8)) / 8**0.5, np.f
 FEATURES = {"identity": lambda x: x, "relu": jax.nn.relu, "deep": None}
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["reference"])
 @pytest.mark.parametrize(
     ("make", "sets", "pool", "phi"),
@@ -259,6 +259,7 @@ def routed(n, share_qk=True, causal=True, clusters=4):
     return (q, k, v, do), means, spec, nearest(q)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("n", "causal", "impl"),
     # From 129 tokens on, blocks of queries have lists.
@@ -284,6 +285,7 @@ INDUCED = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("impl", ["reference"])
 @pytest.mark.parametrize("name", INDUCED)
 def test_the_weights_are_full_sum_to_one_and_know_no_later_token(name, impl):

@@ -196,7 +196,7 @@ MIXTURES = {
 }
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS[1:])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_terms_ignore_an_unused_cache(impl, name):
@@ -208,7 +208,7 @@ def test_terms_ignore_an_unused_cache(impl, name):
     assert_ignored(impl, spec, pairs, args, q_offset=40, has_lse=has_lse)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("map", [sa.causal() & sa.segments(), sa.segments()], ids=repr)
 def test_linear_attention_ignores_documents_that_no_query_has(impl, map):

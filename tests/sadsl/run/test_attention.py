@@ -51,6 +51,7 @@ def test_lengths_and_value_dim_differ(impl):
     assert_matches(impl, spec, pairs, q, k, v, do)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 def test_segments(impl):
     q, k, v, do = arrays()
@@ -63,6 +64,7 @@ def test_segments(impl):
     assert_matches(impl, "causal() & segments()", pairs, q, k, v, do, **ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 def test_operands_by_query_head_and_batch(impl):
     text = (
@@ -168,7 +170,7 @@ def test_transforms(impl):
     assert_same((total.sum(), tuple(g[:, 0] for g in grads)))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("axis", [0, 2])
 def test_shard_map_over_batch_or_heads(impl, axis):

@@ -171,7 +171,7 @@ def narrowed(jaxpr):
     return found
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", MANY)
 def test_both_paths_agree_in_all_digits(name):
@@ -199,6 +199,7 @@ def test_nothing_is_narrowed_on_the_way(impl, name):
     assert not narrowed(program.jaxpr)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("impl", ["xla", "reference"])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])

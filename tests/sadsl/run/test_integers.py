@@ -93,6 +93,7 @@ def test_what_64_bits_may_not_hold_is_refused_by_name(impl):
         sa.attention(q, k, v, spec, operands=given, impl=impl)
 
 
+@pytest.mark.slow
 def test_what_is_eligible_may_be_beyond_32_bits():
     q, k, v, _ = calls.arrays(1, N, N)
     options = {"impl": "xla", "operands": {}}

@@ -31,7 +31,7 @@ def operands(term):
     return found
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "term",
     [

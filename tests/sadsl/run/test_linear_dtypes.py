@@ -85,6 +85,7 @@ def test_float16(impl):
     check("elu1", impl, "float16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["operand"])
 def test_float16_of_other_features(name):
     check(name, "xla", "float16")
@@ -99,7 +100,7 @@ def test_every_feature_map(name, impl, dtype):
     check(name, impl, "float16" if name == "large" else dtype)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("map", [sa.causal(), sa.full(), sa.segments()], ids=str)
 @pytest.mark.parametrize("at", [-18.0, -12.0])
 def test_far_below_zero(map, at):

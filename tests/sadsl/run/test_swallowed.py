@@ -123,7 +123,7 @@ def test_many_parts_that_others_swallow(impl):
     _random(60 if impl in ("reference", "xla") else 25)(impl)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("impl", "chosen_before"), [("reference", False), ("xla", True)]
 )

@@ -102,6 +102,7 @@ SPECS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["segments", "pairs", "joint", "summaries"])
 def test_specs(name):
     spec, operands, given = SPECS[name]
@@ -122,6 +123,7 @@ def check_choice(name, impl="xla"):
     check_spec(case.spec, dict(case.operands(*qkv[:2])), impl=impl, qkv=qkv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lsh signs", "kmeans", "moba"])
 def test_choices(name):
     check_choice(name)
@@ -133,11 +135,13 @@ def test_every_choice(name):
     check_choice(name)
 
 
+@pytest.mark.slow
 def test_what_is_selected():
     spec = CASES["moba"].spec
     check(lambda q, k: sa.select(spec, q, k), *arrays(48)[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["tpu", "triton"])
 @pytest.mark.parametrize(
     "name", ["segments", *(pytest.param(n, marks=slow) for n in ("map", "linear"))]
@@ -176,6 +180,7 @@ def test_dropout_drops_what_direct_calls_drop(name):
     check(f, *arrays(), KEY, given)
 
 
+@pytest.mark.slow
 def test_a_layer():
     layer = SparseAttention(
         spec="causal() & segments()", num_heads=2, in_features=8, rngs=nnx.Rngs(0)

@@ -51,11 +51,13 @@ def check(spec, impl, dtype="float32"):
         oracle.assert_close(a, np.asarray(b, np.float64), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["xla", "tpu", "triton", "reference"])
 def test_a_traced_scale(impl):
     check("map", impl)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["choice", "with linear"])
 def test_a_traced_scale_of_other_specs(spec):
     check(spec, "xla")
@@ -84,6 +86,7 @@ def test_its_gradient(impl):
     np.testing.assert_allclose(found, want, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_what_is_selected_with_a_traced_scale():
     q, k, _ = arrays()
     found = jax.jit(lambda scale: sa.select(CHOSEN, q, k, sm_scale=scale))(0.7)

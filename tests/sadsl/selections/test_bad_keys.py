@@ -60,7 +60,7 @@ def assert_spoils_its_cell_alone(kind, score, normalise, scope, bad=np.nan):
     assert wanted.any(axis=(1, 2)).all()
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["mean", "min_max", "max", "attention"])
 def test_a_bad_key_spoils_its_own_cell_in_a_choice(score):
     assert_spoils_its_cell_alone("topk", score, "none", "query")
@@ -98,7 +98,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("map", OTHERS, ids=lambda x: type(x).__name__)
 def test_a_bad_key_takes_no_other_from_a_choice(map):
     q, k, *_ = calls.arrays(batch=1, q_len=48, kv_len=48)
