@@ -24,7 +24,7 @@ def biformer(grid: tuple[int, int], k: int, *, regions: int = 7) -> IndexMap:
     Example:
       >>> from sadsl import catalog
       >>> catalog.biformer((8, 8), k=2, regions=4)
-      topk(2, block=grid_tiles((8, 8), (2, 2)), scope='shared')
+      topk(2, block=tiles((8, 8), (2, 2)), scope='shared')
     """
     region = tiles(grid, tuple(-(-side // regions) for side in grid))
     return topk(k, block=region, scope="shared")

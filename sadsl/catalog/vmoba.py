@@ -41,8 +41,8 @@ def vmoba(
       >>> from sadsl import catalog
       >>> sizes = {"frames": 2, "tile": (2, 2), "cube": (2, 2, 2)}
       >>> print(catalog.vmoba((4, 4, 4), layer=1, k=3, **sizes))
-      topk(3, block=grid_tiles((4, 4, 4), (4, 2, 2)), block_q=1, scope='head',
-      forced=within_part(grid_tiles((4, 4, 4), (4, 2, 2))),
+      topk(3, block=tiles((4, 4, 4), (4, 2, 2)), block_q=1, scope='head',
+      forced=within(tiles((4, 4, 4), (4, 2, 2))),
       rules=rules(forced_counts=False, otherwise='eligible'))
     """
     shapes = (frames, *grid[1:]), (grid[0], *tile), cube

@@ -248,11 +248,10 @@ def weighted(term: Spec, log_weight: float) -> Weighted:
       ValueError: ``log_weight`` is not finite.
 
     Example:
-      >>> import math
       >>> import sadsl as sa
-      >>> sample = sa.weighted(sa.strided(4) - sa.window(8, 8), math.log(4))
+      >>> sample = sa.weighted(sa.strided(4) - sa.window(8, 8), 1.386)  # log 4
       >>> sa.joint(sa.window(8, 8), sample)
-      joint(window(8, 8), weighted(strided(4) - window(8, 8), 1.386...))
+      joint(window(8, 8), weighted(strided(4) - window(8, 8), 1.386))
     """
     return Weighted(term, float(log_weight))
 

@@ -189,7 +189,7 @@ STATIC = Content(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("content", "traced"),
     [(TRACED, True), (STATIC, False)],

@@ -121,7 +121,7 @@ def plain(case, factor):
     return f
 
 
-@pytest.mark.slow
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("impl", ["xla", "tpu", "triton"])
 def test_values_and_gradients(impl, case):

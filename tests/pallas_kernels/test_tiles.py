@@ -87,3 +87,11 @@ def test_work_is_that_of_dense_attention(batch, queries, keys):
 
     for own, other in ((ours, theirs), (gradient(ours), gradient(theirs))):
         assert flops(own, q, k, k) < 1.5 * flops(other, q, k, k) + 30_000
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+def test_tiles_of_triton_resolve(dim, dtype):
+    tiles = triton.default_tiles((4096, 4096), dim, dim, dtype)
+    assert KernelConfig().resolve(tiles) == tiles
+    assert KernelConfig(block_q=16).resolve(tiles).dkv.block_q == 16

@@ -158,7 +158,7 @@ def test_plans_in_slots_are_sound_and_no_larger(name, block, eager):
         assert not np.any(~pairs & (kinds == FULL))
 
 
-@pytest.mark.slow
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "impl"),
     [(name, "xla") for name in MAPS]

@@ -70,7 +70,7 @@ def assert_same(actual, expected, tolerance=1e-5):
 
 @pytest.mark.usefixtures("quick")
 class TestValues:
-    @pytest.mark.slow
+    @pytest.mark.sample(2)
     @pytest.mark.parametrize("case", kernel_cases.params(), ids=str)
     def test_table(self, case):
         case.check("tpu", interpret=True)
@@ -150,7 +150,6 @@ class TestTransforms:
         stack = partial(jax.tree.map, lambda *x: jnp.stack(x))
         return inputs, vectors, stack(*inputs), stack(*vectors)
 
-    @pytest.mark.slow
     def test_vmap(self):
         each, vectors, inputs, stacked = self.examples(SEGMENTS)
         one = jax.jit(partial(attend, SEGMENTS))

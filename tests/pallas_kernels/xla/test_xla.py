@@ -51,7 +51,7 @@ def loss(case):
     return f
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("case", table(), ids=str)
 @pytest.mark.usefixtures("one_loop")
 def test_values_and_gradients(case):

@@ -13,6 +13,7 @@ from content_cases import CASES, drawn
 import sadsl as sa
 from lowering import ir
 from lowering.expr.assume import envelope
+from sadsl import catalog
 from sadsl.analysis.leaks import Trial, declared_leak, selection_leak
 from sadsl.maps.symbols import Truth
 from sadsl.run.call import select
@@ -113,3 +114,19 @@ def test_envelope_holds_every_choice(name):
         assert not np.any(least & ~pairs)
         widths.append(int(most.sum() - least.sum()))
     assert widths[0] == widths[1] == case.n * (case.n + 1) // 2
+
+
+def test_specs_are_text_and_say_how_they_leak():
+    leaks = {
+        catalog.minference(): "all",
+        catalog.flex_prefill(): "all",
+        catalog.mminference_q_boundary(): "all",
+        catalog.dhsa(by_block=True): "all",
+        catalog.anchor_attention(step=8): "block",
+        catalog.hip(sinks=16): "block",
+        catalog.snapkv(4096): "none",
+    }
+    for spec, leak in leaks.items():
+        assert sa.parse(repr(spec)) == spec
+        found = {s.leak for s in selections_of(spec)}
+        assert max(found, key=["none", "block", "all"].index) == leak

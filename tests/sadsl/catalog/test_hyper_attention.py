@@ -84,6 +84,7 @@ def weighted(arrays, dlse, counts):
     return o, *pull((do, dlse)), lse
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("how", "lengths", "impl"),
     [

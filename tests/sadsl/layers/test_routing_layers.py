@@ -254,6 +254,7 @@ def test_evaluation_changes_nothing():
     )
 
 
+@pytest.mark.slow
 def test_the_linen_layer_is_the_nnx_layer():
     same, x = nnx_layer(), jnp.asarray(X)
     layer = linen_layers.RoutingAttention(4, ROUTING)

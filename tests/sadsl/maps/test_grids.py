@@ -285,6 +285,7 @@ RUN = [
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("spec", "n"), RUN, ids=lambda x: repr(x)[:70])
 def test_attention(spec, n):
     """Values and gradients against float64."""

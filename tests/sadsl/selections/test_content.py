@@ -113,7 +113,7 @@ def dense(spec, q, k):
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("impl", "spec"),
     [

@@ -35,7 +35,7 @@ from sadsl.selections import (
     vertical_slash,
     vertical_slash_mass,
 )
-from sadsl.selections.base import Content, selections_of
+from sadsl.selections.base import Content
 from sadsl.selections.vertical_slash import best, covering
 
 
@@ -318,6 +318,7 @@ def test_a_budget_for_everything_is_dense(name):
     np.testing.assert_array_equal(found, np.tril(np.ones((2, n, n), bool)))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_key_that_is_not_finite_is_not_chosen(bad):
     n, key = 50, 11
@@ -341,7 +342,7 @@ def test_a_key_that_is_not_finite_is_not_chosen(bad):
     assert not empty.any()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["vertical_slash", "chunk_budget", "descent"])
 def test_queries_from_an_offset_choose_as_among_all(name):
     spec = dict(zip(FAMILY_NAMES, FAMILIES.maps, strict=True))[name]
@@ -389,19 +390,3 @@ def test_bad_input_is_refused(message):
     q, k, _ = sample(13)
     with pytest.raises(ValueError, match=message):
         BAD[message](q, k)
-
-
-def test_specs_are_text_and_say_how_they_leak():
-    leaks = {
-        catalog.minference(): "all",
-        catalog.flex_prefill(): "all",
-        catalog.mminference_q_boundary(): "all",
-        catalog.dhsa(by_block=True): "all",
-        catalog.anchor_attention(step=8): "block",
-        catalog.hip(sinks=16): "block",
-        catalog.snapkv(4096): "none",
-    }
-    for spec, leak in leaks.items():
-        assert sa.parse(repr(spec)) == spec
-        found = {s.leak for s in selections_of(spec)}
-        assert max(found, key=["none", "block", "all"].index) == leak

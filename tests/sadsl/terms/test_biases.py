@@ -151,7 +151,7 @@ def expected(case, learned, dlse):
         return jax.tree.map(np.asarray, (*values, *gradients))
 
 
-@pytest.mark.slow
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "impl"),
     [("products", "reference"), ("products", "xla")]
@@ -186,6 +186,7 @@ def test_values_and_gradients(name, impl):
         oracle.assert_close(a, b, "float32", f"{impl} {name} d{what}")
 
 
+@pytest.mark.slow
 def test_sixteen_bits():
     """What is added stays float32, and so does its gradient."""
     q, k, v, do = (x[:, :20].astype("bfloat16") for x in inputs())
@@ -288,6 +289,7 @@ def test_who_asks_for_no_gradient_does_not_pay():
     assert 0 < loops((0,)) < loops((0, 1))
 
 
+@pytest.mark.slow
 def test_minus_infinity_leaves_a_pair_out():
     """With gradients that are numbers; all left out: an empty row."""
     q, k, v, do = calls.arrays(1, 20, 20, 2, 2, 4, 4)

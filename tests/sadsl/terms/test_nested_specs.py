@@ -175,7 +175,7 @@ NESTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", NESTED, ids=repr)
 def test_no_option_is_lost_on_the_way(spec):
     check("reference", spec)
