@@ -3,9 +3,8 @@
 A bias is an expression, like a map: ``bias(lambda q, k, h: ...)`` is traced once on
 symbols. From it the compiler derives where each part is computed. Arithmetic on
 positions runs in the kernel, and nothing is stored for it. A look-up is made outside
-the kernel, in the smallest layout that holds it: a vector over queries or keys, a
-vector of diagonals if it depends on ``q - k`` alone, else an array of all pairs.
-Learned arrays get their gradients in each layout.
+the kernel, in the smallest layout that holds it: a vector over queries or keys, one of
+diagonals if it depends on ``q - k`` alone, else all pairs. Each layout has gradients.
 """
 
 import math
