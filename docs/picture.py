@@ -1,6 +1,6 @@
 """Draws the picture of README and of the first page: a map, and a plan of blocks.
 
-    python docs/picture.py
+python docs/picture.py
 """
 
 from pathlib import Path

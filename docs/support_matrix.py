@@ -290,9 +290,7 @@ def kernels() -> list[str]:
 
 def cell(letters: str, bold: str) -> str:
     """The letters of a cell, those in ``bold`` as such: ``**FB** J``."""
-    parts = [
-        f"**{x}**" if x in bold else x if x in letters else NONE for x in LETTERS
-    ]
+    parts = [f"**{x}**" if x in bold else x if x in letters else NONE for x in LETTERS]
     return " ".join(parts)
 
 
