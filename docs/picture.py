@@ -9,10 +9,10 @@ import matplotlib as mpl
 
 mpl.use("agg")
 
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+import matplotlib.pyplot as plt
 
-import sadsl as sa  # noqa: E402
-from sadsl import plot  # noqa: E402
+import sadsl as sa
+from sadsl import plot
 
 FILE = Path(__file__).parent / "_static" / "pattern.png"
 

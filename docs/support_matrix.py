@@ -4,8 +4,8 @@
     python docs/support_matrix.py --check    # compares what is tested: seconds
 
 Nothing is claimed by hand. The rows are the tables of the tests. A letter is there if
-JAX traces that transformation of the call; no kernel runs. It is bold if a test compares
-the result with a definition: the test's own parameters say on which backends.
+JAX traces that transformation of the call; no kernel runs. It is bold if a test
+compares the result with a definition: the test's own parameters say on which backends.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The documents: their Python runs, their links lead somewhere, the matrix is current."""
+"""The documents: Python runs, links lead somewhere, the support matrix is current."""
 
 import doctest
 import re
