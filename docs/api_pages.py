@@ -24,10 +24,12 @@ LAYERS = {
     "sadsl.layers.nnx": (
         "SparseAttention", "RoutingAttention", "commitment_loss", "BlockCompressor",
     ),
-    "sadsl.layers.linen": ("SparseAttention", "RoutingAttention"),
-    "sadsl.layers.combiner": (),
+    "sadsl.layers.linen": ("SparseAttention", "RoutingAttention", "BlockCompressor"),
+    "sadsl.layers.combiner": (
+        "Combiner", "RowKeys", "CombinerAttention", "LinenCombinerAttention",
+    ),
     "sadsl.layers.routing": ("Routing",),
-    "sadsl.layers.gate": (),
+    "sadsl.layers.gate": ("BlockGate", "target", "distillation_loss"),
 }  # fmt: skip
 
 
@@ -53,9 +55,15 @@ def entry(module: str, name: str) -> str:
 
 
 def summary(module: str, names: Iterable[str]) -> str:
-    """A table of names with their first lines."""
-    lines = "\n".join(f"   {module}.{name}" for name in names)
-    return f".. autosummary::\n   :nosignatures:\n\n{lines}\n"
+    """A table of names with the first sentences of their docstrings."""
+    lines = [".. list-table::", "   :widths: auto", ""]
+    for name in names:
+        value = getattr(importlib.import_module(module), name)
+        role = "class" if inspect.isclass(value) else "func"
+        first = (inspect.getdoc(value) or "").split("\n\n")[0]
+        lines.append(f"   * - :py:{role}:`~{module}.{name}`")
+        lines.append(f"     - {' '.join(first.split()).removesuffix('::')}")
+    return "\n".join([*lines, ""])
 
 
 def heading(text: str, mark: str = "=") -> str:
@@ -103,10 +111,7 @@ def pages() -> dict[str, str]:
     found["layers"] = page(
         "Layers",
         "Flax modules. They need the extra ``flax``.",
-        {
-            module: list(names) or public(importlib.import_module(module))
-            for module, names in LAYERS.items()
-        },
+        {module: list(names) for module, names in LAYERS.items()},
     )
     plot = importlib.import_module("sadsl.plot")
     found["plot"] = page(

@@ -18,7 +18,6 @@ release = version = version_of("sadsl")
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build"]
@@ -47,7 +46,6 @@ maximum_signature_line_length = 72
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
-autosummary_generate = False
 
 # References in the text must resolve. Annotations name classes of jax and flax, whose
 # pages a build without a network cannot look up.
@@ -63,6 +61,9 @@ html_theme_options = {
     "home_page_in_toc": False,
     "use_download_button": False,
     "use_fullscreen_button": False,
+    # The sidebar has the search field already.
+    "navbar_persistent": [],
+    "navbar_end": [],
 }
 html_copy_source = False
 html_show_sourcelink = False
