@@ -4,6 +4,7 @@ import doctest
 import re
 from pathlib import Path
 
+import jax
 import pytest
 import support_matrix
 
@@ -22,7 +23,14 @@ WITH_CODE = [path for path in PAGES if BLOCK.search(path.read_text())]
 by_name = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.fixture
+def as_users_have_it():
+    """JAX without the strict rules of the tests."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.usefixtures("quick", "as_users_have_it")
 @pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.stem)
 def test_python_in_documents_runs(path):
     """The blocks of a page are one program; what a prompt shows is compared."""
