@@ -155,11 +155,25 @@ def accepted(row: Row, impl: str) -> str:
 
 
 def _traces(f: Callable[..., Any], arrays: tuple[Any, ...]) -> bool:
+    """Whether a function traces, and nothing is left that only reverse mode has."""
     try:
-        jax.eval_shape(f, *arrays)
+        program = jax.make_jaxpr(f)(*arrays)
     except (NotImplementedError, TypeError):
         return False
-    return True
+    # Forward mode of a custom_vjp traces, and fails when it is compiled.
+    return "custom_lin" not in _primitives(program.jaxpr)
+
+
+def _primitives(jaxpr: Any) -> set[str]:
+    """The names of all primitives in a program and in those within it."""
+    found = set()
+    for equation in jaxpr.eqns:
+        found.add(equation.primitive.name)
+        for value in jax.tree.leaves([*equation.params.values()]):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found |= _primitives(inner)
+    return found
 
 
 # ---- bold letters: what tests compare
@@ -260,9 +274,7 @@ def kernels() -> list[str]:
     cases = kernel_cases.table()
     files = {x: f"tests/pallas_kernels/{x}/test_{x}.py" for x in BACKENDS[1:]}
     for impl, path in files.items():
-        text = (ROOT / path).read_text()
-        assert f'case.check("{impl}"' in text, path
-        assert "kernel_cases.params()" in text, path
+        assert f'case.check("{impl}"' in (ROOT / path).read_text(), path
 
     def listed(values: set[Any]) -> str:
         return ", ".join(f"`{x}`" for x in sorted(values))
