@@ -1,6 +1,6 @@
 """Writes ``support_matrix.md``: which mechanism works on which backend.
 
-    python docs/support_matrix.py            # traces everything: some minutes
+    python docs/support_matrix.py            # traces the first table: two minutes
     python docs/support_matrix.py --check    # compares what is tested: seconds
 
 Nothing is claimed by hand. The rows are the tables of the tests. A letter is there if
@@ -36,8 +36,8 @@ import sadsl as sa  # noqa: E402
 PAGE = Path(__file__).parent / "support_matrix.md"
 BACKENDS = calls.IMPLS
 LETTERS = "FBJ2"
-# What stands in a cell whose transformation is refused.
-NONE = "-"
+# What stands for a transformation that is refused, and for one that was not traced.
+REFUSED, UNTRACED = "-", "."
 
 INTRODUCTION = """\
 # What works on which backend
@@ -51,11 +51,14 @@ INTRODUCTION = """\
 | J | forward mode, `jax.jvp` |
 | 2 | second derivatives, `jax.grad` of `jax.grad` |
 
-A letter stands where the call is accepted under that transformation. It is **bold**
-where a test compares the result of this row on this backend with a definition, in
-float64 or by the dense `"reference"`. A letter that is not bold has no test of its own:
-the row reaches the kernels as a plan, bits and vectors, and tests hold those on every
-backend. `-` means that the call is refused with an error.
+A letter is **bold** where a test compares the result of this row on this backend with a
+definition, in float64 or by the dense `"reference"`. A letter that is not bold says that
+JAX accepts the call under that transformation, and that no test of this table compares it.
+`-` means that the call is refused with an error.
+
+The first table has every kind of map and term. The mechanisms below it are made of these,
+and the kernels see of each only a plan, bits and vectors: what a backend does for the kind,
+it does for the mechanism. There, `.` stands for what no test of the table compares.
 
 The `"tpu"` and `"triton"` kernels are tested in Pallas' interpreter; none has run on a
 TPU or a GPU yet. Their second derivatives go through a dense twin, in quadratic memory.
@@ -241,6 +244,8 @@ class Table:
     text: str
     rows: Callable[[], Iterator[Row]]
     tests: ModuleType
+    # Whether every row is traced on every backend, which takes a second each.
+    traced: bool = False
 
 
 def tables() -> list[Table]:
@@ -252,6 +257,7 @@ def tables() -> list[Table]:
             "The table of `tests/sadsl/run/test_float64.py`.",
             lambda: terms(wide),
             wide,
+            traced=True,
         ),
         Table(
             "Mechanisms that positions decide",
@@ -300,9 +306,9 @@ def kernels() -> list[str]:
     ]
 
 
-def cell(letters: str, bold: str) -> str:
-    """The letters of a cell, those in ``bold`` as such: ``**FB** J``."""
-    parts = [f"**{x}**" if x in bold else x if x in letters else NONE for x in LETTERS]
+def cell(letters: str, bold: str, rest: str) -> str:
+    """The letters of a cell, those in ``bold`` as such, ``rest`` for the others."""
+    parts = [f"**{x}**" if x in bold else x if x in letters else rest for x in LETTERS]
     return " ".join(parts)
 
 
@@ -316,7 +322,11 @@ def page(letters_of: Callable[[Table, Row, str], str]) -> str:
         lines += [f"| | {' | '.join(BACKENDS)} |", f"|---|{':-:|' * len(BACKENDS)}"]
         for row in rows:
             cells = [
-                cell(letters_of(table, row, x), bold.get((row.name, x), ""))
+                cell(
+                    letters_of(table, row, x) if table.traced else "",
+                    bold.get((row.name, x), ""),
+                    REFUSED if table.traced else UNTRACED,
+                )
                 for x in BACKENDS
             ]
             lines.append(f"| {row.name} | {' | '.join(cells)} |")
