@@ -51,14 +51,15 @@ INTRODUCTION = """\
 | J | forward mode, `jax.jvp` |
 | 2 | second derivatives, `jax.grad` of `jax.grad` |
 
-A letter is **bold** where a test compares the result of this row on this backend with a
-definition, in float64 or by the dense `"reference"`. A letter that is not bold says that
-JAX accepts the call under that transformation, and that no test of this table compares it.
-`-` means that the call is refused with an error.
+A letter is **bold** where a test compares the result of this row on this backend with
+a definition, in float64 or by the dense `"reference"`. A letter that is not bold says
+that JAX accepts the call under that transformation, and that no test of this table
+compares it. `-` means that the call is refused with an error.
 
-The first table has every kind of map and term. The mechanisms below it are made of these,
-and the kernels see of each only a plan, bits and vectors: what a backend does for the kind,
-it does for the mechanism. There, `.` stands for what no test of the table compares.
+The first table has every kind of map and term. The mechanisms below it are made of
+these, and the kernels see of each only a plan, bits and vectors: what a backend does for
+the kind, it does for the mechanism. There, `.` stands for what no test of the table
+compares.
 
 The `"tpu"` and `"triton"` kernels are tested in Pallas' interpreter; none has run on a
 TPU or a GPU yet. Their second derivatives go through a dense twin, in quadratic memory.
