@@ -57,8 +57,8 @@ that JAX accepts the call under that transformation, and that no test of this ta
 compares it. `-` means that the call is refused with an error.
 
 The first table has every kind of map and term. The mechanisms below it are made of
-these, and the kernels see of each only a plan, bits and vectors: what a backend does for
-the kind, it does for the mechanism. There, `.` stands for what no test of the table
+these, and the kernels see of each only a plan, bits and vectors: what a backend does
+for the kind, it does for the mechanism. There, `.` stands for what no test of the table
 compares.
 
 The `"tpu"` and `"triton"` kernels are tested in Pallas' interpreter; none has run on a
