@@ -12,6 +12,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 import api_pages  # noqa: E402 - a script beside this file
 
 project = "sadsl"
+author = "the authors of sadsl"
 copyright = "the authors of sadsl"
 release = version = version_of("sadsl")
 

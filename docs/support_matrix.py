@@ -1,6 +1,6 @@
 """Writes ``support_matrix.md``: which mechanism works on which backend.
 
-    python docs/support_matrix.py            # traces the first table: two minutes
+    python docs/support_matrix.py            # traces all rows: some minutes
     python docs/support_matrix.py --check    # compares what is tested: seconds
 
 Nothing is claimed by hand. The rows are the tables of the tests. A letter is there if
@@ -36,8 +36,8 @@ import sadsl as sa  # noqa: E402
 PAGE = Path(__file__).parent / "support_matrix.md"
 BACKENDS = calls.IMPLS
 LETTERS = "FBJ2"
-# What stands for a transformation that is refused, and for one that was not traced.
-REFUSED, UNTRACED = "-", "."
+# What stands in a cell for a transformation that is refused.
+REFUSED = "-"
 
 INTRODUCTION = """\
 # What works on which backend
@@ -56,10 +56,8 @@ a definition, in float64 or by the dense `"reference"`. A letter that is not bol
 that JAX accepts the call under that transformation, and that no test of this table
 compares it. `-` means that the call is refused with an error.
 
-The first table has every kind of map and term. The mechanisms below it are made of
-these, and the kernels see of each only a plan, bits and vectors: what a backend does
-for the kind, it does for the mechanism. There, `.` stands for what no test of the table
-compares.
+The kernels see of each mechanism only a plan, bits and vectors; the tests of the first
+table, and `tests/sadsl/selections/test_content.py`, compare these on every backend.
 
 The `"tpu"` and `"triton"` kernels are tested in Pallas' interpreter; none has run on a
 TPU or a GPU yet. Their second derivatives go through a dense twin, in quadratic memory.
@@ -245,8 +243,6 @@ class Table:
     text: str
     rows: Callable[[], Iterator[Row]]
     tests: ModuleType
-    # Whether every row is traced on every backend, which takes a second each.
-    traced: bool = False
 
 
 def tables() -> list[Table]:
@@ -258,7 +254,6 @@ def tables() -> list[Table]:
             "The table of `tests/sadsl/run/test_float64.py`.",
             lambda: terms(wide),
             wide,
-            traced=True,
         ),
         Table(
             "Mechanisms that positions decide",
@@ -307,9 +302,11 @@ def kernels() -> list[str]:
     ]
 
 
-def cell(letters: str, bold: str, rest: str) -> str:
-    """The letters of a cell, those in ``bold`` as such, ``rest`` for the others."""
-    parts = [f"**{x}**" if x in bold else x if x in letters else rest for x in LETTERS]
+def cell(letters: str, bold: str) -> str:
+    """The letters of a cell, those in ``bold`` as such: ``**F** **B** J -``."""
+    parts = [
+        f"**{x}**" if x in bold else x if x in letters else REFUSED for x in LETTERS
+    ]
     return " ".join(parts)
 
 
@@ -323,11 +320,7 @@ def page(letters_of: Callable[[Table, Row, str], str]) -> str:
         lines += [f"| | {' | '.join(BACKENDS)} |", f"|---|{':-:|' * len(BACKENDS)}"]
         for row in rows:
             cells = [
-                cell(
-                    letters_of(table, row, x) if table.traced else "",
-                    bold.get((row.name, x), ""),
-                    REFUSED if table.traced else UNTRACED,
-                )
+                cell(letters_of(table, row, x), bold.get((row.name, x), ""))
                 for x in BACKENDS
             ]
             lines.append(f"| {row.name} | {' | '.join(cells)} |")
