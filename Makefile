@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow check notebooks wheel clean
+.PHONY: demo test test-slow check notebooks docs wheel clean
 
 $(VENV)/.train: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,12 @@ $(VENV)/.test: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+$(VENV)/.docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 demo: $(VENV)/.train  ## trains a dense and a sparse model on real text; pictures in out/
@@ -36,8 +42,12 @@ check: $(VENV)/.test  ## lint, types, import arrows
 notebooks: $(VENV)/.test  ## runs every notebook
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
 
+docs: $(VENV)/.docs  ## builds the pages into docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+
 wheel: $(VENV)/.test  ## builds the wheel and uses it outside of the checkout
 	./.ci/wheel $(PYTHON)
 
 clean:
-	rm -rf $(VENV) out dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) out dist docs/_build docs/api docs/notebooks
+	rm -rf .pytest_cache .ruff_cache .hypothesis

@@ -2,7 +2,7 @@
 
     python examples/compare.py                          # some ten minutes
     python examples/compare.py --only=dense --only=window --seeds=5
-    python examples/compare.py --readme                 # and writes the README's table
+    python examples/compare.py --docs                   # and writes the table of docs
 
 Each kind trains a byte-level model once for each seed, on the sources of Python's
 standard library or on ``--data``. For one seed, all kinds see the same batches. All
@@ -46,7 +46,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 # Each step of a round runs twice, and the second run is timed.
 TIMED_ROUNDS = 15
 AHEAD = "members of a cluster depend on later bytes, as published"
@@ -62,7 +62,7 @@ class Options:
     seeds: int | None
     steps: int | None
     fresh: bool
-    readme: bool
+    docs: bool
     quick: bool
 
 
@@ -78,7 +78,7 @@ def options(arguments: Sequence[str]) -> Options:
     add("--seeds", type=int, help=f"runs of each kind ({DEFAULT.seeds})")
     add("--steps", type=int, help=f"steps of a run ({DEFAULT.train.steps})")
     add("--fresh", action="store_true", help="forget finished runs")
-    add("--readme", action="store_true", help="put the table into README.md")
+    add("--docs", action="store_true", help="put the table into docs/benchmarks.md")
     add("--quick", action="store_true", help="two kinds, two seeds, four tiny steps")
     given = vars(parser.parse_args(arguments))
     only = given.pop("only")
@@ -306,9 +306,9 @@ def compare(asked: Options, console: Console) -> None:
     marked = write(asked.out, rows, runs, said)
     console.print(f"\n{comparison.text_table(rows)}\n\n{said}", highlight=False)
     console.print(f"wrote {asked.out}", highlight=False, soft_wrap=True)
-    if asked.readme:
-        comparison.insert(README, marked)
-        console.print(f"wrote {README}", highlight=False, soft_wrap=True)
+    if asked.docs:
+        comparison.insert(PAGE, marked)
+        console.print(f"wrote {PAGE}", highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -201,7 +201,7 @@ def test_a_picture_of_one_seed_and_of_several():
 
 
 def test_the_table_goes_between_its_markers(tmp_path):
-    path = tmp_path / "README.md"
+    path = tmp_path / "benchmarks.md"
     path.write_text(f"before\n{comparison.START}\nold\n{comparison.END}\nafter\n")
     comparison.insert(path, "new")
     once = path.read_text()

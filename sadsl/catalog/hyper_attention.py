@@ -180,7 +180,7 @@ def hyper_attention(
     Args:
       q, k, v: as in ``sadsl.attention``.
       draws, how: ``draw_hyper(key, q, k, how)``, and the same options for it.
-      return_lse, **options: those of ``sadsl.attention``, but ``operands``.
+      return_lse, options: those of ``sadsl.attention``, but ``operands``.
 
     Raises:
       ValueError: ``how.causal`` with unequal lengths, or draws for other sizes.
