@@ -18,6 +18,7 @@ from pallas_kernels.precision import wide, widened
 
 INTERPRETED = {"xla": {}, "tpu": {"interpret": True}, "triton": {"interpret": True}}
 FIRST = Case(pattern=Pattern("window"), q_len=30, kv_len=40, batch=1, kv_heads=1)
+KERNEL = {"tpu": "tpu_custom_call", "triton": "__gpu$xla.gpu.triton"}
 TILE = Tile(block_q=128, block_kv=128)
 LARGE = replace(
     FIRST,
@@ -63,7 +64,8 @@ def test_lowers(impl, chip):
     inputs, *_ = LARGE.arrays()
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), inputs)
     run = targets.compile_for if impl == "tpu" else targets.lower_for
-    run(jax.value_and_grad(loss), (like,), chip)
+    text = run(jax.value_and_grad(loss), (like,), chip).as_text()
+    assert text.count(KERNEL[impl]) >= 3, "forward, dq and dkv"
 
 
 @pytest.mark.slow
@@ -78,7 +80,8 @@ def test_linear_attention_compiles(chip):
         out = sa.attention(*arrays, spec, impl="tpu", **given)
         return jnp.sum(out.astype(jnp.float32))
 
-    targets.compile_for(jax.value_and_grad(loss), ((x, x, x), ids), chip)
+    made = targets.compile_for(jax.value_and_grad(loss), ((x, x, x), ids), chip)
+    assert made.as_text().count(KERNEL["tpu"]) >= 2
 
 
 def test_widened():

@@ -181,14 +181,13 @@ def test_both_paths_agree_in_all_digits(name):
     assert_close(found, expected, 1e-12)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", [x for x in CASES if not CASES[x].chooses])
 @pytest.mark.parametrize("impl", ["xla", "reference"])
 def test_nothing_is_narrowed_on_the_way(impl, name):
+    """Scores of a choice are float32 by contract; no other number is."""
     case = CASES[name]
-    if case.chooses:
-        # Choices have no gradient: what is chosen is passed, and float64 is the rest.
-        return
     floats, named, do = arrays(case, "float64")
 
     def pulled(floats, named):
