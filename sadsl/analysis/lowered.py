@@ -233,7 +233,7 @@ def lower(
     problem = checks.problem(q, k, v, q_offset)
     setting = Setting(
         sm_scale=float(checks.scale(sm_scale, q.shape[-1])),
-        q_offset=q_offset,
+        q_offset=problem.q_offset,
         impl=_impl_for(impl or IMPL_OF_PLATFORM[platform], target, platform),
         config=config or KernelConfig(),
     )

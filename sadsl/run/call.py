@@ -191,8 +191,9 @@ def select(
       array([[[0, 1, 1, 0]]])
     """
     term = any_term(spec)
-    checks.problem(q, k, k, q_offset)
+    problem = checks.problem(q, k, k, q_offset)
     given = dict(operands or {})
     _check_read(term, given)
-    setting = Setting(checks.scale(sm_scale, q.shape[-1]), q_offset, "reference")
+    scale = checks.scale(sm_scale, q.shape[-1])
+    setting = Setting(scale, problem.q_offset, "reference")
     return choose(term, (q, k), given, setting)

@@ -73,7 +73,7 @@ def plan_for(
     problem = checks.problem(q, k, k, q_offset)
     setting = Setting(
         sm_scale=float(checks.scale(sm_scale, q.shape[-1])),
-        q_offset=q_offset,
+        q_offset=problem.q_offset,
         config=KernelConfig(relayout=None if relayout else False),
     )
     options = Options(as_term(spec), problem, setting)
