@@ -109,6 +109,28 @@ def test_every_name_at_the_top_is_used():
     assert {place for name, place in defined.items() if not used[name]} == set()
 
 
+# --- documents ---
+
+
+@pytest.mark.parametrize("name", ["", ".catalog", ".selections", ".layers"])
+def test_public_functions_have_an_example(name):
+    """Each docstring has code that the tests run, or says where it stands."""
+    package = importlib.import_module(f"sadsl{name}")
+    functions = [
+        value
+        for key, value in vars(package).items()
+        if inspect.isfunction(value) and not key.startswith("_")
+        if value.__module__.startswith("sadsl.")
+    ]
+    bare = [
+        f.__name__
+        for f in functions
+        if ">>>" not in (f.__doc__ or "")
+        and "see there for an example" not in (f.__doc__ or "")
+    ]
+    assert bare == []
+
+
 # --- running a term ---
 
 
