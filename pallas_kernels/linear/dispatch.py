@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear import marks, tpu, triton, xla
-from pallas_kernels.linear.algebra import Marks, State
 from pallas_kernels.linear.call import (
     ChunkInputs,
     ChunkOutputs,
@@ -21,6 +20,8 @@ from pallas_kernels.linear.call import (
     LinearInputs,
     LinearOutputs,
 )
+from pallas_kernels.linear.chunk import State
+from pallas_kernels.linear.marks import Marks
 from pallas_kernels.precision import wide
 from pallas_kernels.varying import alike
 
@@ -34,26 +35,28 @@ def attend(inputs: LinearInputs, call: LinearCall, *, impl: str) -> LinearOutput
     under ``jvp``. Lengths need not be multiples of ``call.chunk``.
     """
     batch, heads, group, seq, _ = inputs.q.shape
-    chunks = alike(chunked(inputs, call.chunk))
+    chunks = alike(chunked(inputs, call))
     rows = xla.forward(chunks, call) if impl == "xla" else _attend(impl, call, chunks)
 
     def shaped(x: Any, *rest: int) -> Any:
         return x[:, :, :seq].reshape(batch, heads, group, seq, *rest)
 
     total = None if rows.total is None else shaped(rows.total)
-    return LinearOutputs(shaped(rows.out, rows.out.shape[-1]), total)
+    state = jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), rows.state)
+    return LinearOutputs(shaped(rows.out, rows.out.shape[-1]), total, state)
 
 
 def final_state(inputs: LinearInputs, call: LinearCall) -> State:
     """The state after all keys, f32; each array is ``[batch, heads, ...]``."""
     batch, heads = inputs.k.shape[:2]
-    state = xla.final_state(alike(chunked(inputs, call.chunk)), call)
+    state = xla.final_state(alike(chunked(inputs, call)), call)
     return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), state)
 
 
-def chunked(inputs: LinearInputs, chunk: int) -> ChunkInputs:
+def chunked(inputs: LinearInputs, call: LinearCall) -> ChunkInputs:
     """The arrays with flat heads, padded to whole chunks."""
-    batch, heads, _, seq, _ = inputs.q.shape
+    batch, heads, _, seq, features = inputs.q.shape
+    chunk, dtype = call.chunk, wide(inputs.q.dtype)
 
     def padded(x: Any, axis: int) -> Any:
         widths = [(0, 0)] * x.ndim
@@ -64,17 +67,33 @@ def chunked(inputs: LinearInputs, chunk: int) -> ChunkInputs:
         return padded(x, axis).reshape(batch * heads, *x.shape[2:axis], -1, x.shape[-1])
 
     def per_head(x: Any) -> Any:
-        x = jnp.broadcast_to(x, (batch, heads, seq)).reshape(batch * heads, seq)
-        return padded(x, 1)
+        x = jnp.broadcast_to(x, (batch, heads, *x.shape[2:]))
+        return padded(x.reshape(batch * heads, *x.shape[2:]), 1)
 
     decay, starts = inputs.log_decay, inputs.starts
     decay = None if decay is None else per_head(decay)
+    by_channel = decay is not None and decay.ndim == 3
     starts = None if starts is None else per_head(starts[:, None])
     return ChunkInputs(
         flat(inputs.q, 3),
         flat(inputs.k, 2),
         flat(inputs.v, 2),
-        marks.of_chunks(decay, starts, chunk, wide(inputs.q.dtype)),
+        None if inputs.erase is None else flat(inputs.erase, 2),
+        marks.clipped(decay).astype(dtype) if by_channel else None,
+        marks.of_chunks(None if by_channel else decay, starts, chunk, dtype),
+        _start(inputs, call.rule.eps is not None),
+    )
+
+
+def _start(inputs: LinearInputs, normalise: bool) -> State:
+    """The state before the first key, with flat heads."""
+    batch, heads, _, features = inputs.k.shape
+    flat, dtype = batch * heads, wide(inputs.q.dtype)
+    if inputs.state is None:
+        s = jnp.zeros((flat, features, inputs.v.shape[-1]), dtype)
+        return State(s, jnp.zeros((flat, 1, features), dtype) if normalise else None)
+    return jax.tree.map(
+        lambda x: x.astype(dtype).reshape(flat, *x.shape[2:]), inputs.state
     )
 
 
@@ -92,8 +111,7 @@ def _attend_fwd(
 def _attend_bwd(
     impl: str, call: LinearCall, chunks: ChunkInputs, cotangent: ChunkOutputs
 ) -> tuple[ChunkInputs]:
-    dq, dk, dv, dfine = _backward(impl, call, chunks, cotangent)
-    return (ChunkInputs(dq, dk, dv, Marks(fine=dfine)),)
+    return (_backward(impl, call, chunks, cotangent),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -102,18 +120,18 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _backward(
     impl: str, call: LinearCall, chunks: ChunkInputs, cotangent: ChunkOutputs
-) -> tuple:
+) -> ChunkInputs:
     return KERNELS[impl].backward(chunks, cotangent, call)
 
 
 def _backward_fwd(
     impl: str, call: LinearCall, chunks: ChunkInputs, cotangent: ChunkOutputs
-) -> tuple[tuple, Any]:
+) -> tuple[ChunkInputs, Any]:
     return _backward(impl, call, chunks, cotangent), (chunks, cotangent)
 
 
 def _backward_bwd(
-    impl: str, call: LinearCall, residuals: Any, cotangent: tuple
+    impl: str, call: LinearCall, residuals: Any, cotangent: ChunkInputs
 ) -> tuple:
     del impl
     _, pull = jax.vjp(partial(_twin, call), *residuals)
@@ -123,8 +141,10 @@ def _backward_bwd(
 _backward.defvjp(_backward_fwd, _backward_bwd)
 
 
-def _twin(call: LinearCall, chunks: ChunkInputs, cotangent: ChunkOutputs) -> tuple:
+def _twin(
+    call: LinearCall, chunks: ChunkInputs, cotangent: ChunkOutputs
+) -> ChunkInputs:
     """The results of a backward kernel, computed in plain JAX."""
     _, pull = jax.vjp(partial(xla.forward, call=call), chunks)
     (found,) = pull(cotangent)
-    return found.q, found.k, found.v, found.marks.fine
+    return found._replace(marks=Marks(fine=found.marks.fine))

@@ -1,52 +1,80 @@
 """Default chunk lengths and launch options of linear attention."""
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.config import KernelConfig, even_block
-from pallas_kernels.linear.algebra import Recurrence
 from pallas_kernels.linear.call import LinearCall
+from pallas_kernels.linear.chunk import Recurrence
 from pallas_kernels.linear.marks import LONGEST_CHUNK
 from pallas_kernels.tpu.runs import LANES
 from pallas_kernels.triton.tiles import power_of_two
 
 # xla: the fastest of 32 to 256 on two cores. tpu: the fewest bundles per token.
 CHUNKS = {"xla": 64, "tpu": 256}
+# With erase vectors or log-decays by channel, the products within a chunk cost more.
+SOLVED_CHUNKS = {"xla": 32, "tpu": 128}
+
+
+@dataclass(frozen=True)
+class LinearSizes:
+    """What the length of a chunk depends on.
+
+    Attributes:
+      length: the number of positions.
+      features, head_dim_v: the sizes of a state.
+      erase: whether there are erase vectors.
+      by_channel: whether there are log-decays by channel.
+    """
+
+    length: int
+    features: int
+    head_dim_v: int
+    erase: bool = False
+    by_channel: bool = False
 
 
 def default_call(
     rule: Recurrence,
     impl: str,
-    sizes: tuple[int, int, int],
+    sizes: LinearSizes,
     dtype: jax.typing.DTypeLike,
     config: KernelConfig,
     interpret: Hashable = False,
 ) -> LinearCall:
-    """The static part of a call; ``sizes`` are ``(length, features, head_dim_v)``.
+    """The static part of a call.
 
     The length of a chunk is ``config.block_kv``, else ``config.block_q``, else a
     default that is not longer than the sequence needs.
 
     Raises:
-      ValueError: the chunk is too long.
+      ValueError: the chunk is too long, or must be a power of two.
     """
-    length, warps = sizes[0], 4
+    chunks = SOLVED_CHUNKS if sizes.erase or sizes.by_channel else CHUNKS
+    warps = 4
     match impl:
         case "xla":
-            chunk = min(CHUNKS[impl], max(length, 1))
+            chunk = min(chunks[impl], 1 << max(sizes.length - 1, 0).bit_length())
         case "tpu":
-            chunk = even_block(CHUNKS[impl], length, LANES)
+            chunk = even_block(chunks[impl], sizes.length, LANES)
         case _:
-            chunk, warps = _triton(max(sizes[1:]), dtype)
-            chunk = min(chunk, power_of_two(length))
+            chunk, warps = _triton(max(sizes.features, sizes.head_dim_v), dtype)
+            chunk = min(chunk, power_of_two(sizes.length))
     chunk = config.block_kv or config.block_q or chunk
     if chunk > LONGEST_CHUNK:
         raise ValueError(
             f"config: a chunk of {chunk} positions (block_kv, or else block_q) must "
             f"be at most {LONGEST_CHUNK}, so that the log-decays of a chunk keep their "
             "precision: leave both None, or give a smaller one"
+        )
+    if sizes.by_channel and chunk & (chunk - 1):
+        raise ValueError(
+            f"config: a chunk of {chunk} positions (block_kv, or else block_q) must be "
+            "a power of two, since decays by channel are summed in halves: leave both "
+            f"None, or give {power_of_two(chunk)}"
         )
     return LinearCall(
         rule=rule,

@@ -3,7 +3,7 @@
 It is the chunkwise form in which states are not stored (Yang et al., Gated Linear
 Attention, 2024, section 3). The backward pass first computes the state at the start of
 every chunk. It then goes from the last chunk to the first, with the cotangent of the
-state in VMEM.
+state in VMEM. The query heads of a group are further rows of a chunk's queries.
 """
 
 from collections.abc import Callable
@@ -15,103 +15,108 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.linear import algebra, gradient
-from pallas_kernels.linear.algebra import ChunkKeys, Marks, Pair, State
 from pallas_kernels.linear.call import ChunkInputs, ChunkOutputs, LinearCall
+from pallas_kernels.linear.chunk import ChunkKeys, State, advance, of_chunk, write
+from pallas_kernels.linear.inverse import kernel_solve
+from pallas_kernels.linear.marks import Marks, Pair
+from pallas_kernels.linear.products import Ops, kernel_dot, plain_dot, swapped_halves
 from pallas_kernels.tpu.launch import block_index
 from pallas_kernels.tpu.operands import to_column, to_row
 from pallas_kernels.tpu.runs import LANES
 from pallas_kernels.varying import shape_like
 
-# The grid is (head, chunk, member of the group).
-ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"))
+SUBLANES = 8
+# The grid is (head, chunk).
+ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
 
 
 def forward(chunks: ChunkInputs, call: LinearCall) -> ChunkOutputs:
-    """The outputs and normalisers of all queries."""
+    """The outputs and normalisers of all queries, and the state after all keys."""
     chunks, dtype = _ready(chunks, call)
     heads, group, padded, _ = chunks.q.shape
-    grid = heads, padded // call.chunk, group
-    out = shape_like((*chunks.q.shape[:3], chunks.v.shape[-1]), dtype, chunks.q)
-    total = _total_shape(chunks, call)
-    out, total = pl.pallas_call(
-        partial(_forward_kernel, call=call, group=group),
-        grid=grid,
+    steps, head_dim_v = padded // call.chunk, chunks.v.shape[-1]
+    out = shape_like((heads, group, padded, head_dim_v), dtype, chunks.q)
+    rows = ChunkOutputs(out, _total_shape(chunks, call), _shapes(chunks.state))
+    (found,) = pl.pallas_call(
+        partial(_forward_kernel, call=call),
+        grid=(heads, steps),
         in_specs=[_chunk_specs(chunks, call)],
-        out_specs=[_row_spec(out, call), _total_spec(call)],
-        out_shape=[out, total],
-        scratch_shapes=[_state_scratch(chunks, call)],
+        out_specs=[_row_specs(rows, call)],
+        out_shape=[rows],
+        scratch_shapes=[_scratch(chunks.state)],
         compiler_params=ORDER,
         interpret=call.interpret,
         name="sadsl_linear_forward",
     )(chunks)
-    return ChunkOutputs(out, None if total is None else total.reshape(*out.shape[:3]))
+    total = found.total
+    if total is not None:
+        total = total.reshape(heads, steps, group, call.chunk)
+        total = total.swapaxes(1, 2).reshape(heads, group, padded)
+    return found._replace(total=total)
 
 
-def backward(chunks: ChunkInputs, cotangent: ChunkOutputs, call: LinearCall) -> tuple:
-    """The cotangents of q, k, v and the fine marks (None where there are none)."""
-    dtypes = [x.dtype for x in chunks[:3]]
+def backward(
+    chunks: ChunkInputs, cotangent: ChunkOutputs, call: LinearCall
+) -> ChunkInputs:
+    """The cotangents of all arrays, of ``marks`` only those of ``fine``."""
+    dtypes = jax.tree.map(lambda x: x.dtype, chunks._replace(marks=None))
     chunks, _ = _ready(chunks, call)
     states = _states(chunks, call)
-    heads, group, padded, features = chunks.q.shape
-    steps, head_dim_v = padded // call.chunk, chunks.v.shape[-1]
+    heads, group, padded, _ = chunks.q.shape
+    steps = padded // call.chunk
     last = lambda c: steps - 1 - c
-    dout, dtotal = cotangent
-    dout = dout.astype(chunks.v.dtype)
-    if dtotal is not None:
-        dtotal = dtotal.reshape(heads, group, steps, 1, call.chunk)
-
-    arrays = zip(chunks[:3], dtypes, strict=True)
-    shapes = [shape_like(x.shape, t, chunks.q) for x, t in arrays]
-    fine = chunks.marks.fine
-    dfine = None if fine is None else shape_like(fine.shape, jnp.float32, fine)
-    accumulators = (
-        pltpu.VMEM((call.chunk, features), jnp.float32),
-        pltpu.VMEM((call.chunk, head_dim_v), jnp.float32),
-        None if fine is None else pltpu.VMEM((1, call.chunk), jnp.float32),
+    total = cotangent.total
+    if total is not None:
+        total = total.reshape(heads, group, steps, call.chunk).swapaxes(1, 2)
+        total = total.reshape(heads, steps, 1, group * call.chunk)
+    cotangent = ChunkOutputs(
+        cotangent.out.astype(chunks.v.dtype), total, cotangent.state
     )
+    fine = chunks.marks.fine
+    kept = chunks._replace(marks=None)
+    shapes = jax.tree.map(
+        lambda x, t: shape_like(x.shape, t, chunks.q), kept, dtypes
+    )._replace(marks=Marks(None if fine is None else _shapes(fine)))
     specs = _chunk_specs(chunks, call, last)
-    of_totals = None if dtotal is None else _total_spec(call, last)
     (found,) = pl.pallas_call(
-        partial(_backward_kernel, call=call, group=group),
-        grid=(heads, steps, group),
+        partial(_backward_kernel, call=call),
+        grid=(heads, steps),
         in_specs=[
             specs,
             _state_specs(states, last),
-            ChunkOutputs(_row_spec(dout, call, last), of_totals),
+            _row_specs(cotangent, call, last),
         ],
-        out_specs=[(specs.q, specs.k, specs.v, specs.marks.fine)],
-        out_shape=[(*shapes, dfine)],
-        scratch_shapes=[_state_scratch(chunks, call), accumulators],
+        out_specs=[specs._replace(marks=Marks(specs.marks.fine))],
+        out_shape=[shapes],
+        scratch_shapes=[_scratch(chunks.state)],
         compiler_params=ORDER,
         interpret=call.interpret,
         name="sadsl_linear_backward",
-    )(chunks, states, ChunkOutputs(dout, dtotal))
-    dq, dk, dv, dfine = found
-    return dq, dk, dv, None if dfine is None else dfine[:, :, 0]
+    )(chunks, states, cotangent)
+    fine = found.marks.fine
+    return found._replace(marks=Marks(None if fine is None else fine[:, :, 0]))
 
 
 def _states(chunks: ChunkInputs, call: LinearCall) -> State:
     """The state at the start of every chunk, ``[heads, chunks, ...]``."""
-    heads, _, padded, features = chunks.q.shape
-    lead = heads, padded // call.chunk
-    shape = State(
-        shape_like((*lead, features, chunks.v.shape[-1]), jnp.float32, chunks.k),
-        shape_like((*lead, 1, features), jnp.float32, chunks.k),
+    heads, _, padded, _ = chunks.q.shape
+    steps = padded // call.chunk
+    keys = chunks._replace(q=None)
+    shape = jax.tree.map(
+        lambda x: shape_like((heads, steps, *x.shape[1:]), jnp.float32, chunks.k),
+        chunks.state,
     )
-    shape = _fitting(shape, call)
-    specs = _chunk_specs(chunks, call)
     (states,) = pl.pallas_call(
         partial(_states_kernel, call=call),
-        grid=(*lead, 1),
-        in_specs=[specs.k, specs.v, specs.marks],
-        out_specs=[_state_specs(shape, lambda c: c)],
+        grid=(heads, steps),
+        in_specs=[_chunk_specs(keys, call)],
+        out_specs=[_state_specs(shape, _same)],
         out_shape=[shape],
-        scratch_shapes=[_state_scratch(chunks, call)],
+        scratch_shapes=[_scratch(chunks.state)],
         compiler_params=ORDER,
         interpret=call.interpret,
         name="sadsl_linear_states",
-    )(chunks.k, chunks.v, chunks.marks)
+    )(keys)
     return states
 
 
@@ -119,88 +124,91 @@ def _states(chunks: ChunkInputs, call: LinearCall) -> State:
 
 
 def _forward_kernel(
-    refs: ChunkInputs, out_ref: Any, total_ref: Any, state_ref: State,
-    *, call: LinearCall, group: int,
-) -> None:  # fmt: skip
-    """Computes ``out [chunk, head_dim_v]`` and ``total [1, chunk]`` of one query head.
+    refs: ChunkInputs, outs: ChunkOutputs, state_ref: State, *, call: LinearCall
+) -> None:
+    """Computes ``out [group, chunk, head_dim_v]`` and ``total [1, group * chunk]``.
 
-    ``refs`` are ``q [chunk, features]``, ``k`` like it, ``v [chunk, head_dim_v]`` and
-    marks ``[1, chunk]``. The scratch ``state_ref`` is f32 ``[features, head_dim_v]``
-    and ``[1, features]``.
+    ``refs`` are ``q [group, chunk, features]``, ``k``, ``erase`` and ``gate [chunk,
+    features]``, ``v [chunk, head_dim_v]``, marks ``[1, chunk]``, and the state before
+    the first key, f32 ``[features, head_dim_v]`` and ``[1, features]``. The scratch
+    ``state_ref`` is like it; so is the state after the last key, in ``outs``.
     """
-    assert refs.q.shape == refs.k.shape == (call.chunk, state_ref.s.shape[0])
-    assert refs.v.shape == out_ref.shape == (call.chunk, state_ref.s.shape[1])
-    _zero_at_first(state_ref)
-    dot = algebra.plain_dot(refs.v.dtype)
-    keys, state = _keys(refs.k, refs.v, refs.marks), _values(state_ref)
-    q = refs.q[...].astype(jnp.float32)
-    out, total = algebra.read(call.rule, dot, q, keys, state)
-    out_ref[...] = out.astype(out_ref.dtype)
+    assert refs.q.shape[1:] == refs.k.shape == (call.chunk, state_ref.s.shape[0])
+    assert refs.v.shape == outs.out.shape[1:] == (call.chunk, state_ref.s.shape[1])
+    _at_first(state_ref, refs.state)
+    state, q = _values(state_ref), refs.q[...].astype(jnp.float32)
+    out, total, state = of_chunk(
+        call.rule, _ops(refs.v.dtype), _flat(q), _keys(refs), state
+    )
+    outs.out[...] = out.reshape(outs.out.shape).astype(outs.out.dtype)
     if total is not None:
-        total_ref[...] = to_row(total)
-
-    @pl.when(pl.program_id(2) == group - 1)
-    def _() -> None:
-        _store(state_ref, algebra.write(call.rule, dot, keys, state))
+        outs.total[...] = to_row(total)
+    _store(state_ref, state)
+    _at_last(outs.state, state)
 
 
 def _states_kernel(
-    k_ref: Any, v_ref: Any, marks: Marks, out_ref: State, state_ref: State,
-    *, call: LinearCall,
-) -> None:  # fmt: skip
+    refs: ChunkInputs, out_ref: State, state_ref: State, *, call: LinearCall
+) -> None:
     """Stores the state at the start of each chunk; shapes as in the forward kernel."""
-    assert out_ref.s.shape == state_ref.s.shape == (k_ref.shape[1], v_ref.shape[1])
-    _zero_at_first(state_ref)
-    dot = algebra.plain_dot(v_ref.dtype)
-    state = _values(state_ref)
+    assert out_ref.s.shape == state_ref.s.shape == refs.state.s.shape
+    _at_first(state_ref, refs.state)
+    ops, keys, state = _ops(refs.v.dtype), _keys(refs), _values(state_ref)
     _store(out_ref, state)
-    keys = _keys(k_ref, v_ref, marks)
-    _store(state_ref, algebra.write(call.rule, dot, keys, state))
+    written = write(call.rule, ops, keys, state)
+    _store(state_ref, advance(ops, keys, written, state))
 
 
 def _backward_kernel(
-    refs: ChunkInputs, states: State, cotangent: ChunkOutputs, outs: tuple,
-    dstate_ref: State, sums: tuple, *, call: LinearCall, group: int,
+    refs: ChunkInputs, states: State, cotangent: ChunkOutputs, outs: ChunkInputs,
+    dstate_ref: State, *, call: LinearCall,
 ) -> None:  # fmt: skip
-    """Computes the cotangents of ``q``, ``k``, ``v`` and ``fine`` of one chunk.
+    """Computes the cotangents of one chunk's arrays; ``outs`` are shaped like ``refs``.
 
-    Shapes are those of the forward kernel: ``outs`` are like ``q, k, v`` and ``fine [1,
-    chunk]``. The scratch ``dstate_ref`` is like the state. The scratch ``sums`` holds
-    the cotangents of the keys, f32, summed over the query heads of the group.
+    Shapes are those of the forward kernel. The scratch ``dstate_ref`` holds the
+    cotangent of the state at the end of the chunk, and then of that at its start.
     """
-    assert cotangent.out.shape == refs.v.shape
+    assert cotangent.out.shape[1:] == refs.v.shape
     assert dstate_ref.s.shape == states.s.shape
-    _zero_at_first(dstate_ref)
-    dot = algebra.kernel_dot(refs.v.dtype)
-    keys, state = _keys(refs.k, refs.v, refs.marks), _values(states)
-    member = pl.program_id(2)
+    _at_first(dstate_ref, cotangent.state)
+    keys, ops = _keys(refs), _ops(refs.v.dtype)
 
-    def values(x: gradient.KeyGradients) -> tuple:
-        fine = None if x.fine is None else x.fine.row + to_row(x.fine.col)
-        return x.k, x.v, fine
+    def f(q: Any, keys: ChunkKeys, fine: Any, state: State) -> Any:
+        marks = keys.marks._replace(fine=fine, coarse=coarse, run=run)
+        return of_chunk(call.rule, ops, q, keys._replace(marks=marks), state)
 
-    @pl.when(member == 0)
-    def _() -> None:
-        after = _values(dstate_ref)
-        own, before = gradient.of_write(call.rule, dot, keys, state, after)
-        _store(sums, values(own))
-        _store(dstate_ref, before)
+    fine, coarse, run = keys.marks
+    apart = keys._replace(marks=Marks())
+    q = _flat(refs.q[...].astype(jnp.float32))
+    _, pull = jax.vjp(f, q, apart, fine, _values(states))
+    dout = _flat(cotangent.out[...].astype(jnp.float32))
+    dtotal = None if cotangent.total is None else to_column(cotangent.total[...])
+    dq, dkeys, dfine, dstate = pull((dout, dtotal, _values(dstate_ref)))
+    outs.q[...] = dq.reshape(outs.q.shape).astype(outs.q.dtype)
+    _store(outs[1:5], dkeys[:4])
+    if dfine is not None:
+        outs.marks.fine[...] = dfine.row + to_row(dfine.col)
+    _store(dstate_ref, dstate)
+    _at_last(outs.state, dstate)
 
-    dout_ref, dtotal_ref = cotangent
-    dtotal = None if dtotal_ref is None else to_column(dtotal_ref[...])
-    cotangents = dout_ref[...].astype(jnp.float32), dtotal
-    q = refs.q[...].astype(jnp.float32)
-    found = gradient.of_read(call.rule, dot, q, keys, state, cotangents)
-    dq_ref, *of_keys = outs
-    dq_ref[...] = found[0].astype(dq_ref.dtype)
-    _add(sums, values(found[1]))
-    _add(dstate_ref, found[2])
 
-    @pl.when(member == group - 1)
-    def _() -> None:
-        for ref, total in zip(of_keys, sums, strict=True):
-            if ref is not None:
-                ref[...] = total[...].astype(ref.dtype)
+def _ops(dtype: Any) -> Ops:
+    solve = partial(kernel_solve, plain_dot(dtype))
+    return Ops(kernel_dot(dtype), solve, _swapped, to_column)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _swapped(x: jax.Array, b: int) -> jax.Array:
+    """``products.swapped_halves``; below 8 rows by rotations of the sublanes."""
+    if b >= SUBLANES:
+        return swapped_halves(x, b)
+    row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    up, down = pltpu.roll(x, b, 0), pltpu.roll(x, x.shape[0] - b, 0)
+    return jnp.where((row & b) != 0, up, down)
+
+
+# The exchange is its own transpose.
+_swapped.defvjp(lambda x, b: (_swapped(x, b), None), lambda b, _, g: (_swapped(g, b),))
 
 
 # --- what kernels see ---
@@ -218,12 +226,10 @@ def _ready(chunks: ChunkInputs, call: LinearCall) -> tuple[ChunkInputs, Any]:
             f"{-(-call.chunk // LANES) * LANES}"
         )
     dtype = chunks.q.dtype
-    q, k, v, marks = chunks
     if dtype == jnp.float16:
         # The chip has no f16 arithmetic, and bf16 has three bits less.
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    marks = jax.tree.map(lambda x: x[:, :, None], marks)
-    return ChunkInputs(q, k, v, marks), dtype
+        chunks = jax.tree.map(lambda x: x.astype(jnp.float32), chunks)
+    return chunks._replace(marks=jax.tree.map(lambda x: x[:, :, None], chunks.marks)), dtype
 
 
 def _same(c: Any) -> Any:
@@ -233,68 +239,87 @@ def _same(c: Any) -> Any:
 def _chunk_specs(
     chunks: ChunkInputs, call: LinearCall, at: Callable[[Any], Any] = _same
 ) -> ChunkInputs:
-    """The specs of a chunk: the queries of one member of the group, and the keys."""
+    """The specs of a chunk: the queries of the whole group, the keys, the state."""
 
     def keys(x: Any) -> pl.BlockSpec:
         shape = None, call.chunk, x.shape[-1]
-        return pl.BlockSpec(shape, lambda h, c, g: block_index(h, at(c), 0))
+        return pl.BlockSpec(shape, lambda h, c: block_index(h, at(c), 0))
 
     row = pl.BlockSpec(
-        (None, None, 1, call.chunk), lambda h, c, g: block_index(h, at(c), 0, 0)
+        (None, None, 1, call.chunk), lambda h, c: block_index(h, at(c), 0, 0)
     )
-    marks = jax.tree.map(lambda _: row, chunks.marks)
-    return ChunkInputs(
-        _row_spec(chunks.q, call, at), keys(chunks.k), keys(chunks.v), marks
+    of_keys = jax.tree.map(keys, chunks._replace(q=None, marks=None, state=None))
+    return of_keys._replace(
+        q=None if chunks.q is None else _queries_spec(chunks.q, call, at),
+        marks=jax.tree.map(lambda _: row, chunks.marks),
+        state=_whole(chunks.state),
     )
 
 
-def _row_spec(
-    x: Any, call: LinearCall, at: Callable[[Any], Any] = _same
-) -> pl.BlockSpec:
-    shape = None, None, call.chunk, x.shape[-1]
-    return pl.BlockSpec(shape, lambda h, c, g: block_index(h, g, at(c), 0))
+def _queries_spec(x: Any, call: LinearCall, at: Callable[[Any], Any]) -> pl.BlockSpec:
+    shape = None, x.shape[1], call.chunk, x.shape[-1]
+    return pl.BlockSpec(shape, lambda h, c: block_index(h, 0, at(c), 0))
+
+
+def _row_specs(
+    rows: ChunkOutputs, call: LinearCall, at: Callable[[Any], Any] = _same
+) -> ChunkOutputs:
+    total = None
+    if rows.total is not None:
+        total = pl.BlockSpec(
+            (None, None, 1, rows.total.shape[-1]),
+            lambda h, c: block_index(h, at(c), 0, 0),
+        )
+    return ChunkOutputs(_queries_spec(rows.out, call, at), total, _whole(rows.state))
 
 
 def _total_shape(chunks: ChunkInputs, call: LinearCall) -> Any:
     heads, group, padded, _ = chunks.q.shape
-    shape = heads, group, padded // call.chunk, 1, call.chunk
+    shape = heads, padded // call.chunk, 1, group * call.chunk
     return None if call.rule.eps is None else shape_like(shape, jnp.float32, chunks.q)
 
 
-def _total_spec(
-    call: LinearCall, at: Callable[[Any], Any] = _same
-) -> pl.BlockSpec | None:
-    if call.rule.eps is None:
-        return None
-    shape = None, None, None, 1, call.chunk
-    return pl.BlockSpec(shape, lambda h, c, g: block_index(h, g, at(c), 0, 0))
+def _whole(state: State) -> State:
+    """The specs of a state of each head, the same at all chunks."""
 
+    def spec(x: Any) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *x.shape[1:]), lambda h, c: block_index(h, 0, 0))
 
-def _fitting(state: State, call: LinearCall) -> State:
-    return state._replace(z=None) if call.rule.eps is None else state
+    return jax.tree.map(spec, state)
 
 
 def _state_specs(states: State, at: Callable[[Any], Any]) -> State:
+    """The specs of states ``[heads, chunks, ...]``."""
+
     def spec(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec(
-            (None, None, *x.shape[2:]), lambda h, c, g: block_index(h, at(c), 0, 0)
+            (None, None, *x.shape[2:]), lambda h, c: block_index(h, at(c), 0, 0)
         )
 
     return jax.tree.map(spec, states)
 
 
-def _state_scratch(chunks: ChunkInputs, call: LinearCall) -> State:
-    features, head_dim_v = chunks.k.shape[-1], chunks.v.shape[-1]
-    s, z = (features, head_dim_v), (1, features)
-    return _fitting(State(pltpu.VMEM(s, jnp.float32), pltpu.VMEM(z, jnp.float32)), call)
+def _scratch(state: State) -> State:
+    return jax.tree.map(lambda x: pltpu.VMEM(x.shape[1:], jnp.float32), state)
 
 
-def _keys(k_ref: Any, v_ref: Any, marks: Marks) -> ChunkKeys:
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: shape_like(x.shape, x.dtype, x), tree)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """``[group, chunk, n]`` as ``[group * chunk, n]``."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _keys(refs: ChunkInputs) -> ChunkKeys:
     def pair(ref: Any) -> Pair | None:
         return None if ref is None else Pair(to_column(ref[...]), ref[...])
 
-    k, v = k_ref[...].astype(jnp.float32), v_ref[...].astype(jnp.float32)
-    return ChunkKeys(k, v, Marks(*map(pair, marks)))
+    def value(ref: Any) -> Any:
+        return None if ref is None else ref[...].astype(jnp.float32)
+
+    return ChunkKeys(*map(value, refs[1:5]), Marks(*map(pair, refs.marks)))
 
 
 def _values(refs: State) -> State:
@@ -304,18 +329,20 @@ def _values(refs: State) -> State:
 def _store(refs: Any, values: Any) -> None:
     for ref, value in zip(refs, values, strict=True):
         if ref is not None:
-            ref[...] = value
+            ref[...] = value.astype(ref.dtype)
 
 
-def _add(refs: Any, values: Any) -> None:
-    for ref, value in zip(refs, values, strict=True):
-        if ref is not None:
-            ref[...] += value
+def _at_first(refs: State, start: State) -> None:
+    """Sets a state to ``start`` at the first grid step of a head."""
 
-
-def _zero_at_first(refs: State) -> None:
-    """Sets a state to 0 at the first grid step of a head."""
-
-    @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
+    @pl.when(pl.program_id(1) == 0)
     def _() -> None:
-        _store(refs, jax.tree.map(lambda ref: jnp.zeros_like(ref[...]), refs))
+        _store(refs, _values(start))
+
+
+def _at_last(refs: State, values: State) -> None:
+    """Stores a state at the last grid step of a head."""
+
+    @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+    def _() -> None:
+        _store(refs, values)

@@ -11,81 +11,70 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear import algebra
-from pallas_kernels.linear.algebra import ChunkKeys, Marks, Recurrence, State
 from pallas_kernels.linear.call import ChunkInputs, ChunkOutputs, LinearCall
-from pallas_kernels.linear.marks import pairs
-from pallas_kernels.precision import wide, widened
+from pallas_kernels.linear.chunk import ChunkKeys, State, advance, of_chunk, write
+from pallas_kernels.linear.inverse import solve
+from pallas_kernels.linear.marks import Marks, pairs
+from pallas_kernels.linear.products import Ops, plain_dot, swapped_halves
+from pallas_kernels.precision import widened
 from pallas_kernels.varying import vary
 
 
 def forward(chunks: ChunkInputs, call: LinearCall) -> ChunkOutputs:
-    """The outputs and normalisers of all queries."""
-    rule, dtype = call.rule, chunks.q.dtype
-    heads, group, padded, features = chunks.q.shape
-    head_dim_v = chunks.v.shape[-1]
+    """The outputs and normalisers of all queries, and the state after all keys."""
+    dtype, ops = chunks.q.dtype, operations(chunks.q.dtype)
+    heads, group, padded, _ = chunks.q.shape
 
-    def body(state: State, x: ChunkInputs) -> tuple[State, ChunkOutputs]:
+    def one_head(q: Any, keys: ChunkKeys, state: State) -> tuple[Any, Any, State]:
+        rows = q.reshape(-1, q.shape[-1])
+        out, total, state = of_chunk(call.rule, ops, rows, keys, state)
+        return out.reshape(*q.shape[:2], -1), total, state
+
+    def body(state: State, x: ChunkInputs) -> tuple[State, tuple]:
         q, keys = widened(x.q), keys_of(x)
-        out, total = _read(rule, q, keys, state)
-        if total is not None:
-            total = total[..., 0]
-        return _write(rule, keys, state), ChunkOutputs(out.astype(dtype), total)
+        out, total, state = jax.vmap(one_head)(q, keys, state)
+        return state, (out.astype(dtype), total)
 
     # XLA compiles the body of a scan apart, so CSE need not be prevented.
     body = jax.checkpoint(body, prevent_cse=False)
-    start = vary(empty(rule, heads, features, head_dim_v, wide(dtype)), chunks.k)
-    _, (out, total) = jax.lax.scan(body, start, by_chunk(chunks, call.chunk))
-    out = jnp.moveaxis(out, 0, 2).reshape(heads, group, padded, head_dim_v)
+    start = vary(chunks.state, chunks.k)
+    state, (out, total) = jax.lax.scan(body, start, by_chunk(chunks, call.chunk))
+    out = jnp.moveaxis(out, 0, 2).reshape(heads, group, padded, -1)
     if total is not None:
+        total = total.reshape(-1, heads, group, call.chunk)
         total = jnp.moveaxis(total, 0, 2).reshape(heads, group, padded)
-    return ChunkOutputs(out, total)
+    return ChunkOutputs(out, total, state)
 
 
 def final_state(chunks: ChunkInputs, call: LinearCall) -> State:
     """The state after all keys, with an axis of heads in front."""
-    heads, _, features = chunks.k.shape
-    sizes = heads, features, chunks.v.shape[-1]
-    state = vary(empty(call.rule, *sizes, wide(chunks.k.dtype)), chunks.k)
+    ops = operations(chunks.k.dtype)
+
+    def one_head(keys: ChunkKeys, state: State) -> State:
+        return advance(ops, keys, write(call.rule, ops, keys, state), state)
 
     def body(state: State, x: ChunkInputs) -> tuple[State, None]:
-        return _write(call.rule, keys_of(x), state), None
+        return jax.vmap(one_head)(keys_of(x), state), None
 
     body = jax.checkpoint(body, prevent_cse=False)
-    return jax.lax.scan(body, state, by_chunk(chunks, call.chunk))[0]
+    start = vary(chunks.state, chunks.k)
+    return jax.lax.scan(body, start, by_chunk(chunks, call.chunk))[0]
 
 
-def _read(
-    rule: Recurrence, q: jax.Array, keys: ChunkKeys, state: State
-) -> tuple[jax.Array, jax.Array | None]:
-    """``algebra.read`` for each key head and each query head of its group."""
-    member = jax.vmap(
-        partial(algebra.read, rule, algebra.plain_dot(q.dtype)), in_axes=(0, None, None)
-    )
-    return jax.vmap(member)(q, keys, state)
-
-
-def _write(rule: Recurrence, keys: ChunkKeys, state: State) -> State:
-    dot = algebra.plain_dot(keys.k.dtype)
-    return jax.vmap(partial(algebra.write, rule, dot))(keys, state)
-
-
-def empty(
-    rule: Recurrence, heads: Any, features: int, head_dim_v: int, dtype: Any
-) -> State:
-    """The state before the first key, with an axis of heads in front."""
-    s = jnp.zeros((heads, features, head_dim_v), dtype)
-    z = jnp.zeros((heads, 1, features), dtype)
-    return State(s, None if rule.eps is None else z)
+def operations(dtype: Any) -> Ops:
+    """The operations of a chunk in plain JAX, differentiable in both modes."""
+    dot = plain_dot(dtype)
+    return Ops(dot, partial(solve, dot), swapped_halves, jnp.transpose)
 
 
 def keys_of(x: ChunkInputs) -> ChunkKeys:
     """The ``ChunkKeys`` of ``x`` in the dtype of sums; ``x`` may have further axes."""
-    return ChunkKeys(widened(x.k), widened(x.v), pairs(x.marks))
+    erase = None if x.erase is None else widened(x.erase)
+    return ChunkKeys(widened(x.k), widened(x.v), erase, x.gate, pairs(x.marks))
 
 
 def by_chunk(chunks: ChunkInputs, chunk: int) -> ChunkInputs:
-    """The arrays with an axis of chunks in front."""
+    """The arrays with an axis of chunks in front, without the state."""
 
     def split(x: jax.Array) -> jax.Array:
         *lead, padded, size = x.shape
@@ -93,4 +82,5 @@ def by_chunk(chunks: ChunkInputs, chunk: int) -> ChunkInputs:
         return jnp.moveaxis(x, -3, 0)
 
     marks = Marks(*(None if x is None else x.swapaxes(0, 1) for x in chunks.marks))
-    return ChunkInputs(split(chunks.q), split(chunks.k), split(chunks.v), marks)
+    split_up = jax.tree.map(split, chunks._replace(marks=None, state=None))
+    return split_up._replace(marks=marks)

@@ -10,11 +10,13 @@ import numpy as np
 import oracle
 import pytest
 from jax.test_util import check_grads
+from recurrence_oracle import exact, recurrence
 
 from lowering.cost import inspect_code, targets
 from pallas_kernels import linear
 from pallas_kernels.config import KernelConfig
-from pallas_kernels.linear import algebra, marks
+from pallas_kernels.linear import Recurrence, marks
+from pallas_kernels.linear.chunk import normalised
 
 # Compiled without optimisations: no test here measures speed.
 pytestmark = pytest.mark.usefixtures("quick")
@@ -33,7 +35,12 @@ def quick():
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of a call; ``has`` lists "d" decays, "s" starts, "n" normaliser."""
+    """The sizes of a call; ``has`` lists what it has.
+
+    "d" decays by head, "c" by channel, "e" erase vectors, "E" erase vectors that read
+    the old state, "b" reads before the write, "s" starts, "n" a normaliser, "0" a state
+    before the first key.
+    """
 
     seq: int = 45
     has: str = "dsn"
@@ -46,8 +53,9 @@ class Case:
     heads: int = 2
 
     @property
-    def eps(self):
-        return EPS if "n" in self.has else None
+    def rule(self):
+        eps = EPS if "n" in self.has else None
+        return Recurrence(eps, "b" in self.has, "E" in self.has)
 
     def inputs(self, seed=0):
         rng = np.random.default_rng(seed)
@@ -61,23 +69,50 @@ class Case:
         q = sign(rng.normal(size=(*lead, self.group, self.seq, self.dim)))
         k = sign(rng.normal(size=(*lead, self.seq, self.dim)))
         v = rng.normal(size=(*lead, self.seq, self.dim_v))
-        decay = starts = None
-        if "d" in self.has:
-            # Most decays are weak; a few forget nearly everything.
-            decay = -np.exp(rng.normal(size=(*lead, self.seq)) - 2)
+        erase = decay = starts = state = None
+        if set("eE") & set(self.has):
+            k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+            erase = rng.uniform(0, 2, size=(*lead, self.seq, 1)) * k
+            erase = array(erase + 0.1 * rng.normal(size=k.shape))
+        if set("dc") & set(self.has):
+            # Most decays are weak; a few forget nearly everything, a few nothing.
+            size = (self.dim,) if "c" in self.has else ()
+            decay = -np.exp(rng.normal(size=(*lead, self.seq, *size)) - 2)
             decay[rng.random(decay.shape) < 0.05] = -40
+            decay[rng.random(decay.shape) < 0.05] = 0
             decay = array(decay, "float32")
         if "s" in self.has:
             starts = jnp.asarray(rng.random((self.batch, self.seq)) < 0.08)
-        return linear.LinearInputs(array(q), array(k), array(v), decay, starts)
+        if "0" in self.has:
+            s = array(rng.normal(size=(*lead, self.dim, self.dim_v)), "float32")
+            z = array(np.abs(rng.normal(size=(*lead, 1, self.dim))), "float32")
+            state = linear.State(s, z if "n" in self.has else None)
+        q, k, v = array(q), array(k), array(v)
+        return linear.LinearInputs(q, k, v, erase, decay, starts, state)
 
     def call(self, impl):
-        interpret = impl != "xla"
-        return linear.LinearCall(linear.scalar(self.eps), self.chunk, interpret)
+        return linear.LinearCall(self.rule, self.chunk, impl != "xla")
+
+    def cotangent(self):
+        inputs = replace(self, dtype="float32").inputs()
+        shapes = jax.eval_shape(partial(recurrence, self.rule), inputs)
+        rng = np.random.default_rng(7)
+        return jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f"), shapes)
 
 
 slow = pytest.mark.slow
 ALL = Case(130, group=2)
+VARIANTS = [
+    Case(45, "e"),
+    Case(50, "des0", group=2),
+    Case(37, "cb0"),
+    Case(45, "cs0n", dim=5),
+    Case(61, "ce0", group=2, chunk=32),
+    Case(45, "cEs"),
+    Case(33, "ceb", chunk=32),
+    Case(45, "de", dtype="bfloat16", dim=16),
+    Case(45, "ce", dtype="float16", dim=16),
+]
 CASES = [
     *(pytest.param(Case(13, "dn", dim=5, dtype="bfloat16"), i) for i in BACKENDS),
     *(pytest.param(ALL, impl) for impl in BACKENDS),
@@ -85,90 +120,48 @@ CASES = [
     pytest.param(Case(257, "", chunk=32), "xla"),
     *(pytest.param(Case(1), impl, marks=slow) for impl in BACKENDS[1:]),
     *(pytest.param(Case(257, "", chunk=32), i, marks=slow) for i in BACKENDS[1:]),
-    pytest.param(Case(45, "dn", dtype="bfloat16", dim=16), "tpu", marks=slow),
-    pytest.param(Case(45, "dn", dtype="bfloat16", dim=16), "xla", marks=slow),
-    pytest.param(Case(45, "dn", dtype="bfloat16", dim=16), "triton", marks=slow),
+    *(
+        pytest.param(Case(45, "dn", dtype="bfloat16", dim=16), i, marks=slow)
+        for i in BACKENDS
+    ),
     # A sum of f16 inputs in f32.
     pytest.param(Case(33, "n", dtype="float16"), "tpu", marks=slow),
 ]
 MOST_SLOW = ["xla", *(pytest.param(impl, marks=slow) for impl in BACKENDS[1:])]
 
 
-def expected(case, inputs, do, dlog):
-    """Output, log of the normaliser, and gradients by a float64 loop over tokens."""
-    q, k, v, do, dlog = (np.asarray(x, np.float64) for x in (*inputs[:3], do, dlog))
-    decay, starts = inputs.log_decay, inputs.starts
-    kept = np.exp(np.zeros(k.shape[:3]) if decay is None else np.float64(decay))
-    if starts is not None:
-        kept = np.where(np.asarray(starts)[:, None], 0, kept)
-    v = v if case.eps is None else np.append(v, np.ones((*v.shape[:3], 1)), axis=3)
-
-    s = np.zeros((*k.shape[:2], k.shape[3], v.shape[3]))
-    before, rows = [], []
-    for t in range(case.seq):
-        before.append(s)
-        s = kept[:, :, t, None, None] * s + k[:, :, t, :, None] * v[:, :, t, None, :]
-        rows.append(q[:, :, :, t] @ s)
-    out = read = np.stack(rows, axis=3)
-    log, dread = np.zeros(out.shape[:-1]), do
-    if case.eps is not None:
-        total = read[..., -1:] + case.eps
-        out, log = read[..., :-1] / total, np.log(total[..., 0])
-        dtotal = (dlog - (do * out).sum(axis=-1))[..., None] / total
-        dread = np.append(do / total, dtotal, axis=-1)
-
-    dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
-    ddecay, ds = np.zeros_like(kept), np.zeros_like(s)
-    for t in reversed(range(case.seq)):
-        ds = ds + np.swapaxes(q[:, :, :, t], 2, 3) @ dread[:, :, :, t]
-        s = kept[:, :, t, None, None] * before[t]
-        here = s + k[:, :, t, :, None] * v[:, :, t, None, :]
-        dq[:, :, :, t] = dread[:, :, :, t] @ np.swapaxes(here, 2, 3)
-        dk[:, :, t] = (ds @ v[:, :, t, :, None])[..., 0]
-        dv[:, :, t] = (k[:, :, t, None, :] @ ds)[..., 0, :]
-        ddecay[:, :, t] = (ds * s).sum(axis=(2, 3))
-        ds = kept[:, :, t, None, None] * ds
-    return (out, log), (dq, dk, dv[..., : case.dim_v], ddecay)
-
-
-def found(case, impl, inputs, do, dlog):
-    """The results of a backend, like ``expected``; the log is 0 without normaliser."""
-
-    def f(q, k, v, decay):
-        out, total = linear.attend(
-            linear.LinearInputs(q, k, v, decay, inputs.starts),
-            case.call(impl),
-            impl=impl,
-        )
-        log = jnp.zeros(out.shape[:-1]) if total is None else jnp.log(total)
-        return out, log
+def check(case, impl):
+    """Values and gradients of a backend equal those of the recurrence in float64."""
+    inputs, cotangent = case.inputs(), case.cotangent()
+    call = case.call(impl)
 
     @jax.jit
-    def run(*arrays):
-        out, pull = jax.vjp(f, *arrays)
-        return out, pull((do.astype(out[0].dtype), dlog))
+    def run(inputs):
+        fixed = inputs._replace(starts=None)
+        f = lambda x: linear.attend(
+            x._replace(starts=inputs.starts), call, impl=impl
+        )
+        found, pull = jax.vjp(f, fixed)
+        return found, pull(jax.tree.map(lambda x, y: x.astype(y.dtype), cotangent, found))[0]
 
-    return run(*inputs[:4])
-
-
-def check(case, impl):
-    inputs = case.inputs()
-    rng = np.random.default_rng(7)
-    shape = case.batch, case.heads, case.group, case.seq
-    do = jnp.asarray(rng.normal(size=(*shape, case.dim_v)), "float32")
-    dlog = jnp.asarray(rng.normal(size=shape), "float32")
-    dlog = dlog if "n" in case.has else dlog * 0
-    (o, log), grads = found(case, impl, inputs, do, dlog)
-    (o_, log_), grads_ = expected(case, inputs, do, dlog)
-    names = ["out", "log", "dq", "dk", "dv", "ddecay"]
-    for name, a, b in zip(names, (o, log, *grads), (o_, log_, *grads_), strict=True):
-        if a is not None:
-            oracle.assert_close(a, b, case.dtype, f"{impl} {case} {name}")
+    found = run(inputs)
+    wanted = exact(case.rule, inputs, cotangent)
+    paths = jax.tree_util.tree_leaves_with_path(found)
+    for (path, a), b in zip(paths, jax.tree.leaves(wanted), strict=True):
+        name = f"{impl} {case} {jax.tree_util.keystr(path)}"
+        oracle.assert_close(a, b, case.dtype, name)
 
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(("case", "impl"), CASES, ids=str)
 def test_values_and_gradients(case, impl):
+    check(case, impl)
+
+
+@pytest.mark.sample(6)
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_variants(case, impl):
     check(case, impl)
 
 
@@ -182,8 +175,8 @@ def test_features_of_zero(impl):
     q = inputs.q.at[:, :, :, 12].set(0)
 
     def f(q, k, v):
-        made = linear.LinearInputs(q, k, v, inputs.log_decay, inputs.starts)
-        out, total = linear.attend(made, case.call(impl), impl=impl)
+        made = inputs._replace(q=q, k=k, v=v)
+        out, total, _ = linear.attend(made, case.call(impl), impl=impl)
         return jnp.sum(jnp.sin(out)), (out, total)
 
     run = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))
@@ -198,7 +191,7 @@ def test_features_of_zero(impl):
 class TestNormaliser:
     def test_signed_weights_that_cancel(self):
         total = jnp.asarray([[0.0], [-EPS], [1e-12], [-2.0], [3.0]])
-        f = lambda out, total: algebra.normalised(out, total, EPS)
+        f = lambda out, total: normalised(out, total, EPS)
         (out, kept), pull = jax.vjp(f, jnp.ones((5, 2)), total)
         np.testing.assert_allclose(out[:, 0], [0, 0, 1 / (EPS + 1e-12), -0.5, 1 / 3])
         np.testing.assert_allclose(kept[:, 0], [0, 0, EPS + 1e-12, -2, 3])
@@ -206,7 +199,7 @@ class TestNormaliser:
 
     def test_no_epsilon(self):
         total = jnp.asarray([[0.0], [1e-20], [2.0]])
-        out, _ = algebra.normalised(jnp.ones((3, 1)), total, 0.0)
+        out, _ = normalised(jnp.ones((3, 1)), total, 0.0)
         np.testing.assert_array_equal(out[:, 0], [0, 0, 0.5])
 
 
@@ -234,15 +227,21 @@ class TestMarks:
 class TestDerivatives:
     CASE = Case(21, "dsn", dim=3, dim_v=2, chunk=16, batch=1, heads=1)
 
+    def arrays(self):
+        inputs = self.CASE.inputs()
+        return *inputs[:3], inputs.log_decay
+
     def loss(self, impl, arrays):
-        inputs = linear.LinearInputs(*arrays, self.CASE.inputs().starts)
-        out, total = linear.attend(inputs, self.CASE.call(impl), impl=impl)
+        *arrays, decay = arrays
+        inputs = self.CASE.inputs()
+        inputs = linear.LinearInputs(*arrays, None, decay, inputs.starts)
+        out, total, _ = linear.attend(inputs, self.CASE.call(impl), impl=impl)
         return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.log(total))
 
     @pytest.mark.slow
     def test_forward_over_reverse(self):
         """A Hessian times a vector equals a difference of gradients."""
-        arrays = self.CASE.inputs()[:4]
+        arrays = self.arrays()
         turn = jax.tree.map(jnp.cos, arrays)
         gradient = jax.grad(partial(self.loss, "xla"))
 
@@ -266,7 +265,7 @@ class TestDerivatives:
 
     @slow
     def test_second_order_of_a_kernel(self):
-        arrays = self.CASE.inputs()[:4]
+        arrays = self.arrays()
 
         def second(impl):
             gradient = jax.grad(partial(self.loss, impl))
@@ -279,7 +278,7 @@ class TestDerivatives:
     @slow
     @pytest.mark.parametrize("impl", ["tpu", "triton"])
     def test_vmap_of_a_gradient(self, impl):
-        arrays = self.CASE.inputs()[:4]
+        arrays = self.arrays()
         two = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), arrays)
         together = jax.jit(jax.vmap(jax.grad(partial(self.loss, impl))))(two)
         alone = jax.jit(jax.grad(partial(self.loss, "xla")))
@@ -294,9 +293,10 @@ class TestDerivatives:
 def test_a_long_sequence(has):
     """131,072 tokens, compared with some rows of the recurrence in float64."""
     case = Case(131_072, has, dim=2, dim_v=2, chunk=256, batch=1, heads=1)
-    q, k, v, decay, _ = inputs = case.inputs()
+    inputs = case.inputs()
+    q, k, v, decay = *inputs[:3], inputs.log_decay
     call = case.call("xla")
-    out, total = jax.jit(partial(linear.attend, call=call, impl="xla"))(inputs)
+    out, total, _ = jax.jit(partial(linear.attend, call=call, impl="xla"))(inputs)
     assert np.isfinite(out).all()
     # The last 40,000 keys before a row determine it: older ones have decayed to 0.
     q, k, v = (np.asarray(x, np.float64) for x in (q[0, 0, 0], k[0, 0], v[0, 0]))
@@ -328,16 +328,15 @@ def test_memory_grows_as_the_length():
 def program(case, impl):
     """The value and gradient of a case as a function, and its argument shapes."""
     call = replace(case.call(impl), interpret=False)
-    starts = jax.ShapeDtypeStruct((case.batch, case.seq), bool)
-    shapes = jax.eval_shape(case.inputs)[:4]
+    shapes = jax.eval_shape(case.inputs)
 
     def loss(arrays, starts):
-        made = linear.LinearInputs(*arrays, starts if "s" in case.has else None)
-        out, total = linear.attend(made, call, impl=impl)
+        made = arrays._replace(starts=starts)
+        out, total, state = linear.attend(made, call, impl=impl)
         some = 0.0 if total is None else jnp.sum(jnp.log(total))
-        return jnp.sum(out.astype(jnp.float32)) + some
+        return jnp.sum(out.astype(jnp.float32)) + some + jnp.sum(state.s)
 
-    return jax.value_and_grad(loss), (shapes, starts)
+    return jax.value_and_grad(loss), (shapes._replace(starts=None), shapes.starts)
 
 
 CHIP = Case(600, "dsn", group=2, dim=128, dim_v=128, dtype="bfloat16", chunk=256)
@@ -377,6 +376,12 @@ class TestErrors:
             jax.eval_shape(f, *shapes)
 
     def test_a_chunk_that_is_too_long(self):
-        rule, config = linear.scalar(None), KernelConfig(block_kv=1024)
+        sizes, config = linear.LinearSizes(64, 64, 64), KernelConfig(block_kv=1024)
         with pytest.raises(ValueError, match=r"1024 positions.*at most 512"):
-            linear.default_call(rule, "xla", (64, 64, 64), "float32", config)
+            linear.default_call(Recurrence(), "xla", sizes, "float32", config)
+
+    def test_a_chunk_that_cannot_be_halved(self):
+        sizes = linear.LinearSizes(64, 64, 64, by_channel=True)
+        config = KernelConfig(block_kv=48)
+        with pytest.raises(ValueError, match=r"48 positions.*power of two.*give 64"):
+            linear.default_call(Recurrence(), "xla", sizes, "float32", config)
