@@ -58,10 +58,10 @@ from sadsl.maps.symbols import power_of_two as power_of_two
 from sadsl.maps.symbols import table as table
 from sadsl.run.call import attention as attention
 from sadsl.run.call import select as select
-from sadsl.run.linear_decoding import LinearState as LinearState
 from sadsl.run.linear_decoding import linear_prefill as linear_prefill
 from sadsl.run.linear_decoding import linear_state as linear_state
 from sadsl.run.linear_decoding import linear_step as linear_step
+from sadsl.run.linear_state import LinearState as LinearState
 from sadsl.run.plans import plan as plan
 from sadsl.run.plans import plan_for as plan_for
 from sadsl.selections import kmeans as kmeans
@@ -78,6 +78,8 @@ from sadsl.terms.biases import t5_bias as t5_bias
 from sadsl.terms.channel import channel as channel
 from sadsl.terms.cluster_regions import clusters as clusters
 from sadsl.terms.compressed import compressed as compressed
+from sadsl.terms.delta import delta as delta
+from sadsl.terms.features import cosformer_features as cosformer_features
 from sadsl.terms.grid_regions import columns as columns
 from sadsl.terms.grid_regions import rowmajor as rowmajor
 from sadsl.terms.grid_regions import rows as rows
@@ -128,6 +130,8 @@ __all__ = [
     "clusters",
     "columns",
     "compressed",
+    "cosformer_features",
+    "delta",
     "dilated",
     "distance_bias",
     "floor_log2",

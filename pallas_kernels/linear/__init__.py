@@ -8,5 +8,5 @@ from pallas_kernels.linear.chunk import State as State
 from pallas_kernels.linear.dispatch import attend as attend
 from pallas_kernels.linear.dispatch import final_state as final_state
 from pallas_kernels.linear.marks import STRONGEST as STRONGEST
-from pallas_kernels.linear.tiles import default_call as default_call
 from pallas_kernels.linear.tiles import LinearSizes as LinearSizes
+from pallas_kernels.linear.tiles import default_call as default_call

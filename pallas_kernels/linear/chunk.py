@@ -211,4 +211,3 @@ def _rows(col: Any, rows: int) -> Any:
     if rows == chunk:
         return col
     return jnp.broadcast_to(col[None], (rows // chunk, chunk, 1)).reshape(rows, 1)
-

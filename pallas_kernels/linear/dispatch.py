@@ -55,7 +55,7 @@ def final_state(inputs: LinearInputs, call: LinearCall) -> State:
 
 def chunked(inputs: LinearInputs, call: LinearCall) -> ChunkInputs:
     """The arrays with flat heads, padded to whole chunks."""
-    batch, heads, _, seq, features = inputs.q.shape
+    batch, heads, _, seq, _ = inputs.q.shape
     chunk, dtype = call.chunk, wide(inputs.q.dtype)
 
     def padded(x: Any, axis: int) -> Any:

@@ -10,10 +10,10 @@ No exponent is above 0, and no sum loses digits under strong decay:
 - By head (Sun et al., Retentive Network, 2023, section 2), ``G`` is kept as an exact
   coarse part and a small fine part (``marks.of_chunks``).
 - By channel (Yang et al., Gated Linear Attention, 2024, section 4), the factor must be
-  split between ``x`` and ``y``. For positions that are first apart in a block of ``2 b``
-  rows, the border between its halves lies between them: ``x`` takes the decay since
-  that border, and ``y`` the decay up to it. Both are sums of numbers of one sign. There
-  is one product for each ``b`` = 1, 2, 4, ...
+  split between ``x`` and ``y``. Take the smallest block of ``2 b`` rows that holds both
+  positions: the border between its halves lies between them. ``x`` takes the decay
+  since that border, and ``y`` the decay up to it. Both are sums of numbers of one sign.
+  There is one product for each ``b`` = 1, 2, 4, ...
 """
 
 from collections.abc import Callable

@@ -59,7 +59,7 @@ def backward(
     chunks: ChunkInputs, cotangent: ChunkOutputs, call: LinearCall
 ) -> ChunkInputs:
     """The cotangents of all arrays, of ``marks`` only those of ``fine``."""
-    dtypes = jax.tree.map(lambda x: x.dtype, chunks._replace(marks=None))
+    dtypes = jax.tree.map(lambda x: x.dtype, chunks._replace(marks=Marks()))
     chunks, _ = _ready(chunks, call)
     states = _states(chunks, call)
     heads, group, padded, _ = chunks.q.shape
@@ -73,7 +73,7 @@ def backward(
         cotangent.out.astype(chunks.v.dtype), total, cotangent.state
     )
     fine = chunks.marks.fine
-    kept = chunks._replace(marks=None)
+    kept = chunks._replace(marks=Marks())
     shapes = jax.tree.map(
         lambda x, t: shape_like(x.shape, t, chunks.q), kept, dtypes
     )._replace(marks=Marks(None if fine is None else _shapes(fine)))
@@ -229,7 +229,9 @@ def _ready(chunks: ChunkInputs, call: LinearCall) -> tuple[ChunkInputs, Any]:
     if dtype == jnp.float16:
         # The chip has no f16 arithmetic, and bf16 has three bits less.
         chunks = jax.tree.map(lambda x: x.astype(jnp.float32), chunks)
-    return chunks._replace(marks=jax.tree.map(lambda x: x[:, :, None], chunks.marks)), dtype
+    return chunks._replace(
+        marks=jax.tree.map(lambda x: x[:, :, None], chunks.marks)
+    ), dtype
 
 
 def _same(c: Any) -> Any:
@@ -248,7 +250,7 @@ def _chunk_specs(
     row = pl.BlockSpec(
         (None, None, 1, call.chunk), lambda h, c: block_index(h, at(c), 0, 0)
     )
-    of_keys = jax.tree.map(keys, chunks._replace(q=None, marks=None, state=None))
+    of_keys = jax.tree.map(keys, chunks._replace(q=None, marks=Marks(), state=None))
     return of_keys._replace(
         q=None if chunks.q is None else _queries_spec(chunks.q, call, at),
         marks=jax.tree.map(lambda _: row, chunks.marks),
@@ -319,7 +321,8 @@ def _keys(refs: ChunkInputs) -> ChunkKeys:
     def value(ref: Any) -> Any:
         return None if ref is None else ref[...].astype(jnp.float32)
 
-    return ChunkKeys(*map(value, refs[1:5]), Marks(*map(pair, refs.marks)))
+    k, v, erase, gate = map(value, refs[1:5])
+    return ChunkKeys(k, v, erase, gate, Marks(*map(pair, refs.marks)))
 
 
 def _values(refs: State) -> State:

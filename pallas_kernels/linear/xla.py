@@ -82,5 +82,5 @@ def by_chunk(chunks: ChunkInputs, chunk: int) -> ChunkInputs:
         return jnp.moveaxis(x, -3, 0)
 
     marks = Marks(*(None if x is None else x.swapaxes(0, 1) for x in chunks.marks))
-    split_up = jax.tree.map(split, chunks._replace(marks=None, state=None))
+    split_up = jax.tree.map(split, chunks._replace(marks=Marks(), state=None))
     return split_up._replace(marks=marks)

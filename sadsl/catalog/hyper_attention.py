@@ -312,7 +312,7 @@ def merge(a: Part, b: Part) -> Part:
     empty in both stay 0 and -inf.
     """
     wide = [Outcome(out.astype(jnp.float32), lse) for out, lse in (a, b)]
-    out, lse = merging.merge(wide)
+    out, lse, _ = merging.merge(wide)
     assert lse is not None
     return out, lse
 

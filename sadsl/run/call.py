@@ -21,8 +21,10 @@ from pallas_kernels.precision import wide
 from sadsl.run import checks
 from sadsl.run.attend import attend, choose
 from sadsl.run.backends import choose_impl
+from sadsl.run.linear_state import LinearState
 from sadsl.run.types import QKV, Setting
-from sadsl.terms.base import DROPOUT_KEY, Spec, Term
+from sadsl.terms.base import DROPOUT_KEY, STATE, Spec, Term
+from sadsl.terms.recurrent import Recurrent
 from sadsl.terms.scatter_mean import ScatterMean
 from sadsl.terms.softmax import Softmax
 from sadsl.text.specs import any_term
@@ -42,7 +44,8 @@ def attention(
     q_offset: int = 0, return_lse: bool = False, impl: str | None = None,
     interpret: Any = False, config: KernelConfig | None = None,
     dropout_rate: float = 0.0, dropout_key: Array | None = None,
-) -> Out | tuple[Out, Lse]:  # fmt: skip
+    state0: LinearState | None = None, return_state: bool = False,
+) -> Out | tuple:  # fmt: skip
     """Computes attention over the pairs that ``spec`` selects.
 
     A query that sees no key yields 0 and ``lse == -inf``. Lengths need not be multiples
@@ -68,9 +71,12 @@ def attention(
       dropout_rate: the share of the attention weights that is dropped, in [0, 1). The
         others grow by ``1 / (1 - dropout_rate)``; the lse counts all.
       dropout_key: a key of ``jax.random`` for dropout.
+      state0: for ``linear`` and ``delta``: the state of earlier tokens, differentiable.
+      return_state: for these: also return the state after the last token.
 
     Returns:
-      ``out`` in the dtype of q; with ``return_lse`` ``(out, lse)``, lse in float32.
+      ``out`` in the dtype of q; or a tuple of it, the lse in float32 (``return_lse``)
+      and the ``LinearState`` (``return_state``).
 
     Raises:
       ValueError: the arrays, the spec and the options do not fit together.
@@ -81,7 +87,8 @@ def attention(
     >>> sa.attention(x, x, v, sa.causal() & sa.window(1))[0, :, 0, 0].tolist()
     [0.0, 0.5, 1.5, 2.5]
     """
-    checks.problem(q, k, v, q_offset)
+    term = any_term(spec)
+    checks.problem(q, k, v, q_offset, more_values=term.more_values)
     given = _given(operands, q_segment_ids, kv_segment_ids)
     rate = checks.dropout(dropout_rate, dropout_key)
     if rate:
@@ -91,8 +98,13 @@ def attention(
         choose_impl(impl, interpret, q, k, v),
     )
     config = config or KernelConfig()
-    setting = Setting(scale, int(q_offset), impl, interpret, config, rate)
-    return _attention((q, k, v), any_term(spec), given, setting, return_lse=return_lse)
+    if state0 is not None:
+        given[STATE] = state0
+    stateful = return_state or state0 is not None
+    setting = Setting(
+        scale, int(q_offset), impl, interpret, config, rate, return_state, stateful
+    )
+    return _attention((q, k, v), term, given, setting, return_lse=return_lse)
 
 
 def _attention(
@@ -104,18 +116,24 @@ def _attention(
     return_lse: bool,
 ) -> Any:
     """The output, perhaps with the lse, of a call whose arrays fit together."""
+    if setting.has_state and not isinstance(term, Recurrent):
+        raise NotImplementedError(
+            f"state0 or return_state with {term!r}: only linear(...) and delta(...) "
+            "have a state: call attention for each part of a mixture, or leave it out"
+        )
     _check_read(term, given)
     dtype = inputs[0].dtype
     checks.precision(dtype, setting.impl)
-    out, lse = attend(term, inputs, given, setting)
+    out, lse, state = attend(term, inputs, given, setting)
+    states = (state,) if setting.return_state else ()
     if not return_lse:
-        return out
+        return (out, *states) if states else out
     if lse is None:
         raise NotImplementedError(
             f"return_lse=True: {term!r} has more than one normaliser, so a query has "
             "no single log-sum-exp: leave it False"
         )
-    return out, lse.astype(wide(dtype))
+    return (out, lse.astype(wide(dtype)), *states)
 
 
 def _given(

@@ -15,19 +15,22 @@ Shape: TypeAlias = tuple[int, ...]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def problem(q: Any, k: Any, v: Any, q_offset: int) -> Problem:
+def problem(
+    q: Any, k: Any, v: Any, q_offset: int, *, more_values: bool = False
+) -> Problem:
     """Checks q, k and v and returns the sizes of the call.
 
     Args:
       q, k, v: arrays or ShapeDtypeStructs, ``[batch, seq, heads, head_dim]``.
       q_offset: the position of the first query.
+      more_values: whether v may have a multiple of the heads of k.
 
     Raises:
       ValueError: ranks, lengths, heads or dtypes do not fit together.
       TypeError: the offset is not an integer.
     """
     _check_ranks_and_dtypes(q, k, v)
-    _check_sizes(q.shape, k.shape, v.shape)
+    _check_sizes(q.shape, k.shape, v.shape, more_values=more_values)
     if isinstance(q_offset, bool) or not isinstance(q_offset, int | np.integer):
         raise TypeError(
             f"q_offset={q_offset!r} must be a Python integer: the plan depends on it; "
@@ -60,12 +63,13 @@ def _check_ranks_and_dtypes(q: Any, k: Any, v: Any) -> None:
             )
 
 
-def _check_sizes(q: Shape, k: Shape, v: Shape) -> None:
+def _check_sizes(q: Shape, k: Shape, v: Shape, *, more_values: bool) -> None:
     batch, _, num_q_heads, head_dim = q
     _, kv_seq_len, num_kv_heads, _ = k
     wanted = batch, kv_seq_len, num_kv_heads
     for name, shape in {"k": k, "v": v}.items():
-        if shape[:3] != wanted:
+        heads = shape[2] if more_values else num_kv_heads
+        if shape[:2] != wanted[:2] or heads != shape[2]:
             raise ValueError(
                 f"{name} has shape {tuple(shape)}: batch, length and heads must be "
                 f"{wanted}, the batch of q and the rest as in k"
@@ -79,6 +83,12 @@ def _check_sizes(q: Shape, k: Shape, v: Shape) -> None:
         raise ValueError(
             f"q has {num_q_heads} heads, k and v have {num_kv_heads}: the heads of q "
             "must be a multiple of those of k and v (grouped-query attention)"
+        )
+    if v[2] % num_kv_heads or (num_q_heads % v[2] and v[2] % num_q_heads):
+        raise ValueError(
+            f"v has {v[2]} heads, q has {num_q_heads}, k has {num_kv_heads}: those of "
+            "v must be a multiple of those of k, and divide those of q or be a "
+            "multiple of them"
         )
 
 

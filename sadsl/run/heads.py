@@ -53,9 +53,9 @@ def _(term: Heads, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> O
         # With one key, the first heads of all parts would drop the same pairs.
         mine = dropout_seeds.of_part(read_by(spec, given), i)
         found.append(attend(spec, (q, k, v), mine, setting))
-    lses = [lse for _, lse in found if lse is not None]
+    lses = [each.lse for each in found if each.lse is not None]
     lse = jnp.concatenate(lses, axis=1) if len(lses) == len(found) else None
-    return Outcome(jnp.concatenate([out for out, _ in found], axis=2), lse)
+    return Outcome(jnp.concatenate([each.out for each in found], axis=2), lse)
 
 
 @choose.register

@@ -1,8 +1,8 @@
-"""Runs ``linear``: as a recurrence, as two sums, or over all pairs."""
+"""Runs ``linear`` and ``delta``: as a recurrence, as two sums, or by the definition."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, singledispatch
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import linear as kernels
-from pallas_kernels.linear.algebra import normalised
+from pallas_kernels.linear.chunk import normalised
+from pallas_kernels.linear.marks import clipped
 from pallas_kernels.precision import wide
 from sadsl.run.attend import attend
 from sadsl.run.linear_documents import (
@@ -18,13 +19,28 @@ from sadsl.run.linear_documents import (
     by_document,
     documents,
     in_order,
+    kept,
     padded,
+    present,
+    rows_in_order,
     starts_of,
 )
-from sadsl.run.linear_operands import clipped, features_of, log_decays, segment_ids
+from sadsl.run.linear_operands import segment_ids
+from sadsl.run.linear_reference import all_pairs, token_by_token
+from sadsl.run.linear_state import (
+    LinearState,
+    lost_tokens,
+    next_state,
+    start_of,
+)
+from sadsl.run.running_softmax import running_softmax
 from sadsl.run.symbolic_batch import KNOWN_SIZES, entry_by_entry, is_symbolic
 from sadsl.run.types import QKV, Outcome, Setting
-from sadsl.terms.linear import Kind, Linear
+from sadsl.terms.base import STATE
+from sadsl.terms.recurrent import Kind, Recurrent
+
+# The logit of a key that is not there.
+ABSENT = -1e30
 
 
 @dataclass(frozen=True)
@@ -34,38 +50,88 @@ class Static:
     Attributes:
       kind: which keys a query sees.
       documents: what is known of packed documents; None without segment ids.
-      eps: the number added to the normaliser; None without a normaliser.
       positive: whether no weight is negative, so that the output has an lse.
+      logits: whether k holds logits, and each channel takes a softmax over the keys.
+      one_piece: whether each document must be in one piece.
       q_offset: the position of the first query.
       impl: the backend.
-      call: the static part of the kernel call; None for the reference.
+      call: the static part of the kernel call.
     """
 
     kind: Kind
     documents: Documents | None
-    eps: float | None
     positive: bool
+    logits: bool
+    one_piece: bool
     q_offset: int
     impl: str
-    call: kernels.LinearCall | None
+    call: kernels.LinearCall
+
+    @property
+    def absent(self) -> float:
+        """What stands in k where there is no key."""
+        return ABSENT if self.logits else 0.0
 
 
 class Arrays(NamedTuple):
-    """The arrays of a call: features, values, log-decays and document ids."""
+    """The arrays of a call; each number of heads divides the greatest."""
 
     q: Array  # [batch, q_seq, num_q_heads, features]
     k: Array  # [batch, kv_seq, num_kv_heads, features]
-    v: Array  # [batch, kv_seq, num_kv_heads, head_dim_v]
-    log_decay: Array | None = None  # [batch or 1, heads or 1, positions]
+    v: Array  # [batch, kv_seq, num_v_heads, head_dim_v]
+    erase: Array | None = None  # [batch, kv_seq, heads, features]
+    log_decay: Array | None = None  # [batch or 1, heads or 1, positions, ...]
+    bonus: Array | None = None  # [heads, features]
     ids: tuple[Array, Array] | None = None  # [batch, seq] of queries and keys
+    state: kernels.State | None = None  # before the first key
+    continues: Array | None = None  # [batch]: the first key goes on with its document
+
+
+class Tokens(NamedTuple):
+    """Queries and keys of a call before features, at the positions of the recurrence.
+
+    A token may have become several positions, ``steps``.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    ids: tuple[Array, Array] | None
+    q_offset: int
+    steps: int = 1
+
+
+@singledispatch
+def tokens(
+    term: Recurrent, inputs: QKV, given: Mapping[str, Any], setting: Setting
+) -> Tokens:
+    """The tokens of a call, one position each; ``delta`` may need several."""
+    q, k, v = inputs
+    ids = None
+    if term.kind.segments:
+        ids = (
+            segment_ids("q_segment_ids", given, q.shape[:2]),
+            segment_ids("kv_segment_ids", given, k.shape[:2]),
+        )
+    return Tokens(q, k, v, ids, setting.q_offset)
+
+
+@singledispatch
+def prepared(
+    term: Recurrent, found: Tokens, given: Mapping[str, Any], setting: Setting
+) -> tuple[Arrays, kernels.Recurrence]:
+    """The arrays of the recurrence, without ids and state, and its static part."""
+    raise NotImplementedError(f"{term!r} has no recurrence")
 
 
 @attend.register
-def _(term: Linear, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> Outcome:
+def _(
+    term: Recurrent, inputs: QKV, given: Mapping[str, Any], setting: Setting
+) -> Outcome:
     """Linear attention on any backend, at a cost linear in the length.
 
-    ``impl="reference"`` is the definition, over all pairs. On every backend, ``full()``
-    is two matrix products in XLA.
+    ``impl="reference"`` is the definition, over all pairs or token by token. On every
+    backend, ``full()`` without erasing is two matrix products in XLA.
 
     Raises:
       ValueError: arrays, sizes and the term do not fit together.
@@ -76,167 +142,152 @@ def _(term: Linear, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> 
             f"dropout_rate={setting.dropout_rate}: {term!r} has no attention weights "
             "to drop: use 0"
         )
-    q, k, v = inputs
-    ids, known, there = None, None, Present(None, None)
-    if term.kind.segments:
-        ids = (
-            segment_ids("q_segment_ids", given, q.shape[:2]),
-            segment_ids("kv_segment_ids", given, k.shape[:2]),
-        )
-        one_array = given["q_segment_ids"] is given["kv_segment_ids"]
-        known = documents(ids, setting.q_offset, same_ids=one_array)
-    if known is None or not known.same_ids or setting.q_offset:
-        lengths = q.shape[1], k.shape[1]
-        there = present(ids, lengths, setting.q_offset, causal=term.kind.causal)
+    at = tokens(term, inputs, given, setting)
+    known, there = _documents(term, at, given)
     # Before the feature map: its slope at such a row may be NaN, and so may 0 times it.
-    q, k, v = kept(q, there.q), kept(k, there.k), kept(v, there.k)
-    phi = features_of(term, given)
-    fq, fk = phi(q, "q"), phi(k, "k")
-    if fq.shape[-1] != fk.shape[-1]:
-        raise ValueError(
-            f"{term!r}: the feature map yields {fq.shape[-1]} features of q and "
-            f"{fk.shape[-1]} of k: the two numbers must be equal"
-        )
-    decay = log_decays(term, given, (q, k), setting.q_offset)
-    eps = term.eps if term.normalise else None
-    call = None
-    if setting.impl != "reference":
-        length = max(setting.q_offset + q.shape[1], k.shape[1])
-        sizes = length, fq.shape[-1], v.shape[-1]
-        call = kernels.default_call(
-            kernels.scalar(eps), setting.impl, sizes, fk.dtype,
-            setting.config, setting.interpret,
-        )  # fmt: skip
+    q, k, v = kept(at.q, there.q), kept(at.k, there.k), kept(at.v, there.k)
+    at = at._replace(q=q, k=k, v=v)
+    arrays, rule = prepared(term, at, given, setting)
+    before: LinearState | None = given.get(STATE)
+    one_piece = rule.read_before or rule.erase_before or setting.has_state
+    _check_alignment(term, at, known, one_piece, setting)
     static = Static(
-        term.kind, known, eps, term.positive, setting.q_offset, setting.impl, call
+        term.kind, known, getattr(term, "positive", False), _has_logits(term),
+        one_piece, at.q_offset, setting.impl, _call(arrays, rule, setting),
+    )  # fmt: skip
+    state, continues = start_of(term, before, arrays, at)
+    arrays = arrays._replace(ids=at.ids, state=state, continues=continues)
+    out, lse, end = run(arrays, static=static)
+    out = kept(out.astype(v.dtype), there.q)
+    if before is not None and before.documents is not None:
+        lost = lost_tokens(term, before, at)
+        out = jnp.where(lost[:, :, None, None], jnp.nan, out)
+    out = out[:, at.steps - 1 :: at.steps]
+    after = None
+    if setting.return_state:
+        after = next_state(term, before, end, at)
+    return Outcome(out, lse, after)
+
+
+def _has_logits(term: Recurrent) -> bool:
+    return getattr(term, "normalise", None) == "channel"
+
+
+def _documents(term: Recurrent, at: Tokens, given: Mapping[str, Any]) -> tuple:
+    """What is known of documents, and which queries and keys are in a pair."""
+    known = None
+    if at.ids is not None:
+        one_array = given["q_segment_ids"] is given["kv_segment_ids"]
+        known = documents(at.ids, at.q_offset, same_ids=one_array)
+    there = present(None, (1, 1), 0, causal=False)
+    if known is None or not known.same_ids or at.q_offset:
+        lengths = at.q.shape[1], at.k.shape[1]
+        there = present(at.ids, lengths, at.q_offset, causal=term.kind.causal)
+    return known, there
+
+
+def _check_alignment(
+    term: Recurrent,
+    at: Tokens,
+    known: Documents | None,
+    one_piece: bool,
+    setting: Setting,
+) -> None:
+    """Refuses what a recurrence with a state, or with early reads, cannot do.
+
+    Raises:
+      ValueError: the call has no such meaning.
+    """
+    if not one_piece:
+        return
+    what = "a call with a state" if setting.has_state else repr(term)
+    if not term.kind.causal:
+        raise ValueError(
+            f"{term!r} is not causal: later tokens would change the outputs of earlier "
+            "ones, so it has no state: use map=causal(), or causal() & segments()"
+        )
+    if at.q.shape[1] != at.k.shape[1] or at.q_offset:
+        raise ValueError(
+            f"{what} has {at.q.shape[1]} queries from position {at.q_offset} and "
+            f"{at.k.shape[1]} keys: queries and keys must be the same tokens"
+        )
+    if known is not None and known.in_order is False:
+        raise ValueError(
+            f"{what} has documents in several pieces, or queries with other ids than "
+            "their keys: sort the tokens by document first"
+        )
+
+
+def _call(
+    arrays: Arrays, rule: kernels.Recurrence, setting: Setting
+) -> kernels.LinearCall:
+    impl = "xla" if setting.impl == "reference" else setting.impl
+    sizes = kernels.LinearSizes(
+        length=max(arrays.q.shape[1], arrays.k.shape[1]),
+        features=arrays.k.shape[-1],
+        head_dim_v=arrays.v.shape[-1],
+        erase=arrays.erase is not None,
+        by_channel=arrays.log_decay is not None and arrays.log_decay.ndim == 4,
     )
-    arrays = Arrays(fq, fk, v.astype(fk.dtype), decay, ids)
-    out, lse = run(arrays, static=static)
-    return Outcome(kept(out.astype(v.dtype), there.q), lse)
+    return kernels.default_call(
+        rule, impl, sizes, arrays.k.dtype, setting.config, setting.interpret
+    )
 
 
 @partial(jax.jit, static_argnames="static")
-def run(arrays: Arrays, *, static: Static) -> tuple[Array, Array | None]:
-    """The output ``[batch, q_seq, num_q_heads, head_dim_v]``, and the lse or None."""
+def run(arrays: Arrays, *, static: Static) -> tuple[Array, Array | None, Any]:
+    """The output ``[batch, q_seq, heads, head_dim_v]``, the lse or None, the state."""
     if is_symbolic(arrays.q) and static.impl in KNOWN_SIZES:
         return entry_by_entry(partial(_run, static=static), arrays)
     return _run(arrays, static=static)
 
 
-def _run(arrays: Arrays, *, static: Static) -> tuple[Array, Array | None]:
-    if static.impl == "reference":
-        out, total = _dense(arrays, static)
+def _run(arrays: Arrays, *, static: Static) -> tuple[Array, Array | None, Any]:
+    rule, state = static.call.rule, None
+    pairwise = arrays.erase is None and not static.logits and not rule.read_before
+    by_head = arrays.log_decay is None or arrays.log_decay.ndim == 3
+    if static.impl == "reference" and pairwise and by_head and not static.one_piece:
+        out, total = all_pairs(arrays, static)
     elif static.kind.causal:
-        out, total = _causal(arrays, static)
-    elif static.kind.segments:
-        out, total = _by_document(arrays, static)
+        out, total, state = _causal(arrays, static)
+    elif static.kind.segments or arrays.erase is not None:
+        out, total, state = _by_document(arrays, static)
     else:
         out, total = _sums(arrays, static)
+    if arrays.bonus is not None:
+        out += _own(arrays).astype(out.dtype)
     if total is None or not static.positive:
-        return out, None
+        return out, None, state
     seen = total != 0
     lse = jnp.where(seen, jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
-    return out, jnp.swapaxes(lse, 1, 2)
+    return out, jnp.swapaxes(lse, 1, 2), state
 
 
-# --- over all pairs: the definition ---
+def _own(arrays: Arrays) -> Array:
+    """What a query that reads before the write reads of its own key."""
+    q, k, v, bonus = arrays.q, arrays.k, arrays.v, arrays.bonus
+    assert bonus is not None
+    heads = max(x.shape[-2] for x in (q, k, v, bonus))
+    q, k, v, bonus = (_repeated(x, heads) for x in (q, k, v, bonus))
+    weight = jnp.sum(q * bonus * k, axis=-1, keepdims=True, dtype=wide(q.dtype))
+    return weight * v
 
 
-def _dense(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
-    """``sum_k w_qk v_k`` over the pairs of the map, with all weights in memory."""
-    q, k, v, log_decay, ids = arrays
-    dtype = wide(q.dtype)
-    group = q.shape[2] // k.shape[2]
-    q, k, v = (x.astype(dtype) for x in (q, k, v))
-    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
-    rows = static.q_offset + jnp.arange(q.shape[1])[:, None]
-    columns = jnp.arange(k.shape[1])[None, :]
-    seen = jnp.ones((1, 1, q.shape[1], k.shape[1]), bool)
-    if static.kind.causal:
-        seen &= (columns <= rows)[None, None]
-    if ids is not None:
-        seen &= (ids[0][:, :, None] == ids[1][:, None, :])[:, None]
-    weights = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest")
-    if log_decay is not None:
-        # One sum for every pair: a difference of two prefix sums would be less exact.
-        decay = clipped(log_decay)
-        after = (jnp.arange(decay.shape[2])[:, None] > columns)[None, None]
-        steps = jnp.cumsum(jnp.where(after, decay[..., None], 0.0), axis=2)
-        steps = steps[:, :, static.q_offset : static.q_offset + q.shape[1]]
-        if steps.shape[1] > 1:
-            steps = jnp.repeat(steps, q.shape[2] // steps.shape[1], axis=1)
-        weights *= jnp.exp(steps)
-    weights = jnp.where(seen, weights, 0.0)
-    out = jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest")
-    if static.eps is None:
-        return out, None
-    total = jnp.swapaxes(weights.sum(axis=3), 1, 2)[..., None]
-    out, total = normalised(out, total, static.eps)
-    return out, total[..., 0]
-
-
-# --- queries and keys that are in no pair may hold NaN: they are set to 0 ---
-
-
-class Present(NamedTuple):
-    """Which queries and keys are in a pair, bool ``[batch, seq]``; None for all."""
-
-    q: Array | None
-    k: Array | None
-
-
-def present(
-    ids: tuple[Array, Array] | None,
-    lengths: tuple[int, int],
-    q_offset: int,
-    *,
-    causal: bool,
-) -> Present:
-    """The queries that see a key, and the keys that some query sees."""
-    q_seq, kv_seq = lengths
-    rows = q_offset + jnp.arange(q_seq, dtype=jnp.int32)
-    columns = jnp.arange(kv_seq, dtype=jnp.int32)
-    if ids is None:
-        end = q_offset + q_seq
-        unused = causal and kv_seq > end
-        return Present(None, (columns < end)[None] if unused else None)
-    q_ids, kv_ids = ids
-    # A key is seen if the last query of its document is not before it; a query sees a
-    # key if the first key of its document is not after it.
-    last, has_query = jax.vmap(partial(_last_of, at=rows))(q_ids, kv_ids)
-    first, has_key = jax.vmap(partial(_last_of, at=-columns))(kv_ids, q_ids)
-    if causal:
-        has_query &= last >= columns[None]
-        has_key &= -first <= rows[None]
-    return Present(has_key, has_query)
-
-
-@jax.jit
-def kept(x: Array, there: Array | None) -> Array:
-    """``x [batch, seq, heads, dim]`` with 0 at the positions that are not ``there``."""
-    return x if there is None else jnp.where(there[:, :, None, None], x, 0)
-
-
-def _last_of(ids: Array, asked: Array, *, at: Array) -> tuple[Array, Array]:
-    """For each id ``asked``, the greatest ``at`` with this id, and whether it exists.
-
-    ``ids`` and ``at`` are ``[n]``, ``asked`` is ``[m]``, and both results are ``[m]``.
-    """
-    order = jnp.lexsort((at, ids))
-    of_order = ids[order]
-    place = jnp.searchsorted(of_order, asked, side="right") - 1
-    place = jnp.maximum(place, 0)
-    return at[order][place], of_order[place] == asked
+def _repeated(x: Array, heads: int) -> Array:
+    """``[..., some heads, n]`` as ``[..., heads, n]``."""
+    return jnp.repeat(x, heads // x.shape[-2], axis=-2)
 
 
 # --- causal: a recurrence ---
 
 
-def _causal(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
+def _causal(arrays: Arrays, static: Static) -> tuple[Array, Array | None, Any]:
     """The recurrence, in the given order or sorted by document."""
     known = static.documents
     if known is None or known.in_order:
         return _aligned(arrays, static)
+    if static.one_piece:
+        return _where_in_order(arrays, _aligned(arrays, static))
     if known.in_order is False or known.same_ids:
         return _by_document(arrays, static)
     assert arrays.ids is not None
@@ -247,9 +298,23 @@ def _causal(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
     return jax.lax.cond(in_order(*arrays.ids), as_given, moved, arrays)
 
 
-def _aligned(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
+def _where_in_order(arrays: Arrays, results: Any) -> Any:
+    """The results of a call, NaN where documents are in several pieces.
+
+    Traced ids cannot be refused.
+    """
+    assert arrays.ids is not None
+    fits = rows_in_order(*arrays.ids)
+
+    def kept_where(x: Array) -> Array:
+        return jnp.where(fits.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
+
+    return jax.tree.map(kept_where, results)
+
+
+def _aligned(arrays: Arrays, static: Static) -> tuple[Array, Array | None, Any]:
     """Pads queries and keys to the same positions, and runs the recurrence on them."""
-    q, k, v, log_decay, ids = arrays
+    q, k, ids = arrays.q, arrays.k, arrays.ids
     q_seq, kv_seq, offset = q.shape[1], k.shape[1], static.q_offset
     seq = max(offset + q_seq, kv_seq)
     starts = None
@@ -258,62 +323,123 @@ def _aligned(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
         # A query whose id is not that of the key at its position sees nothing.
         q = jnp.where((q_ids == kv_ids)[:, :, None, None], q, 0)
         starts = starts_of(kv_ids)
-    q = padded(q, offset, seq - offset - q_seq)
-    k, v = (padded(x, 0, seq - kv_seq) for x in (k, v))
-    out, total = _recurrence(Arrays(q, k, v, log_decay), starts, static)
+        if arrays.continues is not None:
+            starts = starts.at[:, 0].set(~arrays.continues)
+    after = seq - kv_seq
+    arrays = arrays._replace(
+        q=padded(q, offset, seq - offset - q_seq),
+        k=padded(k, 0, after, static.absent),
+        v=padded(arrays.v, 0, after),
+        erase=None if arrays.erase is None else padded(arrays.erase, 0, after),
+    )
+    out, total, state = _recurrence(arrays, starts, static)
     rows = slice(offset, offset + q_seq)
-    return out[:, rows], None if total is None else total[:, rows]
+    return out[:, rows], None if total is None else total[:, rows], state
 
 
-def _by_document(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
+def _by_document(arrays: Arrays, static: Static) -> tuple[Array, Array | None, Any]:
     """Sorts keys and queries by document, and runs the recurrence on them.
 
-    Ids may be in any order, and the lengths may differ.
+    Ids may be in any order, and the lengths may differ. Without ids there is one
+    document.
     """
-    q, k, v, log_decay, ids = arrays
-    assert ids is not None
-    assert static.documents is not None
-    causal = static.kind.causal
-    paired = causal and static.documents.same_ids
+    q, k, v, ids = arrays.q, arrays.k, arrays.v, arrays.ids
+    if ids is None:
+        ids = jnp.zeros(q.shape[:2], jnp.int32), jnp.zeros(k.shape[:2], jnp.int32)
+    causal, known = static.kind.causal, static.documents
+    paired = causal and known is not None and known.same_ids
     found = by_document(ids, static.q_offset, causal=causal, paired=paired)
-    placed = Arrays(*found.placed(q, k, v), found.between(log_decay))
-    out, total = _recurrence(placed, found.starts, static)
+    erase = arrays.erase
+    placed = arrays._replace(
+        q=found.of_query(q, k.shape[1]),
+        k=found.of_key(k, q.shape[1], static.absent),
+        v=found.of_key(v, q.shape[1]),
+        erase=None if erase is None else found.of_key(erase, q.shape[1]),
+        log_decay=found.between(arrays.log_decay),
+    )
+    out, total, state = _recurrence(placed, found.starts, static)
     out = found.of_queries(out, q.shape[1])
-    return out, None if total is None else found.of_queries(total, q.shape[1])
+    total = None if total is None else found.of_queries(total, q.shape[1])
+    return out, total, state
 
 
 def _recurrence(
     arrays: Arrays, starts: Array | None, static: Static
-) -> tuple[Array, Array | None]:
-    """Runs the kernels; results are ``[batch, seq, num_q_heads, ...]``."""
-    assert static.call is not None
-    inputs = kernel_inputs(arrays, starts)
-    found = kernels.attend(inputs, static.call, impl=static.impl)
-    return _seq_first(found.out), (
-        None if found.total is None else _seq_first(found.total)
-    )
+) -> tuple[Array, Array | None, Any]:
+    """Runs the kernels; results are ``[batch, seq, heads, ...]``."""
+    inputs, sums = _kernel_inputs(arrays, starts, logits=static.logits)
+    if static.impl == "reference":
+        found = token_by_token(inputs, static.call.rule)
+    else:
+        found = kernels.attend(inputs, static.call, impl=static.impl)
+    state = found.state if sums is None else found.state._replace(z=sums)
+    total = None if found.total is None else _seq_first(found.total)
+    return _seq_first(found.out), total, state
 
 
-def kernel_inputs(arrays: Arrays, starts: Array | None) -> kernels.LinearInputs:
-    """The arrays with heads in front, one head for each state.
+def state_after(term: Recurrent, inputs: QKV, given: Mapping[str, Any]) -> LinearState:
+    """The state after all keys; with documents, that of the last key's document.
 
-    There is one state for each head of k, or for each head of q if decays differ there.
+    A document may be in several pieces. The documents of the state are not set.
     """
-    q, k, v, log_decay, _ = arrays
-    batch, seq, num_q_heads, features = q.shape
-    heads = k.shape[2]
-    if log_decay is not None:
-        log_decay = log_decay.astype(wide(q.dtype))
-        heads = max(heads, log_decay.shape[1])
-        log_decay = jnp.broadcast_to(
-            log_decay, (log_decay.shape[0], heads, log_decay.shape[2])
-        )
-    k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
-    q = q.reshape(batch, seq, heads, num_q_heads // heads, features)
-    return kernels.LinearInputs(
-        jnp.moveaxis(q, 1, 3), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2),
-        log_decay, starts,
-    )  # fmt: skip
+    setting = Setting(1.0)
+    at = tokens(term, inputs, given, setting)
+    arrays, rule = prepared(term, at, given, setting)
+    logits = _has_logits(term)
+    if at.ids is not None:
+        ids = at.ids[1]
+        last = ids == ids[:, -1:]
+        absent = ABSENT if logits else 0.0
+        k, v, erase = arrays.k, arrays.v, arrays.erase
+        arrays = arrays._replace(
+            k=kept(k, last, absent), v=kept(v, last),
+            erase=None if erase is None else kept(erase, last),
+        )  # fmt: skip
+    found, sums = _kernel_inputs(arrays, None, logits=logits)
+    end = kernels.final_state(found, _call(arrays, rule, setting))
+    end = end if sums is None else end._replace(z=sums)
+    return next_state(term, None, end, at._replace(ids=None))
+
+
+def _kernel_inputs(
+    arrays: Arrays, starts: Array | None, *, logits: bool
+) -> tuple[kernels.LinearInputs, Array | None]:
+    """The arrays with heads in front, one head for each state; the last log-sums.
+
+    There is one state for each head of k, of v, of the decays or of the erase vectors,
+    whichever are more. Fewer heads of the others are repeated. If k holds logits, each
+    channel becomes a running softmax, and its log-sums are returned.
+    """
+    sums, state = None, arrays.state
+    if logits:
+        before = None if state is None else state.z
+        k, decay, sums = running_softmax(arrays.k, starts, before)
+        state = None if state is None else state._replace(z=None)
+        arrays = arrays._replace(k=k, log_decay=decay, state=state)
+    q, k, v, erase, decay = arrays[:5]
+    heads = num_states(arrays)
+    if decay is not None:
+        decay = clipped(decay.astype(wide(q.dtype)))
+        decay = jnp.repeat(decay, heads // decay.shape[1], axis=1)
+    q = _repeated(q, max(heads, q.shape[2]))
+    q = q.reshape(*q.shape[:2], heads, -1, q.shape[-1])
+
+    def heads_first(x: Array | None) -> Array | None:
+        return None if x is None else jnp.swapaxes(_repeated(x, heads), 1, 2)
+
+    k, v, erase = heads_first(k), heads_first(v), heads_first(erase)
+    assert k is not None
+    assert v is not None
+    q = jnp.moveaxis(q, 1, 3)
+    found = kernels.LinearInputs(q, k, v, erase, decay, starts, state)
+    return found, sums
+
+
+def num_states(arrays: Arrays) -> int:
+    """The number of states, of the heads of all arrays but q."""
+    erase = () if arrays.erase is None else (arrays.erase.shape[2],)
+    decay = () if arrays.log_decay is None else (arrays.log_decay.shape[1],)
+    return max(arrays.k.shape[2], arrays.v.shape[2], *erase, *decay)
 
 
 def _seq_first(x: Array) -> Array:
@@ -327,21 +453,26 @@ def _seq_first(x: Array) -> Array:
 
 def _sums(arrays: Arrays, static: Static) -> tuple[Array, Array | None]:
     """``phi(q) (sum_k phi(k) v^T)``, and the same with 1 for v as the normaliser."""
-    q, k, v, _, _ = arrays
-    batch, seq, num_q_heads, features = q.shape
+    q, k, v = arrays[:3]
     # A sum over the keys exceeds the range of f16, but not that of bf16.
     dtype = wide(q.dtype)
-    narrow = jnp.bfloat16 if q.dtype == jnp.bfloat16 else dtype
+    if static.logits:
+        k = jax.nn.softmax(k.astype(dtype), axis=1)
+    heads, narrow = num_states(arrays), dtype
+    if q.dtype == jnp.bfloat16:
+        narrow = jnp.bfloat16
     product = partial(jnp.einsum, precision="highest", preferred_element_type=dtype)
-    q, k, v = (x.astype(narrow) for x in (q, k, v))
-    q = q.reshape(batch, seq, k.shape[2], -1, features)
+    q, k, v = (_repeated(x.astype(narrow), max(heads, x.shape[2])) for x in (q, k, v))
+    batch, seq, num_q_heads, features = q.shape
+    q = q.reshape(batch, seq, heads, -1, features)
     s = product("bkhd,bkhe->bhde", k, v).astype(narrow)
     out = product("bqhgd,bhde->bqhge", q, s)
     out = out.reshape(batch, seq, num_q_heads, -1)
-    if static.eps is None:
+    eps = static.call.rule.eps
+    if eps is None:
         return out, None
     z = k.astype(dtype).sum(axis=1)
     total = product("bqhgd,bhd->bqhg", q.astype(dtype), z)
     total = total.reshape(batch, seq, num_q_heads, 1)
-    out, total = normalised(out, total, static.eps)
+    out, total = normalised(out, total, eps)
     return out, total[..., 0]

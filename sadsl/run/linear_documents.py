@@ -6,6 +6,7 @@ tokens are sorted by document, and by position within it.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from lowering.run_time import sort
-from pallas_kernels.linear.marks import GRAIN, STRONGEST
-from sadsl.run.linear_operands import clipped
+from pallas_kernels.linear.marks import GRAIN, STRONGEST, clipped
 
 # A sum of log-decays below this counts as full decay. The limit is far from both ends
 # of the range in which f32 sums and wrapped int32 sums are exact.
@@ -69,6 +69,16 @@ def in_order(q_ids: Any, kv_ids: Any, xp: Any = jnp) -> Any:
     return (pieces == fewest).all() & ~apart.any()
 
 
+def rows_in_order(q_ids: Array, kv_ids: Array) -> Array:
+    """``in_order`` of each batch entry of traced ids, bool ``[batch]``, exactly."""
+    together = jnp.sort(kv_ids, axis=1)
+    pieces, fewest = (
+        jnp.count_nonzero(jnp.diff(x, axis=1), axis=1) for x in (kv_ids, together)
+    )
+    has_keys = jax.vmap(partial(jnp.isin, method="sort"))(q_ids, kv_ids)
+    return (pieces == fewest) & ~((q_ids != kv_ids) & has_keys).any(axis=1)
+
+
 class Sorted(NamedTuple):
     """The order of tokens by document, as slots.
 
@@ -89,16 +99,18 @@ class Sorted(NamedTuple):
     starts: Bool[Array, "batch slots"]
     paired: bool
 
-    def placed(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        """Moves the arrays ``[batch, seq, heads, dim]`` to slots."""
-        if not self.paired:
-            q_seq, kv_seq = q.shape[1], k.shape[1]
-            q, k, v = padded(q, kv_seq, 0), padded(k, 0, q_seq), padded(v, 0, q_seq)
-        q, k, v = (sort.permute(x, self.order, self.slots) for x in (q, k, v))
-        return q, k, v
+    def of_query(self, x: Array, kv_seq: int) -> Array:
+        """Moves ``x [batch, q_seq, heads, dim]`` to slots, with 0 at the keys."""
+        x = x if self.paired else padded(x, kv_seq, 0)
+        return sort.permute(x, self.order, self.slots)
+
+    def of_key(self, x: Array, q_seq: int, absent: float = 0.0) -> Array:
+        """Moves ``x [batch, kv_seq, heads, dim]`` to slots, ``absent`` at queries."""
+        x = x if self.paired else padded(x, 0, q_seq, absent)
+        return sort.permute(x, self.order, self.slots)
 
     def between(self, log_decay: Array | None) -> Array | None:
-        """Log-decays ``[batch, heads, positions]``, summed from slot to slot."""
+        """Log-decays ``[batch, heads, positions, ...]``, summed from slot to slot."""
         if log_decay is None:
             return None
         return _between(log_decay, self.at, self.starts)
@@ -137,19 +149,19 @@ def starts_of(ids: Array) -> Array:
     return jnp.concatenate([first, ids[:, 1:] != ids[:, :-1]], axis=1)
 
 
-def padded(x: Array, before: int, after: int) -> Array:
-    """``[batch, seq, ...]`` with zeros before and after along the sequence."""
+def padded(x: Array, before: int, after: int, fill: float = 0.0) -> Array:
+    """``[batch, seq, ...]`` with ``fill`` before and after along the sequence."""
     if not before and not after:
         return x
     widths = [(0, 0), (before, after), *[(0, 0)] * (x.ndim - 2)]
-    return jnp.pad(x, widths)
+    return jnp.pad(x, widths, constant_values=fill)
 
 
 def _between(
-    log_decay: Float[Array, "batch heads positions"],
+    log_decay: Float[Array, "_batch heads positions ..."],
     at: Int32[Array, "batch slots"],
     starts: Bool[Array, "batch slots"],
-) -> Float[Array, "batch heads slots"]:
+) -> Float[Array, "batch heads slots ..."]:
     """The sum of the log-decays from the previous slot's position to this slot's.
 
     The sum leaves out the former and includes the latter position. It is 0 where a
@@ -166,11 +178,67 @@ def _between(
 
     def steps(total: Array) -> Array:
         spread = (at.shape[0], *total.shape[1:])
+        place = at.reshape(at.shape[0], 1, -1, *[1] * (total.ndim - 3))
         here = jnp.take_along_axis(
-            jnp.broadcast_to(total, spread), at[:, None], axis=2, mode="clip"
+            jnp.broadcast_to(total, spread), place, axis=2, mode="clip"
         )
         return jnp.diff(here, axis=2, prepend=here[:, :, :1])
 
     found = steps(coarse).astype(decay.dtype) * GRAIN + steps(fine)
     found = jnp.where(steps(rough) < FORGOTTEN, STRONGEST, found)
-    return jnp.where(starts[:, None], 0.0, found)
+    starts = starts.reshape(starts.shape[0], 1, -1, *[1] * (found.ndim - 3))
+    return jnp.where(starts, 0.0, found)
+
+
+# --- queries and keys that are in no pair may hold NaN: they are set to 0 ---
+
+
+class Present(NamedTuple):
+    """Which queries and keys are in a pair, bool ``[batch, seq]``; None for all."""
+
+    q: Array | None
+    k: Array | None
+
+
+def present(
+    ids: tuple[Array, Array] | None,
+    lengths: tuple[int, int],
+    q_offset: int,
+    *,
+    causal: bool,
+) -> Present:
+    """The queries that see a key, and the keys that some query sees."""
+    q_seq, kv_seq = lengths
+    rows = q_offset + jnp.arange(q_seq, dtype=jnp.int32)
+    columns = jnp.arange(kv_seq, dtype=jnp.int32)
+    if ids is None:
+        end = q_offset + q_seq
+        unused = causal and kv_seq > end
+        return Present(None, (columns < end)[None] if unused else None)
+    q_ids, kv_ids = ids
+    # A key is seen if the last query of its document is not before it; a query sees a
+    # key if the first key of its document is not after it.
+    last, has_query = jax.vmap(partial(_last_of, at=rows))(q_ids, kv_ids)
+    first, has_key = jax.vmap(partial(_last_of, at=-columns))(kv_ids, q_ids)
+    if causal:
+        has_query &= last >= columns[None]
+        has_key &= -first <= rows[None]
+    return Present(has_key, has_query)
+
+
+@partial(jax.jit, static_argnames="absent")
+def kept(x: Array, there: Array | None, absent: float = 0.0) -> Array:
+    """``x [batch, seq, heads, dim]``, ``absent`` where a token is not ``there``."""
+    return x if there is None else jnp.where(there[:, :, None, None], x, absent)
+
+
+def _last_of(ids: Array, asked: Array, *, at: Array) -> tuple[Array, Array]:
+    """For each id ``asked``, the greatest ``at`` with this id, and whether it exists.
+
+    ``ids`` and ``at`` are ``[n]``, ``asked`` is ``[m]``, and both results are ``[m]``.
+    """
+    order = jnp.lexsort((at, ids))
+    of_order = ids[order]
+    place = jnp.searchsorted(of_order, asked, side="right") - 1
+    place = jnp.maximum(place, 0)
+    return at[order][place], of_order[place] == asked

@@ -23,18 +23,22 @@ class Setting:
     interpret: Hashable = False
     config: KernelConfig = field(default_factory=KernelConfig)
     dropout_rate: float = 0.0
+    return_state: bool = False
+    has_state: bool = False  # a state comes in or goes out
 
 
 class Outcome(NamedTuple):
-    """The result of a term: its output and its log-sum-exp.
+    """The result of a term: its output, its log-sum-exp, and its state.
 
     ``out`` is ``[batch, q_seq, num_q_heads, head_dim_v]``. ``lse`` is the natural
     logarithm of the normaliser, ``[batch, num_q_heads, q_seq]``, or None if a query has
     no single normaliser. A query that sees no key has output 0 and ``lse == -inf``.
+    ``state`` is a ``LinearState`` if the call asks for it.
     """
 
     out: Array
     lse: Array | None
+    state: Any = None
 
 
 QKV: TypeAlias = tuple[Array, Array, Array]

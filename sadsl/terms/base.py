@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from sadsl.maps.base import IndexMap
 from sadsl.selections.base import operands_of, selections_of
 
-# The dropout key and a traced scale travel among the run-time arrays of a call. No
-# operand of a caller can have these names, which are not identifiers.
+# The dropout key, a traced scale and a state travel among the run-time arrays of a
+# call. No operand of a caller can have these names, which are not identifiers.
 DROPOUT_KEY = "dropout.key"
+STATE = "linear.state"
 TRACED_SCALE = "softmax.scale"
 
 
@@ -47,6 +48,9 @@ class Term:
 
     Terms are frozen, hashable values; ``repr`` is code that builds them again.
     """
+
+    # Whether v may have more heads than k.
+    more_values = False
 
     @property
     def parts(self) -> tuple["Spec", ...]:

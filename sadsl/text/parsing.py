@@ -43,6 +43,8 @@ from sadsl.terms.biases import (
 from sadsl.terms.channel import channel
 from sadsl.terms.cluster_regions import clusters
 from sadsl.terms.compressed import compressed
+from sadsl.terms.delta import delta
+from sadsl.terms.features import cosformer_features
 from sadsl.terms.grid_regions import columns, rowmajor, rows
 from sadsl.terms.heads import heads
 from sadsl.terms.linear import linear
@@ -65,7 +67,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
         budgets.topk, budgets.threshold, budgets.mass, rules, budgets.share,
         budgets.tokens, tiles, within, scored,
         kmeans, scatter_mean, heads, mixtures.joint, mixtures.average,
-        linear,
+        linear, delta, cosformer_features,
         mixtures.gated, mixtures.weighted, channel, compressed,
         vertical_slash, vertical_slash_mass, kept_keys,
         modalities, stripes, descent, chunk_budget,

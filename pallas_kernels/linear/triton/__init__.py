@@ -12,9 +12,6 @@ Transformers with the Delta Rule, 2024, section 3):
 The backward pass goes through them in the opposite order.
 """
 
-from functools import partial
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -22,7 +19,6 @@ from pallas_kernels.linear.call import ChunkInputs, ChunkOutputs, LinearCall
 from pallas_kernels.linear.chunk import State
 from pallas_kernels.linear.marks import Marks
 from pallas_kernels.linear.triton import outputs, states, updates
-from pallas_kernels.linear.triton.updates import Update
 from pallas_kernels.triton.launch import pad
 from pallas_kernels.triton.tiles import SMALLEST, power_of_two
 
@@ -60,8 +56,8 @@ def backward(
         return x[..., : like.shape[-1]].astype(like.dtype)
 
     arrays = jax.tree.map(
-        cut, dkeys._replace(marks=None, state=None),
-        given._replace(marks=None, state=None),
+        cut, dkeys._replace(marks=Marks(), state=None),
+        given._replace(marks=Marks(), state=None),
     )  # fmt: skip
     state = _cut(dkeys.state, given.state)
     return arrays._replace(marks=Marks(of_keys.marks.fine), state=state)
@@ -84,7 +80,7 @@ def _ready(chunks: ChunkInputs, call: LinearCall) -> ChunkInputs:
         x = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
         return pad(x, x.ndim - 1, power_of_two(x.shape[-1]))
 
-    arrays = jax.tree.map(array, chunks._replace(marks=None, state=None))
+    arrays = jax.tree.map(array, chunks._replace(marks=Marks(), state=None))
     features, head_dim_v = arrays.k.shape[-1], arrays.v.shape[-1]
     s, z = chunks.state
     s = pad(pad(s, 1, features), 2, head_dim_v)

@@ -76,9 +76,8 @@ def chunk_specs(chunks: ChunkInputs, call: LinearCall, members: int) -> ChunkInp
     The state is not among them.
     """
     mark = pl.BlockSpec((None, None, call.chunk), lambda c, h, g: (h, c, 0))
-    keys = jax.tree.map(
-        partial(keys_spec, call=call), chunks._replace(q=None, marks=None, state=None)
-    )
+    of_keys = chunks._replace(q=None, marks=Marks(), state=None)
+    keys = jax.tree.map(partial(keys_spec, call=call), of_keys)
     return keys._replace(
         q=row_specs(ChunkOutputs(chunks.q, None, None), call, members).out,
         marks=jax.tree.map(lambda _: mark, chunks.marks),
@@ -91,7 +90,7 @@ def keys_spec(x: Any, call: LinearCall) -> pl.BlockSpec:
 
 
 def row_specs(rows: ChunkOutputs, call: LinearCall, members: int) -> ChunkOutputs:
-    """The specs of a chunk of outputs of ``members`` of the group, without the state."""
+    """The specs of a chunk of outputs of ``members`` of the group, but the state."""
     shape = None, members, call.chunk
     out = pl.BlockSpec((*shape, rows.out.shape[-1]), lambda c, h, g: (h, g, c, 0))
     total = pl.BlockSpec(shape, lambda c, h, g: (h, g, c))
@@ -114,7 +113,8 @@ def keys_of(refs: ChunkInputs) -> ChunkKeys:
         return None if ref is None else ref[...].astype(jnp.float32)
 
     marks = Marks(*(None if ref is None else ref[...] for ref in refs.marks))
-    return ChunkKeys(*map(value, refs[1:5]), pairs(marks))
+    k, v, erase, gate = map(value, refs[1:5])
+    return ChunkKeys(k, v, erase, gate, pairs(marks))
 
 
 def values(refs: State) -> State:

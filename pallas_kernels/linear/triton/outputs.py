@@ -184,8 +184,9 @@ def _keys_kernel(
     """
     assert refs.k.shape == outs.k.shape
     assert dvalues_ref.shape == values_ref.shape
-    ops, pull = launch.differentiated(refs.v.dtype), _pull_reads(
-        refs, values_ref, states, call
+    ops, pull = (
+        launch.differentiated(refs.v.dtype),
+        _pull_reads(refs, values_ref, states, call),
     )
     parts, joined = _parts(keys_of(refs))
     written, state = _value(values_ref), values(states)
@@ -219,8 +220,8 @@ def _parts(keys: ChunkKeys) -> tuple[tuple, Callable[[tuple], ChunkKeys]]:
     """What has a cotangent: ``k, v, erase, gate`` and the fine marks."""
 
     def joined(parts: tuple) -> ChunkKeys:
-        *arrays, fine = parts
-        return ChunkKeys(*arrays, keys.marks._replace(fine=fine))
+        k, v, erase, gate, fine = parts
+        return ChunkKeys(k, v, erase, gate, keys.marks._replace(fine=fine))
 
     return (*keys[:4], keys.marks.fine), joined
 

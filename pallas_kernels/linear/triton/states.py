@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.linear.call import ChunkInputs, LinearCall
 from pallas_kernels.linear.chunk import State, carried
-from pallas_kernels.linear.products import Dot, plain_dot
+from pallas_kernels.linear.products import plain_dot
 from pallas_kernels.linear.triton import launch
 from pallas_kernels.linear.triton.updates import Update
 from pallas_kernels.loops import repeat
@@ -90,9 +90,7 @@ def forward(chunks: ChunkInputs, update: Update, call: LinearCall) -> States:
     return States(State(starts, z[:, :-1]), values, State(end, z[:, -1]))
 
 
-def backward(
-    update: Update, own: Own, cotangent: State, call: LinearCall
-) -> Ends:
+def backward(update: Update, own: Own, cotangent: State, call: LinearCall) -> Ends:
     """Goes through the chunks in the opposite order."""
     heads, padded, _ = update.writes.shape
     steps, head_dim_v = padded // call.chunk, update.values.shape[-1]
@@ -204,8 +202,9 @@ def _sums(update: Update, start: Any, steps: int) -> Any:
     heads, _, features = update.writes.shape
     added = update.writes.astype(jnp.float32).reshape(heads, steps, -1, features)
     added = added.sum(axis=2, keepdims=True)
-    first = jnp.ones_like(update.whole[:, :1]) if update.whole is not None else None
-    whole = None if first is None else jnp.concatenate([first, update.whole], 1)
+    whole = update.whole
+    if whole is not None:
+        whole = jnp.concatenate([jnp.ones_like(whole[:, :1]), whole], axis=1)
     return _scan(whole, jnp.concatenate([start[:, None], added], axis=1))
 
 

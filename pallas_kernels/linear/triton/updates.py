@@ -25,7 +25,8 @@ class Update(NamedTuple):
     """The updates of all chunks.
 
     Attributes:
-      writes: the keys under the decay to the chunk's end, ``[heads, padded, features]``.
+      writes: the keys times the decay to the chunk's end, ``[heads, padded,
+        features]``.
       values: the values without the erased part, ``[heads, padded, head_dim_v]``.
       erased: ``W``, ``[heads, padded, features]``; None without an erase vector.
       whole: the factor of the state, f32 ``[heads, chunks, 1 or features]``; or None.

@@ -138,11 +138,11 @@ def check(case, impl):
     @jax.jit
     def run(inputs):
         fixed = inputs._replace(starts=None)
-        f = lambda x: linear.attend(
-            x._replace(starts=inputs.starts), call, impl=impl
-        )
+        f = lambda x: linear.attend(x._replace(starts=inputs.starts), call, impl=impl)
         found, pull = jax.vjp(f, fixed)
-        return found, pull(jax.tree.map(lambda x, y: x.astype(y.dtype), cotangent, found))[0]
+        return found, pull(
+            jax.tree.map(lambda x, y: x.astype(y.dtype), cotangent, found)
+        )[0]
 
     found = run(inputs)
     wanted = exact(case.rule, inputs, cotangent)

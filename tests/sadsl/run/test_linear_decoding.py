@@ -82,5 +82,5 @@ class TestErrors:
         q, k, v = (x[:, 0] for x in arrays())
         term = sa.linear(map=DOCUMENTS)
         state = sa.linear_state(term, 2, 2, 6, 6)
-        with pytest.raises(ValueError, match=r"reads kv_segment_ids: pass it"):
+        with pytest.raises(ValueError, match=r"reads q_segment_ids: pass it"):
             sa.linear_step(term, state, q, k, v)

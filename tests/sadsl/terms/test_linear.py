@@ -19,7 +19,7 @@ from linear_oracle import (
 )
 
 import sadsl as sa
-from sadsl.terms.linear import elu1
+from sadsl.terms.features import elu1
 
 # Compiled in a hurry: nothing here is about speed.
 pytestmark = pytest.mark.usefixtures("quick")
