@@ -15,6 +15,7 @@ from sadsl.selections.lsh import SortedChunks, sorted_chunks
 from sadsl.selections.tiles import GridTiles, tiles
 from sadsl.terms.base import Term
 from sadsl.terms.biases import Bias
+from sadsl.terms.features import CosformerFeatures
 from sadsl.terms.regions import Partition
 
 Q, K, H = POSITIONS["q"], POSITIONS["k"], POSITIONS["h"]
@@ -37,6 +38,7 @@ PLACES = {
     OperandArray: lambda x: sa.where(lambda q, k: x[q, k] == 1),
     Truth: lambda x: sa.where(lambda q, k, h: x),
     Symbol: lambda x: sa.where(lambda q, k, h: x == 1),
+    CosformerFeatures: sa.linear,
     TableValues: lambda x: sa.where(lambda q, k: x[q % 2] == 1),
     TableNumbers: lambda x: PLACES[Real](x[Q % 2]),
     WeightsArray: lambda x: PLACES[Real](x[H, Q]),
@@ -60,7 +62,7 @@ NEEDED = {
     "vision": (3, 64), "frame_stride": 8, "span": (1, 7), "num_positions": 9,
     "image": (2, 5), "question": (5, 9), "prefix": 2, "documents": (3, 4),
     "num_frames": 4, "tokens_per_frame": 8, "shape": (4, 8, 8), "layer": 0, "frames": 2,
-    "cube": (2, 4, 4), "spans": ((64, 0.5), (-64, 1)),
+    "length": 64, "cube": (2, 4, 4), "spans": ((64, 0.5), (-64, 1)),
 }  # fmt: skip
 # The same for one function, by its name.
 NEEDED_OF = {
@@ -147,7 +149,14 @@ OTHER_OF = {
     ("catalog.mminference_grid", "vision"): (64, 4096),
     ("catalog.power_attention", "block"): 128, (".lift", "block"): 5,
     ("catalog.native_sparse_attention", "score"): "gate",
-    ("linear", "feature_map"): "phi", ("catalog.residue_major", "num_positions"): 12,
+    ("linear", "feature_map"): "phi", ("linear", "normalise"): "channel",
+    ("linear", "by"): {"by": "channel", "decay": "g"},
+    ("linear", "read"): {"read": "before", "normalise": False},
+    ("linear", "bonus"): {"bonus": "u", "read": "before", "normalise": False},
+    ("delta", "by"): {"by": "channel", "decay": "g"}, ("delta", "map"): sa.full(),
+    ("delta", "beta"): 0.5, ("delta", "erase"): "p",
+    ("delta", "write"): {"write": "b", "erase": "a", "beta": None},
+    ("catalog.residue_major", "num_positions"): 12,
 }  # fmt: skip
 
 

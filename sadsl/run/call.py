@@ -1,14 +1,22 @@
 """``attention`` and ``select``: what a user calls.
 
+Transformations. ``jit``, ``grad``, ``vmap``, ``jax.checkpoint`` and ``shard_map`` over
+batch or heads work; with "xla" also forward mode and any second derivative. Lengths
+need not be multiples of a block.
+
 Values that are not finite. A key that no query sees, such as padding or an unused slot
 of a cache, may hold NaN, and so may a query that sees no key. If some query sees a
 value (or a cotangent) that is not finite, it may reach other queries of its block, and
 their gradients. A score of ``-inf`` has no weight; any finite score counts.
 
+Operands. Integers of maps; scores, centroids or choices of selections; biases, sinks,
+gates and decays, which have gradients; functions that are feature maps.
+
 Dropout. The dropped weights follow from ``dropout_key``, and are the same on every
-backend. Part ``i`` of ``average``, ``gated`` and ``heads`` draws from
-``jax.random.fold_in(dropout_key, i)``, and so do the parts of that part; ``joint`` says
-what it does. Under ``shard_map``, fold the index of the shard into the key.
+backend. The others grow by ``1 / (1 - dropout_rate)``; the lse counts all. Part ``i``
+of ``average``, ``gated`` and ``heads`` draws from ``jax.random.fold_in(dropout_key,
+i)``, and so do the parts of that part; ``joint`` says what it does. Under
+``shard_map``, fold the index of the shard into the key.
 """
 
 from collections.abc import Mapping
@@ -48,39 +56,33 @@ def attention(
 ) -> Out | tuple:  # fmt: skip
     """Computes attention over the pairs that ``spec`` selects.
 
-    A query that sees no key yields 0 and ``lse == -inf``. Lengths need not be multiples
-    of a block. ``jit``, ``grad``, ``vmap``, ``jax.checkpoint`` and ``shard_map`` over
-    batch or heads work; with "xla" also forward mode and any second derivative. The
-    docstring of ``sadsl.run.call`` says what NaN may reach, and how dropout is drawn.
+    A query that sees no key yields 0 and ``lse == -inf``. ``sadsl.run.call`` says more
+    about transformations, NaN, operands and dropout.
 
     Args:
-      q, k, v: ``[batch, seq, heads, head_dim]`` of one dtype: float32, bfloat16,
-        float16; with "xla" and "reference" float64 too. The heads of q are a multiple
-        of those of k and v; v may have another ``head_dim``. Sums are in float32.
-      spec: an index map, a term such as ``softmax(map, ...)``, or their text.
+      q, k, v: ``[batch, seq, heads, head_dim]``: float32, bfloat16 or float16; with
+        "xla" and "reference" float64 too. The heads of q are a multiple of those of k
+        and v; v may have another ``head_dim``. Sums are in float32.
+      spec: an index map, a term such as ``softmax(map, ...)``, or text.
       q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``.
-      operands: the arrays that the spec reads, by name: integers of maps; scores,
-        centroids or choices of selections; biases, sinks, gates and decays, which have
-        gradients; functions that are feature maps.
+      operands: arrays and functions that the spec reads, by name.
       sm_scale: factor before the softmax, ``head_dim ** -0.5`` if None; may be traced.
       q_offset: the position of the first query, for decoding.
-      return_lse: also return the natural log-sum-exp; it has a gradient.
+      return_lse: also return the natural log-sum-exp.
       impl: "xla", "tpu", "triton", "reference" (dense), or None for the default device.
       interpret: run Pallas kernels in an interpreter (True, or its parameters).
       config: block sizes and pipelining; never changes the result.
-      dropout_rate: the share of the attention weights that is dropped, in [0, 1). The
-        others grow by ``1 / (1 - dropout_rate)``; the lse counts all.
-      dropout_key: a key of ``jax.random`` for dropout.
-      state0: for ``linear`` and ``delta``: the state of earlier tokens, differentiable.
-      return_state: for these: also return the state after the last token.
+      dropout_rate: the share of the attention weights that is dropped, in [0, 1).
+      dropout_key: a key of ``jax.random``.
+      state0, return_state: of ``linear`` and ``delta``: the state of earlier tokens;
+        whether to return the one after the last token.
 
     Returns:
-      ``out`` in the dtype of q; or a tuple of it, the lse in float32 (``return_lse``)
-      and the ``LinearState`` (``return_state``).
+      ``out``; or a tuple of it, the lse in float32, and the ``LinearState``.
 
     Raises:
       ValueError: the arrays, the spec and the options do not fit together.
-      NotImplementedError: this backend cannot do it; nothing falls back silently.
+      NotImplementedError: this backend cannot do it.
 
     >>> import jax.numpy as jnp, sadsl as sa
     >>> x, v = jnp.zeros((1, 4, 1, 2)), jnp.arange(4.0).reshape(1, 4, 1, 1)
@@ -93,17 +95,11 @@ def attention(
     rate = checks.dropout(dropout_rate, dropout_key)
     if rate:
         given[DROPOUT_KEY] = dropout_key
-    scale, impl = (
-        checks.scale(sm_scale, q.shape[-1]),
-        choose_impl(impl, interpret, q, k, v),
-    )
-    config = config or KernelConfig()
     if state0 is not None:
         given[STATE] = state0
-    stateful = return_state or state0 is not None
-    setting = Setting(
-        scale, int(q_offset), impl, interpret, config, rate, return_state, stateful
-    )
+    scale = checks.scale(sm_scale, q.shape[-1])
+    impl, config = choose_impl(impl, interpret, q, k, v), config or KernelConfig()
+    setting = Setting(scale, int(q_offset), impl, interpret, config, rate, return_state)
     return _attention((q, k, v), term, given, setting, return_lse=return_lse)
 
 
@@ -116,7 +112,8 @@ def _attention(
     return_lse: bool,
 ) -> Any:
     """The output, perhaps with the lse, of a call whose arrays fit together."""
-    if setting.has_state and not isinstance(term, Recurrent):
+    stateful = setting.return_state or STATE in given
+    if stateful and not isinstance(term, Recurrent):
         raise NotImplementedError(
             f"state0 or return_state with {term!r}: only linear(...) and delta(...) "
             "have a state: call attention for each part of a mixture, or leave it out"

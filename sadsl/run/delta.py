@@ -14,13 +14,14 @@ from jaxtyping import Array
 
 from pallas_kernels import linear as kernels
 from pallas_kernels.precision import widened
-from sadsl.run.linear import Arrays, Tokens, prepared, tokens
+from sadsl.run.linear import TokenArrays, prepared, tokens
 from sadsl.run.linear_operands import (
     log_decays,
     product_dtype,
     segment_ids,
     token_operand,
 )
+from sadsl.run.recurrence import Arrays
 from sadsl.run.types import QKV, Setting
 from sadsl.terms.delta import KEY, Delta
 
@@ -29,7 +30,9 @@ NORM_EPS = 1e-6
 
 
 @tokens.register
-def _(term: Delta, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> Tokens:
+def _(
+    term: Delta, inputs: QKV, given: Mapping[str, Any], setting: Setting
+) -> TokenArrays:
     q, k, v = inputs
     steps = term.steps
     if steps > 1 and k.shape[1] != steps * q.shape[1]:
@@ -57,16 +60,16 @@ def _(term: Delta, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> T
         if ids is not None:
             ids = ids[0], jnp.repeat(ids[1], 2, axis=1)
     if steps == 1:
-        return Tokens(q, k, v, ids, setting.q_offset)
+        return TokenArrays(q, k, v, ids, setting.q_offset)
     if ids is not None:
         ids = jnp.repeat(ids[0], steps, axis=1), ids[1]
     q = _spread(q, steps, steps - 1)
-    return Tokens(q, k, v, ids, steps * setting.q_offset, steps)
+    return TokenArrays(q, k, v, ids, steps * setting.q_offset, steps)
 
 
 @prepared.register
 def _(
-    term: Delta, found: Tokens, given: Mapping[str, Any], setting: Setting
+    term: Delta, found: TokenArrays, given: Mapping[str, Any], setting: Setting
 ) -> tuple[Arrays, kernels.Recurrence]:
     q, k, v, steps = found.q, found.k, found.v, found.steps
     # The sizes that operands of keys and of tokens have.

@@ -135,7 +135,7 @@ def linear_step(
         k, v = k[:, None], v[:, None]
     now = {name: _of_token(term, name, x) for name, x in (given or {}).items()}
     scale = float(q.shape[-1] ** -0.5)
-    setting = Setting(scale, return_state=True, has_state=True)
+    setting = Setting(scale, return_state=True)
     found = attend(term, (q[:, None], k, v), now | {STATE: state}, setting)
     return found.state, found.out[:, 0]
 

@@ -6,8 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels import linear as kernels
-from sadsl.run.linear import Arrays, Tokens, prepared
+from sadsl.run.linear import TokenArrays, prepared
 from sadsl.run.linear_operands import features_of, float_operand, log_decays
+from sadsl.run.recurrence import Arrays
 from sadsl.run.types import Setting
 from sadsl.terms.base import STATE
 from sadsl.terms.linear import Linear
@@ -15,7 +16,7 @@ from sadsl.terms.linear import Linear
 
 @prepared.register
 def _(
-    term: Linear, found: Tokens, given: Mapping[str, Any], setting: Setting
+    term: Linear, found: TokenArrays, given: Mapping[str, Any], setting: Setting
 ) -> tuple[Arrays, kernels.Recurrence]:
     q, k, v = found.q, found.k, found.v
     if term.scaled:

@@ -79,7 +79,7 @@ def start_of(
 ) -> tuple[State | None, Array | None]:
     """The state of the kernels, and whether the first key goes on with its document.
 
-    ``arrays`` and ``at`` are the ``Arrays`` and the ``Tokens`` of ``linear``.
+    ``arrays`` and ``at`` are the ``Arrays`` and the ``TokenArrays`` of ``linear``.
 
     Raises:
       ValueError: the state does not fit the call.

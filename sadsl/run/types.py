@@ -24,7 +24,6 @@ class Setting:
     config: KernelConfig = field(default_factory=KernelConfig)
     dropout_rate: float = 0.0
     return_state: bool = False
-    has_state: bool = False  # a state comes in or goes out
 
 
 class Outcome(NamedTuple):

@@ -1,4 +1,20 @@
-"""``delta``: linear attention that erases what its state holds for a key."""
+"""``delta``: linear attention that erases what its state holds for a key.
+
+A token decays the state ``S [head_dim, head_dim_v]``, corrects it, and reads it::
+
+    S <- exp(g) S
+    S <- S + beta k (v - S^T e)^T       e: the key k, or the operand ``erase``
+    o = sm_scale S^T q
+
+With ``write`` it is the general step, a diagonal plus a matrix of rank one::
+
+    S <- (diag(exp(g)) + b a^T) S + k v^T         a: ``erase``, b: ``write``
+
+where ``a`` reads the old state without its decay. There may be more heads of v than of
+k, or more of k than of v: each of the larger number of heads has a state. Nothing is
+normalised, so there is no lse, and the term cannot be part of ``joint``. If the keys
+are not normalised, the state may grow without bound.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,24 +112,10 @@ def delta(
 ) -> Delta:
     """Linear attention whose keys replace what the state holds for them.
 
-    A token decays the state ``S [head_dim, head_dim_v]``, corrects it, and reads it::
-
-        S <- exp(g) S
-        S <- S + beta k (v - S^T e)^T       e: the key k, or the operand ``erase``
-        o = sm_scale S^T q
-
-    (Yang et al., Parallelizing linear transformers with the delta rule over sequence
-    length, 2024, section 2; with a decay by head: Yang, Kautz, Hatamizadeh, Gated delta
-    networks, 2024, section 3; by channel: Kimi Team, Kimi Linear, 2025, section 3.)
-    With ``write`` it is the general step with a diagonal plus a matrix of rank one::
-
-        S <- (diag(exp(g)) + b a^T) S + k v^T         a: ``erase``, b: ``write``
-
-    where ``a`` reads the old state without its decay (Peng et al., RWKV-7 "Goose",
-    2025, section 3). There may be more heads of v than of k, or more of k than of v:
-    each of the larger number of heads has a state. Nothing is normalised, so there is
-    no lse, and the term cannot be part of ``joint``. If the keys are not normalised,
-    the state may grow without bound.
+    The docstring of ``sadsl.terms.delta`` has the formulas (Yang et al., Parallelizing
+    linear transformers with the delta rule over sequence length, 2024, section 2; with
+    a decay by head: Yang et al., Gated delta networks, 2024, section 3; by channel:
+    Kimi Team, Kimi Linear, 2025, section 3).
 
     Args:
       beta: how much of the old value a key replaces, in [0, 2]: the name of an operand
@@ -124,15 +126,14 @@ def delta(
       erase: "k", or the name of an operand ``[batch, kv_seq, heads, head_dim]``: the
         vector that reads what is taken away (Hu et al., Comba, 2025). It is not
         normalised.
-      write: the name of an operand like ``erase``; see above. Needs ``beta=None``.
-      steps: how many keys a token writes, one after the other: k, v and what belongs to
-        keys have ``steps`` times the length of q; those of a token follow each other
-        (Siems et al., DeltaProduct, 2025).
+      write: the name of an operand like ``erase``, which reads the old state; needs
+        ``beta=None`` (Peng et al., RWKV-7 "Goose", 2025, section 3).
+      steps: how many keys a token writes in turn: k, v and what belongs to keys have
+        ``steps`` times the length of q (Siems et al., DeltaProduct, 2025).
       normalise_keys: divides q and k by their Euclidean norm over ``head_dim``, as
         ``x / sqrt(sum(x ** 2) + 1e-6)``.
       map: ``causal()`` (if None), ``full()``, ``segments()``, or ``causal() &
-        segments()``, as in ``linear``. With ``full()`` every query reads the state
-        after all keys.
+        segments()``. With ``full()`` every query reads the state after all keys.
 
     Raises:
       ValueError: a number is out of its range, or options do not fit together.
@@ -145,7 +146,7 @@ def delta(
       >>> import sadsl as sa
       >>> x, v = jnp.ones((1, 2, 1, 1)), jnp.array([3.0, 5.0]).reshape(1, 2, 1, 1)
       >>> out = sa.attention(x, x, v, sa.delta(1.0))
-      >>> out[0, :, 0, 0].round(3).tolist()
+      >>> [round(float(y), 3) for y in out[0, :, 0, 0]]
       [3.0, 5.0]
     """
     return Delta(

@@ -1,4 +1,25 @@
-"""``linear``: attention whose weights are products of features, not exponentials."""
+"""``linear``: attention whose weights are products of features, not exponentials.
+
+Feature maps: "elu1" (``elu(x) + 1``), "relu", "identity", "exp", "softmax" (over the
+channels), "taylor" (weights ``1 + s + s ** 2 / 2`` with ``s = q . k``) and "square"
+(weights ``s ** 2``). Any other name is a function among the operands of the call,
+``operands={"phi": f}``, such as a Flax module; a hashable function itself works too,
+such as ``cosformer_features(length)``. A map is applied to q and k in float32,
+``[batch, seq, heads, head_dim]``, and may change the last size. Its values are rounded
+to bfloat16 if q and k are bfloat16, never to float16.
+
+Normaliser: if that of a query is 0, or within 1e-10 of ``-eps`` (or ``eps``, if that is
+less), the query has output 0, lse -inf and zero gradients. Features may be negative; a
+normaliser that is small because its terms cancel is still divided by, plus ``eps``. If
+no weight can be negative ("elu1", "relu", "exp", "softmax", "taylor", "square"), the
+logarithm of the normaliser is the lse, so the term can be part of ``joint``.
+
+Decays: a number or one for each head in (0, 1], or an operand of log-decays. Those
+below -60 count as -60. Those above 0 are refused; under ``jit`` they make all later
+outputs NaN. A decay counts all steps between two tokens, whatever their documents.
+Heads are those of k, of v, or of q: then the heads of a group share keys, but each has
+its state.
+"""
 
 import math
 from collections.abc import Mapping
@@ -132,46 +153,25 @@ def linear(
     over the pairs of the map (Katharopoulos et al., Transformers are RNNs, 2020,
     section 3). A decay multiplies ``w_ij`` by the factors of the steps from ``j`` to
     ``i`` (Sun et al., Retentive Network, 2023, section 2): the state is multiplied by
-    the factor of a position before the key there is added. Decays may differ by key
-    channel (Yang et al., Gated Linear Attention Transformers, 2024, section 4). A soft
-    cap does not apply.
-
-    If the normaliser of a query is 0, or within 1e-10 of ``-eps`` (or ``eps``, if that
-    is less), the query has output 0, lse -inf and zero gradients. Features may be
-    negative; a normaliser that is small because its terms cancel is still divided by,
-    plus ``eps``. If no weight can be negative ("elu1", "relu", "exp", "softmax",
-    "taylor", "square"), the logarithm of the normaliser is the lse, so the term can be
-    part of ``joint``.
+    the factor of a position before the key there is added. The docstring of
+    ``sadsl.terms.linear`` lists feature maps, normalisers and decays.
 
     Args:
-      feature_map: "elu1", "relu", "identity", "exp", "softmax" (over channels),
-        "taylor" (weights ``1 + s + s ** 2 / 2``), "square" (weights ``s ** 2``), or
-        another name: a function among the operands of the call, ``operands={"phi":
-        f}``, such as a Flax module. A hashable function itself works too, such as
-        ``cosformer_features(length)``. It is applied to q and k in float32, ``[batch,
-        seq, heads, head_dim]``, and may change the last size. Its values are rounded to
-        bfloat16 if q and k are bfloat16, never to float16.
-      decay: None; the factor of each step, in (0, 1], one number or a tuple with one
-        for each head; or the name of an operand ``[batch, kv_seq, heads]`` of
-        log-decays, at most 0, which has a gradient. Log-decays below -60 count as -60.
-        Those above 0 are refused; under ``jit`` they make all later outputs NaN. Heads
-        are those of k, or those of q: then the heads of a group share keys, but each
-        has its state.
-      by: "channel": the operand of log-decays is ``[batch, kv_seq, heads, features]``.
+      feature_map: the name of a map or of an operand, or a function.
+      decay: None; the factor of each step, in (0, 1], one number or one for each head;
+        or the name of an operand ``[batch, kv_seq, heads]`` of log-decays, at most 0.
+      by: "channel": the operand of log-decays is ``[batch, kv_seq, heads, features]``
+        (Yang et al., Gated Linear Attention Transformers, 2024, section 4).
       read: "before": a query reads the state before its own decay and key. Queries and
         keys must then be the same tokens.
-      bonus: the name of an operand ``[heads, features]``, float: a query that reads
-        before the write also reads its own key, with weight ``sum(q * bonus * k)``
-        (Peng et al., Eagle and Finch: RWKV with matrix-valued states, 2024, section 4).
+      bonus: the name of an operand ``[heads, features]``: with an early read, the own
+        key has the weight ``sum(q * bonus * k)`` (Peng et al., Eagle and Finch, 2024).
       map: ``causal()`` (if None), ``full()``, ``segments()``, or ``causal() &
-        segments()``. A document may be in several pieces: tokens are sorted by
-        document, unless the ids are known to be in order when the call is traced. A
-        decay counts all steps between two tokens, whatever their documents.
-      normalise: False yields the plain sum. "channel" divides each key channel by its
-        own sum: the features of a key are logits, and each channel takes their softmax
-        over the visible keys (Qin et al., You Only Scan Once: LightNet, 2024).
-      scaled: whether q is multiplied by ``sm_scale`` (``head_dim ** -0.5`` unless the
-        call gives another) before the feature map.
+        segments()``. A document may be in several pieces.
+      normalise: False yields the plain sum. With "channel" the features of a key are
+        logits, and each channel takes their softmax over the visible keys (Qin et al.,
+        You Only Scan Once: LightNet, 2024).
+      scaled: whether ``sm_scale`` multiplies q before the feature map.
       eps: the number added to the normaliser.
 
     Raises:
@@ -182,10 +182,6 @@ def linear(
       >>> import sadsl as sa
       >>> sa.linear("relu", decay=0.99)
       linear('relu', decay=0.99)
-      >>> sa.linear().support  # no weight is negative: it can be part of joint(...)
-      causal()
-      >>> sa.linear("identity").support is None
-      True
     """
     return Linear(
         feature_map,
