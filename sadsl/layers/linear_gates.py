@@ -101,11 +101,13 @@ class DecayGate:
         """The linear maps, ``A_log`` and ``dt_bias``."""
         heads = layer.num_v_heads
         axes = (heads, layer.head_dim) if self.by_channel else (heads,)
-        bias = constant(0.0, *axes) if self.by_channel else Parameter(axes, _log_steps)
+        # A bounded gate is flat at a high rate: its rates start at 1.
+        bounded = self.lower is not None
+        rates = constant(0.0, heads) if bounded else Parameter((heads,), _log_rates)
         return {
             **maps("decay", layer.features, self.rank, axes),
-            "A_log": Parameter((heads,), _log_rates),
-            "dt_bias": bias,
+            "A_log": rates,
+            "dt_bias": Parameter(axes, _log_steps),
         }
 
     def operands(self, params: Params, x: Float[Array, "batch seq features"]) -> Params:

@@ -94,7 +94,8 @@ class RecurrentLayer(linen.Module):
 
 # Fields that are no options of the functions that describe layers.
 NOT_OPTIONS = (
-    "num_heads", "dtype", "param_dtype", "impl", "interpret", "config", "parent", "name",
+    "num_heads", "dtype", "param_dtype", "impl", "interpret", "config", "parent",
+    "name",
 )  # fmt: skip
 
 

@@ -108,7 +108,8 @@ class GatedLinearAttention(RecurrentLayer):
     Example:
       >>> from flax import nnx
       >>> from sadsl.layers.nnx import GatedLinearAttention
-      >>> GatedLinearAttention(8, 2, rngs=nnx.Rngs(0)).spec.decay
+      >>> make = lambda: GatedLinearAttention(8, 2, rngs=nnx.Rngs(0))
+      >>> nnx.eval_shape(make).spec.decay
       'g'
     """
 
@@ -121,7 +122,7 @@ class DeltaNet(RecurrentLayer):
     Example:
       >>> from flax import nnx
       >>> from sadsl.layers.nnx import DeltaNet
-      >>> DeltaNet(8, 2, rngs=nnx.Rngs(0)).spec
+      >>> nnx.eval_shape(lambda: DeltaNet(8, 2, rngs=nnx.Rngs(0))).spec
       delta()
     """
 
@@ -153,7 +154,8 @@ class KimiDelta(RecurrentLayer):
     Example:
       >>> from flax import nnx
       >>> from sadsl.layers.nnx import KimiDelta
-      >>> KimiDelta(8, 2, lower=-5.0, rngs=nnx.Rngs(0)).spec.by
+      >>> make = lambda: KimiDelta(8, 2, lower=-5.0, rngs=nnx.Rngs(0))
+      >>> nnx.eval_shape(make).spec.by
       'channel'
     """
 
@@ -167,7 +169,8 @@ class LightNet(RecurrentLayer):
       >>> import sadsl as sa
       >>> from flax import nnx
       >>> from sadsl.layers.nnx import LightNet
-      >>> LightNet(8, 2, map=sa.full(), gate_rank=4, rngs=nnx.Rngs(0)).spec.map
+      >>> make = lambda: LightNet(8, 2, map=sa.full(), rngs=nnx.Rngs(0))
+      >>> nnx.eval_shape(make).spec.map
       full()
     """
 

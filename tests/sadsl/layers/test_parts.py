@@ -12,8 +12,12 @@ from sadsl.layers import parts
 pytestmark = pytest.mark.usefixtures("quick")
 
 convolution = jax.jit(parts.short_convolution, static_argnames="activation")
-GATES = [(name, "gates") for name in ("qwen3_next", "kimi_linear", "bailing_hybrid")]
-NORMS = [(n, c) for n, _ in GATES for c in ("norm",)]
+norm = jax.jit(
+    parts.gated_rms_norm, static_argnames=("activation", "eps", "group", "gate_first")
+)
+decay_gate = jax.jit(parts.decay_gate, static_argnames="lower")
+hgrn2_gates = jax.jit(parts.hgrn2_gates, static_argnames="lower")
+MODELS = "qwen3_next", "kimi_linear", "bailing_hybrid"
 
 
 def arrays_of(name, case):
@@ -21,16 +25,16 @@ def arrays_of(name, case):
     return {key: jnp.asarray(x) for key, x in found.items()}, options
 
 
-@pytest.mark.parametrize(("name", "case"), GATES)
-def test_gates_of_published_models(name, case):
-    a, options = arrays_of(name, case)
+@pytest.mark.parametrize("name", MODELS)
+def test_gates_of_published_models(name):
+    a, options = arrays_of(name, "gates")
     x = a["a"] if "a" in a else a["f"]
-    g = parts.decay_gate(x, a["A_log"], a["dt_bias"], options.get("lower"))
+    g = decay_gate(x, a["A_log"], a["dt_bias"], lower=options.get("lower"))
     assert_agrees(g, a["g"], "g")
     assert_agrees(parts.write_strength(a["b"]), a["beta"], "beta")
 
 
-@pytest.mark.parametrize("name", [name for name, _ in GATES])
+@pytest.mark.parametrize("name", MODELS)
 def test_convolutions_of_published_models(name):
     a, options = arrays_of(name, "conv")
     out, last = convolution(a["x"], a["weight"], activation=options["activation"])
@@ -43,10 +47,10 @@ def test_convolutions_of_published_models(name):
     np.testing.assert_array_equal(last, a["x"][:, -3:])
 
 
-@pytest.mark.parametrize(("name", "case"), NORMS)
-def test_norms_of_published_models(name, case):
-    a, options = arrays_of(name, case)
-    found = parts.gated_rms_norm(
+@pytest.mark.parametrize("name", MODELS)
+def test_norms_of_published_models(name):
+    a, options = arrays_of(name, "norm")
+    found = norm(
         a["norm_in"], a["norm_weight"], a["norm_gate"],
         activation=options["activation"], eps=options["eps"],
     )  # fmt: skip
@@ -55,7 +59,7 @@ def test_norms_of_published_models(name, case):
 
 def test_the_norm_of_mamba_2_comes_after_the_gate():
     a, options = arrays_of("nemotron_h_mamba2", "norm")
-    found = parts.gated_rms_norm(
+    found = norm(
         a["norm_in"], a["norm_weight"], a["norm_gate"],
         eps=options["eps"], group=options["group"], gate_first=True,
     )  # fmt: skip
@@ -66,7 +70,7 @@ def test_gates_of_hgrn2():
     f = jnp.asarray(cases("fla_gla")["hgrn2"][0]["f"])
     wide = np.asarray(f, np.float64)
     for lower in (0.0, 0.75):
-        g, k = parts.hgrn2_gates(f, lower)
+        g, k = hgrn2_gates(f, lower=lower)
         kept = lower + (1 - lower) / (1 + np.exp(-wide))
         assert_agrees(g, np.log(kept), f"g, {lower}")
         assert_agrees(k, 1 - kept, f"k, {lower}")
