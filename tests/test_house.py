@@ -18,7 +18,10 @@ from sadsl.terms.base import Term
 ROOT = Path(sadsl.__file__).parent.parent
 FLOORS = "sadsl", "lowering", "pallas_kernels"
 # Flax has two APIs, and layers bear one name in both.
-TWINS = {Path("sadsl/layers/linen.py"), Path("sadsl/layers/nnx.py")}
+TWINS = {
+    Path("sadsl/layers") / name
+    for name in ("linen.py", "nnx.py", "linear_linen.py", "linear_nnx.py")
+}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_KERNEL = 400, 60, 120
 
 

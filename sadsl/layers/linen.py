@@ -12,6 +12,12 @@ from jaxtyping import Array, Float, Integer
 from pallas_kernels.config import KernelConfig
 from sadsl.layers.heads import head_sizes
 from sadsl.layers.learned import learned_of, operands_of, rate_checked, started, width
+from sadsl.layers.linear_linen import DeltaNet as DeltaNet
+from sadsl.layers.linear_linen import GatedDeltaNet as GatedDeltaNet
+from sadsl.layers.linear_linen import GatedLinearAttention as GatedLinearAttention
+from sadsl.layers.linear_linen import KimiDelta as KimiDelta
+from sadsl.layers.linear_linen import LightNet as LightNet
+from sadsl.layers.linear_linen import LinearAttention as LinearAttention
 from sadsl.layers.routing import Routing
 from sadsl.layers.stack import Specs, of_layer
 from sadsl.layers.state import ClusterState, initial
