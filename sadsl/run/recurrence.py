@@ -108,7 +108,7 @@ def _own(arrays: Arrays) -> Array:
     assert bonus is not None
     heads = max(x.shape[-2] for x in (q, k, v, bonus))
     q, k, v, bonus = (_repeated(x, heads) for x in (q, k, v, bonus))
-    weight = jnp.sum(q * bonus * k, axis=-1, keepdims=True, dtype=wide(q.dtype))
+    weight = jnp.sum(q * k * bonus[None, None], axis=-1, keepdims=True)
     return weight * v
 
 

@@ -65,6 +65,11 @@ CASES = {
         sa.linear(decay=0.9, map=sa.causal() & sa.segments()), integers=SEGMENTS
     ),
     "linear, full": Case(sa.linear(map=sa.full())),
+    "delta": Case(sa.delta(0.8, 0.9)),
+    "delta, documents": Case(
+        sa.delta(0.8, map=sa.causal() & sa.segments()), integers=SEGMENTS
+    ),
+    "linear, by channel": Case(sa.linear("identity", normalise="channel")),
     "channel": Case(sa.channel()),
     "compressed": Case(sa.compressed(8, 4)),
     "scatter mean": Case(sa.scatter_mean(MEMBERS), CENTROIDS, chooses=True),

@@ -82,9 +82,9 @@ def made(kind, options, a):
             g = jax.nn.log_sigmoid(a["f"])
             return a | {"g": g, "k": 1 - jnp.exp(g)}
         case "mamba2":
-            dt = jax.nn.softplus(a["dt"] + a["dt_bias"])
+            dt = jax.nn.softplus(a["dt"] + a["dt_bias"][None, None])
             v = dt[..., None] * a["x"]
-            return a | {"g": a["A"] * dt, "k": a["B"], "q": a["C"], "v": v}
+            return a | {"g": a["A"][None, None] * dt, "k": a["B"], "q": a["C"], "v": v}
         case "hgrn":
             one = jnp.ones_like(a["x"])[..., None]
             return a | {"q": one, "k": one, "v": a["x"][..., None]}
@@ -122,7 +122,7 @@ def state_of(kind, spec, x):
 def published(kind, out, state, a):
     """Output and state in the published layout."""
     if kind == "mamba2":
-        return out + a["D"][:, None] * a["x"], jnp.swapaxes(state, 2, 3)
+        return out + a["D"][None, None, :, None] * a["x"], jnp.swapaxes(state, 2, 3)
     if kind == "hgrn":
         return out[..., 0], state[..., 0, 0]
     return out, state
