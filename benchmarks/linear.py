@@ -1,77 +1,101 @@
-"""Linear attention: how its time grows, where it is fastest, and its code for TPUs.
+"""Linear attention: how its time and memory grow, and where it is fastest.
 
     python benchmarks/linear.py [--longest 131072] [--dense 16384] > results/linear.txt
 
-On a CPU: median milliseconds of ``linear()`` by length, forward and with backward, f32,
-batch 1, and the exponent of a least-squares line through the logarithms. Beside it:
-dense causal attention and ``causal() & window(256)`` by the same library, and the
-length where the lines through the logarithms of two of them cross. For TPUs, none of
-which is needed: bundles of the kernels of one call, matrix instructions and spills.
+On a CPU: median milliseconds by length, forward and with backward, f32, batch 1, and
+the exponent of a least-squares line through the logarithms. "linear" is ``linear()``,
+"channel" has log-decays by key channel, "delta" is ``delta`` with a log-decay by head,
+"delta, channel" by channel. Beside them: dense causal attention and ``causal() &
+window(256)`` by the same library, a loop over tokens of the same delta rule, and the
+length where the lines through the logarithms of two of them cross. Memory is what XLA
+reserves for temporaries of value and gradient, per token and head.
 """
 
 import argparse
-import os
-import re
-import tempfile
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-DUMP = tempfile.mkdtemp(prefix="linear_bundles_")
-# Read once, when libtpu is loaded.
-os.environ["LIBTPU_INIT_ARGS"] = (
-    f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true "
-    + os.environ.get("LIBTPU_INIT_ARGS", "")
-)
+import jax
+import jax.numpy as jnp
+import numpy as np
+from timing import machine, medians, stopwatch, table
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from timing import machine, medians, stopwatch, table  # noqa: E402
-
-import sadsl as sa  # noqa: E402
-from lowering.cost import targets  # noqa: E402
-from pallas_kernels import linear  # noqa: E402
+import sadsl as sa
 
 HEADS, HEAD_DIM = 4, 64
-LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-# The exponent of linear attention is fitted to lengths from here on.
+LENGTHS = (256, 1024, 4096, 8192, 16384, 32768, 65536, 131072)
+# Exponents are fitted to lengths from here on.
 FITTED_FROM = 4096
+# The loop over tokens keeps a state for each token in its backward pass.
+LONGEST_LOOP = 4096
 SPECS = {
     "linear": sa.linear(),
+    "channel": sa.linear("identity", "channel", by="channel", normalise=False),
+    "delta": sa.delta("beta", "head"),
+    "delta, channel": sa.delta("beta", "channel", by="channel"),
     "window": sa.causal() & sa.window(256),
     "dense": sa.causal(),
+    "loop": sa.delta("beta", "head"),
 }
-CHIPS = "tpu-v5e", "tpu-v6e"
-KERNELS = "forward", "states", "backward"
+RECURRENT = "linear", "channel", "delta", "delta, channel"
 
 
-def arrays(n: int) -> tuple[jax.Array, ...]:
-    """q, k, v and the cotangent."""
+class Arrays(NamedTuple):
+    """q, k, v, the cotangent, and the operands of the specs."""
+
+    q: Any
+    k: Any
+    v: Any
+    do: Any
+    operands: dict[str, Any]
+
+
+def arrays(n: int) -> Arrays:
+    """Normal queries, keys and values; weak log-decays; betas of a sigmoid."""
     rng = np.random.default_rng(0)
     shape = 1, n, HEADS, HEAD_DIM
     made = (jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(4))
-    return tuple(made)
+    gates = jnp.asarray(rng.standard_normal(shape, np.float32))
+    decays = jax.nn.log_sigmoid(gates + 3)
+    operands = {
+        "channel": decays,
+        "head": decays[..., 0],
+        "beta": jax.nn.sigmoid(gates[..., 1]),
+    }
+    return Arrays(*made, operands)
 
 
-def with_backward(f: Callable, q: Any, k: Any, v: Any, do: Any) -> Any:
-    """The output, and the gradients of q, k and v."""
-    out, pull = jax.vjp(f, q, k, v)
-    return out, pull(do)
+def program(name: str, backward: bool) -> Callable[[Arrays], Any]:
+    """A call, perhaps with the gradients of all arrays that it reads."""
+    spec = SPECS[name]
+    impl = "reference" if name == "loop" else "xla"
+
+    def forward(q: Any, k: Any, v: Any, operands: dict[str, Any]) -> Any:
+        return sa.attention(q, k, v, spec, operands=operands, impl=impl)
+
+    def run(given: Arrays) -> Any:
+        reads = getattr(spec, "operands", ())
+        read = {n: x for n, x in given.operands.items() if n in reads}
+        inputs = given.q, given.k, given.v, read
+        if not backward:
+            return forward(*inputs)
+        out, pull = jax.vjp(forward, *inputs)
+        return out, pull(given.do)
+
+    return jax.jit(run)
 
 
 def sides(n: int, names: list[str]) -> dict[str, Callable[[], float]]:
     """Stopwatches by name: each kind forward, and forward with backward."""
-    q, k, v, do = arrays(n)
-    found = {}
-    for name in names:
-        f = partial(sa.attention, spec=SPECS[name], impl="xla")
-        found[name] = stopwatch(jax.jit(f), q, k, v)
-        both = jax.jit(partial(with_backward, f))
-        found[f"{name}, with backward"] = stopwatch(both, q, k, v, do)
-    return found
+    given = arrays(n)
+    return {
+        f"{name}{', with backward' if backward else ''}": stopwatch(
+            program(name, backward), given
+        )
+        for name in names
+        for backward in (False, True)
+    }
 
 
 def line(times: dict[int, float]) -> tuple[float, float]:
@@ -102,16 +126,17 @@ def crossing(a: dict[int, float], b: dict[int, float]) -> str:
 def growth(longest: int, longest_dense: int, rounds: int) -> str:
     """The table of times, the ratios and the crossings."""
     lengths = [n for n in LENGTHS if n <= longest]
+    most = {"dense": longest_dense, "loop": LONGEST_LOOP}
     found: dict[str, dict[int, float]] = {}
     for n in lengths:
-        names = [x for x in SPECS if x != "dense" or n <= longest_dense]
+        names = [x for x in SPECS if n <= most.get(x, n)]
         for name, ms in medians(sides(n, names), rounds).items():
             found.setdefault(name, {})[n] = ms
     rows = [
         [
             name,
             *(f"{ms[n]:.1f}" if n in ms else "" for n in lengths),
-            f"{line(ms)[0]:.2f}",
+            f"{line(ms)[0]:.2f}" if len(ms) > 2 else "",
         ]
         for name, ms in found.items()
     ]
@@ -121,69 +146,29 @@ def growth(longest: int, longest_dense: int, rounds: int) -> str:
         table(["", *(f"{n:,}" for n in lengths), "exponent"], rows),
         "",
     ]
-    for kind in ("", ", with backward"):
-        mine = found[f"linear{kind}"]
-        for other in ("dense", "window"):
-            theirs = found[f"{other}{kind}"]
-            at = max(set(mine) & set(theirs))
-            lines.append(
-                f"linear against {other}{kind}: {theirs[at] / mine[at]:.1f} times as "
-                f"fast at {at:,}; the lengths cross: {crossing(mine, theirs)}"
-            )
+    for name in RECURRENT:
+        for kind in ("", ", with backward"):
+            mine = found[f"{name}{kind}"]
+            for other in ("dense", "window", *(["loop"] if name == "delta" else [])):
+                theirs = found[f"{other}{kind}"]
+                at = max(set(mine) & set(theirs))
+                lines.append(
+                    f"{name} against {other}{kind}: {theirs[at] / mine[at]:.1f} times "
+                    f"as fast at {at:,}; the lengths cross: {crossing(mine, theirs)}"
+                )
     return "\n".join(lines)
 
 
-# --- the code of the TPU kernels ---
-
-
-def program(n: int, dim: int, chunk: int, decay: bool) -> tuple[Callable, tuple]:
-    """Value and gradient of one call in bf16, and the shapes that it takes."""
-    shape, dtype = (1, HEADS, n, dim), jnp.bfloat16
-    q = jax.ShapeDtypeStruct((1, HEADS, 1, n, dim), dtype)
-    k = jax.ShapeDtypeStruct(shape, dtype)
-    g = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
-    call = linear.LinearCall(linear.scalar(1e-10), chunk)
-
-    def loss(arrays: tuple) -> jax.Array:
-        q, k, v, g = arrays
-        inputs = linear.LinearInputs(q, k, v, g if decay else None)
-        out = linear.attend(inputs, call, impl="tpu").out
-        return jnp.sum(out.astype(jnp.float32))
-
-    return jax.value_and_grad(loss), ((q, k, k, g),)
-
-
-def bundles(name: str) -> tuple[int, int, int]:
-    """Bundles, matrix instructions and spills of the kernel compiled last."""
-    pattern = f"*sadsl_linear_{name}*final_bundles.txt"
-    files = [x for x in Path(DUMP).glob(pattern) if "schedule-analysis" not in x.name]
-    text = max(files, key=lambda x: x.stat().st_mtime_ns).read_text()
-    count = len(re.findall(r"^\s*0x[0-9a-f]+", text, re.MULTILINE))
-    return count, len(re.findall(r"= vmatmul", text)), text.count("spill")
-
-
-def code(chunks: tuple[int, ...] = (128, 256, 512)) -> str:
-    """Bundles of the kernels, per chunk of one head, and what they hold."""
+def memory(n: int = 4096) -> str:
+    """Bytes of temporaries of value and gradient, per token and head."""
+    given = arrays(n)
     rows = []
-    for chip in CHIPS:
-        for dim in (64, 128):
-            for decay in (False, True):
-                for chunk in chunks:
-                    targets.compile_for(*program(2048, dim, chunk, decay), chip)
-                    found = [bundles(name) for name in KERNELS]
-                    kind = "decay" if decay else "none"
-                    cells = [" / ".join(map(str, x)) for x in found]
-                    rows.append(
-                        [chip, str(dim), kind, str(chunk), *cells,
-                         f"{found[0][0] / chunk:.1f}",
-                         f"{(found[1][0] + found[2][0]) / chunk:.1f}"]
-                    )  # fmt: skip
-    head = ["chip", "head_dim", "decay", "chunk", *KERNELS, "a token", "backward"]
-    note = (
-        "TPU kernels in bf16, with a normaliser: bundles / matrix multiplications / "
-        "spills of a kernel, and bundles a token of one head"
-    )
-    return f"{note}\n\n{table(head, rows)}"
+    for name in SPECS:
+        compiled = program(name, True).lower(given).compile()
+        size = compiled.memory_analysis().temp_size_in_bytes
+        rows.append([name, f"{size / n / HEADS:,.0f}"])
+    head = ["", f"temporary bytes a token and head, with backward, {n:,} tokens"]
+    return table(head, rows)
 
 
 def main() -> None:
@@ -192,14 +177,9 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=LENGTHS[-1])
     parser.add_argument("--dense", type=int, default=16384, help="longest dense length")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("growth", "code"))
     args = parser.parse_args()
-    parts = [machine("jax", "sadsl")]
-    if args.only != "code":
-        parts.append(growth(args.longest, args.dense, args.rounds))
-    if args.only != "growth":
-        parts.append(code())
-    print("\n\n".join(parts))
+    parts = machine("jax", "sadsl"), growth(args.longest, args.dense, args.rounds)
+    print("\n\n".join([*parts, memory()]))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 One chunk of one head, in bf16, of each kind: "none" and "head" are ``linear`` with a
 normaliser, without and with a decay by head; "channel" has a decay by key channel and
 no normaliser; "delta" erases; the last two do both. A bundle is one very long
-instruction word, so it takes at least one cycle. No TPU is needed, and nothing is timed.
-Registers need NVIDIA's ``ptxas``: where it cannot be had, the shapes of the Triton
-kernels are printed alone.
+instruction word, so it takes at least one cycle. No TPU is needed, and nothing is
+timed. Registers need NVIDIA's ``ptxas``: where it cannot be had, the shapes of the
+Triton kernels are printed alone.
 """
 
 import argparse
