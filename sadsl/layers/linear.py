@@ -221,20 +221,17 @@ class LinearLayer:
 
     def _output(self, params: Params, x: Array, out: Array) -> Array:
         """The norm, the gate and the last linear map."""
-        norm = self.norm
+        norm, shape = self.norm, out.shape
         if norm is not None:
-            gate = None if norm.gate is None else through("gate", params, x)
-            shape = out.shape
-            if norm.over == "all":
-                out, gate = (
-                    None if y is None else y.reshape(*shape[:2], -1)
-                    for y in (out, gate)
-                )  # fmt: skip
+            # One row for each head, or for all of them.
+            row = shape[2:] if norm.over == "head" else (-1,)
+            gate = None
+            if norm.gate is not None:
+                gate = through("gate", params, x).reshape(*shape[:2], *row)
             out = gated_rms_norm(
-                out, params["norm"].reshape(-1), gate,
+                out.reshape(*shape[:2], *row), params["norm"].reshape(-1), gate,
                 activation=norm.gate or "silu", eps=norm.eps,
             )  # fmt: skip
-            out = out.reshape(shape)
         weight = params["out"].astype(x.dtype)
         flat = out.astype(x.dtype).reshape(*x.shape[:2], -1)
         return jnp.matmul(flat, weight.reshape(-1, self.out_features))

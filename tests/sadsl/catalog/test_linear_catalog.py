@@ -244,12 +244,13 @@ def test_slopes_of_minimax():
 
 def test_preconditioned_keys_go_on_from_a_size():
     rng = np.random.default_rng(2)
-    k = rng.normal(size=(2, 13, 2, 3))
-    g, weight = -np.abs(rng.normal(size=(2, 2, 13, 2)))
+    k = rng.normal(size=(2, 14, 2, 3))
+    g, weight = -np.abs(rng.normal(size=(2, 2, 14, 2)))
     wanted, size = oracle.preconditioned(k, g, -weight)
     args = [jnp.asarray(x, jnp.float32) for x in (k, g, -weight)]
-    first, middle = catalog.preconditioned_keys(*(x[:, :5] for x in args))
-    rest, last = catalog.preconditioned_keys(*(x[:, 5:] for x in args), size=middle)
+    run = jax.jit(catalog.preconditioned_keys)
+    first, middle = run(*(x[:, :7] for x in args), size=jnp.zeros((2, 2, 3)))
+    rest, last = run(*(x[:, 7:] for x in args), size=middle)
     assert_agrees(jnp.concatenate([first, rest], axis=1), wanted, "keys")
     assert_agrees(last, size, "size")
 
