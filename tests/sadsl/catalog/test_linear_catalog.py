@@ -121,7 +121,7 @@ def drawn(case):
     return qkv, given
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", CASES)
 def test_is_what_the_paper_says(name):
     case = CASES[name]
@@ -181,41 +181,26 @@ def precond_kda(a):
     return out, state._replace(z=size)
 
 
-def of_spec(spec, named=(), **options):
-    """A call of ``spec`` with operands by name, as ``ours=theirs``."""
-
-    def call(a):
-        given = {ours: a[theirs] for ours, theirs in dict(named).items()}
-        return sa.attention(
-            a["q"], a["k"], a["v"], spec, operands=given, return_state=True, **options
-        )
-
-    return call
+def of_spec(spec):
+    """A call of ``spec``, which has no operands."""
+    return lambda a: sa.attention(a["q"], a["k"], a["v"], spec, return_state=True)
 
 
 VECTORS = {
     "ret_net": ("fla_retention", "retention", of_spec(catalog.ret_net(2))),
-    "minimax_lightning": ("minimax_lightning", "lightning", of_spec(
-        catalog.minimax_lightning(4, 1, 4))),
-    "light_net": ("fla_gla", "lightnet", of_spec(catalog.light_net())),
-    "gla": ("fla_gla", "zero_state", of_spec(catalog.gla(), {"g": "g"})),
+    "minimax_lightning": (
+        "minimax_lightning", "lightning", of_spec(catalog.minimax_lightning(4, 1, 4)),
+    ),
     "hgrn2": ("fla_gla", "hgrn2", hgrn2),
     "mamba2": ("nemotron_h_mamba2", "scan_from_state", mamba2),
     "precond_kda": ("fla_precond_kda", "zero_state", precond_kda),
-    "qwen3_next": ("qwen3_next", "delta", of_spec(
-        models.qwen3_next(1)[0], {"g": "g", "beta": "beta"})),
-    "kimi_linear": ("kimi_linear", "delta", of_spec(
-        models.kimi_linear(1)[0], {"g": "g", "beta": "beta"})),
-    "bailing_hybrid": ("bailing_hybrid", "delta", of_spec(
-        models.bailing_hybrid(1)[0], {"g": "g", "beta": "beta"})),
-    "olmo_hybrid": ("olmo_hybrid", "delta", of_spec(
-        models.olmo_hybrid(1)[0], {"g": "g", "beta": "beta"})),
 }  # fmt: skip
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", VECTORS)
 def test_is_what_published_code_gives(name):
+    """What the catalogue adds to a recurrence: decays, gates, keys."""
     file, case, call = VECTORS[name]
     a = arrays_of(file, case)
     inputs = {key: x for key, x in a.items() if f"d_{key}" in a}
@@ -272,13 +257,13 @@ def test_random_keys_interfere():
     """The error of recall grows as the root of keys by channels."""
     rng = np.random.default_rng(3)
     errors = []
-    for number, dim in ((8, 64), (32, 64), (32, 256)):
-        keys = rng.choice([-1.0, 1.0], size=(20, number, 1, dim)) / np.sqrt(dim)
-        values = rng.normal(size=(20, number, 1, 4))
+    for number, dim in ((8, 64), (32, 64)):
+        keys = rng.choice([-1.0, 1.0], size=(40, number, 1, dim)) / np.sqrt(dim)
+        values = rng.normal(size=(40, number, 1, 4))
         k, v = (jnp.asarray(x, jnp.float32) for x in (keys, values))
         found = sa.attention(k, k, v, catalog.hebbian(map=sa.full()))
         errors.append(np.sqrt(np.mean((np.asarray(found) - values) ** 2)))
-    np.testing.assert_allclose(errors, np.sqrt([8 / 64, 32 / 64, 32 / 256]), rtol=0.15)
+    np.testing.assert_allclose(errors, np.sqrt([8 / 64, 32 / 64]), rtol=0.15)
 
 
 def test_light_net_scans_a_grid_once():
@@ -310,6 +295,15 @@ def test_schedules(made, num_layers, full):
     softmax = sa.softmax(sa.causal())
     assert [i for i, term in enumerate(made) if term == softmax] == [*full]
     assert all(sa.parse(repr(term)) == term for term in made)
+
+
+def test_the_linear_layers_of_published_hybrids():
+    gated = catalog.gated_delta_net(), catalog.kimi_delta(), catalog.mamba2()
+    assert models.qwen3_next(1) == models.olmo_hybrid(1) == gated[:1]
+    assert models.kimi_linear(1) == models.bailing_hybrid(1) == gated[1:2]
+    assert models.nemotron_h("M") == gated[2:]
+    lightning = models.minimax_01(3, 4, period=9)
+    assert lightning[2] == catalog.minimax_lightning(4, 2, 3)
 
 
 def test_what_the_catalogue_refuses():
