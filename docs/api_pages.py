@@ -22,9 +22,26 @@ LOWER = {"KernelConfig": "kernels", "Tile": "kernels", "Plan": "run"}
 LAYERS = {
     "sadsl.layers": ("attention_fn", "per_layer"),
     "sadsl.layers.nnx": (
-        "SparseAttention", "RoutingAttention", "commitment_loss", "BlockCompressor",
+        "SparseAttention", "LinearAttention", "GatedLinearAttention", "DeltaNet",
+        "GatedDeltaNet", "KimiDelta", "LightNet",
+        "RoutingAttention", "commitment_loss", "BlockCompressor",
     ),
-    "sadsl.layers.linen": ("SparseAttention", "RoutingAttention", "BlockCompressor"),
+    "sadsl.layers.linen": (
+        "SparseAttention", "LinearAttention", "GatedLinearAttention", "DeltaNet",
+        "GatedDeltaNet", "KimiDelta", "LightNet",
+        "RoutingAttention", "BlockCompressor",
+    ),
+    "sadsl.layers.linear_models": (
+        "linear_attention", "gated_linear_attention", "delta_net", "gated_delta_net",
+        "kimi_delta", "light_net",
+    ),
+    "sadsl.layers.linear": (
+        "LinearLayer", "OutputNorm", "Running", "LinearLayerState",
+    ),
+    "sadsl.layers.parts": (
+        "short_convolution", "decay_gate", "slow_decay", "write_strength",
+        "hgrn2_gates", "gated_rms_norm",
+    ),
     "sadsl.layers.combiner": (
         "Combiner", "RowKeys", "CombinerAttention", "LinenCombinerAttention",
     ),
@@ -102,11 +119,12 @@ def pages() -> dict[str, str]:
             more = [name for name in public(module) if name not in names]
             parts["sadsl.selections"] = more
         found[wing] = page(f"{title}", said, parts)
-    catalog = importlib.import_module("sadsl.catalog")
+    catalog = ("sadsl.catalog", "sadsl.catalog.models")
     found["catalog"] = page(
         "Catalogue",
-        "Published mechanisms, each a spec of a few lines with its source.",
-        {"sadsl.catalog": public(catalog)},
+        "Published mechanisms, each a spec of a few lines with its source; and the "
+        "specs of every layer of published hybrids.",
+        {name: public(importlib.import_module(name)) for name in catalog},
     )
     found["layers"] = page(
         "Layers",

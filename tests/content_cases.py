@@ -97,8 +97,24 @@ def block_gate(q: np.ndarray, k: np.ndarray) -> Mapping[str, Any]:
     return {"gate": gate.astype(np.float32)}
 
 
-# Functions of ``sadsl.catalog`` whose pairs content decides.
+# Functions of ``sadsl.catalog`` whose pairs content decides, and those that are no map.
 NAMES: set[str] = {
+    "comba",
+    "delta_net",
+    "gated_delta_net",
+    "gated_delta_product",
+    "gla",
+    "hebbian",
+    "hgrn2",
+    "kimi_delta",
+    "light_net",
+    "mamba2",
+    "minimax_lightning",
+    "precond_kda",
+    "preconditioned_keys",
+    "ret_net",
+    "rwkv6",
+    "rwkv7",
     "combiner_axial_horizontal",
     "combiner_axial_rowmajor",
     "combiner_axial_vertical",

@@ -157,6 +157,18 @@ OTHER_OF = {
     ("delta", "beta"): 0.5, ("delta", "erase"): "p",
     ("delta", "write"): {"write": "b", "erase": "a", "beta": None},
     ("catalog.residue_major", "num_positions"): 12,
+    ("catalog.minimax_lightning", "layer"): 1,
+    ("catalog.minimax_lightning", "num_layers"): {"num_layers": 4, "layer": 1},
+    ("catalog.hebbian", "decay"): {"decay": 0.5, "rule": "decay"},
+    ("catalog.hebbian", "beta"): {"beta": 0.5, "rule": "delta"},
+}  # fmt: skip
+OTHER_OF |= {
+    (f"catalog.{name}", "map"): CAUSAL & sa.segments()
+    for name in (
+        "comba", "delta_net", "gated_delta_net", "gated_delta_product", "gla",
+        "hebbian", "hgrn2", "kimi_delta", "light_net", "mamba2", "minimax_lightning",
+        "precond_kda", "ret_net", "rwkv7",
+    )
 }  # fmt: skip
 
 

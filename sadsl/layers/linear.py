@@ -206,7 +206,8 @@ class LinearLayer:
         shapes, last = [y.shape for y in found], None
         if self.conv is not None:
             flat = jnp.concatenate([y.reshape(*y.shape[:2], -1) for y in found], -1)
-            before = _before(state, segment_ids)
+            past = x.shape[0], self.conv - 1, flat.shape[-1]
+            before = _before(state, segment_ids, past)
             flat, last = short_convolution(
                 flat, params["conv"], before=before, segment_ids=segment_ids,
                 activation=None,
@@ -221,20 +222,17 @@ class LinearLayer:
 
     def _output(self, params: Params, x: Array, out: Array) -> Array:
         """The norm, the gate and the last linear map."""
-        norm = self.norm
+        norm, shape = self.norm, out.shape
         if norm is not None:
-            gate = None if norm.gate is None else through("gate", params, x)
-            shape = out.shape
-            if norm.over == "all":
-                out, gate = (
-                    None if y is None else y.reshape(*shape[:2], -1)
-                    for y in (out, gate)
-                )  # fmt: skip
+            # One row for each head, or for all of them.
+            row = shape[2:] if norm.over == "head" else (-1,)
+            gate = None
+            if norm.gate is not None:
+                gate = through("gate", params, x).reshape(*shape[:2], *row)
             out = gated_rms_norm(
-                out, params["norm"].reshape(-1), gate,
+                out.reshape(*shape[:2], *row), params["norm"].reshape(-1), gate,
                 activation=norm.gate or "silu", eps=norm.eps,
             )  # fmt: skip
-            out = out.reshape(shape)
         weight = params["out"].astype(x.dtype)
         flat = out.astype(x.dtype).reshape(*x.shape[:2], -1)
         return jnp.matmul(flat, weight.reshape(-1, self.out_features))
@@ -269,12 +267,27 @@ class LinearLayer:
         return jax.eval_shape(lambda k: phi(k, *at), key).shape[-1]
 
 
-def _before(state: LinearLayerState | None, segment_ids: Array | None) -> Array | None:
-    """The inputs before the first token, if they are of its document."""
-    if state is None or state.conv is None:
+def _before(
+    state: LinearLayerState | None,
+    segment_ids: Array | None,
+    wanted: tuple[int, int, int],
+) -> Array | None:
+    """The inputs before the first token, zeros if they are of another document.
+
+    Raises:
+      ValueError: the state is that of another layer, or of another batch.
+    """
+    if state is None:
         return None
+    conv = state.conv
+    if conv is None or conv.shape != wanted:
+        found = "no inputs" if conv is None else f"inputs of shape {conv.shape}"
+        raise ValueError(
+            f"the state holds {found} of a convolution: this layer has {wanted}; make "
+            "a state with its init_state or return_state=True"
+        )
     past = state.inner.documents
     if past is None or segment_ids is None:
-        return state.conv
+        return conv
     goes_on = (past.ids[:, 0] == segment_ids[:, 0]) & (past.count > 0)
-    return jnp.where(goes_on[:, None, None], state.conv, 0)
+    return jnp.where(goes_on[:, None, None], conv, 0)

@@ -6,11 +6,11 @@ have: ``head_dim`` and ``head_dim_v`` (channels of a key and of a value), ``map`
 ``out_features`` (as many as ``features`` if None). No linear map has a bias.
 """
 
+from sadsl import catalog
 from sadsl.layers.linear import LinearLayer, OutputNorm
 from sadsl.layers.linear_gates import DecayGate, SlowDecay, WriteStrength
 from sadsl.layers.parts import Activation
 from sadsl.maps.base import IndexMap
-from sadsl.terms.delta import delta
 from sadsl.terms.features import FEATURES
 from sadsl.terms.features import FeatureMap as Function
 from sadsl.terms.linear import linear
@@ -113,10 +113,10 @@ def gated_linear_attention(
       (4, 8, (16, 16))
     """
     values = _width(features, num_heads, head_dim_v)
-    spec = linear("identity", "g", by="channel", map=map, normalise=False, scaled=True)
     return LinearLayer(
-        spec, features, out_features or features, num_heads, num_heads,
-        head_dim or max(values // 2, 1), values, conv, "" if conv is None else "qkv",
+        catalog.gla(map), features, out_features or features,
+        num_heads, num_heads, head_dim or max(values // 2, 1), values,
+        conv, "" if conv is None else "qkv",
         (SlowDecay(decay_rank, temperature),), OutputNorm(gate, None, norm_eps),
     )  # fmt: skip
 
@@ -158,7 +158,7 @@ def delta_net(
     """
     width = _width(features, num_heads, head_dim)
     return LinearLayer(
-        delta("beta", map=map), features, out_features or features,
+        catalog.delta_net(map), features, out_features or features,
         num_heads, num_heads, width, head_dim_v or width, conv, "qkv",
         (WriteStrength(negative),), OutputNorm(gate, None, norm_eps),
     )  # fmt: skip
@@ -205,7 +205,7 @@ def gated_delta_net(
     """
     width = _width(features, num_heads, head_dim)
     return LinearLayer(
-        delta("beta", "g", map=map), features, out_features or features,
+        catalog.gated_delta_net(map), features, out_features or features,
         num_heads, num_v_heads or num_heads, width, head_dim_v or width, conv, "qkv",
         (DecayGate(), WriteStrength(negative)), OutputNorm(gate, None, norm_eps),
     )  # fmt: skip
@@ -256,7 +256,7 @@ def kimi_delta(
     width = _width(features, num_heads, head_dim)
     rank = width if low_rank else None
     return LinearLayer(
-        delta("beta", "g", by="channel", map=map), features, out_features or features,
+        catalog.kimi_delta(map), features, out_features or features,
         num_heads, num_v_heads or num_heads, width, head_dim_v or width, conv, "qkv",
         (DecayGate(True, rank, lower), WriteStrength()),
         OutputNorm(gate, rank, norm_eps),
@@ -299,8 +299,7 @@ def light_net(
     """
     width = _width(features, num_heads, head_dim_v)
     return LinearLayer(
-        linear("identity", map=map, normalise="channel", scaled=True),
-        features, out_features or features, num_heads, num_heads,
-        head_dim or width, width, conv, "q",
+        catalog.light_net(map), features, out_features or features,
+        num_heads, num_heads, head_dim or width, width, conv, "q",
         norm=OutputNorm("silu", gate_rank, norm_eps, "all"),
     )  # fmt: skip

@@ -1,0 +1,22 @@
+"""The specs of every layer of published hybrids: tuples, one spec a layer.
+
+``SparseAttention(spec=qwen3_next(), layer=i)`` takes the spec of its layer; the linear
+layers of ``sadsl.layers`` add what surrounds a recurrence. Full layers are
+``causal()``: norms of q and k, rotary positions and gates are the layer's.
+
+Example:
+  >>> from sadsl.catalog import models
+  >>> for term in models.qwen3_next(4):
+  ...     print(term)
+  delta(decay='g')
+  delta(decay='g')
+  delta(decay='g')
+  softmax(causal())
+"""
+
+from sadsl.catalog.models.delta_hybrids import bailing_hybrid as bailing_hybrid
+from sadsl.catalog.models.delta_hybrids import kimi_linear as kimi_linear
+from sadsl.catalog.models.delta_hybrids import olmo_hybrid as olmo_hybrid
+from sadsl.catalog.models.delta_hybrids import qwen3_next as qwen3_next
+from sadsl.catalog.models.linear_hybrids import minimax_01 as minimax_01
+from sadsl.catalog.models.linear_hybrids import nemotron_h as nemotron_h
