@@ -7,6 +7,7 @@ from sadsl.run import channel as channel
 from sadsl.run import compressed as compressed
 from sadsl.run import heads as heads
 from sadsl.run import linear as linear
+from sadsl.run import local_linear as local_linear
 from sadsl.run import mixtures as mixtures
 from sadsl.run import scatter_mean as scatter_mean
 from sadsl.run import softmax as softmax
