@@ -1,7 +1,12 @@
 """Solves ``A x = b`` for many symmetric positive definite matrices of size ``d``.
 
-There is one system a query. ``A`` is a covariance plus a ridge: it is formed, or only
-its products with vectors are.
+There is one system a query, whose ``A`` is the covariance of some ``m`` keys plus a
+ridge. Conjugate gradients need products with ``A`` only, ``2 m d`` multiply-adds each.
+Forming and factoring ``A`` takes ``m d^2 / 2 + d^3 / 3``, and its residual is smaller.
+
+How many iterations a system needs is known only when it is solved. So they run until
+they have cost as much as forming does, and then the systems are formed: that is at most
+twice the better of the two (``Accuracy``).
 """
 
 from collections.abc import Callable
@@ -18,27 +23,41 @@ from pallas_kernels.varying import vary
 # One vector for each system.
 OfSystems: TypeAlias = Float[Array, "*lead d"]
 
-# Up to this size a covariance is formed. A query with m keys then takes m d^2 / 2 + d^3
-# / 3 multiply-adds, and 2 m d for each iteration otherwise. Measured on a CPU, forming
-# costs as much as some d / 2 iterations at d = 64, and 3 d / 4 at d = 128, where the
-# factorisation of many small matrices dominates.
-LARGEST_FORMED = 64
+# Up to this size a matrix is formed at once: conjugate gradients seldom need fewer than
+# 8 iterations, which cost the same.
+SMALL = 16
+# Beyond this size none is formed. A query holds d^2 / 2 numbers for it.
+LARGEST_FORMED = 128
 
 
 @dataclass(frozen=True)
 class Accuracy:
     """How well systems are solved: up to ``|b - A x| <= tolerance * |b|``.
 
-    ``iterations`` bounds those of conjugate gradients; None: twice the size.
+    ``iterations`` is the greatest number of iterations, after which none is formed;
+    None: as the module says.
     """
 
     tolerance: float
     iterations: int | None = None
 
-    def forms(self, size: int) -> bool:
-        """Whether matrices of this size are formed, since that is cheaper."""
-        iterations = size if self.iterations is None else self.iterations
-        return size <= LARGEST_FORMED and 2 * iterations >= size
+    def forms_at_once(self, size: int) -> bool:
+        """Whether there are no iterations for matrices of this size."""
+        return self.iterations is None and size <= SMALL
+
+    def forms_later(self, size: int) -> bool:
+        """Whether systems that miss the tolerance are formed after the iterations."""
+        return self.iterations is None and SMALL < size <= LARGEST_FORMED
+
+    def most(self, size: int) -> int:
+        """The greatest number of iterations.
+
+        Without a number of the caller it is 3 d / 4, which cost as much as forming on a
+        CPU (``benchmarks/local_linear.py``), or 2 d where none is formed.
+        """
+        if self.iterations is not None:
+            return self.iterations
+        return 3 * size // 4 if self.forms_later(size) else 2 * size
 
 
 def by_factors(a: Float[Array, "*lead d d"], b: OfSystems) -> OfSystems:
@@ -59,8 +78,7 @@ def by_iterations(
     1952, section 3.) It ends when all residuals are at most half the tolerance, since
     that of ``x`` itself differs from the recurrence by rounding.
     """
-    most = accuracy.iterations or 2 * b.shape[-1]
-    norm = _squared(b)
+    most, norm = accuracy.most(b.shape[-1]), _squared(b)
     limit = (accuracy.tolerance / 2) ** 2 * norm
 
     def ahead(state: tuple) -> Array:

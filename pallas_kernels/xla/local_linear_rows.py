@@ -12,6 +12,7 @@ from pallas_kernels import softmax, solve
 from pallas_kernels.call import Call, Inputs, Vectors
 from pallas_kernels.loops import repeat
 from pallas_kernels.solve import Accuracy
+from pallas_kernels.varying import vary
 from pallas_kernels.xla import tile
 from pallas_kernels.xla.heads import HeadGroup, add_up, head_groups, join, pick
 from pallas_kernels.xla.rows import Blocks, Fold
@@ -54,27 +55,50 @@ class FitRow:
 
         ``x`` is NaN where the residual misses the tolerance.
         """
-        if accuracy.forms(b.shape[-1]):
-            one = jnp.eye(b.shape[-1], dtype=b.dtype)
-            a = self.covariance() + self.ridge[..., None] * one[None, None, None]
+        size = b.shape[-1]
+        if accuracy.forms_at_once(size):
+            return self.factored(b, accuracy)
+        x = solve.by_iterations(self.product, b, accuracy)
+        found = solve.checked(x, b - self.product(x), b, accuracy)
+        if not accuracy.forms_later(size):
+            return found
+        met = jnp.all(found[1] <= accuracy.tolerance)
+        return jax.lax.cond(met, lambda: found, lambda: self.factored(b, accuracy))
+
+    def factored(self, b: Array, accuracy: Accuracy) -> tuple[Array, Array]:
+        """``solved`` by forming ``C``, and factoring the systems of one head a time."""
+        row, column, place = solve.corner(b.shape[-1])
+        one = jnp.eye(b.shape[-1], dtype=b.dtype)[None]
+
+        def of_head(args: tuple[Array, ...]) -> tuple[Array, Array]:
+            moments, mean, ridge, b = args
+            c = moments - mean[:, row] * mean[:, column]
+            a = c[:, place] + ridge[..., None] * one
             x = solve.by_factors(a, b)
-            left = b - jnp.einsum("bhqde,bhqe->bhqd", a, x, precision="highest")
-        else:
-            x = solve.by_iterations(self.product, b, accuracy)
-            left = b - self.product(x)
+            return x, b - jnp.einsum("qde,qe->qd", a, x, precision="highest")
+
+        args = self.moments(), self.mean, self.ridge, b
+        args = tuple(x.reshape(-1, *x.shape[2:]) for x in args)
+        x, left = (y.reshape(b.shape) for y in jax.lax.map(of_head, args))
         return solve.checked(x, left, b, accuracy)
 
     def product(self, x: Array) -> Float[Array, "b h gq d"]:
         """``(C + ridge I) x``, without forming ``C``."""
 
-        def add(total: Array, tile: KeyTile) -> Array:
-            return total + dot(tile.p * self.along(tile, x), tile.k, (1, 0))
+        def add(sums: tuple[Array, Array], tile: KeyTile) -> tuple[Array, Array]:
+            weights = tile.p * self.along(tile, x)
+            total = sums[0] + dot(weights, tile.k, (1, 0))
+            return total, sums[1] + weights.sum(axis=-1, keepdims=True)
 
-        return self.fold(add, self.ridge * x)
+        # The weights add up to 0 but for rounding. Where one key has most of the
+        # weight, its rounding would count times the key, not times ``key - mean``.
+        start = self.ridge * x, jnp.zeros_like(self.ridge)
+        total, rest = self.fold(add, vary(start, x))
+        return total - self.mean * rest
 
-    def covariance(self) -> Float[Array, "b h gq d d"]:
-        """``C``, from the products of every two channels of each key."""
-        row, column, place = solve.corner(self.mean.shape[-1])
+    def moments(self) -> Float[Array, "b h gq corner"]:
+        """``sum p_j k_j k_j^T`` for relative keys: its upper triangle, row by row."""
+        row, column, _ = solve.corner(self.mean.shape[-1])
 
         def add(total: Array, tile: KeyTile) -> Array:
             size = tile.k.shape[2] // len(tile.block)
@@ -87,8 +111,8 @@ class FitRow:
 
             return repeat(len(tile.block), one, total)
 
-        of_mean = self.mean[..., row] * self.mean[..., column]
-        return self.fold(add, -of_mean)[..., place]
+        start = jnp.zeros((*self.mean.shape[:-1], len(row)), self.mean.dtype)
+        return self.fold(add, vary(start, self.mean))
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:

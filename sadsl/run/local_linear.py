@@ -154,9 +154,10 @@ def _ridge(
             f"must have shape ({heads},), one number for each head, or "
             f"{(batch, heads)}"
         )
-    if _known(jnp.any(~(ridge > 0))):
+    least = jax.lax.stop_gradient(jnp.min(ridge))
+    if _known(~(least > 0)):
         raise ValueError(
-            f"operand {term.ridge!r} has the entry {float(jnp.min(ridge))}: the ridge "
+            f"operand {term.ridge!r} has the entry {float(least)}: the ridge "
             f"of {term!r} must be positive, such as jnp.exp of what is learned"
         )
     return ridge.reshape(-1, heads).astype(wide(q.dtype))
@@ -168,7 +169,7 @@ def _check(term: LocalLinear, residual: Array) -> None:
     Raises:
       FloatingPointError: a residual is above the tolerance, or NaN.
     """
-    worst = jnp.max(residual)
+    worst = jax.lax.stop_gradient(jnp.max(residual))
     if _known(~(worst <= term.tolerance)):
         raise FloatingPointError(
             f"{term!r}: the residual of a system is {float(worst):.1e}, above the "
