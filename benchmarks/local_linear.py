@@ -2,9 +2,9 @@
 
     python benchmarks/local_linear.py [--longest 8192] > results/local_linear.txt
 
-f32, batch 1; "with backward" includes the gradients of q, k and v. Ratios are medians of
-the ratios of rounds in which both sides alternate. Keys have unequal channels, whose
-standard deviations fall as 1 / channel, and queries are near keys.
+f32, batch 1; "and backward" includes the gradients of q, k and v. Ratios are medians
+over rounds in which both sides alternate. Keys have length 1 (in the mean), their
+channels have standard deviations that fall as 1 / channel, and queries are near keys.
 
 - Time: ``local_linear(map)`` against ``softmax(map)``, on one plan.
 - Forming or iterating: how many iterations of conjugate gradients take the time that

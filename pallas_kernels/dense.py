@@ -161,8 +161,8 @@ def local_linear(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Output, lse and residual of local linear attention, with every ``C`` formed.
 
-    ``xla/local_linear.py`` has the formulas and the shapes; ``pairs`` are as ``allowed``
-    returns them.
+    ``xla/local_linear.py`` has the formulas and the shapes. ``pairs`` are as
+    ``allowed`` returns them.
     """
     q, k, v = _present(inputs, pairs)
     some = pairs.any(axis=-1, keepdims=True)

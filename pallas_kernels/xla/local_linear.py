@@ -112,8 +112,9 @@ def _attend_fwd(
     call: Call, accuracy: Accuracy, points: Points, *plans: Any
 ) -> tuple[Fit, Any]:
     fit = _attend(call, accuracy, points, *plans)
-    names = Fit(*("attn_lse" if x.ndim == 3 else "attn_out" for x in fit))
-    fit = jax.tree.map(checkpoint_name, fit, names)
+    # The names that checkpoint policies know from softmax attention.
+    names = ("attn_lse" if x.ndim == 3 else "attn_out" for x in fit)
+    fit = Fit(*map(checkpoint_name, fit, names))
     return fit, (points, fit, plans)
 
 
@@ -185,12 +186,15 @@ def forward(
             row = arrays.row(at, blocks)
             x, residual = row.solved(row.at - row.mean, accuracy)
 
-            def add(o: Array, keys: KeyTile) -> Array:
+            def add(sums: tuple[Array, Array], keys: KeyTile) -> tuple[Array, Array]:
                 weights = keys.p * (1 + row.along(keys, x))
-                return o + dot(weights, arrays.values(keys), (1, 0))
+                o = sums[0] + dot(weights, arrays.values(keys), (1, 0))
+                return o, sums[1] + weights.sum(axis=-1, keepdims=True)
 
             o = jnp.zeros((*x.shape[:-1], v.shape[-1]), x.dtype)
-            o = row.fold(add, vary(o, x))
+            o, every = row.fold(add, vary((o, jnp.zeros_like(residual)), x))
+            # The weights add up to 1 but for the rounding of a long x.
+            o = o / jnp.where(row.some, every, 1.0)
             return (
                 tile.put_queries(total[0], o, at),
                 tile.put_queries(total[1], x, at),
@@ -226,7 +230,7 @@ def backward(
     lists: XlaLists, call: Call, accuracy: Accuracy,
 ) -> Points:  # fmt: skip
     """The gradients of ``points``, over the blocks of ``lists.backward``."""
-    q, k, v = points.inputs
+    q, k, _ = points.inputs
     lengths = q.shape[2], k.shape[2]
 
     def run(

@@ -192,7 +192,7 @@ def group_arrays(
 
 
 def vectors(x: Array, heads: HeadGroup, plan: XlaPlan) -> Array:
-    """``[batch, q_heads, q, d]`` of a head group as ``[batch, blocks, q, heads, d]``."""
+    """``[batch, q_heads, q, d]`` of some heads as ``[batch, blocks, q, heads, d]``."""
     return tile.positions_first(pick(x, heads.q_heads), plan.block_q)
 
 

@@ -26,8 +26,8 @@ class LocalLinear(Term):
             check_operand_name("local_linear: ridge", self.ridge)
         elif not (self.ridge > 0 and math.isfinite(self.ridge)):
             raise ValueError(
-                f"local_linear: ridge={self.ridge} must be positive and finite: a query "
-                "that sees few keys has no other unique regression; for the plain "
+                f"local_linear: ridge={self.ridge} must be positive and finite: else a "
+                "query that sees few keys has no unique regression; for the plain "
                 "softmax, which an infinite ridge means, use softmax(map)"
             )
         if not 0 < self.tolerance < 1:
@@ -65,38 +65,45 @@ def local_linear(
 ) -> LocalLinear:
     """Local linear attention: for each query, a linear regression of the values.
 
-    Softmax attention is the mean of the values, weighted by ``w_j = exp(sm_scale * q .
-    k_j)``. This term fits ``v_j ~ b + W (k_j - q)`` with the same weights, and its
-    output is ``b``, the value at ``k = q`` (Local Linear Attention, 2025, named in
-    README's list; reconstruction: the published kernel and its scale were not seen, and
-    no code was). With the normalised weights ``p``, and the mean ``m`` and the
-    covariance ``C`` of the keys under ``p``, the output is ``sum_j p_j (1 + (k_j - m) .
-    x) v_j`` where ``(C + ridge I) x = q - m``. These weights add up to 1, and may be
-    negative. As the ridge grows, the output becomes that of ``softmax(map)``. As it
-    falls, values that are an affine function of the keys come out exactly.
+    Softmax attention is a mean of the values with the weights ``w_j = exp(sm_scale * q
+    . k_j)``. This term fits ``v_j ~ b + W (k_j - q)`` with the same weights and the
+    penalty ``lambda |W|^2``; its output is ``b``, the fitted value at ``k = q`` (Local
+    Linear Attention, 2025. A reconstruction: the formulas were derived and checked
+    anew, but the paper's own kernel ``w``, its scale and its default of lambda are not
+    verified, and no code was published).
 
-    The regression is read at ``q`` itself, so queries and keys must be vectors of one
-    space. ``sm_scale`` scales the scores only. A query that sees no key yields 0.
+    With the normalised weights ``p``, the mean key ``m`` and the covariance ``C`` of
+    the keys under ``p``, the output is ``sum_j p_j (1 + (k_j - m) . x) v_j`` where ``(C
+    + ridge I) x = q - m``. These weights add up to 1, and may be negative. As the ridge
+    grows, the output becomes that of ``softmax(map)``; as it falls, values that are an
+    affine function of the keys come out exactly. A query that sees no key yields 0. The
+    lse is that of the softmax.
 
-    The map may be any map, decided by positions or by content; a choice has no gradient.
-    Systems of head_dim up to 64 are formed and factored. Larger ones, and those with few
-    ``iterations``, are solved by conjugate gradients. The gradient is the implicit one:
-    it solves a second system of the same accuracy. ``impl="xla"`` has first and second
-    derivatives in reverse mode.
+    The regression is read at ``q`` itself, so queries and keys are vectors of one
+    space; ``sm_scale`` scales the scores only. The map may be decided by positions or
+    by content; a choice has no gradient.
+
+    Systems are solved by conjugate gradients, for a row of blocks at once. Those that
+    still miss the tolerance when this has cost as much as forming ``C`` are formed and
+    factored (head_dim up to 128; at once up to 16). The gradient solves a second system
+    in the same way. ``impl="xla"`` has derivatives in reverse mode only, the second
+    ones in quadratic memory.
 
     Where a system misses ``tolerance``, an eager call raises ``FloatingPointError``. A
-    traced call (under ``jit`` or ``vmap``) yields NaN for that query and head, and its
-    gradients are NaN. ``local_linear_residual`` returns the residuals.
+    traced call (``jit``, ``vmap``) yields NaN for this query and head, and so do its
+    gradients. ``local_linear_residual`` returns the residuals. In float32 they do not
+    fall below about ``1e-7 |C| / ridge``: a ridge that is small beside the spread of
+    the keys needs a larger tolerance, or float64.
 
     Args:
       map: the pairs.
       ridge: the penalty of ``W``, positive, or the name of an operand ``[num_q_heads]``
         (or with a batch axis in front) of positive floats, which has a gradient. It is
-        relative to normalised weights. A ``lambda`` for the raw weights ``w``, as in
-        the paper, is the ridge ``lambda * exp(-lse)``, which differs by query.
-      tolerance: the greatest ``|q - m - (C + ridge I) x| / |q - m|``.
-      iterations: the greatest number of iterations of conjugate gradients; None: as
-        many as the tolerance needs, up to ``2 * head_dim``.
+        relative to the normalised weights ``p``: a lambda for the raw weights ``w``, as
+        in the paper, is the ridge ``lambda * exp(-lse)``, which differs by query.
+      tolerance: the greatest ``|q - m - (C + ridge I) x| / |q - m|``, below 1.
+      iterations: the greatest number of iterations of conjugate gradients, after which
+        no ``C`` is formed. None: as above, and ``2 * head_dim`` above 128.
 
     Raises:
       TypeError: the map is not an index map.
@@ -104,16 +111,15 @@ def local_linear(
         not an identifier.
 
     Example:
-      Values that are linear in the keys: a mean falls short, a regression does not.
+      Values that are linear in the keys; a mean of them would fall short of 2 q.
 
       >>> import jax.numpy as jnp
       >>> import sadsl as sa
       >>> k = jnp.arange(4.0).reshape(1, 4, 1, 1)
       >>> term = sa.local_linear(sa.causal(), ridge=1e-5)
-      >>> for spec in (term.map, term):
-      ...     print(sa.attention(k, k, 2 * k, spec, sm_scale=0.1)[0, :, 0, 0].round(2))
-      [0.   1.05 2.25 3.61]
-      [0. 2. 4. 6.]
+      >>> out = sa.attention(k, k, 2 * k, term, impl="reference")
+      >>> [round(x, 2) for x in out.ravel().tolist()]
+      [0.0, 2.0, 4.0, 6.0]
     """
     ridge = ridge if isinstance(ridge, str) else float(ridge)
     return LocalLinear(map, ridge, float(tolerance), iterations)
