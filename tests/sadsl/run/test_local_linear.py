@@ -175,6 +175,21 @@ def test_documents_offsets_and_half_precision():
     oracle.assert_close(found, wanted, "bfloat16")
 
 
+@pytest.mark.slow
+def test_shards_and_symbolic_batches():
+    *inputs, _ = arrays(13, 24)
+    call = partial(sa.attention, spec=sa.local_linear(sa.causal(), 1.0))
+    wanted = call(*inputs)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = jax.sharding.PartitionSpec("x")
+    sharded = jax.shard_map(call, mesh=mesh, in_specs=(over,) * 3, out_specs=over)
+    np.testing.assert_allclose(jax.jit(sharded)(*inputs), wanted, atol=1e-5)
+    (batch,) = jax.export.symbolic_shape("batch")
+    like = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs]
+    exported = jax.export.export(jax.jit(call))(*like)
+    np.testing.assert_allclose(exported.call(*inputs), wanted, atol=1e-5)
+
+
 # --- the tolerance ---
 
 FEW = sa.local_linear(sa.causal(), 0.5, iterations=1)
