@@ -98,7 +98,8 @@ OTHER = {
     "tile": (4, 3), "partition": 8, "sizes": (8, 6), "values": (0.5, 2.0), "p": 0.25,
     "spans": ((32, 0.5),), "dilations": (1, 2), "documents": (2, 2, 3), "ratio": 0.25,
     "shape": (28, 28), "image": (1, 5), "question": (6, 9), "vision": (3, 80),
-    "ridge": "ridge", "iterations": 8, "variant": "xSQA", "patterns": {(0, 1): sa.full()}, "grid": (28, 14),
+    "ridge": "ridge", "iterations": 8,
+    "variant": "xSQA", "patterns": {(0, 1): sa.full()}, "grid": (28, 14),
 }  # fmt: skip
 # The same for the parameter of one function. A dict also holds the arguments that the
 # value needs.
