@@ -1,4 +1,11 @@
-"""``local_linear``: a linear regression of the values for each query."""
+"""``local_linear``: a linear regression of the values for each query.
+
+The linear systems of a row of blocks are solved at once, by conjugate gradients. Those
+that still miss the tolerance when this has cost as much as forming their matrices are
+formed and factored: head_dim up to 128 later, up to 16 at once. The gradient is that of
+the exact solution; it solves a second system of the same tolerance. ``impl="xla"`` has
+derivatives in reverse mode only, the second ones in quadratic memory.
+"""
 
 import math
 from collections.abc import Mapping
@@ -72,31 +79,22 @@ def local_linear(
     anew, but the paper's own kernel ``w``, its scale and its default of lambda are not
     verified, and no code was published).
 
-    With the normalised weights ``p``, the mean key ``m`` and the covariance ``C`` of
+    With the normalised weights ``p``, and the mean ``m`` and the covariance ``C`` of
     the keys under ``p``, the output is ``sum_j p_j (1 + (k_j - m) . x) v_j`` where ``(C
     + ridge I) x = q - m``. These weights add up to 1, and may be negative. As the ridge
     grows, the output becomes that of ``softmax(map)``; as it falls, values that are an
     affine function of the keys come out exactly. A query that sees no key yields 0. The
-    lse is that of the softmax.
-
-    The regression is read at ``q`` itself, so queries and keys are vectors of one
-    space; ``sm_scale`` scales the scores only. The map may be decided by positions or
-    by content; a choice has no gradient.
-
-    Systems are solved by conjugate gradients, for a row of blocks at once. Those that
-    still miss the tolerance when this has cost as much as forming ``C`` are formed and
-    factored (head_dim up to 128; at once up to 16). The gradient solves a second system
-    in the same way. ``impl="xla"`` has derivatives in reverse mode only, the second
-    ones in quadratic memory.
+    lse is that of the softmax. ``sm_scale`` scales the scores only: the regression is
+    read at ``q``, so queries and keys are vectors of one space.
 
     Where a system misses ``tolerance``, an eager call raises ``FloatingPointError``. A
     traced call (``jit``, ``vmap``) yields NaN for this query and head, and so do its
     gradients. ``local_linear_residual`` returns the residuals. In float32 they do not
     fall below about ``1e-7 |C| / ridge``: a ridge that is small beside the spread of
-    the keys needs a larger tolerance, or float64.
+    the keys needs a larger tolerance, or float64. The module says how they are solved.
 
     Args:
-      map: the pairs.
+      map: the pairs; a map that content decides has no gradient of its choice.
       ridge: the penalty of ``W``, positive, or the name of an operand ``[num_q_heads]``
         (or with a batch axis in front) of positive floats, which has a gradient. It is
         relative to the normalised weights ``p``: a lambda for the raw weights ``w``, as
