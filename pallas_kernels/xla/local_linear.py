@@ -88,11 +88,10 @@ class FitCotangents(NamedTuple):
 def attend(
     points: Points, of_pairs: Vectors, masks: Masks, call: Call, accuracy: Accuracy
 ) -> tuple[Array, Array, Array]:
-    """Outputs, lse and residuals over the blocks of ``masks``; the first two have
-    gradients.
+    """Outputs, lse and residuals over the blocks of ``masks``.
 
-    It works under ``jit``, ``vmap``, ``jax.checkpoint`` and ``shard_map``, in reverse
-    mode.
+    The first two have gradients, in reverse mode. It works under ``jit``, ``vmap``,
+    ``jax.checkpoint`` and ``shard_map``.
     """
     lists, tests = prepare(masks, call), masks.forward.test_of_head
     args = alike((points, of_pairs, tests, lists))
