@@ -23,8 +23,8 @@ from pallas_kernels.varying import vary
 # One vector for each system.
 OfSystems: TypeAlias = Float[Array, "*lead d"]
 
-# Up to this size a matrix is formed at once, which costs no more than 3 d / 4 iterations:
-# about the fewest that a system needs.
+# Up to this size a matrix is formed at once: that costs as much as 3 d / 4 iterations,
+# and a system seldom needs fewer.
 SMALL = 16
 # Beyond this size none is formed. A query holds d^2 / 2 numbers for it.
 LARGEST_FORMED = 128
