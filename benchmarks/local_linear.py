@@ -15,6 +15,7 @@ sm_scale is 8.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -140,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--longest", type=int, default=8192)
     args = parser.parse_args()
-    print(machine("jax", "sadsl"))
+    print(f"{machine('jax', 'sadsl')}, load {os.getloadavg()[0]:.0f}")
     print(f"{HEADS} heads, ridge {RIDGE}, tolerance 1e-4, milliseconds\n")
     print(times(args.longest), "\n")
     print("window(256), n = 2048: one iteration, and a call that forms all systems\n")

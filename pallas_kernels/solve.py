@@ -52,8 +52,9 @@ class Accuracy:
     def most(self, size: int) -> int:
         """The greatest number of iterations.
 
-        Without a number of the caller it is 3 d / 4, which cost as much as forming on a
-        CPU (``benchmarks/local_linear.py``), or 2 d where none is formed.
+        Without a number of the caller it is 3 d / 4, or 2 d where none is formed. On a
+        CPU forming costs as much as d / 2 to 3 d / 4 iterations, at d from 32 to 128
+        (``benchmarks/local_linear.py``).
         """
         if self.iterations is not None:
             return self.iterations
