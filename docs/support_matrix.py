@@ -305,7 +305,7 @@ def kernels() -> list[str]:
 def cell(letters: str, bold: str) -> str:
     """The letters of a cell, those in ``bold`` as such: ``**F** **B** J -``."""
     parts = [
-        f"**{x}**" if x in bold else x if x in letters else REFUSED for x in LETTERS
+        REFUSED if x not in letters else f"**{x}**" if x in bold else x for x in LETTERS
     ]
     return " ".join(parts)
 

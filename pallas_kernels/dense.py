@@ -21,6 +21,7 @@ from pallas_kernels.call import (
     Vectors,
 )
 from pallas_kernels.precision import widened
+from pallas_kernels.solve import Accuracy, by_factors, checked
 
 
 def allowed(
@@ -152,6 +153,43 @@ def score_backward(
         return jnp.broadcast_to(found, gradient.shape)
 
     return jax.vjp(of, vectors.scores)[1](gradient)[0]
+
+
+def local_linear(
+    inputs: Inputs, at: jax.Array, ridge: jax.Array, pairs: jax.Array,
+    sm_scale: Any, accuracy: Accuracy,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Output, lse and residual of local linear attention, with every ``C`` formed.
+
+    ``xla/local_linear.py`` has the formulas and the shapes. ``pairs`` are as
+    ``allowed`` returns them.
+    """
+    q, k, v = _present(inputs, pairs)
+    some = pairs.any(axis=-1, keepdims=True)
+    s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest") * sm_scale
+    least = softmax.least(s.dtype)
+    top = jnp.max(s, axis=-1, keepdims=True, where=pairs, initial=least)
+    top = jax.lax.stop_gradient(top)
+    p = jnp.where(pairs, jnp.exp(jnp.where(pairs, s - top, 0.0)), 0.0)
+    l = jnp.where(some, p.sum(axis=-1, keepdims=True), 1.0)
+    p, lse = p / l, jnp.where(some, top + jnp.log(l), -jnp.inf)
+    # A common offset of the keys changes no result, but it adds rounding to C.
+    centre = jax.lax.stop_gradient(k.mean(axis=2, keepdims=True))
+    k, size = k - centre, k.shape[-1]
+    mean = jnp.einsum("bhqk,bhkd->bhqd", p, k, precision="highest")
+    squares = (k[..., :, None] * k[..., None, :]).reshape(*k.shape[:-1], -1)
+    moments = jnp.einsum("bhqk,bhkc->bhqc", p, squares, precision="highest")
+    of_mean = mean[..., :, None] * mean[..., None, :]
+    one = jnp.eye(size, dtype=k.dtype)[None, None, None]
+    a = moments.reshape(of_mean.shape) - of_mean + ridge[..., None, None] * one
+    b = jnp.where(some, at - centre - mean, 0.0)
+    x = by_factors(a, b)
+    left = b - jnp.einsum("bhqde,bhqe->bhqd", a, x, precision="highest")
+    x, residual = checked(x, left, b, accuracy)
+    along = jnp.einsum("bhqd,bhkd->bhqk", x, k, precision="highest")
+    weights = p * (1 + along - jnp.sum(mean * x, axis=-1, keepdims=True))
+    o = jnp.einsum("bhqk,bhkd->bhqd", weights, v, precision="highest")
+    return jnp.where(some, o, 0.0), lse[..., 0], residual[..., 0]
 
 
 def on_all_pairs(

@@ -62,6 +62,7 @@ from sadsl.run.linear_decoding import linear_prefill as linear_prefill
 from sadsl.run.linear_decoding import linear_state as linear_state
 from sadsl.run.linear_decoding import linear_step as linear_step
 from sadsl.run.linear_state import LinearState as LinearState
+from sadsl.run.local_linear import local_linear_residual as local_linear_residual
 from sadsl.run.plans import plan as plan
 from sadsl.run.plans import plan_for as plan_for
 from sadsl.selections import kmeans as kmeans
@@ -85,6 +86,7 @@ from sadsl.terms.grid_regions import rowmajor as rowmajor
 from sadsl.terms.grid_regions import rows as rows
 from sadsl.terms.heads import heads as heads
 from sadsl.terms.linear import linear as linear
+from sadsl.terms.local_linear import local_linear as local_linear
 from sadsl.terms.mixtures import average as average
 from sadsl.terms.mixtures import gated as gated
 from sadsl.terms.mixtures import joint as joint
@@ -150,6 +152,8 @@ __all__ = [
     "linear_step",
     "load",
     "load_plan",
+    "local_linear",
+    "local_linear_residual",
     "lower",
     "lsh",
     "mass",

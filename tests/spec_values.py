@@ -62,7 +62,7 @@ NEEDED = {
     "vision": (3, 64), "frame_stride": 8, "span": (1, 7), "num_positions": 9,
     "image": (2, 5), "question": (5, 9), "prefix": 2, "documents": (3, 4),
     "num_frames": 4, "tokens_per_frame": 8, "shape": (4, 8, 8), "layer": 0, "frames": 2,
-    "length": 64, "cube": (2, 4, 4), "spans": ((64, 0.5), (-64, 1)),
+    "length": 64, "cube": (2, 4, 4), "spans": ((64, 0.5), (-64, 1)), "ridge": 0.5,
 }  # fmt: skip
 # The same for one function, by its name.
 NEEDED_OF = {
@@ -100,6 +100,7 @@ OTHER = {
     "tile": (4, 3), "partition": 8, "sizes": (8, 6), "values": (0.5, 2.0), "p": 0.25,
     "spans": ((32, 0.5),), "dilations": (1, 2), "documents": (2, 2, 3), "ratio": 0.25,
     "shape": (28, 28), "image": (1, 5), "question": (6, 9), "vision": (3, 80),
+    "ridge": "ridge", "iterations": 8,
     "variant": "xSQA", "patterns": {(0, 1): sa.full()}, "grid": (28, 14),
 }  # fmt: skip
 # The same for the parameter of one function. A dict also holds the arguments that the

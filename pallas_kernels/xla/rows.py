@@ -4,7 +4,7 @@ A short row is processed in one step, a long row in chunks of blocks.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,11 @@ from jaxtyping import Array, Int32
 
 from pallas_kernels.xla.tile import Pairs, Shown, real_keys, shown
 from pallas_kernels.xla.walk_types import Chunks, Long, Short, Walk
+
+# fold(add, state) -> state, over the tiles of one row.
+Fold: TypeAlias = Callable[[Callable[[Any, Any], Any], Any], Any]
+# blocks(make) -> fold, where make(block, shown) -> tile.
+Blocks: TypeAlias = Callable[[Callable[[Array, Shown], Any]], Fold]
 
 
 class Pass(NamedTuple):
@@ -31,18 +36,41 @@ class Pass(NamedTuple):
 
 def fold_rows(walk: Walk, pairs: Pairs, steps: Pass, total: Any) -> Any:
     """Applies ``steps`` to all rows of ``walk`` and returns the last ``total``."""
+
+    def run(total: Any, row: Array, blocks: Blocks) -> Any:
+        fixed, state = steps.start(total, row)
+        fold = blocks(lambda block, shown: (block, shown))
+        state = fold(lambda state, at: steps.fold(fixed, state, *at), state)
+        return steps.close(fixed, state, row)
+
+    return each_row(walk, pairs, run, total)
+
+
+def each_row(
+    walk: Walk, pairs: Pairs, run: Callable[[Any, Array, Blocks], Any], total: Any
+) -> Any:
+    """Sets ``total = run(total, row, blocks)`` for each row of ``walk``, in turn.
+
+    ``fold = blocks(make)`` prepares the tiles of the row, and ``fold(add, state)`` sets
+    ``state = add(state, make(block, shown))`` for some blocks at a time. A row may be
+    folded several times. A short row then makes its one tile once; a long row makes its
+    tiles anew each time, which keeps memory linear.
+    """
     for short in walk.short:
-        total = _fold_short(short, pairs, steps, total)
-    return total if walk.long is None else _fold_long(walk.long, pairs, steps, total)
+        total = _each_short(short, pairs, run, total)
+    return total if walk.long is None else _each_long(walk.long, pairs, run, total)
 
 
-def _fold_short(short: Short, pairs: Pairs, steps: Pass, total: Any) -> Any:
+def _each_short(short: Short, pairs: Pairs, run: Callable, total: Any) -> Any:
     def step(total: Any, line: tuple[Array, ...]) -> tuple[Any, None]:
         row, block, *_ = line
-        fixed, state = steps.start(total, row)
-        tile = pairs.with_scores(row_tile(short, pairs, line), row, block)
-        state = steps.fold(fixed, state, block, tile)
-        return steps.close(fixed, state, row), None
+
+        def blocks(make: Callable) -> Callable:
+            tile = pairs.with_scores(row_tile(short, pairs, line), row, block)
+            made = make(block, tile)
+            return lambda add, state: add(state, made)
+
+        return run(total, row, blocks), None
 
     lines = (short.row, short.block, short.num_full, short.num_partial)
     return jax.lax.scan(step, total, lines)[0]
@@ -72,7 +100,7 @@ def row_tile(short: Short, pairs: Pairs, line: tuple[Array, ...]) -> Shown:
     )
 
 
-def _fold_long(long: Long, pairs: Pairs, steps: Pass, total: Any) -> Any:
+def _each_long(long: Long, pairs: Pairs, run: Callable, total: Any) -> Any:
     def full(row: Array, block: Array, count: Array) -> Shown:
         del row
         real = real_keys(count, len(block), pairs.block_kv)
@@ -83,22 +111,30 @@ def _fold_long(long: Long, pairs: Pairs, steps: Pass, total: Any) -> Any:
 
     def step(total: Any, line: tuple[Array, ...]) -> tuple[Any, None]:
         row, *ends = line
-        fixed, state = steps.start(total, row)
 
-        def folded(
-            state: Any, chunks: Chunks, span: tuple[Array, Array], tile: Callable
-        ) -> Any:
-            def fold(at: Int32[Array, ""], state: Any) -> Any:
-                block = jnp.asarray(chunks.block)[at]
-                count = jnp.asarray(chunks.count)[at]
-                here = pairs.with_scores(tile(row, block, count), row, block)
-                return steps.fold(fixed, state, block, here)
+        def blocks(make: Callable) -> Callable:
+            def fold(add: Callable, state: Any) -> Any:
+                state = over(long.full, (ends[0], ends[1]), full, add, state)
+                return over(long.partial, (ends[2], ends[3]), partial, add, state)
 
-            return jax.lax.fori_loop(span[0], span[1], fold, state)
+            def over(
+                chunks: Chunks,
+                span: tuple[Array, Array],
+                tile: Callable,
+                add: Callable,
+                state: Any,
+            ) -> Any:
+                def one(at: Int32[Array, ""], state: Any) -> Any:
+                    block = jnp.asarray(chunks.block)[at]
+                    count = jnp.asarray(chunks.count)[at]
+                    here = pairs.with_scores(tile(row, block, count), row, block)
+                    return add(state, make(block, here))
 
-        state = folded(state, long.full, (ends[0], ends[1]), full)
-        state = folded(state, long.partial, (ends[2], ends[3]), partial)
-        return steps.close(fixed, state, row), None
+                return jax.lax.fori_loop(span[0], span[1], one, state)
+
+            return fold
+
+        return run(total, row, blocks), None
 
     spans = (long.full.begin, long.full.end, long.partial.begin, long.partial.end)
     return jax.lax.scan(step, total, (long.row, *spans))[0]

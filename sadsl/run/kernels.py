@@ -13,7 +13,7 @@ from lowering.pipeline import Stages
 from lowering.run_time import bias_values, pair_bits, plans, sort
 from lowering.run_time.vectors import vectors_of
 from pallas_kernels import dispatch
-from pallas_kernels.call import Call, Masks, Vectors
+from pallas_kernels.call import Call, Inputs, Masks, Vectors
 from pallas_kernels.config import Tiles
 from sadsl.run.options import Options
 
@@ -32,6 +32,31 @@ class Prepared(NamedTuple):
     vectors: Vectors
     masks: Masks
     orders: sort.Orders | None
+
+    def to_slots(self, q: Array, k: Array, v: Array) -> Inputs:
+        """``[batch, seq, heads, dim]`` in the order of the kernels, heads in front."""
+        layouts = self.stages.layouts
+        if layouts is not None:
+            # Before the heads come to the front: then both moves are one change of
+            # layout.
+            q = layouts.q.to_slots(q, 1)
+            k, v = (layouts.kv.to_slots(x, 1) for x in (k, v))
+        if self.orders is not None:
+            q, k, v = self.orders.to_slots(q, k, v)
+        return Inputs(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
+
+    def to_positions(self, o: Array, numbers: Array) -> tuple[Array, Array]:
+        """``o [batch, heads, q, dim]`` and ``[batch, heads, q]`` by position.
+
+        The heads of ``o`` go back behind the positions.
+        """
+        layouts, o = self.stages.layouts, jnp.swapaxes(o, 1, 2)
+        if layouts is not None:
+            o = layouts.q.to_positions(o, 1)
+            numbers = layouts.q.to_positions(numbers, 2)
+        if self.orders is not None:
+            o, numbers = self.orders.to_positions(o, numbers)
+        return o, numbers
 
 
 def prepare(

@@ -12,7 +12,6 @@ from lowering import ir
 from lowering.bias.nodes import resolved
 from lowering.run_time import bias_values
 from pallas_kernels import dispatch
-from pallas_kernels.call import Inputs
 from pallas_kernels.precision import wide, widened
 from sadsl.maps.base import IndexMap
 from sadsl.run import dropout_seeds, merging, reference
@@ -145,6 +144,21 @@ def _run(
 def _dense(
     q: Array, k: Array, v: Array, arrays: Mapping[str, Array], options: Options
 ) -> tuple[Array, Array]:
+    allowed = allowed_pairs(arrays, options)
+    factor, rate = None, options.setting.dropout_rate
+    if rate:
+        dtype = wide(q.dtype)
+        of_pairs = arrays, q.shape[0], options.problem, rate, dtype
+        factor = dropout_seeds.of_all_pairs(*of_pairs)
+    return reference.attention(
+        q, k, v, allowed,
+        sm_scale=options.setting.sm_scale, logits_soft_cap=options.term.logits_soft_cap,
+        bias=_dense_bias(arrays, options, q.dtype), factor=factor,
+    )  # fmt: skip
+
+
+def allowed_pairs(arrays: Mapping[str, Array], options: Options) -> Array:
+    """The pairs of every head, bool ``[batch or 1, heads, q, kv]``, not simplified."""
     problem = options.problem
     program = options.stages["resolve_heads"]
     maps = tuple(without_missing(node, arrays) for node in program.maps)
@@ -153,16 +167,7 @@ def _dense(
         ir.substitute(maps[m], {"h": ir.Const(head)})
         for head, m in enumerate(program.map_of_head)
     )
-    allowed = reference.pairs(nodes, problem.q_seq_len, problem.kv_seq_len, arrays)
-    factor, rate = None, options.setting.dropout_rate
-    if rate:
-        dtype = wide(q.dtype)
-        factor = dropout_seeds.of_all_pairs(arrays, q.shape[0], problem, rate, dtype)
-    return reference.attention(
-        q, k, v, allowed,
-        sm_scale=options.setting.sm_scale, logits_soft_cap=options.term.logits_soft_cap,
-        bias=_dense_bias(arrays, options, q.dtype), factor=factor,
-    )  # fmt: skip
+    return reference.pairs(nodes, problem.q_seq_len, problem.kv_seq_len, arrays)
 
 
 def without_missing(node: ir.Pred, arrays: Mapping[str, Array]) -> ir.Pred:
@@ -201,24 +206,12 @@ def _kernels(
     tiles = choose_tiles(options, q.shape[-1], v.shape[-1], q.dtype)
     dtype = wide(q.dtype)
     ready = prepare(arrays, options, tiles, dtype)
-    layouts, orders = ready.stages.layouts, ready.orders
-    if layouts is not None:
-        # Before the heads come to the front: then both moves are one change of layout.
-        q = layouts.q.to_slots(q, 1)
-        k, v = (layouts.kv.to_slots(x, 1) for x in (k, v))
-    if orders is not None:
-        q, k, v = orders.to_slots(q, k, v)
-    inputs = Inputs(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
+    inputs = ready.to_slots(q, k, v)
     call, vectors = kernel_call(options, ready.stages, tiles, dtype), ready.vectors
     if options.setting.dropout_rate:
-        order, problem = layouts or orders, options.problem
+        order, problem = ready.stages.layouts or ready.orders, options.problem
         vectors = dropout_seeds.with_seeds(vectors, arrays, q.shape[0], problem, order)
-    o, lse = dispatch.attend(
+    found = dispatch.attend(
         inputs, vectors, ready.masks, call, impl=options.setting.impl
     )
-    o = jnp.swapaxes(o, 1, 2)
-    if layouts is not None:
-        o, lse = layouts.q.to_positions(o, 1), layouts.q.to_positions(lse, 2)
-    if orders is not None:
-        o, lse = orders.to_positions(o, lse)
-    return o, lse
+    return ready.to_positions(*found)

@@ -59,8 +59,8 @@ class Joint(Mixture):
         for term in self.terms:
             if support_of(term) is None:
                 raise ValueError(
-                    f"joint: {term!r} has no single normaliser that others could "
-                    "share: put it in average(...) or gated(...)"
+                    f"joint: {term!r} has no single normaliser of positive weights "
+                    "that others could share: put it in average(...) or gated(...)"
                 )
 
     @property

@@ -48,6 +48,7 @@ from sadsl.terms.features import cosformer_features
 from sadsl.terms.grid_regions import columns, rowmajor, rows
 from sadsl.terms.heads import heads
 from sadsl.terms.linear import linear
+from sadsl.terms.local_linear import local_linear
 from sadsl.terms.own_regions import regions
 from sadsl.terms.regions import spans, tower
 from sadsl.terms.scatter_mean import scatter_mean
@@ -67,7 +68,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
         budgets.topk, budgets.threshold, budgets.mass, rules, budgets.share,
         budgets.tokens, tiles, within, scored,
         kmeans, scatter_mean, heads, mixtures.joint, mixtures.average,
-        linear, delta, cosformer_features,
+        linear, delta, cosformer_features, local_linear,
         mixtures.gated, mixtures.weighted, channel, compressed,
         vertical_slash, vertical_slash_mass, kept_keys,
         modalities, stripes, descent, chunk_budget,

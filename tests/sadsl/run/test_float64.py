@@ -30,6 +30,7 @@ class Case(NamedTuple):
     integers: Mapping[str, np.ndarray] = MappingProxyType({})
     rate: float = 0.0
     chooses: bool = False  # what is chosen is chosen in float32
+    kernels: bool = True  # whether Pallas has kernels for it
 
 
 IDS = np.arange(N, dtype=np.int32)[None] // 17
@@ -70,6 +71,9 @@ CASES = {
         sa.delta(0.8, map=sa.causal() & sa.segments()), integers=SEGMENTS
     ),
     "linear, by channel": Case(sa.linear("identity", normalise="channel")),
+    "local linear": Case(
+        sa.local_linear(NEAR, "ridge"), {"ridge": (HEADS,)}, kernels=False
+    ),
     "channel": Case(sa.channel()),
     "compressed": Case(sa.compressed(8, 4)),
     "scatter mean": Case(sa.scatter_mean(MEMBERS), CENTROIDS, chooses=True),
@@ -102,6 +106,8 @@ def arrays(case, dtype):
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     floats = (draw(2, N, HEADS, DIM), *(draw(2, N, KV_HEADS, DIM) for _ in "kv"))
     named = {name: draw(*shape) for name, shape in case.floats.items()}
+    if "ridge" in named:
+        named["ridge"] = jnp.exp(named["ridge"])
     return floats, named, draw(2, N, HEADS, DIM)
 
 
@@ -236,6 +242,8 @@ def test_kernels_refuse_float64(impl, name):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_float32_is_as_without_64_bits(impl, name):
     case = CASES[name]
+    if impl in ("tpu", "triton") and not case.kernels:
+        pytest.skip("refused, as the tests of the term say")
     found = run(case, impl, "float32")
     assert {x.dtype.name for x in jax.tree.leaves(found)} == {"float32"}
     with jax.enable_x64(False):
