@@ -1,10 +1,10 @@
 """Long sequences in float32: strong gates, repeated keys, erasing whole values.
 
 Outputs and states are within 1e-5 of the greatest entry of a float64 loop over tokens,
-gradients within 1e-4. Keys that are the same to 1e-3 are ill-conditioned: without a gate
-rounding errors of 131,072 tokens add up, and the derivative by a decay of the head is a
-small rest of great terms. There the bound is six times the error of the loop over tokens
-itself in float32, if that is more.
+gradients within 1e-4. Keys that are the same to 1e-3 are ill-conditioned: without a
+gate rounding errors of 131,072 tokens add up, and the derivative by a decay of the head
+is a small rest of great terms. There the bound is six times the error of the loop over
+tokens itself in float32, if that is more.
 """
 
 import jax
