@@ -3,9 +3,9 @@
     python examples/retrieval_heads.py            # some minutes
     python examples/retrieval_heads.py --out out  # and writes the head plan
 
-Wu et al., Retrieval head mechanistically explains long-context factuality, 2024. A small
-model learns here to find a needle: in a text of words that follow each other, a mark
-begins a few tokens in no order, and the same mark at the end asks for them. Then:
+Wu et al., Retrieval head mechanistically explains long-context factuality, 2024. A
+small model learns here to find a needle: in a text of words that follow each other, a
+mark begins a few tokens in no order, and the same mark at the end asks for them. Then:
 
 1. Each head is scored by how much of the needle it copies, at several lengths and
    depths, from its queries and keys at the answer alone.
@@ -48,8 +48,10 @@ from sadsl.analysis.retrieval_heads import (
 from sadsl.text.specs import any_term
 
 # Tokens: words of the text, the needle's tokens, and the mark before a needle.
-WORDS, NEEDLES = 100, range(100, 200)
-MARK = 200
+WORDS, NEEDLES, MARK = 20, range(100, 120), 200
+# Small embeddings leave attention a greater share of what the layers add up.
+EMBEDDING = 0.3
+DEPTHS = 0.0, 0.25, 0.5, 0.75, 1.0
 NOTHING = sa.where(lambda q, k: k < 0)
 Plan = Sequence[sa.IndexMap]
 
@@ -58,15 +60,15 @@ Plan = Sequence[sa.IndexMap]
 class Options:
     """Sizes of the task, of the model and of its training."""
 
-    steps: int = 500
+    steps: int = 800
     batch_size: int = 32
-    seq_len: int = 128
-    needle: int = 6
+    seq_len: int = 64
+    needle: int = 8
     num_layers: int = 2
     num_heads: int = 4
     d_model: int = 64
     learning_rate: float = 3e-3
-    window: int = 16
+    window: int = 8
     seed: int = 0
     prompts: int = 8
     threshold: float = 0.1
@@ -112,48 +114,59 @@ def options(arguments: Sequence[str]) -> Options:
 
 
 class Prompts(NamedTuple):
-    """Texts ``[batch, length]`` that end in the answer, and where the needles start."""
+    """Texts ``[batch, seq]``, and where needles and answers begin.
+
+    An answer is the needle once more. What is after it is never seen: models are
+    causal.
+    """
 
     tokens: np.ndarray
-    starts: np.ndarray
+    needles: np.ndarray
+    answers: np.ndarray
+
+    def spans(self, needle: int) -> np.ndarray:
+        """The positions of the answers, ``[batch, needle]``."""
+        return self.answers[:, None] + np.arange(needle)
 
 
 def prompts(
-    rng: np.random.Generator, count: int, length: int, needle: int,
-    depth: float | None = None,
-) -> Prompts:  # fmt: skip
-    """Texts with a needle at a depth from 0 to 1 each, at random if None.
+    rng: np.random.Generator, asked: Options, lengths: np.ndarray, depths: np.ndarray
+) -> Prompts:
+    """A text of each length with a needle at each depth, from 0 to 1.
 
     A word is followed by one of two others, so that a text has something to learn at
-    hand; the needle's tokens are in no order and do not repeat.
+    hand. The tokens of a needle are in no order and do not repeat.
     """
-    # Two words that may follow each word, the same in all texts.
+    # The words that may follow each word, the same in all texts.
     following = np.random.default_rng(0).integers(0, WORDS, (WORDS, 2))
-    tokens = np.empty((count, length), np.int32)
+    count, needle = len(lengths), asked.needle
+    tokens = np.empty((count, asked.seq_len), np.int32)
     tokens[:, 0] = rng.integers(0, WORDS, count)
-    for at in range(1, length):
+    for at in range(1, asked.seq_len):
         tokens[:, at] = following[tokens[:, at - 1], rng.integers(0, 2, count)]
-    answer = length - needle
-    room = answer - 1 - (needle + 1)
-    depths = rng.random(count) if depth is None else np.full(count, depth)
-    starts = 1 + np.floor(depths * room).astype(int)
-    for row, start in zip(tokens, starts, strict=True):
+    answers = lengths - needle
+    # Between the first token and the mark that asks: a mark and the needle.
+    starts = 1 + np.floor(depths * (answers - needle - 2)).astype(int)
+    for row, start, answer in zip(tokens, starts, answers, strict=True):
         hidden = rng.choice(NEEDLES, needle, replace=False)
         row[start - 1] = row[answer - 1] = MARK
-        row[start : start + needle] = row[answer:] = hidden
-    return Prompts(tokens, starts)
+        row[start : start + needle] = row[answer : answer + needle] = hidden
+    return Prompts(tokens, starts, answers)
 
 
 # --- the model ---
 
 
 def build(asked: Options) -> LanguageModel:
-    """A model with dense causal attention in every layer."""
+    """An untrained model with dense causal attention in every layer."""
     sizes = ModelConfig(
         asked.num_layers, asked.num_heads, asked.num_heads, asked.d_model,
         2 * asked.d_model,
     )  # fmt: skip
-    return LanguageModel(sizes, sa.causal(), nnx.Rngs(asked.seed))
+    model = LanguageModel(sizes, sa.causal(), nnx.Rngs(asked.seed))
+    for table in (model.embed, model.embed_before):
+        table.embedding[...] = EMBEDDING * table.embedding[...]
+    return model
 
 
 def with_plan(model: LanguageModel, plan: Plan) -> LanguageModel:
@@ -192,21 +205,23 @@ def train(asked: Options, tell: Callable[[int, float], None]) -> LanguageModel:
 
     rng, moments = np.random.default_rng(asked.seed), optimizer.init(params)
     for number in range(asked.steps):
-        batch = prompts(rng, asked.batch_size, asked.seq_len, asked.needle)
+        lengths = np.full(asked.batch_size, asked.seq_len)
+        batch = prompts(rng, asked, lengths, rng.random(asked.batch_size))
         params, moments, value = step(params, moments, jnp.asarray(batch.tokens))
         tell(number + 1, float(value))
     return nnx.merge(graph, params, rest)
 
 
-def answers(model: LanguageModel, given: Prompts, needle: int) -> np.ndarray:
+def answered(model: LanguageModel, given: Prompts, needle: int) -> np.ndarray:
     """The texts with the model's own answers, token by token, the likeliest each."""
-    # A fresh function for each call: the maps of a model are part of the program.
+    # A function of its own for each model, whose maps are part of the program.
     following = nnx.jit(lambda model, tokens: model(tokens).argmax(axis=-1))
     tokens = given.tokens.copy()
-    length = tokens.shape[1]
-    tokens[:, length - needle :] = 0
-    for at in range(length - needle, length):
-        tokens[:, at] = np.asarray(following(model, jnp.asarray(tokens)))[:, at - 1]
+    spans, rows = given.spans(needle), np.arange(len(tokens))
+    np.put_along_axis(tokens, spans, 0, axis=1)
+    for at in spans.T:
+        found = np.asarray(following(model, jnp.asarray(tokens)))
+        tokens[rows, at] = found[rows, at - 1]
     return tokens
 
 
@@ -224,37 +239,33 @@ def inputs_of(model: LanguageModel, tokens: jax.Array) -> list[LayerInputs]:
 # --- the claim ---
 
 
-def tests_of(asked: Options) -> list[Prompts]:
-    """Prompts at all lengths and depths, none of them from training."""
-    rng = np.random.default_rng([asked.seed, 1])
-    return [
-        prompts(rng, asked.prompts, length, asked.needle, depth)
-        for length in asked.lengths
-        for depth in (0.0, 0.25, 0.5, 0.75, 1.0)
+def tests_of(asked: Options) -> Prompts:
+    """Prompts at all lengths and depths."""
+    pairs = [
+        (n, d) for n in asked.lengths for d in DEPTHS for _ in range(asked.prompts)
     ]
+    lengths, depths = (np.array(x) for x in zip(*pairs, strict=True))
+    return prompts(np.random.default_rng([asked.seed, 1]), asked, lengths, depths)
 
 
-def runs_of(
-    model: LanguageModel, tests: Sequence[Prompts], needle: int
-) -> Iterator[NeedleRun]:
+def runs_of(model: LanguageModel, tests: Prompts, needle: int) -> Iterator[NeedleRun]:
     """Every prompt with the model's answer and the inputs of its layers."""
-    for given in tests:
-        said = answers(model, given, needle)
-        layers = inputs_of(model, jnp.asarray(said))
-        for row, start in enumerate(given.starts):
-            mine = [
-                x._replace(q=x.q[row : row + 1], k=x.k[row : row + 1]) for x in layers
-            ]
-            span = int(start), int(start) + needle
-            yield NeedleRun(said[row], span, said.shape[1] - needle, mine)
+    said = answered(model, tests, needle)
+    layers = inputs_of(model, jnp.asarray(said))
+    places = zip(tests.needles.tolist(), tests.answers.tolist(), strict=True)
+    for row, (start, answer) in enumerate(places):
+        stop = answer + needle
+        mine = [
+            x._replace(q=x.q[row : row + 1, :stop], k=x.k[row : row + 1, :stop])
+            for x in layers
+        ]
+        yield NeedleRun(said[row, :stop], (start, start + needle), answer, mine)
 
 
-def copied(model: LanguageModel, tests: Sequence[Prompts], needle: int) -> float:
+def copied(model: LanguageModel, tests: Prompts, needle: int) -> float:
     """The share of the needles' tokens that a model gives, each in its place."""
-    right = [
-        (answers(model, given, needle) == given.tokens)[:, -needle:] for given in tests
-    ]
-    return float(np.mean([x.mean() for x in right]))
+    right = answered(model, tests, needle) == tests.tokens
+    return float(np.take_along_axis(right, tests.spans(needle), axis=1).mean())
 
 
 def without(asked: Options, taken: Sequence[tuple[int, int]]) -> Plan:
