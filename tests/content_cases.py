@@ -123,6 +123,8 @@ NAMES: set[str] = {
     "combiner_mixture",
     "routing_combiner",
     "davit_channel",
+    "delta_llm",
+    "reference_keys",
     "linear_and_window",
     "native_sparse_attention",
     "nsa_importance",

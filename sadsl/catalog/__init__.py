@@ -37,6 +37,8 @@ from sadsl.catalog.combiner import combiner_mixture as combiner_mixture
 from sadsl.catalog.combiner import routing_combiner as routing_combiner
 from sadsl.catalog.davit_channel import davit_channel as davit_channel
 from sadsl.catalog.davit_window import davit_window as davit_window
+from sadsl.catalog.delta_llm import delta_llm as delta_llm
+from sadsl.catalog.delta_llm import reference_keys as reference_keys
 from sadsl.catalog.delta_rules import comba as comba
 from sadsl.catalog.delta_rules import delta_net as delta_net
 from sadsl.catalog.delta_rules import gated_delta_net as gated_delta_net
