@@ -136,8 +136,11 @@ def delta_llm(
         Outcome(*attention(q, keys, v, spec, return_lse=True, **options))
         for keys, spec in ((k, causal() & local), (reference, causal() - local))
     ]
-    out, lse = merging.merge(parts)
-    return (out, lse) if return_lse else out
+    found = merging.merge(parts)
+    if not return_lse:
+        return found.out
+    assert found.lse is not None
+    return found.out, found.lse
 
 
 def _check_theta(theta: Any) -> None:
