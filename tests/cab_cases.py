@@ -185,6 +185,8 @@ OTHERS: tuple[Entry, ...] = (
     entry("native_sparse_attention by importance", SCORED,
           both(gates(3), importance(SCORED.terms[0]))),
     Entry("delta_llm", delta_llm),
+    entry("performer", catalog.performer(), lambda q, k: {
+        "phi": catalog.favor_features(jax.random.key(0), q.shape[3], 16)}),
     *(recurrent(spec)._replace(name=name) for name, spec in RECURRENT.items()),
     recurrent(catalog.gated_delta_net())._replace(
         name="gated_delta_product", attend=two_keys
@@ -233,7 +235,9 @@ SELECTION_OF = {
 
 # Functions of the catalogue that are not attention: what they make or measure.
 NO_ATTENTION = {
+    "FavorFeatures": "features of performer",
     "Hyper": "options of hyper_attention",
+    "favor_features": "features of performer",
     "draw_hyper": "random parts of hyper_attention",
     "minference_candidates": "maps to search among",
     "mminference_candidates": "maps to search among",

@@ -82,6 +82,9 @@ from sadsl.catalog.neighborhood import neighborhood as neighborhood
 from sadsl.catalog.nsa import native_sparse_attention as native_sparse_attention
 from sadsl.catalog.nsa import nsa_importance as nsa_importance
 from sadsl.catalog.nsa_topk import nsa_topk as nsa_topk
+from sadsl.catalog.performer import FavorFeatures as FavorFeatures
+from sadsl.catalog.performer import favor_features as favor_features
+from sadsl.catalog.performer import performer as performer
 from sadsl.catalog.pine import pine as pine
 from sadsl.catalog.power_attention import power_attention as power_attention
 from sadsl.catalog.prefix_lm import prefix_lm as prefix_lm
