@@ -33,7 +33,7 @@ class FavorFeatures:
 def favor_features(
     key: Array, head_dim: int, num_features: int = 256, *, orthogonal: bool = True
 ) -> FavorFeatures:
-    """Draws positive random features (FAVOR+): products estimate ``exp(q . k / sqrt d)``.
+    """Draws positive random features (FAVOR+) that estimate ``exp(q . k / sqrt(d))``.
 
     Features are ``exp(w . x - |x|^2 / 2) / sqrt(num_features)`` with ``x`` divided by
     ``head_dim ** 0.25`` and normal ``w``. The exponent is at most ``|w|^2 / 2``, about
