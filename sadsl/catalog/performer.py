@@ -67,7 +67,10 @@ def favor_features(
     weights = jax.random.normal(of_rows, (blocks, head_dim, head_dim))
     if not orthogonal:
         return FavorFeatures(weights.reshape(-1, head_dim)[:num_features])
-    rows = jnp.linalg.qr(weights)[0].swapaxes(1, 2).reshape(-1, head_dim)
+    q, r = jnp.linalg.qr(weights)
+    # With the signs of r, q is uniform among orthogonal matrices.
+    signs = jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))
+    rows = (q * signs[:, None]).swapaxes(1, 2).reshape(-1, head_dim)
     # Rows as long as those of independent normal numbers.
     norms = jnp.linalg.norm(jax.random.normal(of_norms, rows.shape), axis=1)
     return FavorFeatures((norms[:, None] * rows)[:num_features])
