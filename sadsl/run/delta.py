@@ -14,11 +14,10 @@ from jaxtyping import Array
 
 from pallas_kernels import linear as kernels
 from pallas_kernels.precision import widened
-from sadsl.run.linear import TokenArrays, prepared, tokens
+from sadsl.run.linear import TokenArrays, document_ids, prepared, tokens
 from sadsl.run.linear_operands import (
     log_decays,
     product_dtype,
-    segment_ids,
     token_operand,
 )
 from sadsl.run.recurrence import Arrays
@@ -40,12 +39,7 @@ def _(
             f"{term!r}: q has {q.shape[1]} tokens and k has {k.shape[1]}: with "
             f"steps={steps} k and v must have {steps} keys for each token of q"
         )
-    ids = None
-    if term.kind.segments:
-        ids = (
-            segment_ids("q_segment_ids", given, q.shape[:2]),
-            segment_ids("kv_segment_ids", given, k.shape[:2]),
-        )
+    ids = document_ids(term, inputs, given)
     if term.write is not None:
         # First the vector b writes what a reads; then the key writes its value.
         steps = 2
@@ -81,18 +75,8 @@ def _(
     if term.normalise_keys:
         q = _unit(q)
         k = _unit(k) if term.write is None else _in_turn(k[:, ::2], _unit(k[:, 1::2]))
-    erase = k
-    if term.erase != KEY:
-        erase = token_operand(
-            term, given, term.erase, "vectors", of_keys, by_channel=True
-        )
-        erase = widened(erase)
-    if term.write is not None:
-        erase = _in_turn(-erase, jnp.zeros_like(erase))
-    if isinstance(term.beta, str):
-        beta = _betas(term, given, of_keys)
-    else:
-        beta = 1.0 if term.beta is None else term.beta
+    erase = k if term.erase == KEY else _erase_vectors(term, given, of_keys)
+    beta = _betas(term, given, of_keys)
     erase, wide_v = _weighed(beta, erase), _weighed(beta, wide_v)
     decay = log_decays(term, given, of_tokens, found.q_offset // steps)
     if decay is not None and steps > 1:
@@ -113,13 +97,23 @@ def _parts_of(x: Array, count: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, x.dtype)
 
 
-def _betas(term: Delta, given: Mapping[str, Any], shapes: tuple) -> Array:
-    """The operand of betas, ``[batch, kv_seq, heads, 1]``.
+def _erase_vectors(term: Delta, given: Mapping[str, Any], shapes: tuple) -> Array:
+    """The operand of erase vectors; with ``write``, the second key erases nothing."""
+    found = token_operand(term, given, term.erase, "vectors", shapes, by_channel=True)
+    found = widened(found)
+    if term.write is None:
+        return found
+    return _in_turn(-found, jnp.zeros_like(found))
+
+
+def _betas(term: Delta, given: Mapping[str, Any], shapes: tuple) -> Array | float:
+    """The operand of betas, ``[batch, kv_seq, heads, 1]``, or one number.
 
     Raises:
       ValueError: it was not given, does not fit, or is known and not in [0, 2].
     """
-    assert isinstance(term.beta, str)
+    if not isinstance(term.beta, str):
+        return 1.0 if term.beta is None else term.beta
     beta = token_operand(term, given, term.beta, "betas", shapes, by_channel=False)
     known = given[term.beta]
     if not isinstance(known, jax.core.Tracer):

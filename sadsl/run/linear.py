@@ -37,19 +37,26 @@ class TokenArrays(NamedTuple):
     steps: int = 1
 
 
+def document_ids(
+    term: Recurrent, inputs: QKV, given: Mapping[str, Any]
+) -> tuple[Array, Array] | None:
+    """The document ids ``[batch, seq]`` of queries and keys; None without documents."""
+    if not term.kind.segments:
+        return None
+    q, k, _ = inputs
+    return (
+        segment_ids("q_segment_ids", given, q.shape[:2]),
+        segment_ids("kv_segment_ids", given, k.shape[:2]),
+    )
+
+
 @singledispatch
 def tokens(
     term: Recurrent, inputs: QKV, given: Mapping[str, Any], setting: Setting
 ) -> TokenArrays:
     """The tokens of a call, one position each; ``delta`` may need several."""
-    q, k, v = inputs
-    ids = None
-    if term.kind.segments:
-        ids = (
-            segment_ids("q_segment_ids", given, q.shape[:2]),
-            segment_ids("kv_segment_ids", given, k.shape[:2]),
-        )
-    return TokenArrays(q, k, v, ids, setting.q_offset)
+    ids = document_ids(term, inputs, given)
+    return TokenArrays(*inputs, ids, setting.q_offset)
 
 
 @singledispatch
