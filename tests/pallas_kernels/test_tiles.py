@@ -50,9 +50,9 @@ def test_blocks_follow_both_lengths(impl, q, kv, dim, dtype):
 @pytest.mark.parametrize("impl", BACKENDS)
 @pytest.mark.parametrize("length", [1, 7, 100, 5000])
 def test_chunks_follow_the_length(impl, length):
-    sizes = length, 64, 64
+    sizes = linear.LinearSizes(length, 64, 64)
     call = linear.default_call(
-        linear.scalar(None), impl, sizes, jnp.float32, KernelConfig()
+        linear.Recurrence(), impl, sizes, jnp.float32, KernelConfig()
     )
     assert call.chunk < 2 * max(length, LEAST[impl])
     assert call.chunk % LEAST[impl] == 0

@@ -86,6 +86,7 @@ def check(seq, gate, keys, impl):
     assert np.less(found, bounds).all(), (found, bounds)
 
 
+@pytest.mark.slow
 def test_a_thousand_tokens():
     check(1024, "head", "few", "xla")
 
