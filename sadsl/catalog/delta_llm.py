@@ -137,6 +137,7 @@ def delta_llm(
         for keys, spec in ((k, causal() & local), (reference, causal() - local))
     ]
     out, lse = merging.merge(parts)
+    assert lse is not None
     return (out, lse) if return_lse else out
 
 
