@@ -60,7 +60,7 @@ Plan = Sequence[sa.IndexMap]
 class Options:
     """Sizes of the task, of the model and of its training."""
 
-    steps: int = 800
+    steps: int = 1000
     batch_size: int = 32
     seq_len: int = 64
     needle: int = 8
@@ -177,12 +177,12 @@ def with_plan(model: LanguageModel, plan: Plan) -> LanguageModel:
     return planned
 
 
-def loss(model: LanguageModel, tokens: jax.Array, needle: int) -> jax.Array:
-    """The cost of the text, and that of the answer, which counts as much."""
+def loss(model: LanguageModel, tokens: jax.Array, spans: jax.Array) -> jax.Array:
+    """The mean cost of all tokens, and that of the answers, which counts as much."""
     costs = optax.softmax_cross_entropy_with_integer_labels(
         model(tokens[:, :-1]), tokens[:, 1:]
     )
-    return costs[:, -needle:].mean() + costs[:, :-needle].mean()
+    return costs.mean() + jnp.take_along_axis(costs, spans - 1, axis=1).mean()
 
 
 def train(asked: Options, tell: Callable[[int, float], None]) -> LanguageModel:
@@ -197,17 +197,19 @@ def train(asked: Options, tell: Callable[[int, float], None]) -> LanguageModel:
     )
 
     @jax.jit
-    def step(params: Any, moments: Any, tokens: jax.Array) -> Any:
-        cost = lambda p: loss(nnx.merge(graph, p, rest), tokens, asked.needle)
+    def step(params: Any, moments: Any, *batch: jax.Array) -> Any:
+        cost = lambda p: loss(nnx.merge(graph, p, rest), *batch)
         value, gradient = jax.value_and_grad(cost)(params)
         updates, moments = optimizer.update(gradient, moments, params)
         return optax.apply_updates(params, updates), moments, value
 
     rng, moments = np.random.default_rng(asked.seed), optimizer.init(params)
     for number in range(asked.steps):
-        lengths = np.full(asked.batch_size, asked.seq_len)
-        batch = prompts(rng, asked, lengths, rng.random(asked.batch_size))
-        params, moments, value = step(params, moments, jnp.asarray(batch.tokens))
+        size = asked.batch_size
+        lengths = rng.integers(asked.lengths[0], asked.seq_len + 1, size)
+        batch = prompts(rng, asked, lengths, rng.random(size))
+        spans = batch.spans(asked.needle)
+        params, moments, value = step(params, moments, batch.tokens, spans)
         tell(number + 1, float(value))
     return nnx.merge(graph, params, rest)
 

@@ -22,8 +22,14 @@ def test_the_page_is_current():
     assert cab_patterns.current(), "run python docs/cab_patterns.py"
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("name", sorted(EVERY))
+# One row in `make test`: each takes seconds.
+ROWS = [
+    pytest.param(name, marks=() if name == "streaming" else pytest.mark.slow)
+    for name in sorted(EVERY)
+]
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_the_cells_are_what_the_mechanism_does(name):
     assert cab_patterns.patterns(EVERY[name]) == cab_patterns.written()[name]
 

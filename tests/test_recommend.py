@@ -176,6 +176,7 @@ def test_padding_is_hidden_from_every_kind_of_spec():
     assert without_padding(both) == hidden
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["full()", "window(2, 2)", "linear(map=full())"])
 def test_padding_does_not_matter(spec):
     """A longer model with the places of a shorter one gives the same states."""
@@ -190,15 +191,18 @@ def test_padding_does_not_matter(spec):
     assert float(abs(other[:, :4] - whole[:, :4]).max()) > 0.1
 
 
-def test_quick_run(capsys):
-    assert recommend.main(["--quick", "--spec=window(2, 2)"]) == 0
+QUICK = [(["full()"], []), (["full()", "window(2, 2)"], [pytest.mark.slow])]
+
+
+@pytest.mark.parametrize("specs", [pytest.param(x, marks=m) for x, m in QUICK])
+def test_quick_run(capsys, specs):
+    flags = [f"--spec={spec}" for spec in specs]
+    assert recommend.main(["--quick", *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     head = next(i for i, line in enumerate(lines) if "NDCG@10" in line)
-    table = lines[head : head + 5]
-    assert len({len(line.rstrip()) for line in table[3:]}) == 1
-    assert [line.split("  ")[0] for line in table[2:]] == [
-        "popularity", "full()", "window(2, 2)"
-    ]  # fmt: skip
+    _, _, *rows = lines[head : head + 3 + len(specs)]
+    assert [row.split("  ")[0] for row in rows] == ["popularity", *specs]
+    assert len({len(row.rstrip()) for row in rows[1:]}) == 1
 
 
 @pytest.mark.slow

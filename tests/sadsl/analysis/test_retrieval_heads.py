@@ -53,7 +53,7 @@ def test_top_keys_are_those_of_the_whole_matrix(name, n):
         np.testing.assert_array_equal(found, wanted[:, :, rows])
 
 
-def test_documents_and_choices_are_honoured():
+def test_documents_are_honoured():
     n = 37
     q, k = arrays(n)
     ids = np.stack([np.arange(n) // 10, np.arange(n) // 17])
@@ -63,6 +63,12 @@ def test_documents_and_choices_are_honoured():
     spec = sa.causal() & sa.segments()
     found = top_keys(LayerInputs(q, k, spec, given), range(n), strip=8)
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.slow
+def test_choices_are_honoured():
+    n = 37
+    q, k = arrays(n)
     spec = sa.causal() & topk(1, block=8, block_q=1, eligible=sa.causal())
     chosen = sa.select(spec, q, k)
     chosen = {name: np.asarray(x) for name, x in chosen.items()}
