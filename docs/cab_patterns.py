@@ -1,6 +1,7 @@
 """Writes ``cab_patterns.md``: which of CAB's four patterns each mechanism supports.
 
     python docs/cab_patterns.py            # runs every mechanism: seven minutes
+    python docs/cab_patterns.py --new      # runs those that have no row yet
     python docs/cab_patterns.py --check    # compares the names of the rows: a second
 
 Nothing is claimed by hand: each cell is what a mechanism does on random content. The
@@ -212,12 +213,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    if parser.parse_args().check:
+    parser.add_argument("--new", action="store_true", help="keep the rows that exist")
+    args = parser.parse_args()
+    if args.check:
         if current():
             return 0
         print(f"{PAGE} has not the rows of the tests: run python {Path(__file__).name}")
         return 1
-    PAGE.write_text(page(patterns))
+    old = written() if args.new else {}
+    PAGE.write_text(page(lambda x: old.get(x.name) or patterns(x)))
     return 0
 
 

@@ -102,6 +102,12 @@ def delta_llm(q: Any, k: Any, v: Any, given: Mapping[str, Any]) -> Any:
     return catalog.delta_llm(q, k, v, theta=0.5, window=3, impl="reference")
 
 
+def performer(q: Any, k: Any, v: Any, given: Mapping[str, Any]) -> Any:
+    phi = catalog.favor_features(jax.random.key(0), q.shape[3], 16)
+    given = {**given, "phi": phi}
+    return sa.attention(q, k, v, catalog.performer(), operands=given, impl="reference")
+
+
 def hyper_attention(how: catalog.Hyper) -> Callable[..., Any]:
     def attend(q: Any, k: Any, v: Any, given: Mapping[str, Any]) -> Any:
         # One draw for all, as the two sides of a comparison differ in their length.
@@ -185,8 +191,7 @@ OTHERS: tuple[Entry, ...] = (
     entry("native_sparse_attention by importance", SCORED,
           both(gates(3), importance(SCORED.terms[0]))),
     Entry("delta_llm", delta_llm),
-    entry("performer", catalog.performer(), lambda q, k: {
-        "phi": catalog.favor_features(jax.random.key(0), q.shape[3], 16)}),
+    Entry("performer", performer),
     *(recurrent(spec)._replace(name=name) for name, spec in RECURRENT.items()),
     recurrent(catalog.gated_delta_net())._replace(
         name="gated_delta_product", attend=two_keys
