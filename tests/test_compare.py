@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from lm import comparison, foresight
+from lm.cases import QUICK, entries
 from lm.checkpoints import History
 from lm.comparison import Estimate, Kept, Row, Run
 from lm.model import LanguageModel, ModelConfig, count_params, matched, routing_for
@@ -118,6 +119,15 @@ def test_the_count_is_that_of_the_model():
     assert count_params(SIZES, sa.causal()) == sum(x.size for x in leaves)
 
 
+def test_a_kind_with_gates_of_its_own_has_a_narrower_mlp():
+    wanted = "dense", "delta", "gated delta"
+    dense, delta, gated = entries(QUICK, wanted)
+    assert gated.spec == sa.delta(decay="g")
+    assert dense.model.d_hidden > delta.model.d_hidden > gated.model.d_hidden
+    sizes = [count_params(x.model, x.spec) for x in (dense, delta, gated)]
+    comparison.check_equal_params(dict(zip(wanted, sizes, strict=True)))
+
+
 def test_models_of_two_sizes_are_refused():
     comparison.check_equal_params({"a": 1000, "b": 1009, "c": 991})
     with pytest.raises(
@@ -130,8 +140,11 @@ def test_models_of_two_sizes_are_refused():
 def test_the_future_is_found_wherever_it_comes_in():
     chosen = sa.causal() & sa.topk(1, block=4, eligible=sa.causal())
     specs = {"causal": sa.causal(), "not": sa.window(5, 1), "by blocks": chosen}
+    specs |= {"delta": sa.delta(), "gated delta": sa.delta(decay="g")}
     found = {name: foresight.foresight(x, SIZES, 24) for name, x in specs.items()}
     assert found["causal"] == (0.0, 0.0)
+    for name in ("delta", "gated delta"):
+        assert max(found[name]) <= foresight.TOLERANCE
     assert min(found["not"]) > 0.01
     # Causal pairs, chosen for blocks of queries by the last query of the block as well.
     assert found["by blocks"].values == 0.0

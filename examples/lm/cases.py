@@ -48,6 +48,8 @@ CASES = (
     Case("Combiner", "catalog.combiner_fixed(32)", catalog.combiner_fixed(32)),
     Case("linear", 'linear("elu1")'),
     Case("linear + window", 'gated(causal() & window(128), linear("elu1"))'),
+    Case("delta", "delta()"),
+    Case("gated delta", 'delta(decay="g")'),
 )
 NAMES = [case.name for case in CASES]
 

@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 START, END = "<!-- compare:start -->", "<!-- compare:end -->"
 COLOURS = (
     "#4c566a", "#d1495b", "#2a7f9e", "#e0a030", "#6a994e", "#8f5ea8", "#c06c3e",
-    "#3f7d6e", "#b04f8a",
+    "#3f7d6e", "#b04f8a", "#7a8f2e", "#5b6bbf",
 )  # fmt: skip
 
 
