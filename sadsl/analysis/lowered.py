@@ -77,7 +77,8 @@ class Lowered:
             out, lse = traced(q, k, v, arrays, options=self.options)
             if term.sink is None:
                 return out, lse
-            return tuple(merging.with_sink(out, lse, sinks_of(term, operands, q)))
+            found = merging.with_sink(out, lse, sinks_of(term, operands, q))
+            return found.out, found.lse
 
         if not self.gradient:
             return forward(q, k, v)
