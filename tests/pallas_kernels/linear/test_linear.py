@@ -158,7 +158,7 @@ def test_values_and_gradients(case, impl):
     check(case, impl)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("impl", BACKENDS)
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
 def test_variants(case, impl):
