@@ -35,15 +35,41 @@ def attend(inputs: LinearInputs, call: LinearCall, *, impl: str) -> LinearOutput
     under ``jvp``. Lengths need not be multiples of ``call.chunk``.
     """
     batch, heads, group, seq, _ = inputs.q.shape
+    copies = 1
+    if impl == "tpu":
+        copies = group // tpu.members_of(group, call.chunk)
+        inputs = _copied_keys(inputs, copies)
     chunks = alike(chunked(inputs, call))
     rows = xla.forward(chunks, call) if impl == "xla" else _attend(impl, call, chunks)
 
     def shaped(x: Any, *rest: int) -> Any:
         return x[:, :, :seq].reshape(batch, heads, group, seq, *rest)
 
+    def first(x: Any) -> Any:
+        return x.reshape(batch, heads, copies, *x.shape[1:])[:, :, 0]
+
     total = None if rows.total is None else shaped(rows.total)
-    state = jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), rows.state)
+    state = jax.tree.map(first, rows.state)
     return LinearOutputs(shaped(rows.out, rows.out.shape[-1]), total, state)
+
+
+def _copied_keys(inputs: LinearInputs, copies: int) -> LinearInputs:
+    """Splits each group of query heads in ``copies``, each with its own keys."""
+    if copies == 1:
+        return inputs
+    batch, heads, group, *rest = inputs.q.shape
+    q = inputs.q.reshape(batch, heads * copies, group // copies, *rest)
+
+    def repeated(x: Any) -> Any:
+        return jnp.repeat(x, copies, axis=1)
+
+    k, v, erase, state = jax.tree.map(
+        repeated, (inputs.k, inputs.v, inputs.erase, inputs.state)
+    )
+    decay = inputs.log_decay
+    if decay is not None and decay.shape[1] > 1:
+        decay = repeated(decay)
+    return LinearInputs(q, k, v, erase, decay, inputs.starts, state)
 
 
 def final_state(inputs: LinearInputs, call: LinearCall) -> State:

@@ -26,8 +26,16 @@ from pallas_kernels.tpu.runs import LANES
 from pallas_kernels.varying import shape_like
 
 SUBLANES = 8
+# Rows of queries, chunk times query heads, that a backward grid step has memory for.
+MOST_ROWS = 2048
 # The grid is (head, chunk).
 ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
+
+
+def members_of(group: int, chunk: int) -> int:
+    """How many query heads of a group share a grid step: a divisor of ``group``."""
+    most = max(MOST_ROWS // chunk, 1)
+    return max(n for n in range(1, min(group, most) + 1) if group % n == 0)
 
 
 def forward(chunks: ChunkInputs, call: LinearCall) -> ChunkOutputs:

@@ -154,8 +154,8 @@ def _kind(map: IndexMap) -> Kind:
     found = known.get(_conjuncts(map))
     if found is None:
         raise NotImplementedError(
-            f"linear: map={map!r} has no recurrence here: use causal(), full(), "
-            "segments() or causal() & segments(), or softmax(map)"
+            f"map={map!r} has no recurrence here: linear and delta take causal(), "
+            "full(), segments() or causal() & segments(); or use softmax(map)"
         )
     return found
 

@@ -16,6 +16,7 @@ from lowering.cost import inspect_code, targets
 from pallas_kernels import linear
 from pallas_kernels.config import KernelConfig
 from pallas_kernels.linear import Recurrence, marks
+from pallas_kernels.linear import tpu as linear_tpu
 from pallas_kernels.linear.chunk import normalised
 
 # Compiled without optimisations: no test here measures speed.
@@ -347,6 +348,20 @@ CHIP = Case(600, "dsn", group=2, dim=128, dim_v=128, dtype="bfloat16", chunk=256
 def test_machine_code(target):
     compiled = targets.compile_for(*program(CHIP, "tpu"), target)
     assert compiled.as_text().count("tpu_custom_call") >= 3
+
+
+@pytest.mark.slow
+def test_many_query_heads_of_a_key_head_fit_a_chip():
+    case = replace(CHIP, seq=256, has="dn", group=32, chunk=128, batch=1, heads=1)
+    compiled = targets.compile_for(*program(case, "tpu"), "tpu-v5e")
+    assert compiled.as_text().count("tpu_custom_call") >= 3
+
+
+def test_groups_are_split_to_fit(monkeypatch):
+    """With a copy of the keys for each two query heads, values and gradients stay."""
+    monkeypatch.setattr(linear_tpu, "MOST_ROWS", 32)
+    assert linear_tpu.members_of(6, 16) == 2
+    check(Case(20, "ds0n", group=6, heads=1, batch=1), "tpu")
 
 
 @pytest.mark.sample(1)
