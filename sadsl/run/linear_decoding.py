@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sadsl.run import checks
 from sadsl.run.attend import attend
 from sadsl.run.linear import state_after
 from sadsl.run.linear_operands import segment_ids
@@ -95,6 +96,8 @@ def linear_step(
     k: Array,
     v: Array,
     given: Mapping[str, Any] | None = None,
+    *,
+    sm_scale: float | None = None,
 ) -> tuple[LinearState, Array]:
     """Adds one token to the state, and returns the new state and the token's output.
 
@@ -111,6 +114,7 @@ def linear_step(
         steps, ...]`` if a token writes several keys.
       given: the operands of the term for this token, without an axis of positions:
         log-decays ``[batch, heads]``, segment ids ``[batch]``; and functions.
+      sm_scale: as in ``attention``, for ``delta`` and ``linear(scaled=True)``.
 
     Returns:
       The new state, and the output ``[batch, num_q_heads, head_dim_v]``.
@@ -134,8 +138,7 @@ def linear_step(
     if not (isinstance(term, Delta) and term.steps > 1):
         k, v = k[:, None], v[:, None]
     now = {name: _of_token(term, name, x) for name, x in (given or {}).items()}
-    scale = float(q.shape[-1] ** -0.5)
-    setting = Setting(scale, return_state=True)
+    setting = Setting(checks.scale(sm_scale, q.shape[-1]), return_state=True)
     found = attend(term, (q[:, None], k, v), now | {STATE: state}, setting)
     return found.state, found.out[:, 0]
 

@@ -67,6 +67,15 @@ def test_prefill_and_steps_equal_the_whole(term):
     run(sa.linear_prefill(term, k[:, :13], v[:, :13], prompt | phi, num_q_heads=4), 13)
 
 
+def test_a_step_takes_the_scale_of_the_call():
+    q, k, v = (x[:, :2] for x in arrays())
+    term = sa.delta(0.5)
+    whole = sa.attention(q, k, v, term, sm_scale=1.0)
+    state = sa.linear_prefill(term, k[:, :1], v[:, :1], num_q_heads=4)
+    _, out = sa.linear_step(term, state, q[:, 1], k[:, 1], v[:, 1], sm_scale=1.0)
+    np.testing.assert_allclose(out, whole[:, 1], rtol=1e-5, atol=1e-6)
+
+
 class TestErrors:
     def test_a_map_that_is_not_causal(self):
         with pytest.raises(ValueError, match=r"not causal.*no state can decode it"):
