@@ -102,10 +102,9 @@ def linear_step(
     """Adds one token to the state, and returns the new state and the token's output.
 
     The output is that of ``attention`` over the whole sequence. With ``segments()``, a
-    token whose id differs from that of the previous token starts a document. A document
-    must not come back after another one, since a state keeps the sums of one document.
-    That is noticed for the last 64 documents: it is an error if the ids are known, and
-    under ``jit`` the outputs of that piece are NaN. An earlier document starts anew.
+    token whose id differs from that of the previous token starts a document. None must
+    come back after another one, since a state keeps the sums of one document. For the
+    last 64 documents that is an error, or NaN outputs of that piece under ``jit``.
 
     Args:
       term: ``linear(...)`` or ``delta(...)`` with a causal map.
@@ -120,7 +119,7 @@ def linear_step(
       The new state, and the output ``[batch, num_q_heads, head_dim_v]``.
 
     Raises:
-      ValueError: the map is not causal, arrays do not fit, or a document comes back.
+      ValueError: arrays do not fit, or a document comes back.
 
     Example:
       The first token sees itself only, so its output is its value:
