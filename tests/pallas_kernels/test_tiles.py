@@ -95,3 +95,16 @@ def test_tiles_of_triton_resolve(dim, dtype):
     tiles = triton.default_tiles((4096, 4096), dim, dim, dtype)
     assert KernelConfig().resolve(tiles) == tiles
     assert KernelConfig(block_q=16).resolve(tiles).dkv.block_q == 16
+
+
+def test_a_chunk_that_is_too_long():
+    sizes, config = linear.LinearSizes(64, 64, 64), KernelConfig(block_kv=1024)
+    with pytest.raises(ValueError, match=r"1024 positions.*at most 512"):
+        linear.default_call(linear.Recurrence(), "xla", sizes, "float32", config)
+
+
+def test_a_chunk_that_cannot_be_halved():
+    sizes = linear.LinearSizes(64, 64, 64, by_channel=True)
+    config = KernelConfig(block_kv=48)
+    with pytest.raises(ValueError, match=r"48 positions.*power of two.*give 64"):
+        linear.default_call(linear.Recurrence(), "xla", sizes, "float32", config)

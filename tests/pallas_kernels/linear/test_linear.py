@@ -14,7 +14,6 @@ from recurrence_oracle import exact, recurrence
 
 from lowering.cost import inspect_code, targets
 from pallas_kernels import linear
-from pallas_kernels.config import KernelConfig
 from pallas_kernels.linear import Recurrence, marks
 from pallas_kernels.linear import tpu as linear_tpu
 from pallas_kernels.linear.chunk import normalised
@@ -391,14 +390,3 @@ class TestErrors:
         f, shapes = program(replace(CHIP, chunk=96), "triton")
         with pytest.raises(ValueError, match=r"chunk of 96.*power of two.* 128"):
             jax.eval_shape(f, *shapes)
-
-    def test_a_chunk_that_is_too_long(self):
-        sizes, config = linear.LinearSizes(64, 64, 64), KernelConfig(block_kv=1024)
-        with pytest.raises(ValueError, match=r"1024 positions.*at most 512"):
-            linear.default_call(Recurrence(), "xla", sizes, "float32", config)
-
-    def test_a_chunk_that_cannot_be_halved(self):
-        sizes = linear.LinearSizes(64, 64, 64, by_channel=True)
-        config = KernelConfig(block_kv=48)
-        with pytest.raises(ValueError, match=r"48 positions.*power of two.*give 64"):
-            linear.default_call(Recurrence(), "xla", sizes, "float32", config)
