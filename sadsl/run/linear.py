@@ -98,8 +98,8 @@ def _(
         what = "a call with a state" if stateful else repr(term)
         _check_alignment(what, term, at, known)
     static = Static(
-        term.kind, known, getattr(term, "positive", False), _has_logits(term),
-        one_piece, at.q_offset, setting.impl, _call(arrays, rule, setting),
+        term.kind, known, term.positive, term.by_channel_sums, one_piece,
+        at.q_offset, setting.impl, _call(arrays, rule, setting),
     )  # fmt: skip
     state, continues = start_of(term, before, arrays, at)
     arrays = arrays._replace(ids=at.ids, state=state, continues=continues)
@@ -113,10 +113,6 @@ def _(
     if setting.return_state:
         after = next_state(term, before, end, at)
     return Outcome(out, lse, after)
-
-
-def _has_logits(term: Recurrent) -> bool:
-    return getattr(term, "normalise", None) == "channel"
 
 
 def _documents(term: Recurrent, at: TokenArrays, given: Mapping[str, Any]) -> tuple:
@@ -181,7 +177,7 @@ def state_after(term: Recurrent, inputs: QKV, given: Mapping[str, Any]) -> Linea
     setting = Setting(1.0)
     at = tokens(term, inputs, given, setting)
     arrays, rule = prepared(term, at, given, setting)
-    logits = _has_logits(term)
+    logits = term.by_channel_sums
     if at.ids is not None:
         ids = at.ids[1]
         last = ids == ids[:, -1:]

@@ -13,8 +13,7 @@ from sadsl.run.linear_operands import segment_ids
 from sadsl.run.linear_state import LinearState, empty_state, past_documents
 from sadsl.run.types import Setting
 from sadsl.terms.base import STATE
-from sadsl.terms.delta import Delta
-from sadsl.terms.recurrent import SEGMENT_IDS, Recurrent
+from sadsl.terms.recurrent import Recurrent
 
 
 def linear_state(
@@ -76,7 +75,7 @@ def linear_prefill(
     """
     _check_causal(term)
     given = dict(given or {})
-    steps = term.steps if isinstance(term, Delta) else 1
+    steps = term.steps
     batch, seq, num_kv_heads, head_dim = k.shape
     heads = num_kv_heads if num_q_heads is None else num_q_heads
     q = jnp.zeros((batch, seq // steps, heads, head_dim), k.dtype)
@@ -134,7 +133,7 @@ def linear_step(
       [1.0, 2.0]
     """
     _check_causal(term)
-    if not (isinstance(term, Delta) and term.steps > 1):
+    if term.steps == 1:
         k, v = k[:, None], v[:, None]
     now = {name: _of_token(term, name, x) for name, x in (given or {}).items()}
     setting = Setting(checks.scale(sm_scale, q.shape[-1]), return_state=True)
@@ -144,10 +143,9 @@ def linear_step(
 
 def _of_token(term: Recurrent, name: str, x: Any) -> Any:
     """An operand of one token with an axis of positions."""
-    if name not in term.operands or name == getattr(term, "bonus", None):
+    if name not in term.operands or name in term.of_call:
         return x
-    of_keys = getattr(term, "beta", None), getattr(term, "erase", None), SEGMENT_IDS[1]
-    if isinstance(term, Delta) and term.steps > 1 and name in of_keys:
+    if term.steps > 1 and name in term.of_keys:
         return x
     return jnp.asarray(x)[:, None]
 

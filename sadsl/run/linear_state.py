@@ -53,8 +53,7 @@ def empty_state(
     term: Recurrent, batch: int, num_heads: int, features: int, head_dim_v: int
 ) -> LinearState:
     """The state before the first token."""
-    normalise = getattr(term, "normalise", False)
-    nothing = -jnp.inf if normalise == "channel" else 0.0
+    nothing = -jnp.inf if term.by_channel_sums else 0.0
     documents = None
     if term.kind.segments:
         documents = PastDocuments(
@@ -63,15 +62,10 @@ def empty_state(
     z = jnp.full((batch, num_heads, features), nothing, jnp.float32)
     return LinearState(
         s=jnp.zeros((batch, num_heads, features, head_dim_v), jnp.float32),
-        z=z if normalise else None,
+        z=z if term.normalises else None,
         documents=documents,
-        position=jnp.zeros((), jnp.int32) if is_positional(term) else None,
+        position=jnp.zeros((), jnp.int32) if term.positional else None,
     )
-
-
-def is_positional(term: Recurrent) -> bool:
-    """Whether the features of a token depend on its position."""
-    return getattr(getattr(term, "feature_map", None), "positional", False)
 
 
 def start_of(
@@ -112,7 +106,7 @@ def next_state(
             lost = lost_tokens(term, before, at)[:, -1]
             s = jnp.where(lost[:, None, None, None], jnp.nan, s)
     position = None
-    if is_positional(term):
+    if term.positional:
         past_tokens = 0 if before is None else before.position
         position = jnp.asarray(at.k.shape[1] + past_tokens, jnp.int32)
     return LinearState(s, z, past, position)

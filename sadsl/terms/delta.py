@@ -81,6 +81,11 @@ class Delta(Recurrent):
         }
 
     @property
+    def of_keys(self) -> frozenset[str]:
+        """The ids of keys, betas, and vectors that erase and write."""
+        return super().of_keys | self._own.keys()
+
+    @property
     def operands(self) -> Mapping[str, int]:
         """The segment ids, log-decays, betas, and vectors that erase and write."""
         return {**super().operands, **self._own}

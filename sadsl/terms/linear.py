@@ -97,6 +97,21 @@ class Linear(Recurrent):
         return self.normalise == "channel"
 
     @property
+    def normalises(self) -> bool:
+        """Whether it keeps sums of features beside the state."""
+        return bool(self.normalise)
+
+    @property
+    def positional(self) -> bool:
+        """Whether the features of a token depend on its position."""
+        return getattr(self.feature_map, "positional", False)
+
+    @property
+    def of_call(self) -> frozenset[str]:
+        """The bonus."""
+        return frozenset(() if self.bonus is None else (self.bonus,))
+
+    @property
     def positive(self) -> bool:
         """Whether it has one normaliser, and no weight is negative."""
         known = isinstance(self.feature_map, str)

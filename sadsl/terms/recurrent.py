@@ -61,6 +61,41 @@ class Recurrent(Term):
         """One of the four maps of ``Kind``."""
         raise NotImplementedError
 
+    @property
+    def positive(self) -> bool:
+        """Whether it has one normaliser, and no weight is negative."""
+        return False
+
+    @property
+    def normalises(self) -> bool:
+        """Whether it keeps sums of features beside the state."""
+        return False
+
+    @property
+    def by_channel_sums(self) -> bool:
+        """Whether each key channel is divided by its own sum over the keys."""
+        return False
+
+    @property
+    def positional(self) -> bool:
+        """Whether the features of a token depend on its position."""
+        return False
+
+    @property
+    def steps(self) -> int:
+        """How many keys a token writes."""
+        return 1
+
+    @property
+    def of_call(self) -> frozenset[str]:
+        """The operands that are the same for all tokens."""
+        return frozenset()
+
+    @property
+    def of_keys(self) -> frozenset[str]:
+        """The operands that have a value for each key, not for each token."""
+        return frozenset({SEGMENT_IDS[1]})
+
     def check(self, name: str) -> None:
         """Checks the map and the decay of the term ``name``.
 
