@@ -356,6 +356,7 @@ def test_many_query_heads_of_a_key_head_fit_a_chip():
     assert compiled.as_text().count("tpu_custom_call") >= 3
 
 
+@pytest.mark.slow
 def test_groups_are_split_to_fit(monkeypatch):
     """With a copy of the keys for each two query heads, values and gradients stay."""
     monkeypatch.setattr(linear_tpu, "MOST_ROWS", 32)

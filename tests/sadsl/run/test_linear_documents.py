@@ -105,7 +105,8 @@ def check(q_ids, kv_ids, offset, decays, impl):
         oracle.assert_close(found[1], want[1], "float32")
 
 
-@settings(max_examples=few(4, 4), phases=(Phase.explicit, Phase.generate))
+@slow
+@settings(max_examples=few(4), phases=(Phase.explicit, Phase.generate))
 @given(documents(), st.booleans())
 def test_random_documents(ids, decays):
     check(*ids, decays, "xla")

@@ -15,6 +15,8 @@ import sadsl as sa
 pytestmark = pytest.mark.usefixtures("quick")
 SEQ, CUTS = 23, (0, 9, 20, 23)
 
+slow = pytest.mark.slow
+IMPLS = ["xla", *(pytest.param(x, marks=slow) for x in ("reference", "tpu", "triton"))]
 TERMS = [
     sa.delta("beta", "g"),
     sa.linear(decay="g", map=DOCUMENTS),
@@ -67,7 +69,7 @@ def attention(term, qkv, given, **more):
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("impl", ["xla", "reference", "tpu", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("term", TERMS, ids=str)
 def test_parts_then_steps_equal_the_whole(term, impl):
     qkv, given = call_of(term)
@@ -103,6 +105,7 @@ def test_parts_then_steps_equal_the_whole(term, impl):
     assert [x.shape for x in jax.tree.leaves(state)] == sizes
 
 
+@slow
 def test_gradients_go_through_states():
     """Those of two halves, of all arrays and the first state, equal those of one."""
     term = sa.delta("beta", "g")

@@ -241,7 +241,7 @@ def test_narrow_dtypes(dtype, impl):
     oracle.assert_close(out, want, dtype)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("map", MAPS, ids=str)
 def test_gradients_equal_those_of_the_definition(map):
     q, k, v = arrays(17, 17)
