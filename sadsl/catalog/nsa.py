@@ -90,6 +90,9 @@ def nsa_importance(
       sm_scale: as of the call.
       operands: the function that compresses keys, if the term names one.
 
+    Raises:
+      ValueError: q and k do not fit together, or have other lengths.
+
     Example:
       >>> from functools import partial
       >>> import jax
@@ -102,6 +105,12 @@ def nsa_importance(
       >>> jax.eval_shape(score, q, k).shape  # the shape alone; nothing runs
       (1, 2, 12, 3)
     """
+    checks.problem(q, k, k, 0)
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"nsa_importance: q has {q.shape[1]} tokens, k has {k.shape[1]}: both must "
+            "be of the same tokens (self-attention)"
+        )
     scale = checks.scale(sm_scale, q.shape[-1])
     seq, groups = k.shape[1], k.shape[2]
     short = shortened(k, term, term.key, operands or {})

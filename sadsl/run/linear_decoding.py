@@ -118,7 +118,7 @@ def linear_step(
       The new state, and the output ``[batch, num_q_heads, head_dim_v]``.
 
     Raises:
-      ValueError: arrays do not fit, or a document comes back.
+      ValueError: the arrays or the state do not fit, or a document comes back.
 
     Example:
       The first token sees itself only, so its output is its value:
@@ -137,7 +137,9 @@ def linear_step(
         k, v = k[:, None], v[:, None]
     now = {name: _of_token(term, name, x) for name, x in (given or {}).items()}
     setting = Setting(checks.scale(sm_scale, q.shape[-1]), return_state=True)
-    found = attend(term, (q[:, None], k, v), now | {STATE: state}, setting)
+    inputs = q[:, None], k, v
+    checks.problem(*inputs, 0, term)
+    found = attend(term, inputs, now | {STATE: state}, setting)
     return found.state, found.out[:, 0]
 
 

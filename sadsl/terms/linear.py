@@ -16,9 +16,9 @@ logarithm of the normaliser is the lse, so the term can be part of ``joint``.
 
 Decays: a number or one for each head in (0, 1], or an operand of log-decays. Those
 below -60 count as -60. Those above 0 are refused; under ``jit`` they make all later
-outputs NaN. A decay counts all steps between two tokens, whatever their documents.
-Heads are those of k, of v, or of q: then the heads of a group share keys, but each has
-its state.
+outputs NaN, and perhaps those of some tokens before. A decay counts all steps between
+two tokens, whatever their documents. Heads are those of k, of v, or of q: then the
+heads of a group share keys, but each has its state.
 """
 
 import math

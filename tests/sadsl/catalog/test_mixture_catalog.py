@@ -231,3 +231,11 @@ def test_the_tokens_that_compressed_blocks_hold(length, stride, causal):
                 if not causal or start + length <= query + 1:
                     wanted[query, start : start + length] = True
         np.testing.assert_array_equal(term.seen.dense(n)[0], wanted)
+
+
+def test_importance_of_other_lengths_is_refused():
+    sizes = {"block": 4, "length": 4, "stride": 4}
+    spec = catalog.native_sparse_attention(2, score="scores", **sizes)
+    q, k = np.zeros((1, 8, 2, 4), np.float32), np.zeros((1, 12, 2, 4), np.float32)
+    with pytest.raises(ValueError, match="q has 8 tokens, k has 12"):
+        catalog.nsa_importance(q, k, spec.terms[0], block=4)
