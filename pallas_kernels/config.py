@@ -29,6 +29,8 @@ class KernelConfig:
     ``num_stages``. A size of None depends on the lengths of the call: no block is much
     longer than its sequence. ``relayout=False`` keeps the given order of positions.
     Otherwise the compiler chooses another order if that visits enough fewer blocks.
+    ``lists=True`` runs choices of cells by lists where that is possible, and False
+    never does; by default, counts decide.
     """
 
     block_q: int | None = None
@@ -38,6 +40,7 @@ class KernelConfig:
     dq: Tile | None = None
     dkv: Tile | None = None
     relayout: bool | None = None
+    lists: bool | None = None
 
     def resolve(self, defaults: "Tiles") -> "Tiles":
         """The tiles of this config, with ``defaults`` for each option that is None."""

@@ -20,7 +20,7 @@ from pallas_kernels.call import (
     ScoreValues,
     Vectors,
 )
-from pallas_kernels.precision import widened
+from pallas_kernels.precision import wide, widened
 from pallas_kernels.solve import Accuracy, by_factors, checked
 
 
@@ -74,6 +74,26 @@ def forward(inputs: Inputs, vectors: Vectors, tests: Any, call: Call) -> Outputs
     """The outputs that the backends compute, differentiable to any order."""
     pairs = allowed(vectors, tests, inputs.q.shape, inputs.k.shape[2], call)
     pairs, added = _with_scores(pairs, vectors, call)
+    dtype = wide(inputs.q.dtype)
+    return of_pairs(inputs, pairs, call, added, _factor(vectors, call, dtype))
+
+
+def of_pairs(
+    inputs: Inputs,
+    pairs: jax.Array,
+    call: Any,
+    added: jax.Array | None = None,
+    factor: jax.Array | None = None,
+) -> Outputs:
+    """The softmax over ``pairs``, bool ``[batch or 1, heads, q, kv]``.
+
+    Args:
+      inputs: the arrays of the call.
+      pairs: the pairs that attend.
+      call: its scale, soft cap and unit are read.
+      added: what is added to the capped scores, like ``pairs``.
+      factor: the dropout factor, likewise.
+    """
     q, k, v = _present(inputs, pairs)
     s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
     s = softmax.cap(s * call.scale, call.logits_soft_cap, call.unit)
@@ -86,7 +106,6 @@ def forward(inputs: Inputs, vectors: Vectors, tests: Any, call: Call) -> Outputs
     l = p.sum(axis=-1, keepdims=True)
     some = l != 0
     l = jnp.where(some, l, 1.0)
-    factor = _factor(vectors, call, s.dtype)
     p = p / l if factor is None else p / l * factor
     o = jnp.einsum("bhqk,bhkd->bhqd", p, v, precision="highest")
     lse = jnp.where(some, top * (1 / call.unit) + jnp.log(l), -jnp.inf)

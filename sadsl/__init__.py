@@ -48,6 +48,7 @@ from sadsl.maps.named import sinks as sinks
 from sadsl.maps.named import strided as strided
 from sadsl.maps.named import where as where
 from sadsl.maps.named import window as window
+from sadsl.maps.numbers import log as log
 from sadsl.maps.numbers import weights as weights
 from sadsl.maps.symbols import floor_log2 as floor_log2
 from sadsl.maps.symbols import isin as isin
@@ -58,6 +59,7 @@ from sadsl.maps.symbols import power_of_two as power_of_two
 from sadsl.maps.symbols import table as table
 from sadsl.run.call import attention as attention
 from sadsl.run.call import select as select
+from sadsl.run.entries import entries as entries
 from sadsl.run.linear_decoding import linear_prefill as linear_prefill
 from sadsl.run.linear_decoding import linear_state as linear_state
 from sadsl.run.linear_decoding import linear_step as linear_step
@@ -65,6 +67,7 @@ from sadsl.run.linear_state import LinearState as LinearState
 from sadsl.run.local_linear import local_linear_residual as local_linear_residual
 from sadsl.run.plans import plan as plan
 from sadsl.run.plans import plan_for as plan_for
+from sadsl.selections import dot as dot
 from sadsl.selections import kmeans as kmeans
 from sadsl.selections import lsh as lsh
 from sadsl.selections import mass as mass
@@ -85,12 +88,14 @@ from sadsl.terms.grid_regions import columns as columns
 from sadsl.terms.grid_regions import rowmajor as rowmajor
 from sadsl.terms.grid_regions import rows as rows
 from sadsl.terms.heads import heads as heads
+from sadsl.terms.latent import latent as latent
 from sadsl.terms.linear import linear as linear
 from sadsl.terms.local_linear import local_linear as local_linear
 from sadsl.terms.mixtures import average as average
 from sadsl.terms.mixtures import gated as gated
 from sadsl.terms.mixtures import joint as joint
 from sadsl.terms.mixtures import weighted as weighted
+from sadsl.terms.over import over as over
 from sadsl.terms.own_regions import regions as regions
 from sadsl.terms.regions import spans as spans
 from sadsl.terms.regions import tower as tower
@@ -136,6 +141,8 @@ __all__ = [
     "delta",
     "dilated",
     "distance_bias",
+    "dot",
+    "entries",
     "floor_log2",
     "full",
     "gated",
@@ -146,6 +153,7 @@ __all__ = [
     "key_bias",
     "keys",
     "kmeans",
+    "latent",
     "linear",
     "linear_prefill",
     "linear_state",
@@ -154,6 +162,7 @@ __all__ = [
     "load_plan",
     "local_linear",
     "local_linear_residual",
+    "log",
     "lower",
     "lsh",
     "mass",
@@ -161,6 +170,7 @@ __all__ = [
     "minimum",
     "offsets",
     "operand",
+    "over",
     "pair_bias",
     "parse",
     "per_head",

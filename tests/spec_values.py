@@ -11,6 +11,7 @@ from sadsl.maps.symbols import POSITIONS, OperandArray, Symbol, TableValues, Tru
 from sadsl.selections.budgets import Share, Tokens, share
 from sadsl.selections.cell_scores import Score, scored
 from sadsl.selections.cells import Rules, rules
+from sadsl.selections.dot_scores import Dot
 from sadsl.selections.lsh import SortedChunks, sorted_chunks
 from sadsl.selections.tiles import GridTiles, tiles
 from sadsl.terms.base import Term
@@ -29,6 +30,7 @@ PLACES = {
     Bias: lambda x: sa.softmax(CAUSAL, bias=x),
     Partition: sa.summaries,
     Score: lambda x: sa.topk(2, score=x),
+    Dot: lambda x: sa.topk(2, score=x),
     Rules: lambda x: sa.topk(2, rules=x),
     Share: sa.topk,
     Tokens: sa.topk,
@@ -53,6 +55,7 @@ NEEDED = {
     "buckets": 4, "w": 5, "k": 2, "t": 0.5, "p": 0.5, "fraction": 0.5, "count": 128,
     "sizes": (4, 6), "tile": (2, 3), "partition": 4, "by": "mean", "num_clusters": 4,
     "term": CAUSAL, "log_weight": 0.5, "vertical": 5, "slash": 6, "mass": 0.9,
+    "source": "entries", "choice": sa.topk(2),
     "prompt": 64, "capacity": 16, "queries": 1, "budget": 8, "width": 4, "block": 4,
     "order": (1, 0, 2), "window": 3, "num_blocks": 16, "local": 32, "num": 2,
     "function": lambda q, k: q - k <= 3, "of_pair": lambda q, k: 0.5 * (q - k),
@@ -114,6 +117,12 @@ OTHER_OF = {
     ("clusters", "kmeans"): sa.kmeans(3, members="argmax"),
     ("catalog.biformer", "regions"): 2, ("offsets", "values"): {3, -1},
     ("operand", "name"): "another",
+    ("softmax", "values"): (0, 4), ("Softmax", "values"): (0, 4),
+    ("softmax", "scale"): sa.bias(lambda q, k, h: 1 + 0.1 * sa.log(q + 1)),
+    ("Softmax", "scale"): sa.bias(lambda q, k, h: sa.weights("t")[h]),
+    ("over", "values"): "others", ("latent", "form"): "absorbed",
+    ("dot", "weights"): "iw", ("dot", "act"): "relu", ("dot", "k"): "other",
+    ("reused", "choice"): sa.topk(3),
     ("softmax", "bias"): sa.alibi(), ("Softmax", "bias"): sa.t5_bias() + sa.alibi(),
     ("scatter_mean", "map"): sa.kmeans(4), ("scatter_mean", "own_key"): "alone",
     ("topk", "k"): share(0.5, plus=1, of="eligible"), ("topk", "score"): scored(

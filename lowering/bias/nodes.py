@@ -34,6 +34,13 @@ class Integer:
 
 
 @dataclass(frozen=True, slots=True)
+class Log:
+    """The natural logarithm of an integer expression; 0 where that is below 1."""
+
+    expr: ir.Expr
+
+
+@dataclass(frozen=True, slots=True)
 class Number:
     """A constant."""
 
@@ -77,7 +84,8 @@ class ScoreProduct:
     right: "Score"
 
 
-Atom: TypeAlias = Integer | Numbers | Weights
+Atom: TypeAlias = Integer | Log | Numbers | Weights
+ATOMS = (Integer, Log, Numbers, Weights)
 Score: TypeAlias = Atom | Number | Sum | ScoreProduct
 
 
@@ -191,8 +199,8 @@ def resolved(score: Score, problem: Problem) -> Score:
 
     def change(node: Score) -> Score:
         match node:
-            case Integer(expr):
-                return Integer(at_positions(expr))
+            case Integer(expr) | Log(expr):
+                return type(node)(at_positions(expr))
             case Number():
                 return node
             case Numbers(values, index):
@@ -215,7 +223,7 @@ def terms_of(score: Score) -> list[ScoreTerm]:
             return [ScoreTerm(value)]
         case Integer(ir.Const(value)):
             return [ScoreTerm(float(value))]
-        case Integer() | Numbers() | Weights():
+        case Integer() | Log() | Numbers() | Weights():
             return [ScoreTerm(1.0, (score,))]
         case Sum(a, b):
             return [*terms_of(a), *terms_of(b)]
@@ -261,7 +269,7 @@ def _in_kernel(atom: Atom, known: Known) -> TypeGuard[Integer]:
 def indices(atom: Atom) -> tuple[ir.Expr, ...]:
     """The integer expressions in an atom."""
     match atom:
-        case Integer(expr):
+        case Integer(expr) | Log(expr):
             return (expr,)
         case Numbers(_, index):
             return (index,)
@@ -296,6 +304,12 @@ def walk(score: Score) -> Iterator[Score]:
         yield from walk(score.right)
 
 
+def reads_key(score: Score) -> bool:
+    """Whether the number of a pair depends on its key."""
+    atoms = [x for x in walk(score) if isinstance(x, ATOMS)]
+    return any("k" in axes(atom) for atom in atoms)
+
+
 def weights(score: Score) -> tuple[Weights, ...]:
     """The distinct look-ups of weights."""
     found = {node: None for node in walk(score) if isinstance(node, Weights)}
@@ -304,7 +318,7 @@ def weights(score: Score) -> tuple[Weights, ...]:
 
 def integer_operands(score: Score) -> tuple[ir.Operand, ...]:
     """The distinct look-ups of run-time integers."""
-    atoms = [x for x in walk(score) if isinstance(x, Integer | Numbers | Weights)]
+    atoms = [x for x in walk(score) if isinstance(x, ATOMS)]
     nodes = (n for atom in atoms for i in indices(atom) for n in ir.walk(i))
     return tuple(dict.fromkeys(n for n in nodes if isinstance(n, ir.Operand)))
 
@@ -314,6 +328,8 @@ def show_score(score: Score) -> str:
     match score:
         case Integer(expr):
             return show(expr)
+        case Log(expr):
+            return f"log({show(expr)})"
         case Number(value):
             return repr(value)
         case Numbers(values, index):

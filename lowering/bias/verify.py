@@ -25,7 +25,7 @@ def verify_scores(
             _verify_table(node, problem)
         if isinstance(node, nodes.Weights):
             _verify_weights(node, problem, shapes)
-        if isinstance(node, nodes.Integer | nodes.Numbers | nodes.Weights):
+        if isinstance(node, nodes.ATOMS):
             for index in nodes.indices(node):
                 _verify_tables_below(index, problem)
     integers = set(nodes.integer_operands(found))

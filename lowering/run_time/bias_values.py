@@ -109,7 +109,7 @@ def dense(score: nodes.Score, places: BiasPlaces) -> jax.Array:
     match score:
         case nodes.Number(value):
             return jnp.full((1,) * places.rank, value, places.dtype)
-        case nodes.Integer() | nodes.Numbers() | nodes.Weights():
+        case nodes.Integer() | nodes.Log() | nodes.Numbers() | nodes.Weights():
             return _atom(score, places)
         case nodes.Sum(a, b):
             return dense(a, places) + dense(b, places)
@@ -127,6 +127,9 @@ def _atom(atom: nodes.Atom, places: BiasPlaces) -> jax.Array:
     match atom:
         case nodes.Integer(expr):
             return places.integer(expr, places.dtype)
+        case nodes.Log(expr):
+            found = places.integer(ir.Max(expr, ir.Const(1)), places.dtype)
+            return jnp.log(found)
         case nodes.Numbers(table, index):
             numbers = jnp.asarray(table, places.dtype)[None]
             return look_up(numbers, [Index(places.index(index))])

@@ -29,9 +29,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from pallas_kernels import dense
 from pallas_kernels.call import (
-    Call,
     Inputs,
     Kept,
     Outputs,
@@ -41,11 +39,8 @@ from pallas_kernels.call import (
     to_backward,
 )
 from pallas_kernels.varying import alike, aval_like
-from pallas_kernels.xla.backward import backward
-from pallas_kernels.xla.forward import forward
+from pallas_kernels.xla.passes import passes
 from pallas_kernels.xla.score_gradient import score_gradient
-from pallas_kernels.xla.tangent import tangent
-from pallas_kernels.xla.walk_types import XlaLists
 
 Kind: TypeAlias = Literal["tangent", "gradient", "tangent2", "gradient2"]
 
@@ -64,7 +59,7 @@ class Point(NamedTuple):
     kept: Kept
     vectors: Vectors  # without the scores, which are variables
     tests: Any
-    lists: XlaLists
+    lists: Any
 
 
 class DerivativeRule(NamedTuple):
@@ -76,7 +71,7 @@ class DerivativeRule(NamedTuple):
     """
 
     kind: Kind
-    call: Call
+    call: Any
     # The tree structures of the point and of the linear operands. The latter are
     # Variables and Outputs, with None for zeros.
     point: Any
@@ -85,18 +80,16 @@ class DerivativeRule(NamedTuple):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def attend(
-    call: Call, inputs: Inputs, vectors: Vectors, tests: Any, lists: XlaLists
-) -> Kept:
-    """``forward``, differentiable in both modes and to any order.
+def attend(call: Any, inputs: Inputs, vectors: Vectors, tests: Any, lists: Any) -> Kept:
+    """The forward pass, differentiable in both modes and to any order.
 
     The variables are ``inputs`` and, if they are learned, ``vectors.scores``.
     """
     del tests
-    return forward(inputs, vectors, lists, call)
+    return passes(call).forward(inputs, vectors, lists, call)
 
 
-def _attend_jvp(call: Call, primals: tuple, tangents: tuple) -> tuple[Kept, Kept]:
+def _attend_jvp(call: Any, primals: tuple, tangents: tuple) -> tuple[Kept, Kept]:
     inputs, vectors, tests, lists = primals
     kept = named(attend(call, inputs, vectors, tests, lists))
     variables = Variables(inputs, vectors.scores)
@@ -122,7 +115,7 @@ derivative_p = Primitive("attention_derivative")
 derivative_p.multiple_results = True
 
 
-def _bind(kind: Kind, call: Call, point: Point, *linear: Any, axes: Any = ()) -> Any:
+def _bind(kind: Kind, call: Any, point: Point, *linear: Any, axes: Any = ()) -> Any:
     """Binds the primitive to trees, and returns the result as a tree."""
     point, linear = alike((point, linear))
     point_leaves, point_tree = jax.tree.flatten(point)
@@ -171,7 +164,7 @@ def _run(*leaves: Any, rule: DerivativeRule, pairs: bool = False) -> list[jax.Ar
 
 
 def over_blocks(
-    kind: Kind, call: Call, point: Point, linear: tuple
+    kind: Kind, call: Any, point: Point, linear: tuple
 ) -> Variables | Outputs:
     """The four functions of the module docstring, in memory linear in the lengths."""
     x, kept, vectors, _, lists = point
@@ -181,14 +174,14 @@ def over_blocks(
             (u,) = linear
             moved = _filled(u.scores, x.scores) if _has_any(u.scores) else None
             u = _filled(u.inputs, x.inputs), moved
-            return tangent(x.inputs, u, kept, vectors, lists, call)
+            return passes(call).tangent(x.inputs, u, kept, vectors, lists, call)
         case "gradient":
             cotangent = _filled(linear[0], kept.outputs)
             args = *to_backward(x.inputs, kept, cotangent), vectors, lists, call
             scores = jax.tree.map(jnp.zeros_like, x.scores)
             if call.learned_scores:
                 scores = score_gradient(*args)
-            return Variables(Inputs(*backward(*args)), scores)
+            return Variables(Inputs(*passes(call).backward(*args)), scores)
         case "tangent2" | "gradient2":
             other, w = linear
             first = "tangent" if kind == "tangent2" else "gradient"
@@ -203,14 +196,14 @@ def over_blocks(
 
 
 def over_pairs(
-    kind: Kind, call: Call, point: Point, linear: tuple
+    kind: Kind, call: Any, point: Point, linear: tuple
 ) -> Variables | Outputs:
     """The four functions in plain JAX, differentiable to any order."""
-    variables, kept, vectors, tests, _ = point
+    variables, kept, vectors, tests, lists = point
 
     def f(x: Variables) -> Outputs:
         own = vectors._replace(scores=x.scores)
-        return dense.forward(x.inputs, own, tests, call)
+        return passes(call).over_pairs(x.inputs, own, tests, lists, call)
 
     match kind:
         case "tangent":

@@ -88,10 +88,10 @@ def nsa_importance(
       term: the compressed branch, ``spec.terms[0]``.
       block: positions of a selected block.
       sm_scale: as of the call.
-      operands: the function that compresses keys, if the term names one.
+      operands: has the function that compresses keys, if any.
 
     Raises:
-      ValueError: q and k do not fit together, or have other lengths.
+      ValueError: q and k are not of the same tokens.
 
     Example:
       >>> from functools import partial
@@ -105,22 +105,15 @@ def nsa_importance(
       >>> jax.eval_shape(score, q, k).shape  # the shape alone; nothing runs
       (1, 2, 12, 3)
     """
-    checks.problem(q, k, k, 0)
-    if q.shape[1] != k.shape[1]:
-        raise ValueError(
-            f"nsa_importance: q has {q.shape[1]} tokens, k has {k.shape[1]}: both must "
-            "be of the same tokens (self-attention)"
-        )
-    scale = checks.scale(sm_scale, q.shape[-1])
+    scale = _checked_scale(q, k, sm_scale)
     seq, groups = k.shape[1], k.shape[2]
     short = shortened(k, term, term.key, operands or {})
     start = np.arange(short.shape[1])[:, None] * term.stride
-    edge = np.arange(-(-seq // block))[None, :] * block
+    edge = np.arange(-(-seq // block))[None] * block
     inside = np.minimum(start + term.length, edge + block) - np.maximum(start, edge)
     share = jnp.asarray(np.maximum(inside, 0) / term.stride, jnp.float32)
     last = jnp.asarray(start[:, 0] + term.length - 1, jnp.int32)
-    by_head = (jnp.swapaxes(x, 1, 2).astype(jnp.float32) for x in (q, short))
-    queries, keys = by_head
+    queries, keys = (jnp.swapaxes(x, 1, 2).astype(jnp.float32) for x in (q, short))
     at = jnp.arange(seq, dtype=jnp.int32)[None, None]
 
     def of_rows(rows: Any) -> Float[Array, "batch groups rows blocks"]:
@@ -131,3 +124,18 @@ def nsa_importance(
 
     cost = q.shape[0] * q.shape[2] * max(1, short.shape[1])
     return in_steps(of_rows, {"q": queries, "at": at}, cost)
+
+
+def _checked_scale(q: Array, k: Array, sm_scale: float | None) -> Any:
+    """The scale of a call of self-attention.
+
+    Raises:
+      ValueError: q and k are not of the same tokens.
+    """
+    checks.problem(q, k, k, 0)
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"nsa_importance: q has {q.shape[1]} tokens, k has {k.shape[1]}: both must "
+            "be of the same tokens (self-attention)"
+        )
+    return checks.scale(sm_scale, q.shape[-1])

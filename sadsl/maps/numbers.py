@@ -100,6 +100,19 @@ def weights(name: str) -> WeightsArray:
     return WeightsArray(name)
 
 
+def log(x: Any) -> Real:
+    """The natural logarithm of an integer of positions, for ``bias`` and ``scale=``.
+
+    It is 0 where the integer is below 1.
+
+    Example:
+      >>> import sadsl as sa
+      >>> sa.bias(lambda q, k, h: 1 + 0.1 * sa.log(1 + (q + 1) // 8192))
+      bias(lambda q, k, h: 1 + 0.1 * log((q + 1) // 8192 + 1))
+    """
+    return Real(nodes.Log(_expr(x)))
+
+
 def score_node(value: Any) -> nodes.Score:
     """The score of a traced float, a traced integer or a constant."""
     if isinstance(value, Real):

@@ -90,7 +90,7 @@ def attention(
     [0.0, 0.5, 1.5, 2.5]
     """
     term = any_term(spec)
-    checks.problem(q, k, v, q_offset, more_values=term.more_values)
+    checks.problem(q, k, v, q_offset, term)
     given = _given(operands, q_segment_ids, kv_segment_ids)
     rate = checks.dropout(dropout_rate, dropout_key)
     if rate:
@@ -206,7 +206,7 @@ def select(
       array([[[0, 1, 1, 0]]])
     """
     term = any_term(spec)
-    problem = checks.problem(q, k, k, q_offset)
+    problem = checks.problem(q, k, k, q_offset, term)
     given = dict(operands or {})
     _check_read(term, given)
     scale = checks.scale(sm_scale, q.shape[-1])

@@ -9,28 +9,27 @@ import numpy as np
 from lowering.problem import Problem
 from pallas_kernels.precision import wide
 from sadsl.maps.integers import holds_int32
+from sadsl.terms.base import Term
 
 Shape: TypeAlias = tuple[int, ...]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def problem(
-    q: Any, k: Any, v: Any, q_offset: int, *, more_values: bool = False
-) -> Problem:
+def problem(q: Any, k: Any, v: Any, q_offset: int, term: Term | None = None) -> Problem:
     """Checks q, k and v and returns the sizes of the call.
 
     Args:
       q, k, v: arrays or ShapeDtypeStructs, ``[batch, seq, heads, head_dim]``.
       q_offset: the position of the first query.
-      more_values: whether v may have a multiple of the heads of k.
+      term: what runs; it may allow more heads of v, or another head_dim of k.
 
     Raises:
       ValueError: ranks, lengths, heads or dtypes do not fit together.
       TypeError: the offset is not an integer.
     """
     _check_ranks_and_dtypes(q, k, v)
-    _check_sizes(q.shape, k.shape, v.shape, more_values=more_values)
+    _check_sizes(q.shape, k.shape, v.shape, Term() if term is None else term)
     if isinstance(q_offset, bool) or not isinstance(q_offset, int | np.integer):
         raise TypeError(
             f"q_offset={q_offset!r} must be a Python integer: the plan depends on it; "
@@ -63,18 +62,18 @@ def _check_ranks_and_dtypes(q: Any, k: Any, v: Any) -> None:
             )
 
 
-def _check_sizes(q: Shape, k: Shape, v: Shape, *, more_values: bool) -> None:
+def _check_sizes(q: Shape, k: Shape, v: Shape, term: Term) -> None:
     batch, _, num_q_heads, head_dim = q
     _, kv_seq_len, num_kv_heads, _ = k
     wanted = batch, kv_seq_len, num_kv_heads
     for name, shape in {"k": k, "v": v}.items():
-        heads = shape[2] if more_values else num_kv_heads
+        heads = shape[2] if term.more_values else num_kv_heads
         if shape[:2] != wanted[:2] or heads != shape[2]:
             raise ValueError(
                 f"{name} has shape {tuple(shape)}: batch, length and heads must be "
                 f"{wanted}, the batch of q and the rest as in k"
             )
-    if k[3] != head_dim:
+    if k[3] != head_dim and not term.own_head_dim:
         raise ValueError(f"k has head_dim {k[3]}, q has {head_dim}: must be equal")
     for name, shape in {"q": q, "k": k, "v": v}.items():
         if 0 in shape:

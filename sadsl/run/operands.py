@@ -12,6 +12,7 @@ from lowering.bias.verify import verify_scores
 from lowering.pipeline import Stages
 from lowering.ranges import verify
 from sadsl.maps.integers import integers
+from sadsl.run.list_checks import check_lists
 from sadsl.run.options import Options
 from sadsl.selections.base import Selection, operands_of
 
@@ -28,6 +29,7 @@ def call_arrays(
     ranks = operand_ranks(options, arrays)
     fitted = with_batch_axis(arrays, ranks, batch)
     check_given(fitted, options)
+    check_lists(fitted, options)
     return fitted
 
 
@@ -60,7 +62,8 @@ def operand_ranks(options: Options, arrays: Mapping[str, Any]) -> dict[str, int]
     """
     unread = {name: x.ndim for name, x in arrays.items()}
     written = operands_of(options.term.map)
-    return {**unread, **written, **options.asked, **options.of_bias}
+    lists = {s.key("listed"): 3 for s in options.selections}
+    return {**unread, **lists, **written, **options.asked, **options.of_bias}
 
 
 def check_operands(

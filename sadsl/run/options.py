@@ -116,7 +116,8 @@ def options_of(inputs: tuple[Array, ...], term: Softmax, setting: Setting) -> Op
     """The static part of a call with one softmax; ``inputs`` start with q and k."""
     if traced_scale(setting):
         setting = replace(setting, sm_scale=None)
-    return Options(replace(term, sink=None), problem_of(inputs, setting), setting)
+    plain = replace(term, sink=None, values=None, scale=None)
+    return Options(plain, problem_of(inputs, setting), setting)
 
 
 def traced_scale(setting: Setting) -> dict[str, Array]:

@@ -1,6 +1,7 @@
 """Runs one softmax over the pairs of a map, on any backend."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,15 +15,16 @@ from lowering.run_time import bias_values
 from pallas_kernels import dispatch
 from pallas_kernels.precision import wide, widened
 from sadsl.maps.base import IndexMap
-from sadsl.run import dropout_seeds, merging, reference
+from sadsl.run import dropout_seeds, lists, merging, reference
 from sadsl.run.attend import attend, choose
 from sadsl.run.content import chosen_parts, with_parts
 from sadsl.run.kernels import choose_tiles, kernel_call, prepare
 from sadsl.run.operands import call_arrays
-from sadsl.run.options import Options, options_of, traced_scale
+from sadsl.run.options import Options, options_of, problem_of, traced_scale
+from sadsl.run.query_scale import scaled
 from sadsl.run.symbolic_batch import KNOWN_SIZES, entry_by_entry, is_symbolic
 from sadsl.run.types import QKV, Outcome, Setting
-from sadsl.terms.base import DROPOUT_KEY, TRACED_SCALE, reads
+from sadsl.terms.base import DROPOUT_KEY, TRACED_SCALE, read_by, reads
 from sadsl.terms.softmax import Softmax
 
 
@@ -43,6 +45,8 @@ def _(
     Raises:
       ValueError: an operand is missing, unknown, or has the wrong shape.
     """
+    if term.scale is not None or term.values is not None:
+        return attend(*_plain(term, inputs, given, setting), setting)
     options = options_of(inputs, term, setting)
     handled_here = (term.sink, DROPOUT_KEY)
     operands = {name: x for name, x in given.items() if name not in handled_here}
@@ -54,6 +58,28 @@ def _(
     if term.sink is None:
         return Outcome(out, lse)
     return merging.with_sink(out, lse, sinks_of(term, given, inputs[0]))
+
+
+def _plain(
+    term: Softmax, inputs: QKV, given: Mapping[str, Any], setting: Setting
+) -> tuple[Softmax, QKV, dict[str, Any]]:
+    """The term without ``scale`` and ``values``, and what it then reads.
+
+    Raises:
+      ValueError: the values are no channels of the keys, or v has another shape.
+    """
+    q, k, v = inputs
+    if term.scale is not None:
+        q = scaled(q, term.scale, problem_of(inputs, setting), given)
+    if term.values is not None:
+        if v.shape != k.shape or term.values[1] > k.shape[-1]:
+            raise ValueError(
+                f"{term!r} takes its values from the keys: pass k for v, with at least "
+                f"{term.values[1]} channels; k has shape {k.shape}, v {v.shape}"
+            )
+        v = k[..., slice(*term.values)]
+    plain = replace(term, scale=None, values=None)
+    return plain, (q, k, v), read_by(plain, given)
 
 
 @choose.register
@@ -72,6 +98,8 @@ def _(
 ) -> dict[str, Array]:  # fmt: skip
     """The choices of the selections in the map of a softmax."""
     q, k = inputs
+    if term.scale is not None:
+        q = scaled(q, term.scale, problem_of((q, k), setting), given)
     options = options_of((q, k), Softmax(term.map), setting)
     # The arrays of the bias and the sinks have no part in a choice.
     unread = [name for name in term.operands if not reads(term.map, name)]
@@ -125,20 +153,53 @@ def traced(
 def _run(
     q: Array, k: Array, v: Array, arrays: Mapping[str, Array], *, options: Options
 ) -> tuple[Array, Array]:
+    form = lists.form_of(options, k.shape[2], arrays)
+    if form is not None:
+        return _by_lists(q, k, v, arrays, options, form)
     known = {*options.of_bias, DROPOUT_KEY, dropout_seeds.ENTRY}
     own = {name: x for name, x in arrays.items() if name in known}
     chosen = {**with_parts(q, k, arrays, options), **own}
     run = _dense if options.setting.impl == "reference" else _kernels
+    return _scaled(run, q, k, v, chosen, options)
+
+
+def _scaled(
+    run: Any, q: Array, k: Array, v: Array, arrays: Mapping[str, Array],
+    options: Options,
+) -> tuple[Array, Array]:  # fmt: skip
+    """``run(q, k, v, arrays, options)``, where ``options`` have a scale."""
     if options.setting.sm_scale is not None:
-        return run(q, k, v, chosen, options)
+        return run(q, k, v, arrays, options)
     # The scale of a kernel is a constant, so a traced scale multiplies q instead. In
     # the wide dtype that product is not rounded. k and v are widened too, since kernels
     # take arrays of one dtype.
     dtype, scale = q.dtype, arrays[TRACED_SCALE]
     q, k, v = map(widened, (q, k, v))
     q = q * scale.astype(q.dtype)
-    out, lse = run(q, k, v, chosen, options.with_scale(1.0))
+    out, lse = run(q, k, v, arrays, options.with_scale(1.0))
     return out.astype(dtype), lse
+
+
+def _by_lists(
+    q: Array, k: Array, v: Array, arrays: Mapping[str, Array], options: Options,
+    form: lists.ListForm,
+) -> tuple[Array, Array]:  # fmt: skip
+    """The pairs of a choice by lists, and the other pairs of the map beside them."""
+    listed = lists.listed(q, k, arrays, options, form)
+
+    def run(q: Array, k: Array, v: Array, arrays: Any, options: Options) -> Any:
+        return lists.attend(q, k, v, arrays, options, form)
+
+    found = _scaled(run, q, k, v, {**arrays, lists.LISTED: listed}, options)
+    if form.base is None:
+        return found
+    base = replace(options, term=replace(options.term, map=form.base))
+    read = {n: x for n, x in arrays.items() if reads(base.term, n)}
+    read |= {n: x for n, x in arrays.items() if n == TRACED_SCALE}
+    parts = [Outcome(*_run(q, k, v, read, options=base)), Outcome(*found)]
+    whole = merging.merge(parts)
+    assert whole.lse is not None
+    return whole.out, whole.lse
 
 
 def _dense(

@@ -11,6 +11,7 @@ from sadsl.selections.cell_scores import scored as scored
 from sadsl.selections.cells import rules as rules
 from sadsl.selections.chunk_budget import chunk_budget as chunk_budget
 from sadsl.selections.descent import descent as descent
+from sadsl.selections.dot_scores import dot as dot
 from sadsl.selections.factorised_topk import factorised_topk as factorised_topk
 from sadsl.selections.kept_keys import kept_keys as kept_keys
 from sadsl.selections.key_topw import key_positive as key_positive
@@ -19,6 +20,7 @@ from sadsl.selections.kmeans import kmeans as kmeans
 from sadsl.selections.lsh import lsh as lsh
 from sadsl.selections.lsh import sorted_chunks as sorted_chunks
 from sadsl.selections.modalities import modalities as modalities
+from sadsl.selections.reused import reused as reused
 from sadsl.selections.stripes import stripes as stripes
 from sadsl.selections.teacher_boundaries import teacher_boundaries as teacher_boundaries
 from sadsl.selections.tiles import tiles as tiles

@@ -7,16 +7,18 @@ selections compose with every other map, and new content does not recompile.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lowering import ir
 from lowering.expr.assume import envelope
+from lowering.problem import Problem
+from pallas_kernels.lists.call import num_blocks
 from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
 from sadsl.maps.symbols import OperandArray
@@ -80,6 +82,24 @@ class Content:
         return self.given[name]
 
 
+class ListShape(NamedTuple):
+    """The shape of a choice as a list of key blocks for each row of queries."""
+
+    size: int  # blocks in a list
+    block_q: int  # queries in a row
+    block_kv: int  # keys in a block
+    scope: str  # "query": a list for each query head; "group"; "shared"
+
+    def groups(self, num_heads: int, num_kv_heads: int) -> int:
+        """The number of lists of a row."""
+        sizes = {"query": num_heads, "group": num_kv_heads, "shared": 1}
+        return sizes[self.scope]
+
+    def rows(self, problem: Problem) -> int:
+        """The number of rows."""
+        return num_blocks(problem.q_seq_len, self.block_q)
+
+
 class Selection(IndexMap):
     """A map whose pairs depend on the content of a call; the base class of selections.
 
@@ -126,6 +146,26 @@ class Selection(IndexMap):
         """Computes the parts, by name: integers or bools ``[batch or 1, ...]``."""
         raise NotImplementedError(f"{type(self).__name__} must define choose(content)")
 
+    def list_shape(self, problem: Problem) -> ListShape | None:
+        """The shape of its choice as lists; None if a list cannot hold it.
+
+        Then ``pairs`` reads the one part "chosen", and the part "listed" may be given
+        instead: int32 ``[batch or 1, groups, rows, size]``, ascending. An entry of the
+        number of all blocks, at the end of a list, stands for no block.
+        """
+        del problem
+        return None
+
+    def choose_lists(self, content: Content) -> Int[Array, "batch groups rows size"]:
+        """Computes the part "listed"; see ``list_shape``."""
+        raise NotImplementedError(f"{type(self).__name__} must define choose_lists")
+
+    def chosen_by(
+        self, listed: Int[Array, "batch groups rows size"], problem: Problem
+    ) -> Mapping[str, Array]:
+        """The other parts, from the part "listed"."""
+        raise NotImplementedError(f"{type(self).__name__} must define chosen_by")
+
     def part(self, name: str) -> OperandArray:
         """A part as an operand that ``pairs`` indexes, as in ``part(name)[h, k]``."""
         return OperandArray(self.key(name))
@@ -168,6 +208,23 @@ def selections_of(value: Any) -> tuple[Selection, ...]:
     return tuple(found)
 
 
+T = TypeVar("T")
+
+
+def with_choice(value: T, choice: Selection, new: IndexMap) -> T:
+    """A map or a term with ``new`` in place of a selection."""
+    if value == choice:
+        return new  # type: ignore[return-value]
+    if isinstance(value, tuple):
+        return type(value)(with_choice(x, choice, new) for x in value)
+    if not is_dataclass(value) or isinstance(value, Selection | type):
+        return value
+    old = {each.name: getattr(value, each.name) for each in fields(value)}
+    changed = {name: with_choice(x, choice, new) for name, x in old.items()}
+    changed = {name: x for name, x in changed.items() if x is not old[name]}
+    return replace(value, **changed) if changed else value
+
+
 @lru_cache(maxsize=1024)
 def operands_of(map: IndexMap) -> Mapping[str, int]:
     """The run-time arrays that a map reads, by name, with their numbers of axes.
@@ -206,9 +263,16 @@ def choose(chosen: tuple[Selection, ...], content: Content) -> dict[str, Array]:
     Parts that ``content.given`` holds already are taken from there.
     """
     frozen = jax.lax.stop_gradient(content)
+    lengths = content.q.shape[2], content.k.shape[2]
+    problem = Problem(*lengths, content.q.shape[1], content.q_offset)
     parts: dict[str, Array] = {}
     for selection in chosen:
         given = {n: x for n, x in content.given.items() if selection.owns(n)}
-        made = {} if given else selection.choose(frozen)
+        listed = given.pop(selection.key("listed"), None)
+        made: Mapping[str, Array] = {}
+        if not given and listed is not None:
+            made = selection.chosen_by(listed, problem)
+        elif not given:
+            made = selection.choose(frozen)
         parts |= given or {selection.key(name): x for name, x in made.items()}
     return parts

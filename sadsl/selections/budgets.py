@@ -5,15 +5,20 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 from typing_extensions import override
 
+from lowering.problem import Problem
+from pallas_kernels.lists.call import held
 from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.call_text import call_text
-from sadsl.selections import ranking
+from sadsl.selections import cell_lists, ranking
+from sadsl.selections.base import Content, ListShape
 from sadsl.selections.cell_scores import Score
-from sadsl.selections.cells import NO_RULES, Cells, Rest, Rules, Scope
-from sadsl.selections.tiles import GridTiles, Partition
+from sadsl.selections.cells import BY_ROW, NO_RULES, Cells, Rest, Rules, Scope
+from sadsl.selections.dot_scores import Dot
+from sadsl.selections.tiles import GridTiles, Partition, num_parts
 
 # Added to the sum of minmax scores, so that their shares stay below 1.
 EPS = 1e-6
@@ -128,6 +133,44 @@ class TopK(Cells):
             count = count - jnp.sum(rest.forced, axis=-1, dtype=jnp.int32)
         return ranking.top(values, competing, jnp.maximum(count, 0))
 
+    @override
+    def list_shape(self, problem: Problem) -> ListShape | None:
+        found = self._listed(problem)
+        if found is None or not cell_lists.may_list(found, problem):
+            return None
+        return ListShape(found.size, found.block_q, found.block, self.scope)
+
+    @override
+    def choose_lists(self, content: Content) -> Int[Array, "batch groups rows size"]:
+        lengths = content.q.shape[2], content.k.shape[2]
+        found = self._listed(Problem(*lengths, content.q.shape[1], content.q_offset))
+        assert found is not None
+        heads, frozen = self._heads_of_choice(content), lax.stop_gradient(content)
+        return cell_lists.lists(found, self.score, frozen, heads)
+
+    @override
+    def chosen_by(
+        self, listed: Int[Array, "batch groups rows size"], problem: Problem
+    ) -> dict[str, Array]:
+        found = held(listed, num_parts(self.block, problem.kv_seq_len))
+        if self.scope == "shared":
+            return {"chosen": found[:, 0]}
+        return {
+            "chosen": jnp.repeat(found, problem.num_heads // found.shape[1], axis=1)
+        }
+
+    def _listed(self, problem: Problem) -> cell_lists.Budget | None:
+        """What lists must hold; None if its size is not a number of cells a row."""
+        block, block_q = self.block, self.rows
+        if isinstance(block, GridTiles) or isinstance(block_q, GridTiles):
+            return None
+        plain = self.rules == NO_RULES and self.score.normalise == "none"
+        if isinstance(self.k, Share) or self.scope not in BY_ROW or not plain:
+            return None
+        each = self.k if isinstance(self.k, int) else max(1, self.k.count // block)
+        each = min(each, num_parts(block, problem.kv_seq_len))
+        return cell_lists.Budget(each, block_q, block, self.eligible, self.forced)
+
     def _budget(self, rest: Rest) -> Int[Array, "*sets"]:
         match self.k:
             case Share(of="eligible") as k:
@@ -199,7 +242,7 @@ def topk(
     *,
     block: Partition = 64,
     block_q: Partition | None = None,
-    score: str | Score = "mean",
+    score: str | Score | Dot = "mean",
     scope: Scope = "query",
     forced: IndexMap | None = None,
     eligible: IndexMap | None = None,
@@ -217,7 +260,7 @@ def topk(
       block: the keys of a cell: a block size, or ``tiles`` of a grid.
       block_q: the queries of a cell; ``block`` if None; 1 chooses for each query.
       score: what is compared: "mean", "min_max", "max", "attention", the name of an
-        operand, or ``scored(...)``, which explains them.
+        operand, ``dot(...)``, or ``scored(...)``, which explains them.
       scope: which cells share a budget. "query": each row of each head has its own;
         "group": the query heads of a key head make one choice by their mean score;
         "shared": all heads do; "head": the rows of a head share a budget of ``k`` a
@@ -258,7 +301,7 @@ def threshold(
     *,
     block: Partition = 64,
     block_q: Partition | None = None,
-    score: str | Score = "mean",
+    score: str | Score | Dot = "mean",
     scope: Scope = "query",
     forced: IndexMap | None = None,
     eligible: IndexMap | None = None,
@@ -287,7 +330,7 @@ def mass(
     *,
     block: Partition = 64,
     block_q: Partition | None = None,
-    score: str | Score = SOFTMAX,
+    score: str | Score | Dot = SOFTMAX,
     scope: Scope = "query",
     forced: IndexMap | None = None,
     eligible: IndexMap | None = None,
@@ -318,5 +361,5 @@ def mass(
     )  # fmt: skip
 
 
-def _score(value: str | Score) -> Score:
+def _score(value: str | Score | Dot) -> Score:
     return value if isinstance(value, Score) else Score(value)

@@ -1,6 +1,6 @@
 """Scores cells of queries and keys, for the selections that keep the best of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
 from sadsl.maps.operand_names import check_operand_name
 from sadsl.selections.base import Content
+from sadsl.selections.dot_scores import Dot, DotArrays, arrays_of, dot_scores
 from sadsl.selections.static_cells import of_heads, pairs_at
 from sadsl.selections.tiles import Partition, grouped, pooled, positions
 
@@ -27,12 +28,15 @@ LIMIT = 1 << 20
 class Score:
     """How cells are scored; made by ``scored``."""
 
-    by: str
+    by: str | Dot
     normalise: str = "none"
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        check_operand_name("score", self.by, *map(repr, (*POOLED, *EVERY_PAIR)))
+        if isinstance(self.by, str):
+            check_operand_name("score", self.by, *map(repr, (*POOLED, *EVERY_PAIR)))
+        elif not isinstance(self.by, Dot):
+            raise TypeError(f"score: {self.by!r} must be a name or dot(...)")
         if self.normalise not in NORMALISE:
             raise ValueError(
                 f"scored: normalise={self.normalise!r} must be one of {NORMALISE}"
@@ -45,13 +49,22 @@ class Score:
     @property
     def is_operand(self) -> bool:
         """Whether the scores are an operand of the call."""
-        return self.by not in (*POOLED, *EVERY_PAIR)
+        return isinstance(self.by, str) and self.by not in (*POOLED, *EVERY_PAIR)
+
+    @property
+    def operands(self) -> Mapping[str, int]:
+        """The operands that it reads, with their numbers of axes beside the batch."""
+        if isinstance(self.by, Dot):
+            return self.by.operands
+        return {self.by: 3} if self.is_operand else {}
 
 
 MEAN = Score("mean")
 
 
-def scored(by: str, *, normalise: str = "none", scale: float | None = None) -> Score:
+def scored(
+    by: str | Dot, *, normalise: str = "none", scale: float | None = None
+) -> Score:
     """How ``topk``, ``threshold`` and ``mass`` score cells.
 
     Args:
@@ -60,15 +73,16 @@ def scored(by: str, *, normalise: str = "none", scale: float | None = None) -> S
         product of the mean query with any key of the cell (Tang et al., Quest, 2024,
         section 3.3). "max": the largest logit of the pairs of the cell. "attention":
         the softmax weight of the cell, over all eligible keys, averaged over its
-        queries. Any other name is an operand that holds the scores, floats ``[heads,
-        rows, columns]`` with query heads, key heads or one head. "max" and "attention"
-        compute every pair, a few rows at a time.
+        queries. ``dot(...)``: products of arrays made for it. Any other name is an
+        operand that holds the scores, floats ``[heads, rows, columns]`` with query
+        heads, key heads or one head. "max", "attention" and ``dot`` compute every pair,
+        a few rows at a time.
       normalise: how the scores of the cells that share a budget (a row, unless
         ``scope`` says otherwise) are normalised. "softmax": over the eligible cells;
         "whole_softmax": over the cells without an ineligible pair, others get 0;
         "minmax": linearly from 0 to 1 over the eligible cells; "none": not at all.
       scale: the factor of the logits; ``sm_scale`` of the call if None. It does not
-        apply to an operand.
+        apply to an operand, nor to ``dot``, which has its own.
 
     Raises:
       ValueError: ``by`` is not a name, or ``normalise`` is not one of these.
@@ -94,9 +108,15 @@ class CellSides:
 
 
 def scorer(
-    score: Score, content: Content, sides: CellSides, eligible: IndexMap | None
+    score: Score,
+    content: Content,
+    sides: CellSides,
+    eligible: IndexMap | None,
+    num_choices: int,
 ) -> tuple[Any, Rows, int]:
     """The inputs of the scores, the function that computes them, and its cost.
+
+    The scores have the query heads; those of ``dot`` have ``num_choices`` heads.
 
     Returns:
       A tree of arrays ``[batch or 1, heads or 1, rows, ...]``; a function that takes
@@ -107,7 +127,11 @@ def scorer(
     """
     batch, num_heads = content.q.shape[:2]
     columns = len(positions(sides.columns, content.k.shape[2])[0])
+    if isinstance(score.by, Dot):
+        arrays = arrays_of(score.by, content, num_choices, columns)
+        return _dot_scorer(score.by, arrays, sides, eligible)
     if score.is_operand:
+        assert isinstance(score.by, str)
         given = _given(score.by, content, sides)
         return given, lambda x: x, batch * num_heads * columns
     scale = content.sm_scale if score.scale is None else score.scale
@@ -207,6 +231,58 @@ def _pair_scorer(
         return jnp.sum(cells, axis=(3, 5)) / count
 
     return of_rows
+
+
+def _for_choices(
+    held: Bool[Array, "nodes ..."], choices: int
+) -> Bool[Array, "choices_or_1 ..."]:
+    """Whether some head of each choice has a pair; one node stands for all heads."""
+    if held.shape[0] == 1:
+        return held
+    return held.reshape(choices, -1, *held.shape[1:]).any(axis=1)
+
+
+def _dot_scorer(
+    score: Dot, arrays: DotArrays, sides: CellSides, eligible: IndexMap | None
+) -> tuple[Any, Rows, int]:
+    """``scorer`` of ``dot``: a cell has the greatest score of its eligible pairs."""
+    problem = sides.problem
+    at, real = positions(sides.rows, problem.q_seq_len)
+    nodes = of_heads(eligible, problem) if eligible is not None else ()
+    columns = len(positions(sides.columns, problem.kv_seq_len)[0])
+    of_pairs = arrays.k.shape[3] == problem.kv_seq_len
+    query = {
+        "q": arrays.q[:, :, at],
+        "at": jnp.asarray(at, jnp.int32)[None, None],
+        "real": jnp.asarray(real)[None, None],
+    }
+    if arrays.weights is not None:
+        query["weights"] = arrays.weights[:, :, at]
+    at_keys = jnp.arange(problem.kv_seq_len, dtype=jnp.int32)[None, None]
+
+    def of_rows(x: Any) -> Float[Array, "batch choices rows columns"]:
+        flat = {n: v.reshape(*v.shape[:2], -1, *v.shape[4:]) for n, v in x.items()}
+        own = DotArrays(flat["q"], flat.get("weights"), arrays.k)
+        found = dot_scores(score, own)
+        found = found.reshape(*found.shape[:2], *x["at"].shape[2:], -1)
+        found = jnp.where(x["real"][..., None], found, -jnp.inf)
+        if not of_pairs:
+            return found.max(axis=3)
+        if nodes:
+            query_at = x["at"][0, 0][:, :, None] + problem.q_offset
+            held = pairs_at(nodes, query_at, at_keys, problem)
+            # A choice of several heads may take what one of them may see.
+            held = _for_choices(held, found.shape[1])
+            found = jnp.where(held[None], found, -jnp.inf)
+        cells, kept = grouped(found, sides.columns, -1)
+        return jnp.where(kept, cells, -jnp.inf).max(axis=(3, 5))
+
+    batch, choices = max(len(arrays.q), len(arrays.k)), arrays.q.shape[1]
+    return (
+        query,
+        of_rows,
+        batch * choices * at.shape[1] * max(columns, arrays.k.shape[3]),
+    )
 
 
 def softmax(

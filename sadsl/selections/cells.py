@@ -28,6 +28,7 @@ from sadsl.selections.cell_scores import (
     scorer,
     softmax,
 )
+from sadsl.selections.dot_scores import Dot
 from sadsl.selections.static_cells import check_static, heads_of, holding
 from sadsl.selections.tiles import (
     GridTiles,
@@ -127,7 +128,7 @@ class Cells(Selection):
     @property
     @override
     def operands(self) -> Mapping[str, int]:
-        return {self.score.by: 3} if self.score.is_operand else {}
+        return self.score.operands
 
     @property
     @override
@@ -162,16 +163,21 @@ class Cells(Selection):
         cells["forced"] &= cells["eligible"]
         # For heads that choose as one, a cell that is eligible (or forced) for one of
         # them is so for all.
-        size = {"group": content.group, "shared": problem.num_heads}.get(self.scope, 1)
+        size = self._heads_of_choice(content)
         one = {n: _over_heads(m, size, jnp.any) for n, m in cells.items()}
         cells = {
             n: jnp.repeat(m, size, axis=1) if m.shape[1] > 1 else m
             for n, m in one.items()
         }
-        query, of_rows, cost = scorer(self.score, content, sides, self.eligible)
+        choices = problem.num_heads // size
+        sources = content, sides, self.eligible, choices
+        query, of_rows, cost = scorer(self.score, *sources)
+        # The scores of dot(...) are those of a choice already.
+        by_choice = isinstance(self.score.by, Dot)
+        cells = one if by_choice else cells
 
         def decide(x: dict[str, Any]) -> Bool[Array, "batch heads rows columns"]:
-            return self._decide(x, size)
+            return self._decide(x, 1 if by_choice else size)
 
         if self.scope in BY_ROW:
             chosen = in_steps(
@@ -189,6 +195,11 @@ class Cells(Selection):
         shape = len(chosen), problem.num_heads, *chosen.shape[2:]
         chosen = jnp.repeat(chosen, size, axis=1)
         return {"chosen": jnp.broadcast_to(chosen, shape)}
+
+    def _heads_of_choice(self, content: Content) -> int:
+        """The number of query heads that make one choice."""
+        sizes = {"group": content.group, "shared": content.q.shape[1]}
+        return sizes.get(self.scope, 1)
 
     def _sides(self, content: Content) -> CellSides:
         lengths = content.q.shape[2], content.k.shape[2]

@@ -49,8 +49,11 @@ class Term:
     Terms are frozen, hashable values; ``repr`` is code that builds them again.
     """
 
-    # Whether v may have more heads than k.
+    # Whether v may have more heads than k, and q another head_dim than k.
     more_values = False
+    own_head_dim = False
+    # Whether its keys are tokens of the call, so that ``support`` has all of its pairs.
+    of_tokens = True
 
     @property
     def parts(self) -> tuple["Spec", ...]:
@@ -73,9 +76,9 @@ class Term:
     @property
     def seen(self) -> IndexMap | None:
         """All pairs on which the output depends; None if no map describes them."""
-        if self.support is not None:
-            return self.support
         every = [seen(part) for part in self.parts]
+        if self.support is not None and None not in every:
+            return self.support
         known = [each for each in every if each is not None]
         return reduce(or_, known) if known and len(known) == len(every) else None
 

@@ -20,6 +20,8 @@ class Compressed(Term):
     value: str | None = None
     causal: bool = True
 
+    of_tokens = False
+
     def __post_init__(self) -> None:
         at_least("compressed", "length", self.length, 1)
         at_least("compressed", "stride", self.stride, 1)
@@ -33,6 +35,11 @@ class Compressed(Term):
         if not self.causal:
             return full()
         return where(lambda q, k: k * self.stride + self.length <= q + 1)
+
+    @property
+    def support(self) -> IndexMap:
+        """No pair of tokens: its keys are blocks, and others can share its softmax."""
+        return ~full()
 
     @property
     def seen(self) -> IndexMap:

@@ -75,7 +75,8 @@ def _disjoint(units: Sequence[Unit], problem: Problem) -> list[_Own]:
         for member in unit:
             own = _without(member, before, problem)
             both = support(own.member.term), support(member.term)
-            if member.counts or meeting(*both, problem) != "never":
+            other_keys = isinstance(member.term, Term) and not member.term.of_tokens
+            if member.counts or other_keys or meeting(*both, problem) != "never":
                 kept.append(own)
     # If no pair is left, one empty member yields the output 0.
     return kept or [_Own(units[0][0], support(units[0][0].term))]

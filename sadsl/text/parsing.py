@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from sadsl.maps import named, symbols
 from sadsl.maps.base import IndexMap, per_head
 from sadsl.maps.grids import Grid
-from sadsl.maps.numbers import weights
+from sadsl.maps.numbers import log, weights
 from sadsl.maps.symbols import POSITIONS, Symbol
 from sadsl.maps.traced_map import traced_map
 from sadsl.selections import budgets
@@ -21,12 +21,14 @@ from sadsl.selections.cell_scores import scored
 from sadsl.selections.cells import rules
 from sadsl.selections.chunk_budget import chunk_budget
 from sadsl.selections.descent import descent
+from sadsl.selections.dot_scores import dot
 from sadsl.selections.factorised_topk import factorised_topk
 from sadsl.selections.kept_keys import kept_keys
 from sadsl.selections.key_topw import key_positive, key_topw
 from sadsl.selections.kmeans import kmeans
 from sadsl.selections.lsh import lsh, sorted_chunks
 from sadsl.selections.modalities import modalities
+from sadsl.selections.reused import reused
 from sadsl.selections.stripes import stripes
 from sadsl.selections.tiles import tiles, within
 from sadsl.selections.vertical_slash import vertical_slash, vertical_slash_mass
@@ -47,8 +49,10 @@ from sadsl.terms.delta import delta
 from sadsl.terms.features import cosformer_features
 from sadsl.terms.grid_regions import columns, rowmajor, rows
 from sadsl.terms.heads import heads
+from sadsl.terms.latent import latent
 from sadsl.terms.linear import linear
 from sadsl.terms.local_linear import local_linear
+from sadsl.terms.over import over
 from sadsl.terms.own_regions import regions
 from sadsl.terms.regions import spans, tower
 from sadsl.terms.scatter_mean import scatter_mean
@@ -66,11 +70,12 @@ CALLS: Mapping[str, Callable[..., Any]] = {
         sorted_chunks, key_topw, key_positive,
         factorised_topk,
         budgets.topk, budgets.threshold, budgets.mass, rules, budgets.share,
-        budgets.tokens, tiles, within, scored,
+        budgets.tokens, tiles, within, scored, dot,
         kmeans, scatter_mean, heads, mixtures.joint, mixtures.average,
-        linear, delta, cosformer_features, local_linear,
+        linear, delta, cosformer_features, local_linear, over,
+        latent, log,
         mixtures.gated, mixtures.weighted, channel, compressed,
-        vertical_slash, vertical_slash_mass, kept_keys,
+        vertical_slash, vertical_slash_mass, kept_keys, reused,
         modalities, stripes, descent, chunk_budget,
         summaries, spans, tower, columns, rows, rowmajor, clusters, regions,
         weights, alibi, t5_bias, distance_bias, pair_bias, key_bias,

@@ -215,8 +215,19 @@ def test_what_cannot_be_compressed_is_refused():
         sa.attention(q, k, v, spec, operands={"b": lambda x: x})
     with pytest.raises(ValueError, match=r"'a' was given, but no part"):
         sa.attention(q, k, v, spec, operands={"a": lambda x: x})
-    with pytest.raises(ValueError, match=r"joint: compressed\(\) has no single"):
-        sa.joint(sa.causal(), sa.compressed())
+
+
+def test_compressed_blocks_share_a_softmax_with_tokens():
+    q, k, v, *_ = arrays()
+    near, blocks = sa.causal() & sa.window(3), sa.compressed(4, 4)
+    out, lse = sa.attention(q, k, v, sa.joint(near, blocks), return_lse=True)
+    parts = [sa.attention(q, k, v, x, return_lse=True) for x in (near, blocks)]
+    top = np.logaddexp(*(np.asarray(x[1], np.float64) for x in parts))
+    np.testing.assert_allclose(lse, top, atol=2e-6)
+    share = [np.exp(np.asarray(x[1], np.float64) - top) for x in parts]
+    pairs = zip(share, parts, strict=True)
+    wanted = sum(np.swapaxes(s, 1, 2)[..., None] * np.asarray(x[0]) for s, x in pairs)
+    np.testing.assert_allclose(out, wanted, atol=2e-6)
 
 
 @pytest.mark.parametrize("causal", [True, False])

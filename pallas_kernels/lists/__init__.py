@@ -1,0 +1,1 @@
+"""Attention by lists: each row of queries has a list of the key blocks that it sees."""

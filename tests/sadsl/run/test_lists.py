@@ -1,0 +1,115 @@
+"""Choices by lists against the same choices as bits, in values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sadsl as sa
+from sadsl.run.lists import form_of
+from sadsl.run.options import options_of
+from sadsl.run.types import Setting
+from sadsl.selections import tokens
+
+LISTS, BITS = sa.KernelConfig(lists=True), sa.KernelConfig(lists=False)
+CAUSAL = sa.causal()
+INDEX = sa.dot("iq", "ik", "iw", "relu")
+
+
+def single(k, scope="shared", **more):
+    more = {"score": INDEX, "eligible": CAUSAL, **more}
+    return sa.topk(k, block=1, block_q=1, scope=scope, **more)
+
+
+REST = sa.where(lambda q, k: k >= (q + 1) // 4 * 4)
+WHOLE = sa.where(lambda q, k: k // 4 * 4 + 4 <= q + 1)
+CASES = {
+    "tokens": CAUSAL & single(5),
+    "tokens of groups": CAUSAL & single(5, "group"),
+    "tokens of heads": CAUSAL & single(5, "query"),
+    "all that there are": CAUSAL & single(200),
+    "without a causal limit": single(3, eligible=None),
+    "by mean logits": CAUSAL & single(4, "query", score="mean"),
+    "window beside": CAUSAL & (sa.window(6) | single(5)),
+    "cells of four": CAUSAL & sa.topk(3, block=4, block_q=1, score=INDEX,
+                                      scope="shared", eligible=CAUSAL),
+    "own cell forced": CAUSAL & sa.topk(tokens(12), block=4, block_q=1, score=INDEX,
+                                        scope="group", eligible=CAUSAL,
+                                        forced=sa.blocks(4)),
+    "rows of three": CAUSAL & sa.topk(3, block=4, block_q=3, score=INDEX,
+                                      scope="shared", eligible=CAUSAL),
+    "unfinished cell": CAUSAL & (REST | sa.topk(2, block=4, block_q=1, score=INDEX,
+                                                scope="shared", eligible=WHOLE)),
+    "capped": sa.softmax(CAUSAL & single(5), logits_soft_cap=2.0, sink=True),
+    "documents": CAUSAL & sa.segments() & single(5),
+}  # fmt: skip
+
+
+def arrays(n, heads=4, kv_heads=2, batch=2, dim=8, m=None):
+    rng = np.random.default_rng(n)
+    m = m or n
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    qkv = normal(batch, n, heads, dim), normal(batch, m, kv_heads, dim)
+    qkv = (*qkv, normal(batch, m, kv_heads, dim + 3))
+    operands = {
+        "iq": normal(batch, n, 8, 6),
+        "ik": normal(batch, m, 1, 6),
+        "iw": normal(batch, n, 8),
+        "sink": normal(heads),
+    }
+    return qkv, operands
+
+
+def read(spec, operands):
+    spec = spec if isinstance(spec, sa.Softmax) else sa.softmax(spec)
+    return {name: x for name, x in operands.items() if spec.reads(name)}
+
+
+def gradients(spec, qkv, operands, **options):
+    def run(*qkv):
+        out, lse = sa.attention(
+            *qkv, spec, operands=operands, return_lse=True, **options
+        )
+        weight = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
+        some = jnp.where(jnp.isneginf(lse), 0.0, lse)
+        return jnp.sum(out * weight) + jnp.sum(some), (out, lse)
+
+    found, rest = jax.jit(jax.grad(run, (0, 1, 2), has_aux=True))(*qkv)
+    return (*rest, *found)
+
+
+def assert_equal(found, wanted, tolerance=2e-5):
+    for x, y in zip(found, wanted, strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        np.testing.assert_array_equal(np.isneginf(x), np.isneginf(y))
+        x, y = (np.where(np.isneginf(z), 0, z) for z in (x, y))
+        np.testing.assert_allclose(x, y, atol=tolerance * max(1, np.abs(y).max()))
+
+
+def uses_lists(spec, qkv, config):
+    spec = spec if isinstance(spec, sa.Softmax) else sa.softmax(spec)
+    setting = Setting(1.0, config=config)
+    found = form_of(options_of(qkv, spec, setting), qkv[1].shape[2], {})
+    return found is not None
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("n", [1, 37])
+def test_lists_equal_bits(name, n):
+    spec = CASES[name]
+    qkv, operands = arrays(n)
+    operands = read(spec, operands)
+    ids = {}
+    if name == "documents":
+        held = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (2, n))))
+        ids = {"q_segment_ids": held, "kv_segment_ids": held}
+    found = gradients(spec, qkv, operands, config=LISTS, **ids)
+    wanted = gradients(spec, qkv, operands, impl="reference", **ids)
+    assert_equal(found, wanted)
+    if n > 1 and not ids:
+        assert uses_lists(spec, qkv, LISTS)
+        assert not uses_lists(spec, qkv, BITS)
