@@ -5,11 +5,14 @@ from collections.abc import Callable
 from jaxtyping import Array
 
 from pallas_kernels.call import Inputs, Outputs, Vectors
-from pallas_kernels.lists import xla
+from pallas_kernels.lists import triton, xla
 from pallas_kernels.lists.call import ListCall
 from pallas_kernels.varying import alike
 
-BACKENDS: dict[str, Callable[..., Outputs]] = {"xla": xla.attend_lists}
+BACKENDS: dict[str, Callable[..., Outputs]] = {
+    "xla": xla.attend_lists,
+    "triton": triton.attend_lists,
+}
 
 
 def attend(

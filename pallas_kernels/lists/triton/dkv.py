@@ -1,0 +1,185 @@
+"""The kernels of dk and dv: walks over the rows that list some keys, and their sums."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from pallas_kernels import softmax
+from pallas_kernels.call import Cotangents, Inputs, Vectors
+from pallas_kernels.lists.call import ListCall
+from pallas_kernels.lists.triton.launch import GatherSizes, options, vector_specs
+from pallas_kernels.lists.triton.rows import (
+    gather,
+    iota,
+    members_of,
+    numbers,
+    scatter,
+)
+from pallas_kernels.lists.triton.tiles import ListTile
+from pallas_kernels.lists.triton.transposed import (
+    TransposedLists,
+    spans_of,
+    specs_of,
+    transposed,
+)
+from pallas_kernels.triton.launch import whole
+from pallas_kernels.triton.runs import along
+from pallas_kernels.varying import shape_like
+
+
+def stretch_kernel(
+    lists: TransposedLists, inputs: Inputs, cotangents: Cotangents, vectors: Vectors,
+    out: tuple[Any, Any], *, sizes: GatherSizes, tile: ListTile, call: ListCall,
+) -> None:  # fmt: skip
+    """Writes what the pairs of one stretch add to ``dk`` and ``dv`` of some keys.
+
+    The refs have one batch entry and key head: ``q [q_seq_len, group, head_dim]``, ``k
+    [kv_seq_len, head_dim]``, ``v [kv_seq_len, head_dim_v]``, ``do [q_seq_len, group,
+    head_dim_v]``, f32 ``lse`` and ``delta [q_seq_len, group]``, f32 ``dk [keys,
+    head_dim]`` and ``dv [keys, head_dim_v]``.
+
+    Tiles are transposed, ``[keys, members]``, as in ``pallas_kernels.triton``.
+    """
+    (q_ref, k_ref, v_ref), (dk_ref, dv_ref) = inputs, out
+    assert dk_ref.shape == (tile.fixed, k_ref.shape[1])
+    assert dv_ref.shape == (tile.fixed, v_ref.shape[1])
+    assert cotangents.do.shape == (*q_ref.shape[:2], v_ref.shape[1])
+    assert cotangents.lse.shape == cotangents.delta.shape == q_ref.shape[:2]
+    stretch, part = number_and_part(sizes, tile)
+    span, first = lists.span[stretch], lists.first[stretch]
+    own_block, key, own = own_keys(span, part, sizes, tile)
+    k, v = gather(k_ref, (key,), own), gather(v_ref, (key,), own)
+    kv_vectors = tuple(along(numbers(ref, (key,), own), 0) for ref in vectors.kv)
+    members, rows = jnp.int32(sizes.members), jnp.int32(sizes.rows)
+    stop = (lists.last[stretch] - first) * members
+
+    def add(step: Any, carry: tuple) -> tuple:
+        dk, dv = carry
+        place = step * tile.gathered + iota(tile.gathered)
+        there, pair = place < stop, (first + jax.lax.div(place, members),)
+        row = numbers(lists.row, pair, there)
+        block = numbers(lists.block, pair, there, -1)
+        member = jax.lax.rem(place, members)
+        query, head, inside = members_of(jax.lax.rem(row, rows), member, sizes)
+        inside = inside & there
+        at = query, jax.lax.div(row, rows) * sizes.heads + head
+        q, do = gather(q_ref, at, inside), gather(cotangents.do, at, inside)
+        lse = along(numbers(cotangents.lse, at, inside, softmax.ABSENT), 1)
+        delta = along(numbers(cotangents.delta, at, inside), 1)
+        read = (numbers(ref, (query,), inside) for ref in vectors.q)
+        q_vectors = tuple(along(x, 1) for x in read)
+        tested = along(query, 1), along(key, 0), q_vectors, kv_vectors
+        pairs = call.predicate(0, *tested, ()) & along(inside, 1) & along(own, 0)
+        pairs = pairs & (along(own_block, 0) == along(block, 1))
+        s = softmax.dot(k, q, contract=(1, 1)) * call.scale
+        s = softmax.cap(s, call.logits_soft_cap, call.unit)
+        dp = softmax.dot(v, do, contract=(1, 1))
+        slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
+        # Careful: a key that nobody sees may hold NaN, and its gradient is 0.
+        p, ds = softmax.score_gradient(
+            softmax.mask(s, pairs), lse, dp, delta,
+            slope=slope, unit=call.unit, careful=True,
+        )  # fmt: skip
+        dv = dv + softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
+        dk = dk + softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
+        return dk, dv
+
+    steps = jax.lax.div(stop + (tile.gathered - 1), jnp.int32(tile.gathered))
+    carry = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    dk, dv = jax.lax.fori_loop(jnp.int32(0), steps, add, carry)
+    dk_ref[...], dv_ref[...] = dk * call.sm_scale, dv
+
+
+def number_and_part(sizes: GatherSizes, tile: ListTile) -> tuple[Any, Any]:
+    """The stretch or span of this program, and which part of its keys."""
+    parts = jnp.int32(tile.parts(spans_of(sizes).keys))
+    program = pl.program_id(0)
+    return jax.lax.div(program, parts), jax.lax.rem(program, parts)
+
+
+def own_keys(
+    span: Any, part: Any, sizes: GatherSizes, tile: ListTile
+) -> tuple[Any, Any, Any]:
+    """The blocks and positions of a program's keys, int32, and whether they exist."""
+    spans, place = spans_of(sizes), part * tile.fixed + iota(tile.fixed)
+    block = span * spans.blocks + jax.lax.div(place, jnp.int32(sizes.block_kv))
+    key = span * spans.keys + place
+    return block, key, (place < spans.keys) & (key < sizes.kv_seq_len)
+
+
+def sum_kernel(
+    stretch_ref: Any, parts: tuple[Any, Any], out: tuple[Any, Any],
+    *, sizes: GatherSizes, tile: ListTile,
+) -> None:  # fmt: skip
+    """Writes some keys of ``dk`` and ``dv``, the sums over the stretches of a span.
+
+    The refs have one batch entry and key head: f32 ``parts [stretches, parts, keys,
+    dim]`` of ``dk`` and of ``dv``, and ``dk`` and ``dv [kv_seq_len, dim]``.
+    """
+    span, part = number_and_part(sizes, tile)
+    _, key, own = own_keys(span, part, sizes, tile)
+    first, last = stretch_ref[span], stretch_ref[span + 1]
+    for ref, of_stretches in zip(out, parts, strict=True):
+        assert ref.shape == (sizes.kv_seq_len, of_stretches.shape[3])
+
+        def add(i: Any, total: Any, of_stretches: Any = of_stretches) -> Any:
+            return total + of_stretches[i, part]
+
+        start = jnp.zeros(of_stretches.shape[2:], jnp.float32)
+        total = jax.lax.fori_loop(first, last, add, start)
+        scatter(ref, (key,), own, total)
+
+
+def backward(
+    inputs: Inputs, cotangents: Cotangents, vectors: Vectors, index: Array,
+    sizes: GatherSizes, tile: ListTile, call: ListCall,
+) -> tuple[Array, Array]:  # fmt: skip
+    """``dk, dv``, arranged as all arguments are."""
+    spans = spans_of(sizes)
+    lists = transposed(index, sizes, spans)
+    q, k, v = inputs
+    parts, group = tile.parts(spans.keys), sizes.q_heads // sizes.kv_heads
+
+    def of_stretches(x: Array) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+        shape = *lead, spans.stretches, parts, tile.fixed, x.shape[-1]
+
+        def at(program: Any, head: Any, batch: Any) -> tuple:
+            count = jnp.int32(parts)
+            stretch = jax.lax.div(program, count)
+            return batch, head, stretch, jax.lax.rem(program, count), 0, 0
+
+        spec = pl.BlockSpec((None, None, None, None, *shape[4:]), at)
+        return spec, shape_like(shape, jnp.float32, q)
+
+    lead = sizes.batch, sizes.kv_heads
+    given: Any = whole(q, group), whole(k), whole(v)
+    specs, shapes = zip(*map(of_stretches, (k, v)), strict=True)
+    (found,) = pl.pallas_call(
+        partial(stretch_kernel, sizes=sizes, tile=tile, call=call),
+        grid=(spans.stretches * parts, sizes.kv_heads, sizes.batch),
+        in_specs=[
+            specs_of(lists, sizes),
+            Inputs(*given),
+            jax.tree.map(partial(whole, heads=group, head_axis=2), cotangents),
+            vector_specs(vectors),
+        ],
+        out_specs=[specs],
+        out_shape=[shapes],
+        **options(tile, call, "backward_kv"),
+    )(lists, inputs, cotangents, vectors)
+    (found,) = pl.pallas_call(
+        partial(sum_kernel, sizes=sizes, tile=tile),
+        grid=(spans.count * parts, sizes.kv_heads, sizes.batch),
+        in_specs=[
+            specs_of(lists, sizes).stretch,
+            tuple(whole(x, head_axis=1) for x in found),
+        ],
+        out_specs=[(whole(k), whole(v))],
+        out_shape=[tuple(shape_like(x.shape, x.dtype, q) for x in (k, v))],
+        **options(tile, call, "backward_kv_sum"),
+    )(lists.stretch, tuple(found))
+    return found
