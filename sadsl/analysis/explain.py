@@ -16,6 +16,8 @@ from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Masks
 from pallas_kernels.config import KernelConfig
 from sadsl.run.backends import DEFAULT_IMPL
+from sadsl.run.lists import ListForm, form_of, possible_form
+from sadsl.run.options import Options
 
 THIS = "this call"
 SIDES = {"forward": False, "backward": True}
@@ -188,6 +190,9 @@ def _facts(
         ),
         ("heads, distinct maps", f"{plan.num_heads}, {plan.mask.num_maps}"),
     ]
+    form = possible_form(options, k.shape[2])
+    if form is not None:
+        facts.append(("choice", _form_text(form, options)))
     if lowered.stages.layouts is not None:
         q_order, kv_order = lowered.stages.layouts
         facts.append(("order of queries", str(q_order)))
@@ -203,6 +208,17 @@ def _facts(
         *facts,
         ("pairs", f"{total:,} of {area:,} over all heads ({total / area:.2%})"),
         ("padding waste", f"{waste:.1%} of the pairs computed attend nothing"),
+    )
+
+
+def _form_text(form: ListForm, options: Options) -> str:
+    """Whether ``attention`` runs a choice by lists or as bits, and why."""
+    impl, counts = options.setting.impl, form.counts
+    chosen = "lists" if form_of(options, form.num_kv_heads, {}) else "bits"
+    costs = f"{counts.by_list(impl):.3g}", f"{counts.visited:.3g}"
+    return (
+        f"by {chosen}: lists cost as much as {costs[0]} pairs, and bits visit "
+        f"{costs[1]}; the tables below are of bits"
     )
 
 

@@ -176,6 +176,7 @@ def select(
     operands: Mapping[str, Any] | None = None,
     sm_scale: float | None = None,
     q_offset: int = 0,
+    lists: bool = False,
 ) -> dict[str, Array]:
     """Lets the selections of ``spec`` choose keys for these queries, and returns that.
 
@@ -186,6 +187,8 @@ def select(
       spec: an index map, a term, or text.
       q, k: as in ``attention``.
       operands, sm_scale, q_offset: as in ``attention``; selections may read them.
+      lists: return choices as lists, int32 ``[batch, groups, rows, size]``, where a
+        list can hold them: ascending, and then the number of all cells.
 
     Returns:
       The chosen arrays by name; empty if content decides nothing in ``spec``.
@@ -210,5 +213,6 @@ def select(
     given = dict(operands or {})
     _check_read(term, given)
     scale = checks.scale(sm_scale, q.shape[-1])
-    setting = Setting(scale, problem.q_offset, "reference")
+    config = KernelConfig(lists=lists or None)
+    setting = Setting(scale, problem.q_offset, "reference", config=config)
     return choose(term, (q, k), given, setting)

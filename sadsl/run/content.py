@@ -8,7 +8,7 @@ from jaxtyping import Array
 from sadsl.run.operands import check_operands
 from sadsl.run.options import Options
 from sadsl.run.symbolic_batch import entry_by_entry, is_symbolic
-from sadsl.selections.base import Content, choose, operands_of
+from sadsl.selections.base import Content, Selection, choose, operands_of
 from sadsl.terms.base import TRACED_SCALE
 
 
@@ -37,11 +37,26 @@ def chosen_parts(
     """The choices of the selections of a call, by the names that its map reads."""
 
     def chosen(q: Array, k: Array, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        return choose(options.selections, content_of(q, k, arrays, options))
+        content = content_of(q, k, arrays, options)
+        as_lists = [s for s in options.selections if _wants_list(s, options)]
+        found = {s.key("listed"): _listed(s, content) for s in as_lists}
+        rest = tuple(s for s in options.selections if s not in as_lists)
+        return found | choose(rest, content)
 
     if is_symbolic(q):
         return entry_by_entry(chosen, q, k, arrays)
     return chosen(q, k, arrays)
+
+
+def _wants_list(choice: Selection, options: Options) -> bool:
+    wanted = options.setting.config.lists
+    return bool(wanted) and choice.list_shape(options.problem) is not None
+
+
+def _listed(choice: Selection, content: Content) -> Array:
+    """The lists of a selection, if they were not given."""
+    given = content.given.get(choice.key("listed"))
+    return choice.choose_lists(content) if given is None else given
 
 
 def content_of(

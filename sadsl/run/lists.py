@@ -49,6 +49,7 @@ class ListForm:
       shape: the shape of its lists.
       base: the pairs that do not need it; None if there are none.
       stages: the lowered map of the pairs that it may add.
+      num_kv_heads: the key heads of the call.
       counts: what lists and bits visit.
       pays: whether lists cost less.
     """
@@ -57,6 +58,7 @@ class ListForm:
     shape: ListShape
     base: IndexMap | None
     stages: Stages
+    num_kv_heads: int
     counts: ListCounts
     pays: bool
 
@@ -109,7 +111,8 @@ def _form(
             visited=visited_pairs(static_node(map), problem),
             rest=0 if base is None else visited_pairs(static_node(base), problem),
         )
-        return ListForm(choice, shape, base, stages, counts, counts.pays(impl))
+        pays = counts.pays(impl)
+        return ListForm(choice, shape, base, stages, num_kv_heads, counts, pays)
     return None
 
 

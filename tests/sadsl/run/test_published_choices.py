@@ -250,13 +250,8 @@ def test_loss_of_an_indexer(case):
     spec, listed_keys = CAUSAL, causal_lists(n)
     if options["sparse"]:
         spec = CAUSAL & choice
-        made = sa.select(spec, q, k, operands=operands)
-        (bits,) = made.values()
-        order = jnp.where(
-            bits & (CAUSAL.dense(n)[0])[None], jnp.arange(n)[None, None], n
-        )
-        listed_keys = jnp.sort(order, axis=-1)[:, None, :, : options["k"]]
-        operands = operands | {}
+        made = sa.select(spec, q, k, operands=operands, lists=True)
+        (listed_keys,) = made.values()
     read = operands if options["sparse"] else {}
     _, lse = sa.attention(
         q, k, k, spec, operands=read, sm_scale=scale, return_lse=True, config=BITS
