@@ -28,7 +28,7 @@ class ListCost(NamedTuple):
     pair: float
 
 
-# xla: fitted to `benchmarks/selection.py --lists` on a Xeon of 2.5 GHz with 2 cores.
+# xla: fitted to `benchmarks/lists.py` on a Xeon of 2.5 GHz with 2 cores.
 # triton: not measured; the gather of a key from L2 costs about as much as 16 pairs.
 COSTS = {"xla": ListCost(30.0, 2.0), "triton": ListCost(16.0, 2.0)}
 

@@ -70,9 +70,12 @@ def from_rows(x: Array, sizes: ListSizes) -> Array:
 
 
 def by_blocks(x: Array, call: ListCall) -> Array:
-    """``[batch, heads, kv, ...]`` as ``[batch * heads, blocks, block_kv, ...]``."""
+    """``[batch, heads, kv, ...]`` as ``[batch * heads, blocks + 1, block_kv, ...]``.
+
+    The last block is 0. Blocks that no query of a row sees are read there.
+    """
     rest = x.shape[3:]
-    blocks = num_blocks(x.shape[2], call.block_kv)
+    blocks = num_blocks(x.shape[2], call.block_kv) + 1
     after = blocks * call.block_kv - x.shape[2]
     x = jnp.pad(x, [(0, 0), (0, 0), (0, after), *[(0, 0)] * len(rest)])
     return x.reshape(-1, blocks, call.block_kv, *rest)
@@ -110,7 +113,7 @@ def places(sizes: ListSizes) -> Places:
 class Listed(NamedTuple):
     """What a strip reads beside its queries."""
 
-    at: Int32[Array, "rows listed"]  # the blocks, clamped to those that exist
+    at: Int32[Array, "rows listed"]  # the blocks; the last one, of 0, for no block
     shown: Bool[Array, "rows block_q 1 keys"]  # the pairs that attend
     seen: Bool[Array, "rows keys"]  # whether some query of the row sees the key
 
@@ -139,7 +142,9 @@ def listed(strip: Array, given: UnitArrays, sizes: ListSizes, call: ListCall) ->
     args = q_ids[:, :, None], k_ids.reshape(flat), q_vectors, kv_vectors
     shown = call.predicate(0, *args, ()) & inside.reshape(flat)
     shown &= (q_ids < sizes.q_seq_len)[:, :, None]
-    return Listed(at, shown[:, :, None], jnp.any(shown, axis=1))
+    seen = jnp.any(shown, axis=1)
+    some = jnp.any(seen.reshape(*at.shape, call.block_kv), axis=2)
+    return Listed(jnp.where(some, at, blocks), shown[:, :, None], seen)
 
 
 def _below(size: int) -> Int32[Array, " size"]:
@@ -150,6 +155,8 @@ def taken(x: Array, found: Listed) -> Float[Array, "rows keys dim"]:
     """The listed rows of ``[blocks, block_kv, dim]``, 0 where no query looks."""
     flat = x.at[found.at].get(mode="promise_in_bounds")
     flat = flat.reshape(*found.seen.shape, x.shape[-1])
+    if x.shape[1] == 1:
+        return flat
     return jnp.where(found.seen[..., None], flat, jnp.zeros((), x.dtype))
 
 
