@@ -70,7 +70,7 @@ def test_lists_and_bits_agree(name):
     outs = [
         sa.attention(
             q, k, k, spec, operands=operands, config=sa.KernelConfig(lists=lists)
-        )  # fmt: skip
+        )
         for lists in (True, False)
     ]
     np.testing.assert_allclose(*outs, atol=5e-6)
