@@ -37,30 +37,51 @@ class Reads:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Random bits; ``width`` keys share a bit, and ``shape`` is (batch, heads) or 1."""
+    """Random bits; ``width`` keys share a bit, and ``shape`` is (batch, heads) or 1.
 
-    width: int
+    ``told`` says the width to the kernels. ``blocks`` key blocks share a plane.
+    """
+
+    width: int = 1
     shape: tuple[int, int] = (1, 1)
     diagonal: bool = False
+    told: bool = True
+    blocks: int = 1
     seed: int = 0
 
     def build(self, case, block_kv):
         """The ``PairBits``, and their pairs ``[batch or 1, heads or 1, q, kv]``."""
         rng = np.random.default_rng(self.seed)
-        count = -(-case.kv_len // block_kv)
-        planes, start = (1, (count - 1) * block_kv) if self.diagonal else (count, 0)
-        num_words = -(-block_kv // self.width // 32)
-        shape = (*self.shape, planes, num_words, case.q_len + start)
-        words = rng.integers(-(2**31), 2**31, shape)
-        bit = np.arange(case.kv_len) % block_kv // self.width
-        pairs = np.zeros((*self.shape, case.q_len, case.kv_len), bool)
-        for k in range(case.kv_len):
-            j, w = k // block_kv, bit[k] // 32
-            plane, first = (0, start - j * block_kv) if self.diagonal else (j, 0)
-            column = words[:, :, plane, w, first : first + case.q_len]
-            pairs[..., k] = column >> (bit[k] % 32) & 1
+        build = self.of_differences if self.diagonal else self.of_groups
+        words, pairs, bit = build(case, block_kv, rng)
         words, bit = jnp.asarray(words, jnp.int32), jnp.asarray(bit, jnp.int32)
-        return PairBits(words, bit, block_kv, self.diagonal), pairs
+        told = self.width if self.told else None
+        return PairBits(
+            words, bit, block_kv, self.diagonal, self.blocks, keys_per_bit=told
+        ), pairs
+
+    def of_groups(self, case, block_kv, rng):
+        span = block_kv * self.blocks
+        num_words = -(-span // self.width // 32)
+        shape = (*self.shape, -(-case.kv_len // span), num_words, case.q_len)
+        words = rng.integers(-(2**31), 2**31, shape)
+        k = np.arange(case.kv_len)
+        bit = k % span // self.width
+        columns = words[:, :, k // span, bit // 32]
+        return words, np.moveaxis(columns >> (bit % 32)[:, None] & 1 == 1, 2, 3), bit
+
+    def of_differences(self, case, block_kv, rng):
+        start = (-(-case.kv_len // block_kv) - 1) * block_kv
+        num_words = -(-block_kv // 32)
+        before = start + 32 * num_words
+        held = rng.integers(0, 2, (*self.shape, before + case.q_len))
+        x = np.arange(case.q_len + start)
+        words = np.zeros((*self.shape, 1, num_words, len(x)), np.int64)
+        for w, i in np.ndindex(num_words, 32):
+            words[:, :, 0, w] |= held[..., before + x - start - 32 * w - i] << i
+        words = words.astype(np.uint32).view(np.int32)
+        q, k = np.arange(case.q_len)[:, None], np.arange(case.kv_len)[None]
+        return words, held[..., before + q - k] == 1, k[0] % block_kv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +194,9 @@ def gradient_of(content, impl, **options):
 CASE = Case(batch=2, q_heads=4, kv_heads=2, dim_v=32)
 # Words that differ by batch entry and head, by head, by batch entry, and by neither.
 OWN = Table(width=5, shape=(2, 4))
-SLIDING = Table(width=3, shape=(1, 4), diagonal=True, seed=1)
+SLIDING = Table(shape=(1, 4), diagonal=True, seed=1)
 WIDE = Table(width=1, shape=(2, 1), seed=2)
-SHARED = Table(width=64, diagonal=True, seed=3)
+SHARED = Table(diagonal=True, seed=3)
 TRACED = Content(
     case=replace(CASE, q_len=130, kv_len=257),
     tables=(OWN, SLIDING),
@@ -272,7 +293,7 @@ def test_refuses_bits_of_other_key_blocks(impl):
 
 ON_CHIP = Content(
     case=replace(CASE, q_len=700, kv_len=600, dim=64, dim_v=64, dtype="bfloat16"),
-    tables=(replace(WIDE, width=2), replace(SLIDING, width=8), replace(OWN, width=64)),
+    tables=(replace(WIDE, width=2), SLIDING, replace(OWN, width=64)),
     tests=(0, 1) * 4,
 )
 
