@@ -47,9 +47,12 @@ def window(
 
 def quotient(number: Any, by: int) -> Any:
     """``number // by`` of an int or an int32 array that is not negative."""
-    # The operator // on traced ints lowers to a sign() that needs a known TPU.
-    if by == 1 or isinstance(number, int):
+    if isinstance(number, int):
         return number // by
+    # On traced ints, // lowers to a sign, and that asks which TPU it is for.
+    if by & (by - 1) == 0:
+        shift = jnp.full_like(number, by.bit_length() - 1)
+        return lax.shift_right_logical(number, shift)
     return lax.div(number, jnp.full_like(number, by))
 
 

@@ -127,7 +127,6 @@ def _dq_kernel(
     lse = operands.to_column(statistics_ref[0:1])
     delta = operands.to_column(statistics_ref[1:2])
     q_side = operands.columns_of(q_side_refs)
-    sizes = added_scores.sizes
 
     def visit(
         block: jax.Array, refs: tuple, tiles: PairOperands, full: bool, *, careful: bool
@@ -238,7 +237,6 @@ def _dkv_kernel(
     assert k_ref.shape == dk_ref.shape == outs[0].shape
     assert v_ref.shape == dv_ref.shape == outs[1].shape
     kv_side = operands.columns_of(kv_side_refs)
-    sizes = added_scores.sizes
 
     @pl.when(step.member == 0)
     def _() -> None:

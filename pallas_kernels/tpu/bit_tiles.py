@@ -43,7 +43,7 @@ def form_of(x: PairBits) -> BitForm:
 
 
 def key_numbers(x: PairBits, by: Axis) -> jax.Array | None:
-    """The int32 of each key that a kernel with rows ``by`` reads, None if it needs none.
+    """A number of each key that a kernel with rows ``by`` reads; None if it needs none.
 
     It is the lane of the key's group in a window, or the number of the key's bit.
     """
@@ -58,7 +58,8 @@ def words_of_keys(words: jax.Array, block: Any, form: BitForm) -> jax.Array:
     ``block`` is the key block. ``form.spreads`` must hold.
     """
     per, count = form.keys_per_bit, -(-form.block_kv // WORD)
-    assert form.spreads and per is not None
+    assert form.spreads
+    assert per is not None
     columns = words.shape[1]
     if per == 1 and form.blocks_per_plane == 1:
         return words

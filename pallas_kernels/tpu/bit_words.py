@@ -30,7 +30,7 @@ SUBLANES = 8
 class RowBits(NamedTuple):
     """How the bits of ``rows`` rows of a tile are packed into words ``[n, columns]``.
 
-    Row ``(piece * bits + i) * step + s`` is bit ``i`` of the words ``piece * step + s``.
+    Row ``(piece * bits + i) * step + s`` is bit ``i`` of word ``piece * step + s``.
     ``step`` is a power of two: the rows of a register, or 1.
     """
 

@@ -146,7 +146,7 @@ def word_operand(
     words = found.words
     return TileOperand(
         words.reshape(-1, *words.shape[2:]),
-        head_of_array(words.shape[:2], batch_and_heads, members),
+        head_of_array((words.shape[0], words.shape[1]), batch_and_heads, members),
         found.start,
         width=found.width,
         step=found.step,

@@ -50,7 +50,7 @@ def evaluate(predicate: Callable[..., Any], args: Any, rows: RowBits) -> jax.Arr
     known |= zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)
 
     def value(x: Any) -> Any:
-        return np.asarray(x.val, x.aval.dtype) if isinstance(x, Literal) else known[x]
+        return np.asarray(x.val) if isinstance(x, Literal) else known[x]
 
     for equation in jaxpr.jaxpr.eqns:
         inputs = [value(x) for x in equation.invars]
