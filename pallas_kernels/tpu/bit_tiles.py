@@ -61,7 +61,7 @@ def words_of_keys(words: jax.Array, block: Any, form: BitForm) -> jax.Array:
     assert form.spreads
     assert per is not None
     columns = words.shape[1]
-    if per == 1 and form.blocks_per_plane == 1:
+    if per == 1 and form.words == count:
         return words
     if form.words == 1:
         source = jnp.broadcast_to(words, (count, columns))
@@ -70,7 +70,10 @@ def words_of_keys(words: jax.Array, block: Any, form: BitForm) -> jax.Array:
             jnp.broadcast_to(words[i : i + 1], (per, columns))
             for i in range(form.words)
         ]
-        source = jnp.concatenate(repeated, axis=0)[:count]
+        # A block that ends after the last key may have fewer words.
+        short = max(0, count - per * form.words)
+        missing = [jnp.zeros((short, columns), jnp.int32)] if short else []
+        source = jnp.concatenate(repeated + missing, axis=0)[:count]
     # The number of the first bit of each word of keys.
     key = lax.broadcasted_iota(jnp.int32, (count, 1), 0) * WORD
     if form.blocks_per_plane > 1:

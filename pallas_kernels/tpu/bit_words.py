@@ -136,7 +136,8 @@ def _groups_by_query(x: PairBits, sizes: TpuSizes) -> Placed:
     *lead, planes, _ = words.shape
     if x.keys_per_bit == 1:
         keys = x.block_kv * x.blocks_per_plane
-        words = words[..., :keys].reshape(*lead, planes * keys)
+        # Planes beyond the last key may have fewer words.
+        words = _lengthened(words[..., :keys], keys).reshape(*lead, planes * keys)
         width = x.block_kv
         return Placed(words, lambda row, block: (row, block * width), width, width)
     window = window_of_groups(x)

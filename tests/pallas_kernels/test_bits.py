@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from bit_tables import Table
 from kernel_cases import Case
 
 from lowering.cost import inspect_code, targets
@@ -20,7 +21,7 @@ from pallas_kernels.block_mask import (
     check,
     from_blocks,
 )
-from pallas_kernels.call import Call, Masks, Outputs, PairBits, Vectors
+from pallas_kernels.call import Call, Masks, Outputs, Vectors
 from pallas_kernels.config import Tile, Tiles
 
 KERNELS = ("tpu", "triton")
@@ -33,55 +34,6 @@ class Reads:
     def __call__(self, test, q, k, q_vectors, kv_vectors, bits):
         earlier = (k <= q) & bits[-1]
         return earlier | (jnp.asarray(test) == 1) & bits[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Random bits; ``width`` keys share a bit, and ``shape`` is (batch, heads) or 1.
-
-    ``told`` says the width to the kernels. ``blocks`` key blocks share a plane.
-    """
-
-    width: int = 1
-    shape: tuple[int, int] = (1, 1)
-    diagonal: bool = False
-    told: bool = True
-    blocks: int = 1
-    seed: int = 0
-
-    def build(self, case, block_kv):
-        """The ``PairBits``, and their pairs ``[batch or 1, heads or 1, q, kv]``."""
-        rng = np.random.default_rng(self.seed)
-        build = self.of_differences if self.diagonal else self.of_groups
-        words, pairs, bit = build(case, block_kv, rng)
-        words, bit = jnp.asarray(words, jnp.int32), jnp.asarray(bit, jnp.int32)
-        told = self.width if self.told else None
-        return PairBits(
-            words, bit, block_kv, self.diagonal, self.blocks, keys_per_bit=told
-        ), pairs
-
-    def of_groups(self, case, block_kv, rng):
-        span = block_kv * self.blocks
-        num_words = -(-span // self.width // 32)
-        shape = (*self.shape, -(-case.kv_len // span), num_words, case.q_len)
-        words = rng.integers(-(2**31), 2**31, shape)
-        k = np.arange(case.kv_len)
-        bit = k % span // self.width
-        columns = words[:, :, k // span, bit // 32]
-        return words, np.moveaxis(columns >> (bit % 32)[:, None] & 1 == 1, 2, 3), bit
-
-    def of_differences(self, case, block_kv, rng):
-        start = (-(-case.kv_len // block_kv) - 1) * block_kv
-        num_words = -(-block_kv // 32)
-        before = start + 32 * num_words
-        held = rng.integers(0, 2, (*self.shape, before + case.q_len))
-        x = np.arange(case.q_len + start)
-        words = np.zeros((*self.shape, 1, num_words, len(x)), np.int64)
-        for w, i in np.ndindex(num_words, 32):
-            words[:, :, 0, w] |= held[..., before + x - start - 32 * w - i] << i
-        words = words.astype(np.uint32).view(np.int32)
-        q, k = np.arange(case.q_len)[:, None], np.arange(case.kv_len)[None]
-        return words, held[..., before + q - k] == 1, k[0] % block_kv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +92,10 @@ class Content:
 
     def bits(self):
         """The vectors of a call, and the pairs of each table."""
-        built = [table.build(self.case, self.block_kv) for table in self.tables]
+        built = [
+            table.build(self.case.q_len, self.case.kv_len, self.block_kv)
+            for table in self.tables
+        ]
         return Vectors(bits=tuple(b for b, _ in built)), [pairs for _, pairs in built]
 
     def pairs(self):
