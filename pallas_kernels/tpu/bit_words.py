@@ -160,38 +160,44 @@ def _queries_as_bits(words: jax.Array, sizes: TpuSizes) -> jax.Array:
     """
     batch, heads, planes, count, _ = words.shape
     rows, blocks = by_register(sizes.block_q), -(-sizes.q_seq_len // sizes.block_q)
-    words = words[..., : sizes.q_seq_len]
-    words = _lengthened(words, blocks * sizes.block_q)
+    words = _lengthened(words[..., : sizes.q_seq_len], blocks * sizes.block_q)
+    # The last axis is always a long one: the chip pads a short one to 128.
+    words = jnp.swapaxes(words.reshape(batch, heads, planes * count, -1), 2, 3)
     registers = sizes.block_q // rows.step
-    words = words.reshape(batch, heads, -1, blocks, registers, rows.step)
-    words = jnp.moveaxis(words, 2, 5)
-    spare = rows.pieces * rows.bits - registers
-    words = jnp.pad(words, [(0, 0)] * 3 + [(0, spare)] + [(0, 0)] * 2)
-    words = words.reshape(batch, heads, blocks, rows.pieces, rows.bits, -1)
-    spare = WORD - rows.bits
-    words = jnp.pad(words, [(0, 0)] * 4 + [(0, spare), (0, 0)])
-    words = transposed(words).reshape(*words.shape[:5], rows.step, planes, count)
-    words = jnp.moveaxis(words, 4, 7)
-    return words.reshape(batch, heads, blocks, rows.words, planes, -1)
+    words = words.reshape(batch, heads, blocks, registers, rows.step, -1)
+    words = _padded(words, 3, rows.pieces * rows.bits)
+    words = words.reshape(batch, heads, -1, rows.bits, rows.step, planes * count)
+    words = transposed(_padded(words, 3, WORD))
+    # [batch, heads, bits, words of queries, words of groups]
+    words = jnp.moveaxis(words, 3, 2).reshape(batch, heads, WORD, -1, planes * count)
+    words = jnp.moveaxis(words, 4, 2).reshape(batch, heads, planes * count * WORD, -1)
+    words = jnp.swapaxes(words, 2, 3)
+    return words.reshape(batch, heads, blocks, rows.words, planes, count * WORD)
+
+
+def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
 
 
 def transposed(words: jax.Array) -> jax.Array:
-    """``[..., 32, n]``: bit ``j`` of word ``i`` becomes bit ``i`` of word ``j``.
+    """``[..., 32, m, n]``: bit ``j`` of word ``i`` becomes bit ``i`` of word ``j``.
 
     Squares of bits are exchanged across the diagonal, of 16 x 16 bits first, then of 8
     x 8 within these, down to single bits (Warren, Hacker's Delight, section 7-3).
     """
-    *lead, _, n = words.shape
+    *lead, _, m, n = words.shape
     words = lax.bitcast_convert_type(words, jnp.uint32)
     width = WORD // 2
     while width:
-        squares = words.reshape(*lead, WORD // (2 * width), 2, width, n)
-        upper, lower = squares[..., 0, :, :], squares[..., 1, :, :]
+        squares = words.reshape(*lead, WORD // (2 * width), 2, width, m, n)
+        upper, lower = squares[..., 0, :, :, :], squares[..., 1, :, :, :]
         shift = jnp.uint32(width)
         low = jnp.uint32(sum(1 << i for i in range(WORD) if not i & width))
         swap = ((upper >> shift) ^ lower) & low
-        squares = jnp.stack([upper ^ (swap << shift), lower ^ swap], axis=-3)
-        words = squares.reshape(*lead, WORD, n)
+        squares = jnp.stack([upper ^ (swap << shift), lower ^ swap], axis=-4)
+        words = squares.reshape(*lead, WORD, m, n)
         width //= 2
     return lax.bitcast_convert_type(words, jnp.int32)
 

@@ -38,10 +38,11 @@ def packed(tile, rows):
 
 
 def test_transposed():
-    words = words_of(np.random.default_rng(0), (2, 32, 5))
-    held = words[:, :, None] >> np.arange(32)[:, None] & 1  # [2, word, bit, 5]
+    words = words_of(np.random.default_rng(0), (2, 32, 3, 5))
+    place = np.arange(32).reshape(32, 1, 1)
+    held = words[:, :, None] >> place & 1  # [2, word, bit, 3, 5]
     found = np.asarray(bit_words.transposed(jnp.asarray(words)))
-    found = found[:, :, None] >> np.arange(32)[:, None] & 1
+    found = found[:, :, None] >> place & 1
     np.testing.assert_array_equal(found, held.swapaxes(1, 2))
 
 
