@@ -62,7 +62,7 @@ def rows_of(by: Axis, sizes: TpuSizes) -> RowBits:
     return by_register(sizes.block_q) if by == "q" else in_order(sizes.block_kv)
 
 
-class Window(NamedTuple):
+class LaneWindow(NamedTuple):
     """Groups of keys along the lanes, as the forward and dq kernels read them.
 
     ``planes`` planes of ``lanes`` groups lie in a window of ``width`` lanes.
@@ -73,11 +73,11 @@ class Window(NamedTuple):
     width: int
 
 
-def window_of_groups(x: PairBits) -> Window:
+def window_of_groups(x: PairBits) -> LaneWindow:
     """The smallest window of whole registers that holds a plane."""
     lanes = x.words.shape[3] * WORD
     planes = max(1, LANES // lanes)
-    return Window(lanes, planes, -(-lanes * planes // LANES) * LANES)
+    return LaneWindow(lanes, planes, -(-lanes * planes // LANES) * LANES)
 
 
 def lanes_of_keys(x: PairBits) -> jax.Array | None:
@@ -214,7 +214,8 @@ def _differences_by_query(x: PairBits, sizes: TpuSizes) -> Placed:
     held = _held_differences(x)
     # Entry y belongs to the difference q_end - 1 - y.
     q_end = base + rows.pieces * rows.bits * rows.step
-    held = jnp.flip(_lengthened(held, q_end + key_end - 1), -1).astype(jnp.uint32)
+    count = q_end + key_end - 1
+    held = jnp.flip(_lengthened(held, count)[..., :count], -1).astype(jnp.uint32)
     length = base + key_end
 
     def row(r: int) -> jax.Array:

@@ -1,7 +1,9 @@
 """Bits of pairs on TPUs: words, tiles, tests of pairs on words, and whole calls."""
 
+import importlib
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -222,3 +224,20 @@ def test_choices_of_keys_lower_without_a_target():
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, x)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") >= 3
+
+
+@pytest.mark.slow
+def test_bits_cost_a_tile_a_tenth_more_at_most(monkeypatch):
+    """Bundles of a partial tile against those of causal(), in machine code."""
+    pytest.importorskip("libtpu")
+    root = Path(sa.__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    tpu_static = importlib.import_module("tpu_static")
+    specs = ["causal", "top keys", "top blocks", "dense mask"]
+    chips = ["tpu-v5e", "tpu-v6e"]
+    cases = [(spec, chip, 128) for chip in chips for spec in specs]
+    found, _ = tpu_static.measured(root, cases, [])
+    for start in range(0, len(found), len(specs)):
+        causal, *others = [np.array(x[1::2]) for x in found[start:][: len(specs)]]
+        for spec, bundles in zip(specs[1:], others, strict=True):
+            assert np.all(bundles <= 1.1 * causal), (cases[start][1], spec)
