@@ -40,17 +40,20 @@ def window(
     ``block_q``; if ``x`` is diagonal, of the greatest common divisor of both blocks.
     """
     if not x.diagonal:
-        return _quotient(kv_block, x.blocks_per_plane), q_block * block_q
+        return quotient(kv_block, x.blocks_per_plane), q_block * block_q
     last = -(-kv_seq_len // x.block_kv) - 1
     return 0, q_block * block_q + (last - kv_block) * x.block_kv
 
 
-def _quotient(block: Any, by: int) -> Any:
-    """``block // by`` of an int or an int32 array that is not negative."""
-    # The operator // on traced ints lowers to a sign() that needs a known TPU.
-    if by == 1 or isinstance(block, int):
-        return block // by
-    return lax.div(block, jnp.full_like(block, by))
+def quotient(number: Any, by: int) -> Any:
+    """``number // by`` of an int or an int32 array that is not negative."""
+    if isinstance(number, int):
+        return number // by
+    # On traced ints, // lowers to a sign, and that asks which TPU it is for.
+    if by & (by - 1) == 0:
+        shift = jnp.full_like(number, by.bit_length() - 1)
+        return lax.shift_right_logical(number, shift)
+    return lax.div(number, jnp.full_like(number, by))
 
 
 def padded_length(x: PairBits, block_q: int, q_seq_len: int, kv_seq_len: int) -> int:

@@ -48,7 +48,12 @@ class PairBits:
     - ``words[..., 0, bit[k] // 32, x]`` with ``x = q + (num_kv_blocks - 1 - j) *
       block_kv``: one plane, whose length is that of the range of ``x``.
 
-    Words beyond the length count as 0.
+    Words beyond the length count as 0. The bits of a diagonal array depend on ``q - k``
+    alone.
+
+    ``keys_per_bit`` is None, or says that bits are numbered in the order of the keys:
+    ``bit[k] == k % (block_kv * blocks_per_plane) // keys_per_bit``. It is 1 if the
+    array is diagonal.
     """
 
     # int32 arrays. Any, because jax rebuilds a pytree with placeholders in it.
@@ -57,6 +62,7 @@ class PairBits:
     block_kv: int = field(metadata={"static": True})
     diagonal: bool = field(default=False, metadata={"static": True})
     blocks_per_plane: int = field(default=1, metadata={"static": True})
+    keys_per_bit: int | None = field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -99,7 +99,13 @@ def _of_groups(
     known = known_of(q_seq_len, kv_seq_len, num_heads)
     words = _word(evaluate_outside(pred, at, known), 4)
     words = jnp.broadcast_to(words, (*words.shape[:4], q_seq_len))
-    return PairBits(words, found.group, block_kv, blocks_per_plane=found.blocks)
+    return PairBits(
+        words,
+        found.group,
+        block_kv,
+        blocks_per_plane=found.blocks,
+        keys_per_bit=keys_per_group(found, block_kv),
+    )
 
 
 class KeyGroups(NamedTuple):
@@ -133,13 +139,24 @@ def key_groups(pred: ir.Pred, kv_seq_len: int, block_kv: int) -> KeyGroups:
 def _grouped(block: np.ndarray, values: list[np.ndarray], blocks: int) -> KeyGroups:
     columns = np.stack([block // blocks, *values])
     found = np.unique(columns, axis=1, return_index=True, return_inverse=True)
-    key, label = found[1], found[2].reshape(-1)
+    # Numbers the groups by their first key, and so plane by plane.
+    order = np.argsort(found[1])
+    key, label = found[1][order], np.argsort(order)[found[2].reshape(-1)]
     plane = columns[0][key]
     start = np.searchsorted(plane, np.arange(columns[0][-1] + 1))
     group = label - start[columns[0]]
     member = np.repeat(key[start][:, None], group.max() + 1, axis=1)
     member[plane, np.arange(len(key)) - start[plane]] = key
     return KeyGroups(group.astype(np.int32), member, blocks)
+
+
+def keys_per_group(groups: KeyGroups, block_kv: int) -> int | None:
+    """The keys of a group if all groups have as many, in the order of keys."""
+    key = np.arange(len(groups.group)) % (block_kv * groups.blocks)
+    # The keys before the first that is not of group 0.
+    others = np.flatnonzero(groups.group[: block_kv * groups.blocks])
+    size = int(others[0]) if len(others) else block_kv * groups.blocks
+    return size if np.array_equal(groups.group, key // size) else None
 
 
 def _outermost(node: ir.Node) -> list[ir.Expr]:
@@ -173,7 +190,7 @@ def _of_differences(
     held = jnp.broadcast_to(held, (*held.shape[:2], len(difference)))
     words = _windows(held, num_words)[:, :, None]
     key = np.arange(kv_seq_len, dtype=np.int32) % block_kv
-    return PairBits(words, key, block_kv, diagonal=True)
+    return PairBits(words, key, block_kv, diagonal=True, keys_per_bit=1)
 
 
 def _windows(held: jax.Array, num_words: int) -> jax.Array:

@@ -19,6 +19,7 @@ from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import BlockOperand, Launch, Step, launch
 from pallas_kernels.tpu.operands import PairOperands, SideOperands
+from pallas_kernels.tpu.pair_test import PairTest, pair_test
 from pallas_kernels.tpu.runs import TpuLists, TpuPlan
 from pallas_kernels.tpu.scores import AddedScores, added_scores, pair_operands
 from pallas_kernels.varying import shape_like
@@ -71,7 +72,7 @@ def _run_dq(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> A
         return lax.div(h, jnp.int32(group))
 
     def side(of: Axis, block: int) -> SideOperands:
-        return operands.side_operands(vectors, of, block, (batch, num_heads), 1)
+        return operands.side_operands(vectors, of, block, (batch, num_heads), 1, by="q")
 
     of = Launch(
         name="sadsl_dq",
@@ -96,7 +97,8 @@ def _run_dq(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> A
         interpret=call.interpret,
     )
     added = added_scores(vectors.scores, call, sizes, "q")
-    kernel = partial(_dq_kernel, call=call, added_scores=added)
+    test = pair_test(vectors, call, sizes, "q")
+    kernel = partial(_dq_kernel, call=call, added_scores=added, test_pairs=test)
     (dq,) = launch(kernel, of, plan)
     return (dq.reshape(batch, num_heads, seq, head_dim),)
 
@@ -109,6 +111,7 @@ def _dq_kernel(
     *,
     call: Call,
     added_scores: AddedScores,
+    test_pairs: PairTest,
 ) -> None:
     """Computes ``dq [block_q, head_dim]``, the sum over the key blocks of the row.
 
@@ -124,7 +127,6 @@ def _dq_kernel(
     lse = operands.to_column(statistics_ref[0:1])
     delta = operands.to_column(statistics_ref[1:2])
     q_side = operands.columns_of(q_side_refs)
-    sizes = added_scores.sizes
 
     def visit(
         block: jax.Array, refs: tuple, tiles: PairOperands, full: bool, *, careful: bool
@@ -136,13 +138,8 @@ def _dq_kernel(
         dp = softmax.dot(do_ref[...], v, contract=(1, 1))
         pairs = None
         if not full:
-            ids = (
-                operands.column_ids(step.row, sizes.block_q),
-                operands.row_ids(block, sizes.block_kv),
-            )
-            held = operands.bit_tiles(tiles.words, kv_side.bits, by="q")
-            read = q_side.vectors, kv_side.vectors, held
-            pairs = operands.allowed(call, sizes, step.test, ids, read)
+            sides = q_side, kv_side
+            pairs = test_pairs(step, block, sides, tiles.words)
         values = q_side.scores, kv_side.scores
         added, pairs = added_scores(step, block, values, tiles.scores, pairs)
         factor = operands.dropout_factor(call, q_side.seeds, kv_side.seeds)
@@ -185,7 +182,9 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> 
         return h * group + member
 
     def side(of: Axis, block: int) -> SideOperands:
-        return operands.side_operands(vectors, of, block, (batch, num_heads), group)
+        return operands.side_operands(
+            vectors, of, block, (batch, num_heads), group, by="kv"
+        )
 
     of = Launch(
         name="sadsl_dkv",
@@ -213,7 +212,10 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> 
         interpret=call.interpret,
     )
     added = added_scores(vectors.scores, call, sizes, "kv")
-    kernel = partial(_dkv_kernel, call=call, added_scores=added, last=group - 1)
+    test = pair_test(vectors, call, sizes, "kv")
+    kernel = partial(
+        _dkv_kernel, call=call, added_scores=added, test_pairs=test, last=group - 1
+    )
     dk, dv = launch(kernel, of, plan)
     shape = (batch, num_kv_heads, seq)
     return dk.reshape(*shape, head_dim), dv.reshape(*shape, head_dim_v)
@@ -221,7 +223,7 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> 
 
 def _dkv_kernel(
     step: Step, rows: tuple, outs: tuple, scratch: tuple, *,
-    call: Call, added_scores: AddedScores, last: int,
+    call: Call, added_scores: AddedScores, test_pairs: PairTest, last: int,
 ) -> None:  # fmt: skip
     """Computes ``dk [block_kv, head_dim]`` and ``dv [block_kv, head_dim_v]``.
 
@@ -235,7 +237,6 @@ def _dkv_kernel(
     assert k_ref.shape == dk_ref.shape == outs[0].shape
     assert v_ref.shape == dv_ref.shape == outs[1].shape
     kv_side = operands.columns_of(kv_side_refs)
-    sizes = added_scores.sizes
 
     @pl.when(step.member == 0)
     def _() -> None:
@@ -252,13 +253,8 @@ def _dkv_kernel(
         dp = softmax.dot(v_ref[...], do, contract=(1, 1))
         pairs = None
         if not full:
-            ids = (
-                operands.row_ids(block, sizes.block_q),
-                operands.column_ids(step.row, sizes.block_kv),
-            )
-            held = operands.bit_tiles(tiles.words, kv_side.bits, by="kv")
-            read = q_side.vectors, kv_side.vectors, held
-            pairs = operands.allowed(call, sizes, step.test, ids, read)
+            sides = q_side, kv_side
+            pairs = test_pairs(step, block, sides, tiles.words)
         values = q_side.scores, kv_side.scores
         added, pairs = added_scores(step, block, values, tiles.scores, pairs)
         factor = operands.dropout_factor(call, q_side.seeds, kv_side.seeds)

@@ -18,6 +18,7 @@ from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import BlockOperand, Launch, Step, launch
 from pallas_kernels.tpu.operands import PairOperands, SideOperands
+from pallas_kernels.tpu.pair_test import PairTest, pair_test
 from pallas_kernels.tpu.runs import LANES, TpuLists, TpuPlan
 from pallas_kernels.tpu.scores import AddedScores, added_scores, pair_operands
 from pallas_kernels.varying import shape_like
@@ -52,7 +53,7 @@ def _run(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> Arra
         return lax.div(h, jnp.int32(group))
 
     def side(of: Axis, block: int) -> SideOperands:
-        return operands.side_operands(vectors, of, block, (batch, num_heads), 1)
+        return operands.side_operands(vectors, of, block, (batch, num_heads), 1, by="q")
 
     of = Launch(
         name="sadsl_forward",
@@ -79,7 +80,8 @@ def _run(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> Arra
         interpret=call.interpret,
     )
     added = added_scores(vectors.scores, call, sizes, "q")
-    kernel = partial(_kernel, call=call, added_scores=added)
+    test = pair_test(vectors, call, sizes, "q")
+    kernel = partial(_kernel, call=call, added_scores=added, test_pairs=test)
     o, lse, total = launch(kernel, of, plan)
     shape = (batch, num_heads, seq)
     return o.reshape(*shape, head_dim_v), lse.reshape(shape), total.reshape(shape)
@@ -93,6 +95,7 @@ def _kernel(
     *,
     call: Call,
     added_scores: AddedScores,
+    test_pairs: PairTest,
 ) -> None:
     """Computes ``o [block_q, head_dim_v]`` and f32 ``lse, total [1, block_q]``.
 
@@ -121,13 +124,8 @@ def _kernel(
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         pairs = None
         if not full:
-            ids = (
-                operands.column_ids(step.row, sizes.block_q),
-                operands.row_ids(block, sizes.block_kv),
-            )
-            held = operands.bit_tiles(tiles.words, kv_side.bits, by="q")
-            read = q_side.vectors, kv_side.vectors, held
-            pairs = operands.allowed(call, sizes, step.test, ids, read)
+            sides = q_side, kv_side
+            pairs = test_pairs(step, block, sides, tiles.words)
         values = q_side.scores, kv_side.scores
         added, pairs = added_scores(step, block, values, tiles.scores, pairs)
         s = s if added is None else s + added

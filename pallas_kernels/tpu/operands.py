@@ -1,6 +1,5 @@
 """Arrays in the shapes that the TPU kernels read: flat heads, padded sequences."""
 
-import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -8,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import bits, dropout
+from pallas_kernels import dropout
 from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Inputs, PairBits, Vectors
+from pallas_kernels.tpu import bit_tiles, bit_words
 from pallas_kernels.tpu.launch import BlockOperand, HeadOf, TileOperand
 from pallas_kernels.tpu.runs import TpuSizes
 
@@ -24,14 +24,14 @@ class SideOperands(NamedTuple):
 
     vectors: tuple  # int32, for the predicate
     seeds: Any  # int32, for dropout; None without
-    bits: tuple  # int32, of keys: the bit number in each of ``Vectors.bits``
+    bits: tuple  # int32, of keys: ``bit_tiles.key_numbers`` of each of ``Vectors.bits``
     scores: tuple  # f32, for ``Call.scores``
 
 
 class PairOperands(NamedTuple):
     """The arrays of the pairs of a tile: ``TileOperand``, and refs in a kernel."""
 
-    words: tuple  # int32 [words, block_q]: of each of ``Vectors.bits``
+    words: tuple  # int32 windows of each of ``Vectors.bits``: ``bit_words.placed``
     scores: tuple  # f32 windows of each of ``ScoreValues.pairs``
 
 
@@ -41,15 +41,20 @@ def side_operands(
     block: int,
     batch_and_heads: tuple[int, int],
     members: int,
+    *,
+    by: Axis,
 ) -> SideOperands:
-    """The operands of the queries or of the keys, in blocks of ``block``."""
+    """The operands of the queries or of the keys, in blocks of ``block``.
+
+    The kernel has rows ``by`` "q" or "kv".
+    """
     seeds, scores = vectors.seeds, vectors.scores
     if side == "q":
         own = None if seeds is None else seeds.q
         found = SideOperands(vectors.q, own, (), scores.q)
     else:
         own = None if seeds is None else seeds.kv
-        bits = tuple(x.bit for x in vectors.bits)
+        bits = tuple(bit_tiles.key_numbers(x, by) for x in vectors.bits)
         found = SideOperands(vectors.kv, own, bits, scores.kv)
     return jax.tree.map(
         lambda x: vector_operand(x, block, batch_and_heads, members), found
@@ -137,35 +142,15 @@ def word_operand(
     by: Axis,
 ) -> TileOperand:
     """The words of pair bits, for a kernel with rows ``by`` "q" or "kv"."""
-    words, block_q = x.words, sizes.block_q
-    length = bits.padded_length(x, block_q, sizes.q_seq_len, sizes.kv_seq_len)
-    short = max(0, length - words.shape[4])
-    words = jnp.pad(words, [(0, 0)] * 4 + [(0, short)])
-
-    def window_of(row: Any, block: Any) -> tuple[Any, Any]:
-        at = (row, block) if by == "q" else (block, row)
-        return bits.window(x, *at, block_q=block_q, kv_seq_len=sizes.kv_seq_len)
-
+    found = bit_words.placed(x, sizes, by)
+    words = found.words
     return TileOperand(
         words.reshape(-1, *words.shape[2:]),
         head_of_array((words.shape[0], words.shape[1]), batch_and_heads, members),
-        window_of,
-        width=block_q,
-        step=math.gcd(block_q, x.block_kv) if x.diagonal else block_q,
+        found.start,
+        width=found.width,
+        step=found.step,
     )
-
-
-def bit_tiles(words: tuple, numbers: tuple, *, by: Axis) -> tuple[jax.Array, ...]:
-    """The bool tiles of the pair bits: ``[q, k]`` if ``by == "q"``, else ``[k, q]``.
-
-    ``words`` are refs ``[n, block_q]`` and ``numbers`` the bit numbers of the keys.
-    """
-
-    def tile(ref: Any, bit: jax.Array) -> jax.Array:
-        rows = [ref[w : w + 1] for w in range(ref.shape[0])]
-        return bits.tile([to_column(r) for r in rows] if by == "q" else rows, bit)
-
-    return tuple(map(tile, words, numbers))
 
 
 def dropout_factor(call: Call, q_seeds: Any, kv_seeds: Any) -> jax.Array | None:
@@ -186,23 +171,6 @@ def to_column(row: jax.Array) -> jax.Array:
 def to_row(column: jax.Array) -> jax.Array:
     """``[n, 1]`` as ``[1, n]``."""
     return jnp.broadcast_to(column, (column.shape[0], 128)).T[:1]
-
-
-def allowed(
-    call: Call, sizes: TpuSizes, test: Any, ids: tuple[Any, Any], vectors: tuple
-) -> jax.Array:
-    """The allowed pairs of a partial tile, bool; ``ids`` are ``(q_ids, k_ids)``.
-
-    ``vectors`` are those of the queries, those of the keys, and the tiles of pair bits.
-    """
-    q_ids, k_ids = ids
-    pairs = call.predicate(test, q_ids, k_ids, *vectors)
-    if sizes.kv_seq_len % sizes.block_kv:
-        pairs &= k_ids < sizes.kv_seq_len
-    if sizes.q_seq_len % sizes.block_q:
-        # A key that only padded queries see counts as not seen.
-        pairs &= q_ids < sizes.q_seq_len
-    return pairs
 
 
 def rows_kept(x: jax.Array, where: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from bit_tables import Table
 from kernel_cases import Case
 
 from lowering.cost import inspect_code, targets
@@ -20,7 +21,7 @@ from pallas_kernels.block_mask import (
     check,
     from_blocks,
 )
-from pallas_kernels.call import Call, Masks, Outputs, PairBits, Vectors
+from pallas_kernels.call import Call, Masks, Outputs, Vectors
 from pallas_kernels.config import Tile, Tiles
 
 KERNELS = ("tpu", "triton")
@@ -33,34 +34,6 @@ class Reads:
     def __call__(self, test, q, k, q_vectors, kv_vectors, bits):
         earlier = (k <= q) & bits[-1]
         return earlier | (jnp.asarray(test) == 1) & bits[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Random bits; ``width`` keys share a bit, and ``shape`` is (batch, heads) or 1."""
-
-    width: int
-    shape: tuple[int, int] = (1, 1)
-    diagonal: bool = False
-    seed: int = 0
-
-    def build(self, case, block_kv):
-        """The ``PairBits``, and their pairs ``[batch or 1, heads or 1, q, kv]``."""
-        rng = np.random.default_rng(self.seed)
-        count = -(-case.kv_len // block_kv)
-        planes, start = (1, (count - 1) * block_kv) if self.diagonal else (count, 0)
-        num_words = -(-block_kv // self.width // 32)
-        shape = (*self.shape, planes, num_words, case.q_len + start)
-        words = rng.integers(-(2**31), 2**31, shape)
-        bit = np.arange(case.kv_len) % block_kv // self.width
-        pairs = np.zeros((*self.shape, case.q_len, case.kv_len), bool)
-        for k in range(case.kv_len):
-            j, w = k // block_kv, bit[k] // 32
-            plane, first = (0, start - j * block_kv) if self.diagonal else (j, 0)
-            column = words[:, :, plane, w, first : first + case.q_len]
-            pairs[..., k] = column >> (bit[k] % 32) & 1
-        words, bit = jnp.asarray(words, jnp.int32), jnp.asarray(bit, jnp.int32)
-        return PairBits(words, bit, block_kv, self.diagonal), pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +92,10 @@ class Content:
 
     def bits(self):
         """The vectors of a call, and the pairs of each table."""
-        built = [table.build(self.case, self.block_kv) for table in self.tables]
+        built = [
+            table.build(self.case.q_len, self.case.kv_len, self.block_kv)
+            for table in self.tables
+        ]
         return Vectors(bits=tuple(b for b, _ in built)), [pairs for _, pairs in built]
 
     def pairs(self):
@@ -173,9 +149,9 @@ def gradient_of(content, impl, **options):
 CASE = Case(batch=2, q_heads=4, kv_heads=2, dim_v=32)
 # Words that differ by batch entry and head, by head, by batch entry, and by neither.
 OWN = Table(width=5, shape=(2, 4))
-SLIDING = Table(width=3, shape=(1, 4), diagonal=True, seed=1)
+SLIDING = Table(shape=(1, 4), diagonal=True, seed=1)
 WIDE = Table(width=1, shape=(2, 1), seed=2)
-SHARED = Table(width=64, diagonal=True, seed=3)
+SHARED = Table(diagonal=True, seed=3)
 TRACED = Content(
     case=replace(CASE, q_len=130, kv_len=257),
     tables=(OWN, SLIDING),
@@ -272,7 +248,7 @@ def test_refuses_bits_of_other_key_blocks(impl):
 
 ON_CHIP = Content(
     case=replace(CASE, q_len=700, kv_len=600, dim=64, dim_v=64, dtype="bfloat16"),
-    tables=(replace(WIDE, width=2), replace(SLIDING, width=8), replace(OWN, width=64)),
+    tables=(replace(WIDE, width=2), SLIDING, replace(OWN, width=64)),
     tests=(0, 1) * 4,
 )
 
