@@ -60,6 +60,7 @@ from sadsl.maps.symbols import table as table
 from sadsl.run.call import attention as attention
 from sadsl.run.call import select as select
 from sadsl.run.entries import entries as entries
+from sadsl.run.key_mass import key_mass as key_mass
 from sadsl.run.linear_decoding import linear_prefill as linear_prefill
 from sadsl.run.linear_decoding import linear_state as linear_state
 from sadsl.run.linear_decoding import linear_step as linear_step
@@ -151,6 +152,7 @@ __all__ = [
     "isin",
     "joint",
     "key_bias",
+    "key_mass",
     "keys",
     "kmeans",
     "latent",

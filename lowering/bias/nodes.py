@@ -346,7 +346,7 @@ def show_score(score: Score) -> str:
 
 def _tight(score: Score) -> str:
     text = show_score(score)
-    atom = isinstance(score, Numbers | Weights)
+    atom = isinstance(score, Log | Numbers | Weights)
     if isinstance(score, Number):
         atom = score.value >= 0
     if isinstance(score, Integer):

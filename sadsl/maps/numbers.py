@@ -108,7 +108,7 @@ def log(x: Any) -> Real:
     Example:
       >>> import sadsl as sa
       >>> sa.bias(lambda q, k, h: 1 + 0.1 * sa.log(1 + (q + 1) // 8192))
-      bias(lambda q, k, h: 1 + 0.1 * log((q + 1) // 8192 + 1))
+      bias(lambda q, k, h: 1.0 + (0.1 * log(1 + (q + 1) // 8192)))
     """
     return Real(nodes.Log(_expr(x)))
 
