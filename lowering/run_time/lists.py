@@ -30,7 +30,7 @@ class ListCost(NamedTuple):
 
 # xla: fitted to `benchmarks/lists.py` on a Xeon of 2.5 GHz with 2 cores.
 # triton: not measured; the gather of a key from L2 costs about as much as 16 pairs.
-COSTS = {"xla": ListCost(30.0, 2.0), "triton": ListCost(16.0, 2.0)}
+COSTS = {"xla": ListCost(70.0, 2.0), "triton": ListCost(16.0, 2.0)}
 
 
 class ListCounts(NamedTuple):

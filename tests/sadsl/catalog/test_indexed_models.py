@@ -43,7 +43,7 @@ ROWS = {
 }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ROWS)
 def test_lists_and_bits_agree(name):
     n, heads, rng = 21, 4, np.random.default_rng(0)

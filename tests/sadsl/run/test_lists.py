@@ -96,7 +96,7 @@ def uses_lists(spec, qkv, config):
     return found is not None
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("n", [1, 37])
 def test_lists_equal_bits(name, n):
@@ -113,3 +113,33 @@ def test_lists_equal_bits(name, n):
     if n > 1 and not ids:
         assert uses_lists(spec, qkv, LISTS)
         assert not uses_lists(spec, qkv, BITS)
+
+
+def form_at(n, spec=None, **options):
+    """The form of a call of 8 heads on one key head, by shapes alone."""
+    q, k = (jax.ShapeDtypeStruct((1, n, h, 64), jnp.float32) for h in (8, 1))
+    spec = sa.softmax(CAUSAL & single(512)) if spec is None else spec
+    return form_of(options_of((q, k), spec, Setting(1.0, **options)), 1, {})
+
+
+def test_counts_decide_between_lists_and_bits():
+    assert form_at(4096) is None
+    assert form_at(32768) is not None
+    assert form_at(32768, impl="tpu") is None
+    assert form_at(32768, impl="reference") is None
+    assert form_at(32768, dropout_rate=0.1) is None
+    assert form_at(32768, config=BITS) is None
+    biased = sa.softmax(CAUSAL & single(512), bias=sa.alibi())
+    assert form_at(32768, biased, config=LISTS) is None
+    # Pairs that a choice takes away cannot be listed.
+    assert form_at(32768, sa.softmax(CAUSAL - single(512)), config=LISTS) is None
+
+
+def test_explain_says_which_form_and_why():
+    shapes = (1, 16384, 8, 64), (1, 16384, 1, 64)
+    q, k = (jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+    index = {"iq": (16384, 4, 32), "ik": (16384, 1, 32), "iw": (16384, 4)}
+    given = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in index.items()}
+    low = sa.lower(CAUSAL & single(512), q, k, k, target="cpu", operands=given)
+    facts = dict(low.explain().facts)
+    assert facts["choice"].startswith("by lists: lists cost as much as")

@@ -80,7 +80,7 @@ MLA = [
 ]  # fmt: skip
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
 @pytest.mark.parametrize("config", [LISTS, BITS], ids=["lists", "bits"])
 @pytest.mark.parametrize(("file", "case"), MLA)
@@ -184,7 +184,7 @@ def test_grouped_choices(model, config):
     assert_gradients(run, given, arrays, file)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("config", [LISTS, BITS], ids=["lists", "bits"])
 @pytest.mark.parametrize("case", ["sliding", "csa", "hca"])
 def test_entries_beside_a_window(case, config):
@@ -212,6 +212,7 @@ def test_entries_beside_a_window(case, config):
     assert_gradients(run, given, arrays, case)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", ["csa", "hca", "csa_index_keys"])
 def test_entries_are_those_of_deepseek_v4(case):
     """Pooling, RMS norm, and rotation of the last channels."""
@@ -237,6 +238,7 @@ def test_entries_are_those_of_deepseek_v4(case):
     assert_gradients(run, given, arrays, case)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", ["dense_warm_up", "sparse_training"])
 def test_loss_of_an_indexer(case):
     arrays, options = cases("dsa_indexer_loss")[case]

@@ -41,6 +41,7 @@ def by_sort(x, count):
 KINDS = ["normal", "ties", "constant", "sorted", "missing", "huge", "zeros", "causal"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("n", "count"), [(1, 1), (37, 5), (200, 200), (1030, 16), (512, 700)]
 )
