@@ -18,7 +18,7 @@ from sadsl.run import checks, merging
 from sadsl.run.backends import PLATFORMS, choose_impl
 from sadsl.run.kernels import choose_tiles
 from sadsl.run.operands import check_given, operand_ranks
-from sadsl.run.options import Options
+from sadsl.run.options import Options, check_kernel_term
 from sadsl.run.plans import plan_of
 from sadsl.run.softmax import sinks_of, traced
 from sadsl.run.types import Setting
@@ -217,7 +217,8 @@ def lower(
     Raises:
       ValueError: the target is unknown, the backend cannot run on it, or the arrays do
         not fit the spec.
-      NotImplementedError: the spec is more than one softmax.
+      NotImplementedError: the spec is more than one softmax, or has ``scale=`` or
+        ``values=``, which are applied before the kernel.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -238,7 +239,7 @@ def lower(
         impl=_impl_for(impl or IMPL_OF_PLATFORM[platform], target, platform),
         config=config or KernelConfig(),
     )
-    options = Options(as_term(spec), problem, setting)
+    options = Options(check_kernel_term(as_term(spec), "lower"), problem, setting)
     fitted = _operand_shapes(options, operands or {}, q)
     arrays = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
     return Lowered(options, target, (*arrays, fitted), gradient)

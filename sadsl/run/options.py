@@ -106,6 +106,23 @@ class Options:
         return pipeline.arrange(self.stages, forward.block_q, forward.block_kv)
 
 
+def check_kernel_term(term: Softmax, what: str) -> Softmax:
+    """A term whose ``scale`` and ``values`` are not applied before the kernel.
+
+    Raises:
+      NotImplementedError: it has one of them, which ``what`` would ignore.
+    """
+    for name in ("scale", "values"):
+        value = getattr(term, name)
+        if value is not None:
+            raise NotImplementedError(
+                f"{what}: {term!r} has {name}={value!r}, which attention applies to q, "
+                f"k and v before the kernel: leave it out here, and pass the q and v "
+                "that the kernel gets"
+            )
+    return term
+
+
 def problem_of(inputs: tuple[Array, ...], setting: Setting) -> Problem:
     """The sizes of a call; ``inputs`` start with q and k."""
     q, k = inputs[0], inputs[1]

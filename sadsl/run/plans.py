@@ -19,7 +19,7 @@ from sadsl.run import checks
 from sadsl.run.content import with_parts
 from sadsl.run.kernels import prepare
 from sadsl.run.operands import call_arrays
-from sadsl.run.options import Options
+from sadsl.run.options import Options, check_kernel_term
 from sadsl.run.types import Setting
 from sadsl.terms.base import Spec
 from sadsl.text.specs import as_term
@@ -55,6 +55,7 @@ def plan_for(
 
     Raises:
       ValueError: the arrays and the spec do not fit together.
+      NotImplementedError: the spec has ``scale=`` or ``values=``.
 
     Example:
       Documents of 4 and 4 tokens, in blocks of 2: causal attention visits 3 of the 4
@@ -76,7 +77,7 @@ def plan_for(
         q_offset=problem.q_offset,
         config=KernelConfig(relayout=None if relayout else False),
     )
-    options = Options(as_term(spec), problem, setting)
+    options = Options(check_kernel_term(as_term(spec), "plan_for"), problem, setting)
     arrays = call_arrays(options, operands, q.shape[0])
     tile = Tile(block_q=block_q, block_kv=block_kv)
     tiles = Tiles(forward=tile, dq=tile, dkv=tile)
