@@ -6,12 +6,20 @@ from sadsl.maps.named import causal
 from sadsl.terms.base import Term
 from sadsl.terms.softmax import softmax
 
+FULL = softmax(causal())
 
-def _in_turn(name: str, recurrent: Term, num_layers: int, period: int) -> tuple:
-    """``period - 1`` recurrent layers, then one with full attention, and so on."""
+
+def in_turn(
+    name: str, recurrent: Term, num_layers: int, period: int, full: Term = FULL
+) -> tuple[Term, ...]:
+    """``period - 1`` recurrent layers, then one of attention, and so on.
+
+    Example:
+      >>> [type(x).__name__ for x in in_turn("two", gated_delta_net(), 2, 2)]
+      ['Delta', 'Softmax']
+    """
     at_least(name, "num_layers", num_layers, 1)
     at_least(name, "period", period, 1)
-    full = softmax(causal())
     return tuple(recurrent if (i + 1) % period else full for i in range(num_layers))
 
 
@@ -33,7 +41,7 @@ def qwen3_next(num_layers: int = 48) -> tuple[Term, ...]:
       >>> sum(repr(term) == "softmax(causal())" for term in models.qwen3_next())
       12
     """
-    return _in_turn("qwen3_next", gated_delta_net(), num_layers, 4)
+    return in_turn("qwen3_next", gated_delta_net(), num_layers, 4)
 
 
 def kimi_linear(num_layers: int = 27) -> tuple[Term, ...]:
@@ -55,7 +63,7 @@ def kimi_linear(num_layers: int = 27) -> tuple[Term, ...]:
       >>> [i + 1 for i, x in enumerate(layers) if repr(x) == "softmax(causal())"]
       [4, 8, 12, 16, 20, 24]
     """
-    return _in_turn("kimi_linear", kimi_delta(), num_layers, 4)
+    return in_turn("kimi_linear", kimi_delta(), num_layers, 4)
 
 
 def olmo_hybrid(num_layers: int = 32, period: int = 4) -> tuple[Term, ...]:
@@ -77,7 +85,7 @@ def olmo_hybrid(num_layers: int = 32, period: int = 4) -> tuple[Term, ...]:
       >>> len(set(models.olmo_hybrid(8)))
       2
     """
-    return _in_turn("olmo_hybrid", gated_delta_net(), num_layers, period)
+    return in_turn("olmo_hybrid", gated_delta_net(), num_layers, period)
 
 
 def bailing_hybrid(num_layers: int = 42) -> tuple[Term, ...]:
@@ -98,4 +106,4 @@ def bailing_hybrid(num_layers: int = 42) -> tuple[Term, ...]:
       >>> sum(repr(term) == "softmax(causal())" for term in models.bailing_hybrid())
       7
     """
-    return _in_turn("bailing_hybrid", kimi_delta(), num_layers, 6)
+    return in_turn("bailing_hybrid", kimi_delta(), num_layers, 6)

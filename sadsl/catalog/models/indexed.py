@@ -7,6 +7,7 @@ schedules and sizes are those of transformers 5.24, unless a docstring says othe
 """
 
 from sadsl.catalog.delta_rules import gated_delta_net, kimi_delta
+from sadsl.catalog.models.delta_hybrids import in_turn
 from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.named import blocks, causal, where, window
 from sadsl.maps.numbers import log, weights
@@ -103,9 +104,8 @@ def glm_5_next(num_layers: int = 45, k: int = 2048, pool: int = 16) -> tuple[Ter
       >>> [type(x).__name__ for x in models.glm_5_next(4)]
       ['Delta', 'Delta', 'Delta', 'Latent']
     """
-    at_least("glm_5_next", "num_layers", num_layers, 1)
     indexed = latent(_pools(k, pool))
-    return tuple(kimi_delta() if (i + 1) % 4 else indexed for i in range(num_layers))
+    return in_turn("glm_5_next", kimi_delta(), num_layers, 4, indexed)
 
 
 def _pools(k: int, pool: int, score: Dot = LIGHTNING) -> IndexMap:
@@ -240,8 +240,5 @@ def qwen4_exp(num_layers: int = 40, k: int = 2048, block: int = 4) -> tuple[Term
       >>> [type(x).__name__ for x in models.qwen4_exp(4)]
       ['Delta', 'Delta', 'Delta', 'Softmax']
     """
-    at_least("qwen4_exp", "num_layers", num_layers, 1)
     indexed = softmax(_pools(k, block, dot("iq", "ik", act="relu")))
-    return tuple(
-        gated_delta_net() if (i + 1) % 4 else indexed for i in range(num_layers)
-    )
+    return in_turn("qwen4_exp", gated_delta_net(), num_layers, 4, indexed)

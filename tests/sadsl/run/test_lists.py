@@ -143,3 +143,36 @@ def test_explain_says_which_form_and_why():
     low = sa.lower(CAUSAL & single(512), q, k, k, target="cpu", operands=given)
     facts = dict(low.explain().facts)
     assert facts["choice"].startswith("by lists: lists cost as much as")
+
+
+def test_a_query_without_an_eligible_key_yields_nothing():
+    (q, k, v), operands = arrays(9)
+    later = CAUSAL & ~sa.window(0)
+    spec = single(3, eligible=later)
+    given = read(spec, operands)
+    found = gradients(spec, (q, k, v), given, config=LISTS)
+    out, lse = (np.asarray(x) for x in found[:2])
+    assert (out[:, 0] == 0).all()
+    assert np.isneginf(lse[:, :, 0]).all()
+    assert all(np.isfinite(x).all() for x in found[2:])
+    assert_equal(found, gradients(spec, (q, k, v), given, impl="reference"))
+
+
+def test_traced_entries_outside_of_the_keys_stand_for_none():
+    (q, k, v), _ = arrays(6)
+    choice = single(3, score="mean")
+    good = np.array([[0, 6, 6], [0, 1, 6], [1, 2, 6], [0, 3, 6], [3, 4, 6], [0, 5, 6]])
+    bad = np.where(good == 6, [[-1, 7, 2**31 - 1]], good)
+
+    @jax.jit
+    def run(listed):
+        given = {choice.key("listed"): listed}
+        return sa.attention(q, k, v, CAUSAL & choice, operands=given, config=LISTS)
+
+    wanted = run(jnp.asarray(good[None], jnp.int32))
+    np.testing.assert_array_equal(run(jnp.asarray(bad[None], jnp.int32)), wanted)
+    as_bits = sa.attention(
+        q, k, v, CAUSAL & choice, config=BITS,
+        operands={choice.key("listed"): good[None].astype(np.int32)},
+    )  # fmt: skip
+    np.testing.assert_allclose(as_bits, wanted, atol=2e-6)
