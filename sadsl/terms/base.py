@@ -52,8 +52,6 @@ class Term:
     # Whether v may have more heads than k, and q another head_dim than k.
     more_values = False
     own_head_dim = False
-    # Whether its keys are tokens of the call, so that ``support`` has all of its pairs.
-    of_tokens = True
 
     @property
     def parts(self) -> tuple["Spec", ...]:
@@ -69,6 +67,11 @@ class Term:
         return {}
 
     @property
+    def of_tokens(self) -> bool:
+        """Whether its keys are tokens of the call: ``support`` has all of its pairs."""
+        return all(not isinstance(x, Term) or x.of_tokens for x in self.parts)
+
+    @property
     def support(self) -> IndexMap | None:
         """The pairs that share the one normaliser; None if there are several."""
         return None
@@ -77,7 +80,7 @@ class Term:
     def seen(self) -> IndexMap | None:
         """All pairs on which the output depends; None if no map describes them."""
         every = [seen(part) for part in self.parts]
-        if self.support is not None and None not in every:
+        if self.support is not None and self.of_tokens:
             return self.support
         known = [each for each in every if each is not None]
         return reduce(or_, known) if known and len(known) == len(every) else None

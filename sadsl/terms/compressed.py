@@ -20,8 +20,6 @@ class Compressed(Term):
     value: str | None = None
     causal: bool = True
 
-    of_tokens = False
-
     def __post_init__(self) -> None:
         at_least("compressed", "length", self.length, 1)
         at_least("compressed", "stride", self.stride, 1)
@@ -35,6 +33,11 @@ class Compressed(Term):
         if not self.causal:
             return full()
         return where(lambda q, k: k * self.stride + self.length <= q + 1)
+
+    @property
+    def of_tokens(self) -> bool:
+        """False: its keys are made of tokens."""
+        return False
 
     @property
     def support(self) -> IndexMap:

@@ -160,7 +160,8 @@ def joint(*terms: Spec, overlap: Overlap = "remove") -> Joint:
 
     Args:
       *terms: maps, ``softmax(...)``, ``summaries(...)``, ``linear(...)`` with a
-        nonnegative feature map, ``compressed(...)``, ``weighted(...)``, or joints.
+        nonnegative feature map, ``compressed(...)``, ``over(...)``, ``weighted(...)``,
+        or joints.
       overlap: what happens to a pair of several terms. "remove": it belongs to the
         first of them; a later term that cannot give up pairs is refused. "refuse": it
         is an error. "count": it counts in each of them, as in some published mixtures.

@@ -19,8 +19,6 @@ class Over(Term):
     values: str | None = None
     logits_soft_cap: float | None = None
 
-    of_tokens = False
-
     def __post_init__(self) -> None:
         check_operand_name("over: source", self.source)
         if self.values is not None:
@@ -38,6 +36,11 @@ class Over(Term):
         """The entries, and their values."""
         names = (self.source, self.values)
         return {name: 3 for name in names if name is not None}
+
+    @property
+    def of_tokens(self) -> bool:
+        """False: its keys are made of tokens."""
+        return False
 
     @property
     def support(self) -> IndexMap:

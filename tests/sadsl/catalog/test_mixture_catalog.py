@@ -225,6 +225,10 @@ def test_compressed_blocks_share_a_softmax_with_tokens():
     top = np.logaddexp(*(np.asarray(x[1], np.float64) for x in parts))
     np.testing.assert_allclose(lse, top, atol=2e-6)
     share = [np.exp(np.asarray(x[1], np.float64) - top) for x in parts]
+    for both in (sa.joint(near, blocks), sa.joint(near, sa.weighted(blocks, 1.0))):
+        wanted = near.dense(16) | blocks.seen.dense(16)
+        np.testing.assert_array_equal(both.seen.dense(16), wanted)
+    assert sa.joint(near, sa.over("entries", sa.full())).seen is None
     pairs = zip(share, parts, strict=True)
     wanted = sum(np.swapaxes(s, 1, 2)[..., None] * np.asarray(x[0]) for s, x in pairs)
     np.testing.assert_allclose(out, wanted, atol=2e-6)
