@@ -24,7 +24,7 @@ from sadsl.selections.static_cells import of_heads, pairs_at
 
 # Rows of a strip, and rows from which on a choice is split into parts with their own
 # ranges of keys: in a causal map, early queries score few keys.
-STRIP = 32
+STRIP = 16
 PART, MOST_PARTS = 2048, 4
 # Plans of eligible maps are made in blocks of so many keys.
 BLOCK = 128

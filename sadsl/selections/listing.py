@@ -11,11 +11,15 @@ thread. This takes three steps, each a pass over whole rows:
 3. Among these few the ``k``-th greatest value is found by bracketing.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 WORD = 32
+# Words that are compared one by one.
+FEW = 32
 
 
 def largest(
@@ -40,48 +44,64 @@ def largest(
     entries = scores.shape[1]
     spare = -entries % WORD
     wide = jnp.pad(scores, ((0, 0), (0, spare)), constant_values=-jnp.inf)
-    found = _largest(wide, min(count, wide.shape[1]))
-    some = jnp.sum(scores > -jnp.inf, axis=1, dtype=jnp.int32)[:, None]
-    found = jnp.where(_places(found) < some, found, entries)
+    found = jnp.minimum(_largest(wide, min(count, wide.shape[1])), entries)
     return jnp.pad(
         found, ((0, 0), (0, count - found.shape[1])), constant_values=entries
     )
 
 
 def _largest(x: Float[Array, "rows n"], k: int) -> Int[Array, "rows k"]:
-    """``largest``, for a multiple of 32 entries; unused places hold any position."""
+    """``largest``, for a multiple of 32 entries."""
     n = x.shape[1]
     groups = 1 << max(0, (n // (4 * k)).bit_length() - 1)
-    capacity = -(-2 * k // WORD) * WORD
+    capacity = -(-3 * k // (2 * WORD)) * WORD
     if groups < 2 or capacity >= n or n % groups:
         return _bracketed(x, k)
     maxima = x.reshape(x.shape[0], groups, n // groups).max(axis=1)
-    candidate = (x >= _kth(maxima, k)[:, None]) & (x > -jnp.inf)
-    held = jnp.sum(candidate, axis=1, dtype=jnp.int32)
+    least = _kth(maxima, k, k + k // 16)[:, None]
+    candidates = pack((x >= least) & (x > -jnp.inf))
+    few = _all_held(candidates, capacity)
+    # Where many entries equal `least`, such as zeros of relu, the first of them do.
+    candidates = jax.lax.cond(
+        few, lambda: candidates, lambda: _first_of(x, least, capacity)
+    )
 
     def among_few() -> Int[Array, "rows k"]:
-        at = first_set(pack(candidate), capacity)
-        values = jnp.take_along_axis(x, jnp.minimum(at, n - 1), axis=1)
-        values = jnp.where(_places(at) < held[:, None], values, -jnp.inf)
-        chosen = jnp.minimum(_bracketed(values, k), capacity - 1)
-        return jnp.take_along_axis(at, chosen, axis=1)
+        at = first_set(candidates, capacity)
+        values = jnp.where(at < n, _take(x, jnp.minimum(at, n - 1)), -jnp.inf)
+        chosen = _bracketed(values, k)
+        found = _take(at, jnp.minimum(chosen, capacity - 1))
+        return jnp.where(chosen < capacity, found, n)
 
-    few = jnp.all(held <= capacity)
+    few = _all_held(candidates, capacity)
     return jax.lax.cond(few, among_few, lambda: _bracketed(x, k))
+
+
+def _all_held(words: UInt32[Array, "rows words"], capacity: int) -> Bool[Array, ""]:
+    return jnp.all(jnp.sum(_bits(words), axis=1) <= capacity)
 
 
 def _bracketed(x: Float[Array, "rows n"], k: int) -> Int[Array, "rows k"]:
     """The positions of the ``k`` greatest, by the value of the ``k``-th."""
-    least = _kth(x, k)[:, None]
+    return first_set(_first_of(x, _kth(x, k)[:, None], k), k)
+
+
+def _first_of(
+    x: Float[Array, "rows n"], least: Float[Array, "rows 1"], count: int
+) -> UInt32[Array, "rows words"]:
+    """The entries above ``least``, and the first that equal it, up to ``count``."""
     real = x > -jnp.inf
     above, equal = (x > least) & real, (x == least) & real
-    room = k - jnp.sum(above, axis=1, dtype=jnp.int32, keepdims=True)
-    last = set_bits(pack(equal), room - 1)
-    return first_set(pack(above | (equal & (_places(x) <= last))), k)
+    last = set_bits(pack(equal), count - 1 - _count(above)[:, None])
+    return pack(above | (equal & (_places(x) <= last)))
 
 
-def _kth(x: Float[Array, "rows n"], k: int) -> Float[Array, " rows"]:
+def _kth(
+    x: Float[Array, "rows n"], k: int, most: int | None = None
+) -> Float[Array, " rows"]:
     """The ``k``-th greatest entry of each row; the least one where fewer are real.
+
+    With ``most``, any entry that ``k`` to ``most`` entries equal or exceed.
 
     It brackets the value from both ends. A guess is interpolated by the logarithms of
     the counts, and every third one halves the ordered integers, so that it ends for
@@ -89,19 +109,22 @@ def _kth(x: Float[Array, "rows n"], k: int) -> Float[Array, " rows"]:
     ``t`` or more, and no greater value of the row has.
     """
     real = x > -jnp.inf
-    some = jnp.sum(real, axis=1, dtype=jnp.int32)
+    some = _count(real)
     low = _ordered(jnp.min(jnp.where(real, x, jnp.inf), axis=1))
     high = _ordered(jnp.max(x, axis=1)) + 1
     start = (
         jnp.int32(0),
         low,
-        jnp.where(some <= k, k, some),
+        jnp.maximum(some, k),
         high,
         jnp.zeros_like(some),
     )
 
+    most = most or k
+    aim = (k * most) ** 0.5
+
     def is_open(low: Array, at_low: Array, high: Array) -> Array:
-        return (at_low != k) & (high > low + 1)
+        return (at_low > most) & (high > low + 1)
 
     def goes_on(state: tuple) -> Array:
         _, low, at_low, high, _ = state
@@ -109,10 +132,13 @@ def _kth(x: Float[Array, "rows n"], k: int) -> Float[Array, " rows"]:
 
     def step(state: tuple) -> tuple:
         i, low, at_low, high, at_high = state
-        guess = _between(low, at_low, high, at_high, k)
+        guess = _between(low, at_low, high, at_high, aim)
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        at = jnp.clip(jnp.where(i % 3 == 2, middle, guess), low + 1, high - 1)
-        count = jnp.sum(x >= _unordered(at)[:, None], axis=1, dtype=jnp.int32)
+        at = jnp.where(i % 3 == 2, middle, guess)
+        # Scores of relu tie at 0: is the entry above 0, or else 0?
+        at = jnp.where(i // 2 == 2, jnp.int32(5) - i, at)
+        at = jnp.clip(at, low + 1, high - 1)
+        count = _count(x >= _unordered(at)[:, None])
         still = is_open(low, at_low, high)
         up, down = still & (count >= k), still & (count < k)
         low, at_low = jnp.where(up, at, low), jnp.where(up, count, at_low)
@@ -122,11 +148,13 @@ def _kth(x: Float[Array, "rows n"], k: int) -> Float[Array, " rows"]:
     return _unordered(jax.lax.while_loop(goes_on, step, start)[1])
 
 
-def _between(low: Array, at_low: Array, high: Array, at_high: Array, k: int) -> Array:
-    """A guess between two ordered integers, as if log counts fell on a line."""
+def _between(
+    low: Array, at_low: Array, high: Array, at_high: Array, aim: float
+) -> Array:
+    """Guesses where the count is ``aim``, as if log counts fell on a line."""
     more = jnp.log(at_low.astype(jnp.float32))
     fewer = jnp.log(jnp.maximum(at_high.astype(jnp.float32), 0.5))
-    share = (more - jnp.log(float(k))) / jnp.maximum(more - fewer, 1e-6)
+    share = (more - math.log(aim)) / jnp.maximum(more - fewer, 1e-6)
     start, stop = _unordered(low), _unordered(high)
     return _ordered(start + (stop - start) * jnp.clip(share, 0.02, 0.98))
 
@@ -162,7 +190,7 @@ def first_set(
 ) -> Int[Array, "rows count"]:
     """The positions of the first ``count`` set bits of each row, ascending.
 
-    Where fewer are set, the rest holds the last position.
+    Where fewer are set, the rest holds the number of all positions.
 
     Example:
       >>> import jax.numpy as jnp
@@ -177,34 +205,67 @@ def set_bits(
 ) -> Int[Array, "rows ranks"]:
     """The position of the bit that has ``rank`` set bits before it.
 
-    The last position where there is none.
+    The number of all positions where there is none.
 
     Example:
       >>> import jax.numpy as jnp
       >>> set_bits(jnp.array([[1, 6]], jnp.uint32), jnp.array([[2, 0]])).tolist()
       [[34, 0]]
     """
-    number = words.shape[1]
-    held = jnp.cumsum(jax.lax.population_count(words).astype(jnp.int32), axis=1)
-    word = jnp.zeros((words.shape[0], rank.shape[1]), jnp.int32)
-    for step in _halves(2 << number.bit_length()):
+    number, total = words.shape[1], words.shape[1] * WORD
+    # Blocks of words are compared one by one, the words of a block by halves. Both sums
+    # are products: XLA:CPU adds up long rows slowly, and repeats what it can fuse.
+    block = 1 << (number.bit_length() // 2 if number > FEW else 0)
+    words = jnp.pad(words, ((0, 0), (0, -number % block)))
+    count = _bits(words).astype(jnp.float32)
+    ends = jnp.matmul(count, _up_to_blocks(words.shape[1], block)).astype(jnp.int32)
+    whole = jnp.sum(ends[:, None] <= rank[:, :, None], axis=2, dtype=jnp.int32)
+    first = jnp.where(whole > 0, _take(ends, jnp.maximum(whole - 1, 0)), 0)
+    word, before = block * whole, first
+    if block > 1:
+        held = jnp.matmul(count.reshape(-1, block), jnp.triu(jnp.ones((block, block))))
+        held = held.reshape(words.shape).astype(jnp.int32)
+    for step in _halves(block):
         # The words before `ahead` hold at most `rank` bits: the bit lies further on.
         ahead = word + step
-        seen = jnp.take_along_axis(held, jnp.minimum(ahead - 1, number - 1), axis=1)
-        word = jnp.where((ahead <= number) & (seen <= rank), ahead, word)
+        seen = first + _take(held, jnp.minimum(ahead, held.shape[1]) - 1)
+        on = seen <= rank
+        word, before = jnp.where(on, ahead, word), jnp.where(on, seen, before)
     word = jnp.minimum(word, number - 1)
-    before = jnp.take_along_axis(held, jnp.maximum(word - 1, 0), axis=1)
-    rank = rank - jnp.where(word > 0, before, 0)
-    bits, bit = jnp.take_along_axis(words, word, axis=1), jnp.zeros_like(word)
+    left = rank - before
+    bits, bit = _take(words, word), jnp.zeros_like(word)
     for half in _halves(WORD):
         low = (bits >> bit.astype(jnp.uint32)) & jnp.uint32((1 << half) - 1)
-        below = jax.lax.population_count(low).astype(jnp.int32)
-        past = rank >= below
-        rank, bit = (
-            jnp.where(past, rank - below, rank),
-            jnp.where(past, bit + half, bit),
-        )
-    return word * WORD + bit
+        below = _bits(low)
+        past = left >= below
+        left = jnp.where(past, left - below, left)
+        bit = jnp.where(past, bit + half, bit)
+    return jnp.where(rank < ends[:, -1:], word * WORD + bit, total)
+
+
+def _bits(words: UInt32[Array, "rows n"]) -> Int[Array, "rows n"]:
+    """The set bits of each word."""
+    return jax.lax.population_count(words).astype(jnp.int32)
+
+
+def _count(mask: Bool[Array, "rows n"]) -> Int[Array, " rows"]:
+    """The set entries of each row.
+
+    XLA:CPU adds floats twice as fast as integers; they are exact up to 2**24.
+    """
+    return jnp.sum(mask.astype(jnp.float32), axis=1).astype(jnp.int32)
+
+
+def _up_to_blocks(words: int, block: int) -> Float[Array, "words blocks"]:
+    """Which words lie in a block of words or before it."""
+    block_of = jnp.arange(words, dtype=jnp.int32) // block
+    ends = jnp.arange(words // block, dtype=jnp.int32)
+    return (block_of[:, None] <= ends[None]).astype(jnp.float32)
+
+
+def _take(x: Array, at: Int[Array, "rows places"]) -> Array:
+    """``x`` at places within its rows: no check of bounds, which doubles the time."""
+    return jnp.take_along_axis(x, at, axis=1, mode="promise_in_bounds")
 
 
 def _halves(size: int) -> list[int]:
