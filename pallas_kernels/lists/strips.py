@@ -10,10 +10,11 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.call import Inputs, Vectors
 from pallas_kernels.lists.call import ListCall, num_blocks
-from pallas_kernels.precision import widened
+from pallas_kernels.precision import wide, widened
 
-# A strip gathers at most so many keys, and has at most so many rows.
-MOST_KEYS = 1 << 14
+# A strip gathers so many bytes of keys and values, which fit the cache of a core: 4 MiB
+# take twice the time. It has at most so many rows.
+MOST_BYTES = 1 << 20
 MOST_ROWS = 32
 
 
@@ -43,7 +44,10 @@ def sizes_of(inputs: Inputs, index: Array, call: ListCall) -> ListSizes:
     _, kv_heads, kv_seq_len, _ = inputs.k.shape
     lists, groups, count, listed = index.shape
     units = max(groups, kv_heads)
-    rows = max(1, min(MOST_ROWS, MOST_KEYS // (listed * call.block_kv), count))
+    width = np.dtype(wide(inputs.k.dtype)).itemsize
+    width *= inputs.k.shape[3] + inputs.v.shape[3]
+    most = MOST_BYTES // (listed * call.block_kv * width)
+    rows = max(1, min(MOST_ROWS, most, count))
     return ListSizes(
         batch, units, q_heads // units, kv_heads, groups, lists, q_seq_len,
         kv_seq_len, rows, num_blocks(count, rows), listed,

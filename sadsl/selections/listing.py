@@ -222,9 +222,8 @@ def set_bits(
     whole = jnp.sum(ends[:, None] <= rank[:, :, None], axis=2, dtype=jnp.int32)
     first = jnp.where(whole > 0, _take(ends, jnp.maximum(whole - 1, 0)), 0)
     word, before = block * whole, first
-    if block > 1:
-        held = jnp.matmul(count.reshape(-1, block), jnp.triu(jnp.ones((block, block))))
-        held = held.reshape(words.shape).astype(jnp.int32)
+    held = jnp.matmul(count.reshape(-1, block), jnp.triu(jnp.ones((block, block))))
+    held = held.reshape(words.shape).astype(jnp.int32)
     for step in _halves(block):
         # The words before `ahead` hold at most `rank` bits: the bit lies further on.
         ahead = word + step
