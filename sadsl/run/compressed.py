@@ -1,17 +1,16 @@
 """Runs ``compressed``: attention to one key and one value for each block."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.precision import wide, widened
+from pallas_kernels.precision import wide
 from sadsl.run.attend import attend
 from sadsl.run.types import QKV, Outcome, Setting
+from sadsl.selections.attended import window_means
 from sadsl.terms.base import read_by
 from sadsl.terms.compressed import Compressed
 
@@ -52,7 +51,7 @@ def shortened(
       TypeError: the operand is not a function.
     """
     if name is None:
-        return _means(x, length=term.length, stride=term.stride)
+        return window_means(x, term.length, term.stride)
     if name not in given:
         raise ValueError(
             f"{term!r} compresses by {name!r}, which was not given: pass "
@@ -72,15 +71,3 @@ def shortened(
             f"{wanted}"
         )
     return found.astype(x.dtype)
-
-
-@partial(jax.jit, static_argnames=("length", "stride"))
-def _means(
-    x: Float[Array, "batch seq heads dim"], *, length: int, stride: int
-) -> Float[Array, "batch blocks heads dim"]:
-    """The mean of each whole block, accumulated in float32 at least."""
-    summed = widened(x)
-    window, step = (1, length, 1, 1), (1, stride, 1, 1)
-    zero = np.zeros((), summed.dtype)
-    total = jax.lax.reduce_window(summed, zero, jax.lax.add, window, step, "valid")
-    return (total / length).astype(x.dtype)
