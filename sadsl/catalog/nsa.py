@@ -37,9 +37,9 @@ def native_sparse_attention(
     the compressed branch, once for the heads of a group.
 
     With ``own_keys=True`` each branch has keys and values of its own, as published:
-    those of the call are the selected branch's, the operands "short_k" and "short_v"
+    those of the call are selected, the operands "short_k" and "short_v" are those of
     the compressed blocks, ``[batch, blocks, num_kv_heads, head_dim]``, and "near_k" and
-    "near_v" those of the window. Else the branches share keys and values.
+    "near_v" those of the window.
 
     Args:
       k: blocks that a query selects, forced ones included; see ``nsa_topk``.
@@ -50,9 +50,8 @@ def native_sparse_attention(
       first, local: first and nearest blocks that are always selected.
       key, value: names of the functions that compress keys and values, as the paper
         learns them; the mean if None.
-      score: name of an operand with scores of blocks. If None, blocks rank by
-        ``attended``, over "short_k" with ``own_keys``, else over means; the scores by a
-        learned ``key`` are an operand, which ``nsa_importance`` makes.
+      score: name of an operand with scores, such as ``nsa_importance`` makes of a
+        learned ``key``. If None, ``attended`` scores, over "short_k" or over means.
       own_keys: see above.
 
     Raises:
@@ -75,18 +74,14 @@ def native_sparse_attention(
             f"native_sparse_attention: key={key!r}, value={value!r} with own_keys=True:"
             f" pass what they would return as the operands {SHORT_K!r} and 'short_v'"
         )
-    short = compressed(length, stride, key, value)
-    by_attention = attended(length, stride, SHORT_K if own_keys else None)
-    best = nsa_topk(
-        k, block=block, first=first, local=local,
-        score=scored(by_attention) if score is None else score,
-    )  # fmt: skip
-    nearest = causal() & near(window)
+    by_attention = scored(attended(length, stride, SHORT_K if own_keys else None))
+    chosen_by = by_attention if score is None else score
+    best = nsa_topk(k, block=block, first=first, local=local, score=chosen_by)
+    short, nearest = compressed(length, stride, key, value), causal() & near(window)
     if not own_keys:
         return gated(short, best, nearest)
-    return gated(
-        over(SHORT_K, short.blocks, "short_v"), best, over("near_k", nearest, "near_v")
-    )
+    short_of_call = over(SHORT_K, short.blocks, "short_v")
+    return gated(short_of_call, best, over("near_k", nearest, "near_v"))
 
 
 def nsa_importance(
