@@ -3,15 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.precision import wide
 from sadsl.run.attend import attend
+from sadsl.run.over import over_entries
 from sadsl.run.types import QKV, Outcome, Setting
 from sadsl.selections.attended import window_means
-from sadsl.terms.base import read_by
 from sadsl.terms.compressed import Compressed
 
 
@@ -19,21 +17,16 @@ from sadsl.terms.compressed import Compressed
 def _(
     term: Compressed, inputs: QKV, given: Mapping[str, Any], setting: Setting
 ) -> Outcome:
-    """Attention over the sequence of blocks, by the ordinary kernels.
+    """Blocks are entries, made of the tokens.
 
     Raises:
       ValueError: a compressing function is missing, or returns another shape.
     """
     q, k, v = inputs
-    batch, length, heads, _ = q.shape
-    if not term.num_blocks(k.shape[1]):
-        lse = jnp.full((batch, heads, length), -jnp.inf, wide(q.dtype))
-        return Outcome(jnp.zeros((*q.shape[:3], v.shape[-1]), q.dtype), lse)
     short_k, short_v = (
         shortened(x, term, name, given) for x, name in ((k, term.key), (v, term.value))
     )
-    mine = read_by(term.blocks, given)
-    return attend(term.blocks, (q, short_k, short_v), mine, setting)
+    return over_entries(term.blocks, (q, short_k, short_v), given, setting)
 
 
 def shortened(
@@ -50,6 +43,8 @@ def shortened(
       ValueError: the function was not given, or returns another shape.
       TypeError: the operand is not a function.
     """
+    if not term.num_blocks(x.shape[1]):
+        return x[:, :0]
     if name is None:
         return window_means(x, term.length, term.stride)
     if name not in given:
