@@ -109,13 +109,11 @@ def test_the_gate_its_target_and_its_loss():
     )
 
 
-def test_the_target_a_few_rows_at_a_time(monkeypatch):
+def test_the_target_a_few_blocks_at_a_time(monkeypatch):
     q, k = qk()
-    wanted = target_oracle(q, k)
-    # Two rows of blocks at a time; one, with three of its seven blocks.
-    for limit in (HEADS * 8 * N * 2, HEADS * 8 * 8 * 3):
-        monkeypatch.setattr(cell_scores, "LIMIT", limit)
-        np.testing.assert_allclose(target(q, k, block=8)[0], wanted, atol=1e-6)
+    # One row of blocks, and three of its seven blocks.
+    monkeypatch.setattr(cell_scores, "LIMIT", HEADS * 8 * 8 * 3)
+    np.testing.assert_allclose(target(q, k, block=8)[0], target_oracle(q, k), atol=1e-6)
 
 
 def test_the_target_holds_no_matrix_of_all_pairs():
@@ -128,6 +126,7 @@ def test_the_target_holds_no_matrix_of_all_pairs():
     assert used.temp_size_in_bytes < 4 * n * n * 4 / 2
 
 
+@pytest.mark.slow
 def test_the_target_of_the_lse_of_a_call_and_its_gradients():
     q, k = qk()
     _, lse = sa.attention(q, k, k, CAUSAL, return_lse=True)
