@@ -8,6 +8,7 @@ import sadsl as sa
 from sadsl.maps.base import IndexMap
 from sadsl.maps.numbers import Real, TableNumbers, WeightsArray
 from sadsl.maps.symbols import POSITIONS, OperandArray, Symbol, TableValues, Truth
+from sadsl.selections.attended import Attended
 from sadsl.selections.budgets import Share, Tokens, share
 from sadsl.selections.cell_scores import Score, scored
 from sadsl.selections.cells import Rules, rules
@@ -31,6 +32,7 @@ PLACES = {
     Partition: sa.summaries,
     Score: lambda x: sa.topk(2, score=x),
     Dot: lambda x: sa.topk(2, score=x),
+    Attended: lambda x: sa.topk(2, score=x),
     Rules: lambda x: sa.topk(2, rules=x),
     Share: sa.topk,
     Tokens: sa.topk,
@@ -122,6 +124,7 @@ OTHER_OF = {
     ("Softmax", "scale"): sa.bias(lambda q, k, h: sa.weights("t")[h]),
     ("over", "values"): "others", ("latent", "form"): "absorbed",
     ("dot", "weights"): "iw", ("dot", "act"): "relu", ("dot", "k"): "other",
+    ("attended", "keys"): "short_k",
     ("reused", "choice"): sa.topk(3),
     ("softmax", "bias"): sa.alibi(), ("Softmax", "bias"): sa.t5_bias() + sa.alibi(),
     ("scatter_mean", "map"): sa.kmeans(4), ("scatter_mean", "own_key"): "alone",

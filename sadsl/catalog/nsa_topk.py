@@ -2,32 +2,28 @@
 
 from sadsl.maps.base import IndexMap
 from sadsl.maps.named import causal, sinks, where
-from sadsl.selections import scored, topk
+from sadsl.selections import attended, scored, topk
 from sadsl.selections.cell_scores import Score
-
-# A block competes by its mean key once all of its keys are past.
-MEAN_KEYS = scored("mean", normalise="whole_softmax")
 
 
 def nsa_topk(
     k: int = 16, *, block: int = 64, first: int = 1, local: int = 2,
-    score: Score | str = MEAN_KEYS,
+    score: Score | str | None = None,
 ) -> IndexMap:  # fmt: skip
     """A query sees ``k`` blocks: the first, the nearest, and the best others.
 
-    After Yuan et al., Native sparse attention: hardware-aligned and natively trainable
-    sparse attention, 2025, section 3.3.2. A query's softmax over the mean keys of whole
-    past blocks is averaged over the heads of a group, which share one choice. In the
-    paper, a learned map compresses the keys of overlapping blocks. This is one of the
-    three gated branches of ``native_sparse_attention``.
+    Yuan et al., Native sparse attention: hardware-aligned and natively trainable sparse
+    attention, 2025, section 3.3.2. Blocks rank by the attention that the query pays to
+    their compressed keys, added up over the heads of a group, which share one choice.
+    This is one of the three gated branches of ``native_sparse_attention``.
 
     Args:
       k: blocks that a query sees, forced ones included.
       block: positions in a block.
       first: first blocks that are always seen.
       local: nearest blocks that are always seen; the own block counts.
-      score: how blocks are scored, or the name of an operand with scores, such as
-        ``nsa_importance`` makes.
+      score: how blocks are scored, as ``attended`` makes it, or the name of an operand
+        with scores. None: by the mean keys of whole past blocks.
 
     Example:
       >>> from sadsl import catalog
@@ -37,8 +33,9 @@ def nsa_topk(
       eligible=causal())
     """
     near = where(lambda q, k: (q // block - k // block < local) & (k <= q))
+    chosen_by = scored(attended(block, block)) if score is None else score
     best = topk(
-        k, block=block, block_q=1, score=score,
+        k, block=block, block_q=1, score=chosen_by,
         scope="group", forced=sinks(first * block) | near, eligible=causal(),
     )  # fmt: skip
     return causal() & best

@@ -5,8 +5,6 @@ section 3. The gate scores blocks from pooled queries and keys; its scores are t
 operand of ``sadsl.catalog.seer_attention``. Nothing but the gate is trained.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +12,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from sadsl.maps.named import causal
 from sadsl.run import checks
-from sadsl.selections.cell_scores import in_steps, products, softmax
-from sadsl.selections.tiles import grouped, num_parts, pooled
+from sadsl.run.call import attention
+from sadsl.run.cell_mass import cell_mass
+from sadsl.selections.cell_scores import products
+from sadsl.selections.tiles import pooled
 
 HEAD_INIT = nnx.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", batch_axis=0
@@ -157,41 +158,37 @@ def _pooled(
 def target(
     q: Float[Array, "batch seq num_heads head_dim"],
     k: Float[Array, "batch seq num_kv_heads head_dim"],
+    lse: Float[Array, "batch num_heads seq"] | None = None,
     *,
     block: int = 64,
     sm_scale: float | None = None,
 ) -> Float[Array, "batch num_heads blocks blocks"]:
     """The scores that the gate should learn: the largest weight in each block.
 
-    Each row is scaled to add up to 1. Attention is causal. A few blocks of queries are
-    computed at a time, never the whole matrix. No gradient flows through the target.
+    Each row is scaled to add up to 1. Attention is causal. A block is computed by
+    itself, from the lse, so the matrix of all pairs never exists. No gradient flows
+    through the target.
 
     Args:
       q, k: those of the attention, with their positions.
+      lse: of the attention, which ``return_lse=True`` returns; computed if None.
       block: positions of a block; that of the gate.
       sm_scale: as in ``sadsl.attention``; ``head_dim ** -0.5`` if None.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sadsl.layers.gate import target
+      >>> target(*jnp.zeros((2, 1, 4, 1, 8)), block=2)[0, 0].tolist()
+      [[1.0, 0.0], [0.5, 0.5]]
     """
-    scale = checks.scale(sm_scale, q.shape[-1])
-    q, k = (
-        jax.lax.stop_gradient(jnp.swapaxes(x, 1, 2)).astype(jnp.float32) for x in (q, k)
-    )
-    batch, num_heads, length, _ = q.shape
-    at_key = jnp.arange(k.shape[2], dtype=jnp.int32)[None, :]
-    first = jnp.arange(num_parts(block, length), dtype=jnp.int32) * block
-    rows = {"q": grouped(q, block, -2)[0], "first": first[None, None]}
-
-    def largest(x: Any) -> Float[Array, "batch heads rows blocks"]:
-        some = x["q"]
-        flat = some.reshape(*some.shape[:2], -1, some.shape[-1])
-        at = x["first"][0, 0, :, None] + jnp.arange(block, dtype=jnp.int32)[None, :]
-        at = at.reshape(-1, 1)
-        held = (at_key <= at) & (at < length)
-        p = softmax(products(flat, k) * scale, held[None, None])
-        p = p.reshape(*some.shape[:-1], -1)
-        # A short last block is padded with 0: no weight is below it.
-        return jnp.max(grouped(p, block, -1)[0], axis=(3, 5))
-
-    found = in_steps(largest, rows, batch * num_heads * block * k.shape[2])
+    if lse is None:
+        q, k = jax.lax.stop_gradient((q, k))
+        one = k[..., :1]
+        _, lse = attention(q, k, one, causal(), sm_scale=sm_scale, return_lse=True)
+    found = cell_mass(q, k, lse, causal(), block=block, sm_scale=sm_scale)
     return found / jnp.sum(found, axis=-1, keepdims=True)
 
 

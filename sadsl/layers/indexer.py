@@ -22,7 +22,7 @@ def indexer_loss(
     score: Dot,
     operands: Mapping[str, Any],
     q: Float[Array, "batch q_seq num_q_heads head_dim"],
-    k: Float[Array, "batch kv_seq num_kv_heads head_dim"],
+    k: Float[Array, "*batch_or_1 kv_seq num_kv_heads head_dim"],
     lse: Float[Array, "batch num_q_heads q_seq"],
     listed: Int[Array, "batch_or_1 groups q_seq keys"],
     *,
@@ -33,14 +33,19 @@ def indexer_loss(
     In sparse training, ``listed`` is what the attention saw: ``select`` returns it. In
     the dense warm-up it lists all keys that a query may see; ``causal_lists`` does.
 
+    An indexer that chooses entries of ``over(...)``, as that of DeepSeek-V4, learns
+    from the weight of the entries: pass them for ``k``, and the lse of the joint.
+
     Args:
       score: the score of the choice.
       operands: the arrays of ``score``; the gradient flows to them.
-      q, k, lse, sm_scale: of the attention, without a gradient.
+      q, lse, sm_scale: of the attention, without a gradient.
+      k: its keys, or its entries.
       listed: as in ``key_mass``.
 
     Returns:
-      A float32 scalar. Queries that see none of their listed keys count as 0.
+      A float32 scalar. Queries that see none of their listed keys count as 0,
+      and so does a sequence without entries.
 
     Raises:
       ValueError: the shapes do not fit together.
@@ -54,9 +59,11 @@ def indexer_loss(
       >>> indexer_loss(sa.dot(), arrays, x, x, lse, causal_lists(4)).round(6) + 0
       Array(0., dtype=float32)
     """
+    if not k.shape[-3]:
+        return jnp.zeros((), jnp.float32)
     target = key_mass(q, k, lse, listed, sm_scale=sm_scale)
     scores = listed_scores(score, operands, listed)
-    real = (listed >= 0) & (listed < k.shape[1])
+    real = (listed >= 0) & (listed < k.shape[-3])
     return divergence(target, scores, real)
 
 
@@ -89,14 +96,20 @@ def divergence(
     return jnp.mean(jnp.sum(terms, axis=-1))
 
 
-def causal_lists(length: int) -> Int[Array, "1 1 length length"]:
+def causal_lists(length: int, ratio: int = 1) -> Int[Array, "1 1 length entries"]:
     """All keys of each query of a causal map, for the dense warm-up.
 
-    Memory grows with the square of the length.
+    With a ``ratio``, they are the entries of so many tokens each that end by the query,
+    as ``where(lambda q, k: k < (q + 1) // ratio)`` has them. Memory grows with the
+    square of the length.
 
     Example:
       >>> causal_lists(3)[0, 0].tolist()
       [[0, 3, 3], [0, 1, 3], [0, 1, 2]]
+      >>> causal_lists(5, ratio=2)[0, 0].tolist()
+      [[2, 2], [0, 2], [0, 2], [0, 1], [0, 1]]
     """
-    at = jnp.arange(length, dtype=jnp.int32)
-    return jnp.where(at[None] <= at[:, None], at[None], length)[None, None]
+    count = length // ratio
+    at = jnp.arange(count, dtype=jnp.int32)[None]
+    whole = (jnp.arange(length, dtype=jnp.int32)[:, None] + 1) // ratio
+    return jnp.where(at < whole, at, count)[None, None]

@@ -1,18 +1,15 @@
 """Runs ``compressed``: attention to one key and one value for each block."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.precision import wide, widened
 from sadsl.run.attend import attend
+from sadsl.run.over import over_entries
 from sadsl.run.types import QKV, Outcome, Setting
-from sadsl.terms.base import read_by
+from sadsl.selections.attended import window_means
 from sadsl.terms.compressed import Compressed
 
 
@@ -20,21 +17,16 @@ from sadsl.terms.compressed import Compressed
 def _(
     term: Compressed, inputs: QKV, given: Mapping[str, Any], setting: Setting
 ) -> Outcome:
-    """Attention over the sequence of blocks, by the ordinary kernels.
+    """Blocks are entries, made of the tokens.
 
     Raises:
       ValueError: a compressing function is missing, or returns another shape.
     """
     q, k, v = inputs
-    batch, length, heads, _ = q.shape
-    if not term.num_blocks(k.shape[1]):
-        lse = jnp.full((batch, heads, length), -jnp.inf, wide(q.dtype))
-        return Outcome(jnp.zeros((*q.shape[:3], v.shape[-1]), q.dtype), lse)
     short_k, short_v = (
         shortened(x, term, name, given) for x, name in ((k, term.key), (v, term.value))
     )
-    mine = read_by(term.blocks, given)
-    return attend(term.blocks, (q, short_k, short_v), mine, setting)
+    return over_entries(term.blocks, (q, short_k, short_v), given, setting)
 
 
 def shortened(
@@ -51,8 +43,10 @@ def shortened(
       ValueError: the function was not given, or returns another shape.
       TypeError: the operand is not a function.
     """
+    if not term.num_blocks(x.shape[1]):
+        return x[:, :0]
     if name is None:
-        return _means(x, length=term.length, stride=term.stride)
+        return window_means(x, term.length, term.stride)
     if name not in given:
         raise ValueError(
             f"{term!r} compresses by {name!r}, which was not given: pass "
@@ -72,15 +66,3 @@ def shortened(
             f"{wanted}"
         )
     return found.astype(x.dtype)
-
-
-@partial(jax.jit, static_argnames=("length", "stride"))
-def _means(
-    x: Float[Array, "batch seq heads dim"], *, length: int, stride: int
-) -> Float[Array, "batch blocks heads dim"]:
-    """The mean of each whole block, accumulated in float32 at least."""
-    summed = widened(x)
-    window, step = (1, length, 1, 1), (1, stride, 1, 1)
-    zero = np.zeros((), summed.dtype)
-    total = jax.lax.reduce_window(summed, zero, jax.lax.add, window, step, "valid")
-    return (total / length).astype(x.dtype)

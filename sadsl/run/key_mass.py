@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.precision import widened
+from pallas_kernels.precision import wide, widened
 from sadsl.run import checks
 
 # A strip of queries gathers at most so many keys.
@@ -15,7 +15,7 @@ MOST_KEYS = 1 << 14
 
 def key_mass(
     q: Float[Array, "batch q_seq num_q_heads head_dim"],
-    k: Float[Array, "batch kv_seq num_kv_heads head_dim"],
+    k: Float[Array, "*batch_or_1 kv_seq num_kv_heads head_dim"],
     lse: Float[Array, "batch num_q_heads q_seq"],
     listed: Int[Array, "batch_or_1 groups q_seq keys"],
     *,
@@ -30,8 +30,12 @@ def key_mass(
     other parts of a ``joint``, have their share in it. A separate function needs no
     flag in any kernel. It reads the listed keys once more.
 
+    For a part ``over(...)`` of a joint, ``k`` are its entries and ``lse`` is that of
+    the joint: the result is the weight that entries have beside tokens and sinks.
+
     Args:
-      q, k, lse: of the call.
+      q, lse: of the call. For keys in ``weighted(term, w)``, pass ``lse - w``.
+      k: the keys of the call, or the entries as they were passed.
       listed: positions of keys, as ``select`` returns them for cells of one key; an
         entry outside of ``0 .. kv_seq - 1`` has weight 0. The number of groups divides
         that of the query heads, and is a multiple of that of key heads, or divides it.
@@ -53,11 +57,17 @@ def key_mass(
       >>> key_mass(x, x, lse, listed)[0, 0, :2].round(3).tolist()
       [[2.0, 0.0], [1.0, 1.0]]
     """
-    checks.problem(q, k, k, 0)
+    if k.ndim == 3 or k.shape[:-3] == (1,):
+        k = jnp.broadcast_to(k, (len(q), *k.shape[-3:]))
+    if k.shape[1:2] != (0,):
+        checks.problem(q, k, k, 0)
     _check(q, k, lse, listed)
+    if not k.shape[1] or not listed.shape[3]:
+        return jnp.zeros((len(q), *listed.shape[1:]), wide(q.dtype))
     if detach:
         q, k, lse = jax.lax.stop_gradient((q, k, lse))
     scale = checks.scale(sm_scale, q.shape[-1])
+    scale = scale if isinstance(scale, float) else scale.astype(wide(q.dtype))
     return _masses(q, k, lse, listed, scale, logits_soft_cap)
 
 

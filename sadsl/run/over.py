@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.precision import wide
 from sadsl.run.attend import attend, choose
 from sadsl.run.types import QKV, Outcome, Setting
-from sadsl.terms.base import read_by
+from sadsl.terms.base import Spec, read_by
 from sadsl.terms.over import Over
 from sadsl.terms.softmax import Softmax
 
@@ -36,11 +36,23 @@ def _(term: Over, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> Ou
                 f"operand {term.values!r} has shape {values.shape}, {term.source!r} "
                 f"has {keys.shape}: all axes but the last must be equal"
             )
+    inner = Softmax(term.map, term.logits_soft_cap)
+    return over_entries(inner, (q, keys, values), given, setting)
+
+
+def over_entries(
+    term: Spec, inputs: QKV, given: Mapping[str, Any], setting: Setting
+) -> Outcome:
+    """Output and lse of q over entries, which have keys and values of their own.
+
+    ``over`` takes its entries from a caller, ``compressed`` and ``summaries`` make
+    theirs of the tokens. A query sees nothing where there are none.
+    """
+    q, keys, values = inputs
     if not keys.shape[1]:
         lse = jnp.full((len(q), q.shape[2], q.shape[1]), -jnp.inf, wide(q.dtype))
         return Outcome(jnp.zeros((*q.shape[:3], values.shape[-1]), q.dtype), lse)
-    inner = Softmax(term.map, term.logits_soft_cap)
-    return attend(inner, (q, keys, values), read_by(inner, given), setting)
+    return attend(term, inputs, read_by(term, given), setting)
 
 
 @choose.register

@@ -1,13 +1,14 @@
-"""Runs ``summaries``: pools regions, attends within them, then attends to them."""
+"""Runs ``summaries``: makes an entry of each region, and attends as ``over`` does."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sadsl.maps.base import IndexMap
 from sadsl.maps.named import where
 from sadsl.maps.symbols import OperandArray
 from sadsl.run import pools
@@ -15,6 +16,7 @@ from sadsl.run.attend import attend
 from sadsl.run.content import chosen_parts
 from sadsl.run.operands import call_arrays
 from sadsl.run.options import options_of
+from sadsl.run.over import over_entries
 from sadsl.run.types import QKV, Outcome, Setting
 from sadsl.terms import cluster_regions
 from sadsl.terms.base import DROPOUT_KEY
@@ -31,10 +33,10 @@ VALID, SOME = "regions.valid", "regions.some"
 def _(
     term: Summaries, inputs: QKV, given: Mapping[str, Any], setting: Setting
 ) -> Outcome:
-    """Output and lse of every query over the regions that it reads.
+    """Regions are entries, made of the tokens: output and lse over those a query reads.
 
-    Two calls: the regions attend to their members, which yields the values, and then
-    the queries attend to the regions. Gradients flow through both and through pools.
+    The regions attend to their members, which yields the values of the entries. Then
+    they run as ``over`` does. Gradients flow through both and through pools.
 
     Raises:
       ValueError: the sizes do not fit the partition, or operands are missing.
@@ -49,12 +51,33 @@ def _(
             "belong to the same tokens; pass all queries, with q_offset=0"
         )
     term.partition.check(n)
+    of = _clusters if isinstance(term.partition, Clusters) else _regions
+    found = of(term, inputs, given, setting)
+    keys = _for_heads(found.keys, q)
+    read = {**found.operands, **_dropped_by(given)}
+    return over_entries(found.seen, (q, keys, found.values), read, setting)
+
+
+class Entries(NamedTuple):
+    """The regions of a call as entries, and which of them a query sees."""
+
+    keys: Array  # [batch, regions, heads, dim]
+    values: Array  # [batch, regions, num_q_heads, dim_v]
+    seen: IndexMap
+    operands: Mapping[str, Array]  # those of ``seen``
+
+
+def _regions(
+    term: Summaries, inputs: QKV, given: Mapping[str, Any], setting: Setting
+) -> Entries:
+    """The entries of a partition that is known without content."""
+    _, k, v = inputs
     valid = _valid(term, given, inputs)
-    if isinstance(term.partition, Clusters):
-        return _of_clusters(term, inputs, given, setting)
-    members, seen = term.partition.members(n), term.partition.seen(n)
+    members, seen = (
+        of(k.shape[1]) for of in (term.partition.members, term.partition.seen)
+    )
     of_members: dict[str, Array] = {}
-    of_seen = _dropped_by(given)
+    of_seen: dict[str, Array] = {}
     if valid is not None:
         members &= where(lambda q, k: OperandArray(VALID)[k] != 0)
         seen &= where(lambda q, k: OperandArray(SOME)[k] != 0)
@@ -67,19 +90,18 @@ def _(
 
     if isinstance(term.partition, Rowmajor):
         keys, values = _of_tokens(inputs, term.partition, given, within)
-    else:
-        asked, keys = (
-            pools.pooled(x, valid, partition=term.partition, pool=term.pool)
-            for x in _features(inputs, term, given)
-        )
-        values = within(asked, inputs[2])
-    return attend(seen, (q, _for_heads(keys, q), values), of_seen, setting)
+        return Entries(keys, values, seen, of_seen)
+    asked, keys = (
+        pools.pooled(x, valid, partition=term.partition, pool=term.pool)
+        for x in _features(inputs, term, given)
+    )
+    return Entries(keys, within(asked, v), seen, of_seen)
 
 
-def _of_clusters(
+def _clusters(
     term: Summaries, inputs: QKV, given: Mapping[str, Any], setting: Setting
-) -> Outcome:
-    """Output and lse over clusters, whose members content decides for each head."""
+) -> Entries:
+    """The entries of clusters, whose members content decides for each head."""
     partition = term.partition
     assert isinstance(partition, Clusters)
     q, k, v = inputs
@@ -96,14 +118,12 @@ def _of_clusters(
     )
     n, once = k.shape[1], replace(setting, dropout_rate=0.0)
     of_members = cluster_regions.operands_of_members(partition, other)
-    members, seen = partition.members(n), partition.seen(n)
-    values = attend(members, (queries, k, v), of_members, once).out
+    values = attend(partition.members(n), (queries, k, v), of_members, once).out
     at = cluster_regions.tokens_read(other, partition=partition)
     of_seen = cluster_regions.operands_of_seen(partition, (mine, other), order, at)
-    of_seen = {**of_seen, **_dropped_by(given)}
     if partition.causal:
         keys, values = (cluster_regions.taken(x, at) for x in (keys, values))
-    return attend(seen, (q, keys, values), of_seen, setting)
+    return Entries(keys, values, partition.seen(n), of_seen)
 
 
 def labels(

@@ -1,5 +1,6 @@
 """Selections: maps whose pairs depend on the queries and keys of a call."""
 
+from sadsl.selections.attended import attended as attended
 from sadsl.selections.base import Content as Content
 from sadsl.selections.base import Selection as Selection
 from sadsl.selections.budgets import mass as mass

@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from lowering.problem import Problem
 from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
 from sadsl.maps.operand_names import check_operand_name
+from sadsl.selections.attended import Attended
 from sadsl.selections.base import Content
 from sadsl.selections.dot_scores import Dot, DotArrays, arrays_of, dot_scores
 from sadsl.selections.static_cells import of_heads, pairs_at
@@ -28,15 +30,17 @@ LIMIT = 1 << 20
 class Score:
     """How cells are scored; made by ``scored``."""
 
-    by: str | Dot
+    by: str | Dot | Attended
     normalise: str = "none"
     scale: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.by, str):
             check_operand_name("score", self.by, *map(repr, (*POOLED, *EVERY_PAIR)))
-        elif not isinstance(self.by, Dot):
-            raise TypeError(f"score: {self.by!r} must be a name or dot(...)")
+        elif not isinstance(self.by, Dot | Attended):
+            raise TypeError(
+                f"score: {self.by!r} must be a name, dot(...) or attended(...)"
+            )
         if self.normalise not in NORMALISE:
             raise ValueError(
                 f"scored: normalise={self.normalise!r} must be one of {NORMALISE}"
@@ -54,7 +58,7 @@ class Score:
     @property
     def operands(self) -> Mapping[str, int]:
         """The operands that it reads, with their numbers of axes beside the batch."""
-        if isinstance(self.by, Dot):
+        if isinstance(self.by, Dot | Attended):
             return self.by.operands
         return {self.by: 3} if self.is_operand else {}
 
@@ -63,7 +67,7 @@ MEAN = Score("mean")
 
 
 def scored(
-    by: str | Dot, *, normalise: str = "none", scale: float | None = None
+    by: str | Dot | Attended, *, normalise: str = "none", scale: float | None = None
 ) -> Score:
     """How ``topk``, ``threshold`` and ``mass`` score cells.
 
@@ -135,6 +139,10 @@ def scorer(
         given = _given(score.by, content, sides)
         return given, lambda x: x, batch * num_heads * columns
     scale = content.sm_scale if score.scale is None else score.scale
+    # A traced scale may be of float64; scores are of float32.
+    scale = scale if isinstance(scale, float) else jnp.asarray(scale, jnp.float32)
+    if isinstance(score.by, Attended):
+        return _attended_scorer(score.by, content, sides, scale)
     if score.by in POOLED:
         of_rows = _pooled_scorer(score.by, content, sides.columns, scale)
         means = pooled(content.q, sides.rows, "mean")
@@ -182,7 +190,7 @@ def products(
     return found.reshape(batch, heads, rows, k.shape[2])
 
 
-def _pooled_scorer(by: str, content: Content, columns: Partition, scale: float) -> Rows:
+def _pooled_scorer(by: str, content: Content, columns: Partition, scale: Any) -> Rows:
     """Scores rows by their mean queries and the pooled keys: "mean" or "min_max"."""
     if by == "mean":
         mean = pooled(content.k, columns, "mean")
@@ -198,7 +206,7 @@ def _pooled_scorer(by: str, content: Content, columns: Partition, scale: float) 
 
 
 def _pair_scorer(
-    by: str, content: Content, sides: CellSides, rest: tuple[float, IndexMap | None]
+    by: str, content: Content, sides: CellSides, rest: tuple[Any, IndexMap | None]
 ) -> Rows:
     """Scores rows by all of their pairs: "max" or "attention"."""
     scale, eligible = rest
@@ -231,6 +239,38 @@ def _pair_scorer(
         return jnp.sum(cells, axis=(3, 5)) / count
 
     return of_rows
+
+
+def _attended_scorer(
+    score: Attended, content: Content, sides: CellSides, scale: Any
+) -> tuple[Any, Rows, int]:
+    """``scorer`` of ``attended``: the mean over the queries of a row."""
+    problem = sides.problem
+    at, real = positions(sides.rows, problem.q_seq_len)
+    keys = score.entries(content).astype(jnp.float32)
+    last = np.arange(keys.shape[2]) * score.stride + score.length - 1
+    last = jnp.asarray(last, jnp.int32)[None, None, None, None]
+    query = {
+        "q": grouped(content.q.astype(jnp.float32), sides.rows, -2)[0],
+        "at": jnp.asarray(at + problem.q_offset, jnp.int32)[None, None],
+        "real": jnp.asarray(real, jnp.float32)[None, None],
+    }
+
+    def of_rows(x: Any) -> Float[Array, "batch heads rows columns"]:
+        q = x["q"]
+        flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
+        logits = products(flat, keys) * scale
+        logits = logits.reshape(*q.shape[:-1], keys.shape[2])
+        past, finite = last <= x["at"][..., None], jnp.isfinite(logits)
+        # A logit that is not finite makes its own cells NaN, and no other ones.
+        weights = softmax(logits, past & finite) if keys.shape[2] else logits
+        weights = jnp.where(past & ~finite, jnp.nan, weights)
+        count = jnp.maximum(x["real"].sum(axis=3), 1.0)[..., None]
+        weights = jnp.sum(weights * x["real"][..., None], axis=3) / count
+        return score.shared(weights, sides.columns, problem.kv_seq_len)
+
+    cost = query["q"].shape[0] * query["q"].shape[1] * at.shape[1]
+    return query, of_rows, cost * max(1, keys.shape[2])
 
 
 def _for_choices(

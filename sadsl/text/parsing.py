@@ -17,6 +17,7 @@ from sadsl.maps.numbers import log, weights
 from sadsl.maps.symbols import POSITIONS, Symbol
 from sadsl.maps.traced_map import traced_map
 from sadsl.selections import budgets
+from sadsl.selections.attended import attended
 from sadsl.selections.cell_scores import scored
 from sadsl.selections.cells import rules
 from sadsl.selections.chunk_budget import chunk_budget
@@ -70,7 +71,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
         sorted_chunks, key_topw, key_positive,
         factorised_topk,
         budgets.topk, budgets.threshold, budgets.mass, rules, budgets.share,
-        budgets.tokens, tiles, within, scored, dot,
+        budgets.tokens, tiles, within, scored, dot, attended,
         kmeans, scatter_mean, heads, mixtures.joint, mixtures.average,
         linear, delta, cosformer_features, local_linear, over,
         latent, log,

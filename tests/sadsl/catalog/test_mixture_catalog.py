@@ -43,14 +43,27 @@ def pooling(seq, length, stride):
 def nsa_by_definition(q, k, v, gates, chosen):
     """Three softmaxes and a gated sum, all ``[batch, seq, heads, dim]``."""
     pool = pooling(SEQ, NSA["length"], NSA["stride"])
-    last = np.arange(len(pool)) * NSA["stride"] + NSA["length"] - 1
+    own = {
+        name: jnp.einsum("ji,bihd->bjhd", pool, x)
+        for name, x in {"short_k": k, "short_v": v}.items()
+    }
+    own |= {"near_k": k, "near_v": v}
+    return own_keys_by_definition(q, k, v, own, gates, chosen)
+
+
+def own_keys_by_definition(q, k, v, own, gates, chosen):
+    """As above, with keys and values of each branch."""
+    last = np.arange(own["short_k"].shape[1]) * NSA["stride"] + NSA["length"] - 1
     at = np.arange(SEQ)
     past = (last[None, :] <= at[:, None])[None, None]
     distance = at[:, None] - at[None, :]
     near = ((distance >= 0) & (distance <= NSA["window"]))[None, None]
-    short_k, short_v = (jnp.einsum("ji,bihd->bjhd", pool, x) for x in (k, v))
     outs = []
-    for keys, values, pairs in ((short_k, short_v, past), (k, v, chosen), (k, v, near)):
+    for keys, values, pairs in (
+        (own["short_k"], own["short_v"], past),
+        (k, v, chosen),
+        (own["near_k"], own["near_v"], near),
+    ):
         by_head = (jnp.swapaxes(x, 1, 2) for x in (q, keys, values))
         out, _ = oracle.attention(*by_head, jnp.asarray(pairs), DIM**-0.5)
         outs.append(jnp.swapaxes(out, 1, 2))
@@ -60,8 +73,7 @@ def nsa_by_definition(q, k, v, gates, chosen):
 @pytest.mark.slow
 def test_native_sparse_attention():
     spec = catalog.native_sparse_attention(3, **NSA)
-    selected = catalog.nsa_topk(3, block=8)
-    assert spec.terms[1] == selected
+    selected = spec.terms[1]
     assert sa.parse(repr(spec)) == spec
     q, k, v, do, gates = arrays()
 
@@ -101,20 +113,25 @@ def test_native_sparse_attention():
         oracle.assert_close(a, np.asarray(b), "float32", name)
 
 
-def test_blocks_are_selected_by_what_the_compressed_branch_attends_to():
+def importance_by_loops(q, short):
     """By loops: each compressed block gives to where it lies, stride by stride."""
+    q, short = (np.asarray(x, np.float64) for x in (q, short))
+    found = np.zeros((BATCH, KV_HEADS, SEQ, 6))
+    for b, h, i in np.ndindex(BATCH, HEADS, SEQ):
+        seen = [j for j in range(short.shape[1]) if 4 * j + 5 <= i]
+        e = np.exp([q[b, i, h] @ short[b, j, h // 2] * DIM**-0.5 for j in seen])
+        for j, p in zip(seen, e / e.sum(), strict=True):
+            for position in range(4 * j, 4 * j + 6):
+                found[b, h // 2, i, position // 8] += p / 4
+    return found
+
+
+def test_blocks_are_selected_by_what_the_compressed_branch_attends_to():
     q, k, *_ = arrays()
     spec = catalog.native_sparse_attention(4, score="importance", **NSA)
     found = catalog.nsa_importance(q, k, spec.terms[0], block=8)
-    wide_q, wide_k = (np.asarray(x, np.float64) for x in (q, k))
-    short = np.einsum("ji,bihd->bjhd", pooling(SEQ, 6, 4), wide_k)
-    wanted = np.zeros((BATCH, KV_HEADS, SEQ, 6))
-    for b, h, i in np.ndindex(BATCH, HEADS, SEQ):
-        seen = [j for j in range(short.shape[1]) if 4 * j + 5 <= i]
-        e = np.exp([wide_q[b, i, h] @ short[b, j, h // 2] * DIM**-0.5 for j in seen])
-        for j, p in zip(seen, e / e.sum(), strict=True):
-            for position in range(4 * j, 4 * j + 6):
-                wanted[b, h // 2, i, position // 8] += p / 4
+    short = np.einsum("ji,bihd->bjhd", pooling(SEQ, 6, 4), np.asarray(k, np.float64))
+    wanted = importance_by_loops(q, short)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     # Beside the first block and the last two, the best other one of the last query.
     chosen = sa.select(spec, q, k, operands={"importance": found})
@@ -125,6 +142,61 @@ def test_blocks_are_selected_by_what_the_compressed_branch_attends_to():
     best = wanted[0, :, -1, 1:4].argmax(axis=-1) + 1
     for h in range(HEADS):
         assert set(np.flatnonzero(by_block[h])) == {0, best[h // 2], 4}
+
+
+@pytest.mark.slow
+def test_native_sparse_attention_with_keys_of_each_branch():
+    """Chosen by the attention to the compressed keys that the layer made."""
+    spec = catalog.native_sparse_attention(4, own_keys=True, **NSA)
+    assert sa.parse(repr(spec)) == spec
+    q, k, v, do, gates = arrays()
+    rng = np.random.default_rng(4)
+    sizes = {"short_k": 10, "short_v": 10, "near_k": SEQ, "near_v": SEQ}
+    own = {
+        name: jnp.asarray(rng.normal(size=(BATCH, n, KV_HEADS, DIM)), jnp.float32)
+        for name, n in sizes.items()
+    }
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def call(do, q, k, v, own, gates):
+        def attend(q, k, v, own, gates):
+            given = {"gates": gates, **own}
+            return sa.attention(q, k, v, spec, operands=given, impl="xla", config=SMALL)
+
+        out, pull = jax.vjp(attend, q, k, v, own, gates)
+        chosen = sa.select(spec.terms[1], q, k, operands={"short_k": own["short_k"]})
+        return chosen, (out, *pull(do))
+
+    chosen, found = call(do, q, k, v, own, gates)
+    (chosen,) = chosen.values()
+    by_block = np.zeros((BATCH, HEADS, SEQ, 6), bool)
+    score = importance_by_loops(q, own["short_k"])
+    for b, h, i in np.ndindex(BATCH, HEADS, SEQ):
+        forced = {0, i // 8, max(0, i // 8 - 1)}
+        others = sorted(
+            set(range(i // 8)) - forced, key=lambda c: -score[b, h // 2, i, c]
+        )
+        by_block[b, h, i, [*forced, *others[: 4 - len(forced)]]] = True
+    np.testing.assert_array_equal(np.asarray(chosen), by_block)
+    pairs = np.repeat(by_block, 8, axis=-1)[..., :SEQ] & np.tri(SEQ, dtype=bool)
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def by_definition(do, *args):
+        out, pull = jax.vjp(partial(own_keys_by_definition, chosen=pairs), *args)
+        return out, *pull(do)
+
+    with jax.enable_x64(True):
+        args = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.float64), (do, q, k, v, own, gates)
+        )
+        wanted = by_definition(*args)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        oracle.assert_close(a, np.asarray(b), "float32", "own keys")
+
+
+def test_key_functions_have_no_place_beside_own_keys():
+    with pytest.raises(ValueError, match="key='phi', value=None with own_keys=True"):
+        catalog.native_sparse_attention(key="phi", own_keys=True)
 
 
 def test_linear_attention_and_a_window():

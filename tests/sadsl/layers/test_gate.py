@@ -16,6 +16,7 @@ from sadsl.selections import cell_scores
 # Compiled in a hurry: nothing here is about speed.
 pytestmark = pytest.mark.usefixtures("quick")
 
+CAUSAL = sa.causal()
 N, HEADS, KV_HEADS, DIM = 50, 4, 2, 8
 SCALE = DIM**-0.5
 
@@ -108,10 +109,48 @@ def test_the_gate_its_target_and_its_loss():
     )
 
 
-def test_the_target_a_few_rows_at_a_time(monkeypatch):
+def test_the_target_a_few_blocks_at_a_time(monkeypatch):
     q, k = qk()
-    monkeypatch.setattr(cell_scores, "LIMIT", HEADS * 8 * N * 2)
+    # One row of blocks, and three of its seven blocks.
+    monkeypatch.setattr(cell_scores, "LIMIT", HEADS * 8 * 8 * 3)
     np.testing.assert_allclose(target(q, k, block=8)[0], target_oracle(q, k), atol=1e-6)
+
+
+def test_the_target_holds_no_matrix_of_all_pairs():
+    """With the lse of the attention, memory is that of the blocks."""
+    n, block = 2048, 64
+    q = jax.ShapeDtypeStruct((1, n, 4, 8), jnp.float32)
+    lse = jax.ShapeDtypeStruct((1, 4, n), jnp.float32)
+    call = jax.jit(lambda q, lse: target(q, q, lse, block=block))
+    used = call.lower(q, lse).compile().memory_analysis()
+    assert used.temp_size_in_bytes < 4 * n * n * 4 / 2
+
+
+@pytest.mark.slow
+def test_the_target_of_the_lse_of_a_call_and_its_gradients():
+    q, k = qk()
+    _, lse = sa.attention(q, k, k, CAUSAL, return_lse=True)
+    gate = a_gate()
+
+    def loss(k, lse):
+        return distillation_loss(gate.logits(q, k), target(q, k, lse, block=8))
+
+    found = jax.value_and_grad(loss, argnums=(0, 1))(k, lse)
+    wanted = jnp.asarray(target_oracle(q, k), jnp.float32)[None]
+
+    def by_hand(k):
+        return distillation_loss(gate.logits(q, k), wanted)
+
+    value, gradient = jax.value_and_grad(by_hand)(k)
+    np.testing.assert_allclose(found[0], value, rtol=1e-5)
+    np.testing.assert_allclose(found[1][0], gradient, atol=1e-6)
+    assert not np.asarray(found[1][1]).any()
+
+
+def test_an_lse_of_another_shape_is_refused():
+    q, k = qk()
+    with pytest.raises(ValueError, match=r"lse has shape \(1, 2, 50\): it must be"):
+        target(q, k, jnp.zeros((1, 2, N)), block=8)
 
 
 @pytest.mark.slow

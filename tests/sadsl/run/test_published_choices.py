@@ -11,6 +11,8 @@ import pytest
 from vectors_of import assert_agrees, cases
 
 import sadsl as sa
+from sadsl import catalog
+from sadsl.catalog import models
 from sadsl.layers.indexer import causal_lists, indexer_loss
 from sadsl.selections import reused
 
@@ -210,6 +212,89 @@ def test_entries_beside_a_window(case, config):
 
     given = {name: jnp.asarray(arrays[name]) for name in ("q", "kv", "sinks")}
     assert_gradients(run, given, arrays, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [LISTS, BITS], ids=["lists", "bits"])
+@pytest.mark.parametrize("case", ["csa", "hca"])
+def test_deepseek_v4_at_published_rates(case, config):
+    """The layers of the catalogue, at windows of 128 and entries of 4 and 128."""
+    arrays, options = cases("deepseek_v4_published_rates")[case]
+    raw, ratio = options["raw"], options["ratio"]
+    (spec,) = models.deepseek_v4((ratio,), k=16)
+    tokens, entries = spec.terms
+    seen = arrays["mask"][0, 0]
+    np.testing.assert_array_equal(tokens.map.dense(raw)[0], seen[:, :raw])
+    operands = {}
+    if case == "csa":
+        # The vector has no scores: these put the entries that it chose first.
+        wanted = seen[:, raw:]
+        scores = {"iq": wanted[:, None], "ik": np.eye(wanted.shape[1])[:, None]}
+        operands = {n: x.astype(np.float32) for n, x in scores.items()}
+        operands["iw"] = np.ones((raw, 1), np.float32)
+        whole = (np.arange(raw) + 1) // ratio
+        np.testing.assert_array_equal(wanted.sum(axis=1), np.minimum(whole, 16))
+        choice = {**operands, "entries": arrays["kv"][:, raw:]}
+        chosen = chosen_of(spec, arrays["q"], arrays["kv"][:, :raw], choice)
+        np.testing.assert_array_equal(chosen.reshape(wanted.shape), wanted)
+    else:
+        found = entries.map.dense(raw, seen.shape[1] - raw)[0]
+        np.testing.assert_array_equal(found, seen[:, raw:])
+
+    def run(q, kv, sinks):
+        own = {"entries": kv[:, raw:], "sink": sinks}
+        tokens = kv[:, :raw]
+        return sa.attention(
+            q, tokens, tokens, spec, operands={**operands, **own},
+            sm_scale=options["scale"], config=config,
+        )  # fmt: skip
+
+    given = {name: jnp.asarray(arrays[name]) for name in ("q", "kv", "sinks")}
+    assert_gradients(run, given, arrays, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [LISTS, BITS], ids=["lists", "bits"])
+def test_selected_blocks_of_native_sparse_attention(config):
+    """Blocks by the attention of a group to their mean keys; three are forced."""
+    arrays, options = cases("fla_nsa")["selected"]
+    spec = catalog.nsa_topk(options["count"], block=options["block"])
+    blocks = -(-arrays["q"].shape[1] // options["block"])
+    found = sa.select(spec, arrays["q"], arrays["k"], sm_scale=options["scale"])
+    (found,) = found.values()
+    wanted = listed(np.moveaxis(arrays["chosen"], 2, 1), blocks)
+    for head in range(arrays["q"].shape[2]):
+        np.testing.assert_array_equal(found[:, head], wanted[:, 0])
+
+    def run(q, k, v):
+        return sa.attention(q, k, v, spec, sm_scale=options["scale"], config=config)
+
+    given = {name: jnp.asarray(arrays[name]) for name in "qkv"}
+    assert_gradients(run, given, arrays, "selected")
+
+
+def test_compressed_branch_of_native_sparse_attention():
+    arrays, options = cases("fla_nsa")["compressed"]
+    block = options["block"]
+    spec = catalog.native_sparse_attention(
+        4, block=block, length=block, stride=block, own_keys=True
+    )
+
+    def run(q, k_cmp, v_cmp, lse=False):
+        own = {"short_k": k_cmp, "short_v": v_cmp}
+        unread = jnp.zeros_like(q[:, :, :1])
+        return sa.attention(
+            q, unread, unread, spec.terms[0], operands=own, sm_scale=options["scale"],
+            return_lse=lse,
+        )  # fmt: skip
+
+    given = {name: jnp.asarray(arrays[name]) for name in ("q", "k_cmp", "v_cmp")}
+    assert_gradients(run, given, arrays, "compressed")
+    lse = np.moveaxis(run(**given, lse=True)[1], 1, 2)
+    none = arrays["lse"] < -1e29
+    assert none.any()
+    assert np.isneginf(lse[none]).all()
+    assert_agrees(lse[~none], arrays["lse"][~none], "lse")
 
 
 @pytest.mark.sample(1)
