@@ -19,8 +19,9 @@ ROOT = Path(sadsl.__file__).parent.parent
 FLOORS = "sadsl", "lowering", "pallas_kernels"
 # Flax has two APIs, and layers bear one name in both.
 TWINS = {
-    Path("sadsl/layers") / name
-    for name in ("linen.py", "nnx.py", "linear_linen.py", "linear_nnx.py")
+    Path("sadsl/layers") / f"{prefix}{api}.py"
+    for prefix in ("", "linear_", "indexed_")
+    for api in ("linen", "nnx")
 }
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_KERNEL = 400, 60, 120
 

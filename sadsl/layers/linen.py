@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.config import KernelConfig
 from sadsl.layers.heads import head_sizes
+from sadsl.layers.indexed_linen import IndexedAttention as IndexedAttention
 from sadsl.layers.learned import learned_of, operands_of, rate_checked, started, width
 from sadsl.layers.linear_linen import DeltaNet as DeltaNet
 from sadsl.layers.linear_linen import GatedDeltaNet as GatedDeltaNet
