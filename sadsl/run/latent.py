@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowering.run_time.lists import visited_pairs
-from pallas_kernels.precision import wide
 from sadsl.run import lists
 from sadsl.run.attend import attend, choose
 from sadsl.run.options import options_of
@@ -93,11 +92,13 @@ def absorbed(
 
 
 def _product(formula: str, a: Array, b: Array) -> Array:
-    """A product of weights, accumulated in float32 at least, in the dtype of ``a``."""
-    dtype = wide(a.dtype)
+    """A product of weights in the dtype of ``a``.
+
+    XLA accumulates products of narrow types in float32 by itself. Asked for a float32
+    result, XLA:CPU refuses some of these products of bfloat16.
+    """
     precision = "highest" if a.dtype.itemsize >= 4 else None
-    found = jnp.einsum(formula, a, b, preferred_element_type=dtype, precision=precision)
-    return found.astype(a.dtype)
+    return jnp.einsum(formula, a, b, precision=precision)
 
 
 def _weights(term: Latent, given: Mapping[str, Any], inputs: tuple) -> Array:
