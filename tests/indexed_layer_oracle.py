@@ -155,6 +155,12 @@ def glm_5(p, x, k):
     return by_token(p, x, k, parts, iq, ik)
 
 
+def glm_5_reused(p, x, chosen):
+    """A layer that sees the pairs that an earlier one chose."""
+    q, keys, v, _ = latents(p, x, 4, "interleaved")
+    return finished(p, x, grouped_logits(q, keys), v, chosen, None, None, chosen)
+
+
 def hy_v4(p, x, k):
     *parts, source = latents(p, x, 4, "half")
     rotate = lambda y: turn(y, 4, "half", "last")

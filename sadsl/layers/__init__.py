@@ -5,4 +5,6 @@ imports neither.
 """
 
 from sadsl.layers.drop_in import attention_fn as attention_fn
+from sadsl.layers.shared_choices import choice_sources as choice_sources
+from sadsl.layers.shared_choices import run_stack as run_stack
 from sadsl.layers.stack import per_layer as per_layer

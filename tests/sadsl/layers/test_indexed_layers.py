@@ -167,6 +167,7 @@ def with_params(name, params, **options):
     return layer
 
 
+@pytest.mark.sample(3)
 @EVERY
 def test_both_apis_have_the_parameters_of_the_description(name):
     params, x = drawn(name)
