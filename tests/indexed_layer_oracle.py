@@ -35,11 +35,11 @@ def layer_norm(x, weight, bias, eps=1e-6):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight + bias
 
 
-def turn(x, channels, layout, side="first", at=None, alpha=0.0):
+def turn(x, channels, layout, side="first", at=None, alpha=0.0, theta=10000.0):
     """Rotates pairs of channels of ``x [b, seq, heads, dim]`` as complex numbers."""
     x = x.copy()
     at = np.arange(x.shape[1]) if at is None else at
-    rate = 10000.0 ** (-2 * np.arange(channels // 2) / channels) * np.exp(alpha)
+    rate = theta ** (-2 * np.arange(channels // 2) / channels) * np.exp(alpha)
     phase = np.exp(1j * at[:, None] * rate)[None, :, None]
     first = 0 if side == "first" else x.shape[-1] - channels
     part = x[..., first : first + channels]
@@ -262,6 +262,58 @@ def qwen4_exp(p, x, k, block=4):
     return finished(p, x, logits, v, mask, scores, whole, chosen, block)
 
 
+def overlapped(p, name, x, ratio, overlap):
+    """Entries of ``ratio`` tokens, one at a time, before the rotation."""
+    c, z = x @ p[name], x @ p[f"{name}_gate"]
+    b, dim, made = p[f"{name}_place"], p[f"{name}_norm"].shape[0], []
+    for j in range(x.shape[1] // ratio):
+        own = slice(j * ratio, (j + 1) * ratio)
+        rows, logits = [c[:, own, -dim:]], [z[:, own, -dim:] + b[:, -dim:]]
+        if overlap and j:
+            past = slice((j - 1) * ratio, j * ratio)
+            rows.append(c[:, past, :dim])
+            logits.append(z[:, past, :dim] + b[:, :dim])
+        e = np.exp(np.concatenate(logits, 1))
+        made.append((e * np.concatenate(rows, 1)).sum(1) / e.sum(1))
+    return rms(np.stack(made, axis=1), p[f"{name}_norm"])
+
+
+def deepseek_v4(p, x, k, ratio=4, near=5, theta=160000.0):
+    n = x.shape[1]
+    rotate = lambda y, at=None: turn(y, 4, "interleaved", "last", at, theta=theta)
+    source = rms(x @ p["query_latent"], p["query_norm"])
+    q = np.einsum("bsr,rhd->bshd", source, p["query"])
+    q = rotate(rms(q, 1.0))
+    kv = rotate(rms(x @ p["key"], p["key_norm"])[:, :, None])
+    at, entry = np.arange(n), np.arange(n // ratio if ratio else 0)
+    seen = (at[:, None] >= at) & (at[:, None] - at < near)
+    scores = whole = chosen = None
+    if ratio:
+        first = entry * ratio
+        entries = overlapped(p, "entry", x, ratio, ratio == 4)[:, :, None]
+        kv = np.concatenate([kv, rotate(entries, first)], 1)
+        whole = entry < (at[:, None] + 1) // ratio
+        chosen = np.broadcast_to(whole, (len(x), 1, *whole.shape))
+        if ratio == 4:
+            iq = rotate(np.einsum("bsr,rhd->bshd", source, p["index_query"]))
+            ik = overlapped(p, "index_key", x, ratio, True)[:, :, None]
+            ik = rotate(ik, first)[:, :, 0]
+            scores = index_scores(iq, ik, head_weights(p, x), ik.shape[-1] ** -0.5)
+            chosen = best(np.where(whole, scores, -np.inf), k)
+    near_pairs = np.broadcast_to(seen, (len(x), 1, n, n))
+    mask = near_pairs if chosen is None else np.concatenate([near_pairs, chosen], -1)
+    w = weights_of(grouped_logits(q, kv), mask, p["sink"])
+    out = np.einsum("bhqk,bkd->bqhd", w, kv[:, :, 0])
+    out = turn(out, 4, "interleaved", "last", -at, theta=theta)
+    groups = p["out_group"].shape[0]
+    out = out.reshape(*out.shape[:2], groups, -1, out.shape[-1])
+    low = np.einsum("bqghd,ghdr->bqgr", out, p["out_group"])
+    y = np.einsum("bqgr,grf->bqf", low, p["out"])
+    # The loss is over the entries: with all of them, beside the window and the sink.
+    every = whole if whole is None else np.concatenate([seen, whole], -1)
+    return Run(y, mask, scores, whole, chosen, grouped_logits(q, kv), p["sink"], every)
+
+
 def divergence(run, dense, logits=None, sink=None):
     """The loss of the indexer: a mean over queries of KL divergences.
 
@@ -270,14 +322,16 @@ def divergence(run, dense, logits=None, sink=None):
     """
     logits = run.logits if logits is None else logits
     sink = run.sink if sink is None else sink
-    n, cells = logits.shape[-1], run.scores.shape[-1]
-    everything = causal(n)[None, None]
+    (n, keys), cells = logits.shape[2:], run.scores.shape[-1]
+    beside = not isinstance(run.block, int)
+    everything = run.block if beside else causal(n)
     w = weights_of(logits, everything if dense else run.mask, sink)
-    choices = run.scores.shape[1]
-    w = w.reshape(len(w), choices, -1, n, n).sum(2)
-    pad = max(0, cells * run.block - n)
-    w = np.pad(w, [(0, 0)] * 3 + [(0, pad)])[..., : cells * run.block]
-    mass = w.reshape(*w.shape[:3], cells, run.block).sum(-1)
+    w = w.reshape(len(w), run.scores.shape[1], -1, n, keys).sum(2)
+    block = 1 if beside else run.block
+    w = w[..., n:] if beside else w
+    pad = max(0, cells * block - w.shape[-1])
+    w = np.pad(w, [(0, 0)] * 3 + [(0, pad)])[..., : cells * block]
+    mass = w.reshape(*w.shape[:3], cells, block).sum(-1)
     allowed = run.eligible if dense else run.chosen & run.eligible
     mass = np.where(allowed, mass, 0)
     total = mass.sum(-1, keepdims=True)

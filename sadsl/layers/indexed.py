@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.lists.call import num_blocks
+from sadsl.layers.entry_core import EntryCore
 from sadsl.layers.indexed_cores import CoreInputs, GroupedCore, LatentCore
 from sadsl.layers.indexed_loss import Attention, choice_loss
 from sadsl.layers.indexers import Indexer
@@ -30,8 +31,9 @@ from sadsl.selections.reused import Reused
 from sadsl.terms.base import Spec, Term, read_by
 from sadsl.text.specs import any_term
 
-Core: TypeAlias = GroupedCore | LatentCore
+Core: TypeAlias = GroupedCore | LatentCore | EntryCore
 Loss: TypeAlias = Literal["dense", "sparse"]
+LOSSES = (None, "dense", "sparse")
 
 
 class Attended(NamedTuple):
@@ -85,6 +87,12 @@ class IndexedLayer:
                 f"spec={self.spec!r} scores keys by {scored[0].score.by!r}, but "
                 "indexer=None makes no arrays for it: give an Indexer"
             )
+        for name, array in self.term.learned(self.core.sizes).items():
+            if array.per_query:
+                raise ValueError(
+                    f"spec={self.spec!r} learns {name!r}, one for each query: this "
+                    "layer learns arrays of heads only; SparseAttention projects others"
+                )
 
     @property
     def term(self) -> Term:
@@ -150,8 +158,11 @@ class IndexedLayer:
           running: the dtype and the backend.
 
         Raises:
-          ValueError: the choice that the spec reuses is missing or of another length.
+          ValueError: the choice that the spec reuses is missing or of another length,
+            or there is no such loss.
         """
+        if loss not in LOSSES:
+            raise ValueError(f"loss={loss!r} must be one of {LOSSES}")
         running = Running() if running is None else running
         dtype = running.dtype
         if dtype is None:
@@ -164,7 +175,7 @@ class IndexedLayer:
         found: dict[str, Array] = {}
         if self.reused is not None and loss != "dense":
             operands |= _taken(self.reused, choices, x.shape[1])
-        elif return_choices or loss == "sparse":
+        elif made.num_keys and (return_choices or loss == "sparse"):
             found = select(
                 spec, made.q, made.k, operands=read_by(spec, operands), lists=True
             )
@@ -189,7 +200,9 @@ class IndexedLayer:
             return {}
         cells = None
         if self.indexer.keys.length > 1:
-            cells = num_blocks(made.k.shape[1], self.indexer.keys.length)
+            # Pooled keys are those of cells: a cell without a whole pool gets zeros.
+            assert isinstance(choice.block, int)
+            cells = num_blocks(made.num_keys, choice.block)
         return self.indexer.operands(_score(choice), params, x, made.latent, cells)
 
     def _learned(self, params: Params) -> dict[str, Array]:
@@ -197,8 +210,8 @@ class IndexedLayer:
         return {name: params[name] for name in self.term.learned(self.core.sizes)}
 
     def _loss(self, loss: Loss, call: Attention, index: Params, found: Params) -> Array:
-        """The loss of the indexer; 0 for a layer without one."""
-        if self.choice is None:
+        """The loss of the indexer; 0 without one, or with nothing to choose from."""
+        if self.choice is None or not call.k.shape[1]:
             return jnp.zeros((), jnp.float32)
         listed = None
         if loss == "sparse":

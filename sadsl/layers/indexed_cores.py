@@ -32,6 +32,7 @@ class CoreInputs(NamedTuple):
       q, k, v: as in ``sadsl.attention``.
       latent: what index queries may be made of, ``[batch, seq, rank]``.
       operands: what the core gives besides.
+      num_keys: how many keys there are to choose from.
     """
 
     q: Array
@@ -39,6 +40,7 @@ class CoreInputs(NamedTuple):
     v: Array
     latent: Array
     operands: Mapping[str, Array]
+    num_keys: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class GroupedCore:
         if self.rotary is not None:
             at = jnp.arange(x.shape[1], dtype=jnp.int32)
             q, k = self.rotary(q, at, params), self.rotary(k, at, params)
-        return CoreInputs(q, k, v, x, {})
+        return CoreInputs(q, k, v, x, {}, k.shape[1])
 
     def scored(
         self, made: CoreInputs, term: Term, operands: Params
@@ -179,7 +181,7 @@ class LatentCore:
             at = jnp.arange(x.shape[1], dtype=jnp.int32)
             q, kv = self.rotary(q, at, params), self.rotary(kv, at, params)
         up = {"kv_b": params["kv_b"].astype(x.dtype)}
-        return CoreInputs(q, kv, kv, latent, up)
+        return CoreInputs(q, kv, kv, latent, up, kv.shape[1])
 
     def scored(
         self, made: CoreInputs, term: Term, operands: Params

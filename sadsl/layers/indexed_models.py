@@ -13,6 +13,7 @@ What is not here: YaRN, quantisation, and packed documents: eligible pairs are s
 from dataclasses import dataclass
 
 from sadsl.catalog import models
+from sadsl.layers.entry_core import EntryCore
 from sadsl.layers.indexed import IndexedLayer
 from sadsl.layers.indexed_cores import GroupedCore, LatentCore
 from sadsl.layers.indexers import Indexer, PooledKeys
@@ -299,6 +300,67 @@ def qwen4_exp(
     indexer = Indexer(index_heads, index_dim, "input", GEMMA_NORM, turn, keys)
     core = GroupedCore(num_heads, num_kv_heads, head_dim, GEMMA_NORM, turn)
     return IndexedLayer(spec, features, out_features or features, core, indexer, True)
+
+
+@dataclass(frozen=True)
+class EntryDims:
+    """Channels of a layer of DeepSeek-V4.
+
+    Attributes:
+      head_dim, turned: of a head, and how many of them rotate.
+      q_rank: of the latent of queries.
+      groups, out_rank: groups of heads, and what each is projected to.
+    """
+
+    head_dim: int = 512
+    turned: int = 64
+    q_rank: int = 1024
+    groups: int = 8
+    out_rank: int = 1024
+
+
+def deepseek_v4(
+    features: int,
+    num_heads: int = 64,
+    *,
+    ratio: int = 4,
+    k: int = 512,
+    near: int = 128,
+    dims: EntryDims = EntryDims(),
+    index_heads: int = 64,
+    index_dim: int = 128,
+    out_features: int | None = None,
+) -> IndexedLayer:
+    """DeepSeek-V4: a window of tokens and compressed entries in one softmax.
+
+    DeepSeek-AI, DeepSeek-V4, 2026, as in transformers 5.24 without YaRN. Entries of
+    four tokens overlap, and an indexer with entries of its own chooses among them.
+
+    Args:
+      features, num_heads: of the input, and of queries.
+      ratio, k, near: tokens in an entry (4, 128, or 0 for none), chosen entries, and
+        keys of the window, as in ``sadsl.catalog.models.deepseek_v4``.
+      dims: channels.
+      index_heads, index_dim, out_features: as the file says.
+
+    Example:
+      >>> from sadsl.layers.indexed_models import deepseek_v4
+      >>> layers = [deepseek_v4(4096, ratio=ratio) for ratio in (0, 4, 128)]
+      >>> ["index_key" in layer.parameters() for layer in layers]
+      [False, True, False]
+    """
+    (spec,) = models.deepseek_v4((ratio,), k, near)
+    theta = 160000.0 if ratio else 10000.0
+    turn = Rotary(dims.turned, "interleaved", "last", theta)
+    pooled = PooledKeys(
+        ratio, gate=True, overlap=ratio == 4, norm=RowNorm(), rotary=turn
+    )
+    core = EntryCore(
+        num_heads, dims.head_dim, dims.q_rank, turn, pooled if ratio else None,
+        dims.groups, dims.out_rank,
+    )  # fmt: skip
+    indexer = Indexer(index_heads, index_dim, rotary=turn, keys=pooled)
+    return IndexedLayer(spec, features, out_features or features, core, indexer)
 
 
 def _cell(spec: Spec) -> int:

@@ -16,7 +16,7 @@ from sadsl.catalog import models
 from sadsl.layers import indexed_models
 from sadsl.layers import linen as linen_layers
 from sadsl.layers import nnx as nnx_layers
-from sadsl.layers.indexed_models import LatentDims
+from sadsl.layers.indexed_models import EntryDims, LatentDims
 from sadsl.selections import reused
 
 # Compiled in a hurry: nothing here is about speed.
@@ -55,6 +55,11 @@ CASES = {
         K,
     ),
     "minimax_m3": Case(models.minimax_m3(4, 2, 4)[3], of_groups(), 2),
+    "deepseek_v4": Case(
+        models.deepseek_v4((4,), 2, 5)[0],
+        INDEX | {"k": 2, "near": 5, "dims": EntryDims(6, 4, 7, 2, 3)},
+        2,
+    ),
     "qwen4_exp": Case(models.qwen4_exp(4, 8, 4)[3], of_groups(index_heads=3), 8),
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("name", CASES)
@@ -67,7 +72,9 @@ ONE = pytest.mark.parametrize(
 def described(name, **options):
     case = CASES[name]
     describe = getattr(indexed_models, name)
-    return describe(FEATURES, HEADS, **{"spec": case.spec, **case.options, **options})
+    # DeepSeek-V4 makes its spec from sizes.
+    spec = {} if name == "deepseek_v4" else {"spec": case.spec}
+    return describe(FEATURES, HEADS, **{**spec, **case.options, **options})
 
 
 @cache
@@ -157,6 +164,54 @@ def test_gradients_are_those_of_the_definition(name):
     )
     found = sum(np.sum(np.asarray(g) * steps[key]) for key, g in gradients.items())
     assert found == pytest.approx(wanted, rel=3e-4)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("ratio", [3, 0, 16])
+def test_layers_of_deepseek_v4_without_an_index(ratio):
+    """All entries, none, and entries that are longer than the text."""
+    layer = described("deepseek_v4", ratio=ratio)
+    rng = np.random.default_rng(ratio)
+    params = {
+        key: jnp.asarray(rng.normal(size=shape) * 0.5, jnp.float32)
+        for key, (shape, _) in layer.parameters().items()
+    }
+    x = drawn("deepseek_v4")[1]
+
+    @jax.jit
+    def run(params):
+        def total(params):
+            out, _, of_indexer = layer(params, x, loss="sparse")
+            return jnp.sum(out * weighed(out).astype(np.float32)), (out, of_indexer)
+
+        return jax.grad(total, has_aux=True)(params)
+
+    gradients, (out, of_indexer) = run(params)
+    used = ratio if ratio < SEQ else 0
+    wide = {key: np.asarray(y, np.float64) for key, y in params.items()}
+    theta = 160000.0 if ratio else 10000.0
+    wanted = oracle.deepseek_v4(wide, np.asarray(x, np.float64), 2, used, theta=theta)
+    assert_agrees(out, wanted.out, f"ratio {ratio}", 1e-5)
+    assert float(of_indexer) == 0
+    for key, g in gradients.items():
+        assert np.any(g) or (ratio == 16 and key.startswith("entry")), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("name", ["hy_v4", "glm_5_next", "deepseek_v4"])
+def test_short_inputs(name, length):
+    """Where there is no whole pool, nor an entry, nothing is chosen."""
+    params, x = drawn(name)
+    if name != "hy_v4":
+        for loss in ("dense", "sparse"):
+            found = described(name)(params, x[:, :length], loss=loss)
+            assert float(found.loss) == 0
+            assert np.isfinite(found.out).all()
+    else:
+        found = described(name)(params, x[:, :length], loss="sparse")
+        wanted = defined(name, params, x[:, :length])
+        assert_agrees(found.out, wanted.out, name, 1e-5)
 
 
 def with_params(name, params, **options):
@@ -271,6 +326,12 @@ def test_what_layers_refuse():
     open_ended = described("glm_5", spec=sa.latent(sa.causal() & unsaid))
     with pytest.raises(ValueError, match=r"has eligible=None"):
         jax.eval_shape(partial(open_ended, loss="dense"), params, x)
+    with pytest.raises(ValueError, match=r"loss='sparce' must be one of"):
+        layer(params, x, loss="sparce")
+    with pytest.raises(ValueError, match=r"learns 'gates', one for each query"):
+        described("glm_5", spec=sa.gated(sa.causal(), sa.causal() & sa.window(2)))
+    with pytest.raises(ValueError, match=r"groups=3 must divide num_heads=4"):
+        described("deepseek_v4", dims=EntryDims(6, 4, 7, 3, 3))
     pairs = sa.topk(
         2, block=1, block_q=4, score=sa.dot("iq", "ik", "iw"), scope="shared",
         eligible=sa.causal(),
