@@ -4,6 +4,10 @@ An ``IndexedLayer`` is a frozen value: the spec, the core around the attention, 
 indexer. The spec says what the indexer makes: the arrays that its score reads. A spec
 that reuses a choice has no indexer, and takes the choice of an earlier layer; see
 ``run_stack``. The functions of ``indexed_models`` describe the published layers.
+
+The indexer learns from its own loss, and the rest of the layer from its output: no
+gradient goes from one to the other. The names of the indexer's parameters begin with
+"index_", so that an optimizer can freeze all others in the dense warm-up.
 """
 
 from collections.abc import Mapping

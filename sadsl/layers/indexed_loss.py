@@ -1,8 +1,9 @@
 """The loss of an indexer whose choice is of cells: of single keys, blocks or pools.
 
-``sadsl.layers.indexer`` has the loss of single keys. A cell of several keys has the
-attention of its keys as its target, and as its score that of its pooled key, or the
-greatest of its keys that the query may see, as the choice itself has it.
+``sadsl.layers.indexer`` has the loss of single keys, which is published. Here it is the
+same for cells of several keys: the target of a cell is the attention of its keys, and
+its score that of its pooled key, or the greatest of those of its keys that the query
+may see, as the choice itself has it.
 """
 
 from collections.abc import Mapping

@@ -243,8 +243,9 @@ def minimax_m3(
 ) -> IndexedLayer:
     """MiniMax-M3: each key head chooses blocks, by an index head of its own.
 
-    As in transformers 5.24. A score is the bare product of an index query and the one
-    index key, both normed and rotated.
+    As in transformers 5.24, whose index has no loss: that of this layer is the loss of
+    blocks in ``indexed_loss``. A score is the bare product of an index query and the
+    one index key, both normed and rotated.
 
     Args:
       features, num_heads, num_kv_heads: of the input, of queries, and of keys.

@@ -339,3 +339,25 @@ def test_what_layers_refuse():
     by_four = described("glm_5", spec=sa.latent(sa.causal() & pairs))
     with pytest.raises(NotImplementedError, match=r"and block_q=1"):
         jax.eval_shape(partial(by_four, loss="dense"), params, x)
+
+
+@pytest.mark.parametrize(
+    "form", ["absorbed", pytest.param("expanded", marks=pytest.mark.slow)]
+)
+def test_both_forms_of_latents_run_in_bfloat16(form):
+    """XLA:CPU refuses some products of bfloat16 whose result is wider."""
+    rng = np.random.default_rng(0)
+    q, kv, up = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+        for shape in ((1, SEQ, 4, 10), (1, SEQ, 1, 9), (4, 9, 5))
+    )
+
+    def run(*arrays):
+        q, kv, up = arrays
+        spec = sa.latent(sa.causal(), form=form)
+        return sa.attention(q, kv, kv, spec, operands={"kv_b": up})
+
+    narrow = jax.jit(run)(q, kv, up)
+    wide = jax.jit(run)(*(x.astype(jnp.float32) for x in (q, kv, up)))
+    error = np.linalg.norm(np.asarray(narrow, np.float64) - wide)
+    assert error < 0.02 * np.linalg.norm(wide)
