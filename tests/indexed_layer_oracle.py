@@ -20,6 +20,7 @@ class Run(NamedTuple):
     logits: np.ndarray  # [batch, heads, q, k]
     sink: np.ndarray | None
     block: int
+    first: int = 0  # the first key that is in a cell
 
 
 def sigmoid(x):
@@ -309,30 +310,25 @@ def deepseek_v4(p, x, k, ratio=4, near=5, theta=160000.0):
     out = out.reshape(*out.shape[:2], groups, -1, out.shape[-1])
     low = np.einsum("bqghd,ghdr->bqgr", out, p["out_group"])
     y = np.einsum("bqgr,grf->bqf", low, p["out"])
-    # The loss is over the entries: with all of them, beside the window and the sink.
-    every = whole if whole is None else np.concatenate([seen, whole], -1)
-    return Run(y, mask, scores, whole, chosen, grouped_logits(q, kv), p["sink"], every)
+    logits = grouped_logits(q, kv)
+    return Run(y, mask, scores, whole, chosen, logits, p["sink"], 1, n)
 
 
-def divergence(run, dense, logits=None, sink=None):
+def divergence(run, logits=None, sink=None):
     """The loss of the indexer: a mean over queries of KL divergences.
 
     ``logits`` and ``sink`` of another run stay in the place of its own: they are
-    detached.
+    detached. A run that chooses all cells has the loss of the dense warm-up.
     """
     logits = run.logits if logits is None else logits
-    sink = run.sink if sink is None else sink
-    (n, keys), cells = logits.shape[2:], run.scores.shape[-1]
-    beside = not isinstance(run.block, int)
-    everything = run.block if beside else causal(n)
-    w = weights_of(logits, everything if dense else run.mask, sink)
-    w = w.reshape(len(w), run.scores.shape[1], -1, n, keys).sum(2)
-    block = 1 if beside else run.block
-    w = w[..., n:] if beside else w
+    w = weights_of(logits, run.mask, run.sink if sink is None else sink)
+    w = w.reshape(len(w), run.scores.shape[1], -1, *w.shape[2:]).sum(2)
+    cells, block = run.scores.shape[-1], run.block
+    w = w[..., run.first :]
     pad = max(0, cells * block - w.shape[-1])
     w = np.pad(w, [(0, 0)] * 3 + [(0, pad)])[..., : cells * block]
     mass = w.reshape(*w.shape[:3], cells, block).sum(-1)
-    allowed = run.eligible if dense else run.chosen & run.eligible
+    allowed = run.chosen & run.eligible
     mass = np.where(allowed, mass, 0)
     total = mass.sum(-1, keepdims=True)
     share = mass / np.where(total == 0, 1, total)
