@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sadsl.layers.indexed import Loss
+from sadsl.layers.indexed import IndexedLayer, Loss
 from sadsl.selections.base import Selection, selections_of
 from sadsl.selections.reused import Reused
 from sadsl.terms.base import Spec
@@ -76,7 +76,8 @@ def run_stack(
         ``KimiDelta``, which are called with ``x`` only.
       x: the inputs.
       around: ``(i, x, attend)`` to the inputs of the next layer: norms, residuals and
-        MLPs. ``x + attend(x)`` if None.
+        MLPs. ``x + attend(x)`` if None. It calls ``attend`` once, and not inside of a
+        transformation such as ``jax.checkpoint``, out of which no choice could come.
       loss: "dense" or "sparse": the loss of each indexer; see ``IndexedLayer``. In the
         dense warm-up nothing is shared, since no layer chooses.
 
@@ -133,7 +134,7 @@ class _Attend:
     def __call__(self, x: Array) -> Array:
         layer, taken, keep, loss = self.call
         self.count += 1
-        if not hasattr(layer, "attend"):
+        if not isinstance(getattr(layer, "description", None), IndexedLayer):
             return layer(x)
         found = layer.attend(x, choices=taken, return_choices=keep, loss=loss)
         self.choices = found.choices
