@@ -20,16 +20,16 @@ WINGS = {
 LOWER = {"KernelConfig": "kernels", "Tile": "kernels", "Plan": "run"}
 
 LAYERS = {
-    "sadsl.layers": ("attention_fn", "per_layer"),
+    "sadsl.layers": ("attention_fn", "per_layer", "run_stack", "choice_sources"),
     "sadsl.layers.nnx": (
         "SparseAttention", "LinearAttention", "GatedLinearAttention", "DeltaNet",
         "GatedDeltaNet", "KimiDelta", "LightNet",
-        "RoutingAttention", "commitment_loss", "BlockCompressor",
+        "IndexedAttention", "RoutingAttention", "commitment_loss", "BlockCompressor",
     ),
     "sadsl.layers.linen": (
         "SparseAttention", "LinearAttention", "GatedLinearAttention", "DeltaNet",
         "GatedDeltaNet", "KimiDelta", "LightNet",
-        "RoutingAttention", "BlockCompressor",
+        "IndexedAttention", "RoutingAttention", "BlockCompressor",
     ),
     "sadsl.layers.linear_models": (
         "linear_attention", "gated_linear_attention", "delta_net", "gated_delta_net",
@@ -42,6 +42,16 @@ LAYERS = {
         "short_convolution", "decay_gate", "slow_decay", "write_strength",
         "hgrn2_gates", "gated_rms_norm",
     ),
+    "sadsl.layers.indexed_models": (
+        "deepseek_v32", "deepseek_v4", "glm_5", "glm_5_next", "hy_v4",
+        "mistral_large_4", "minimax_m3", "qwen4_exp", "LatentDims", "EntryDims",
+    ),
+    "sadsl.layers.indexed": ("IndexedLayer", "LayerOutput"),
+    "sadsl.layers.indexers": ("Indexer", "PooledKeys"),
+    "sadsl.layers.indexed_loss": ("choice_loss",),
+    "sadsl.layers.indexer": ("indexer_loss", "causal_lists"),
+    "sadsl.layers.rotary": ("Rotary",),
+    "sadsl.layers.norms": ("RowNorm",),
     "sadsl.layers.combiner": (
         "Combiner", "RowKeys", "CombinerAttention", "LinenCombinerAttention",
     ),

@@ -40,7 +40,7 @@ Loss: TypeAlias = Literal["dense", "sparse"]
 LOSSES = (None, "dense", "sparse")
 
 
-class Attended(NamedTuple):
+class LayerOutput(NamedTuple):
     """What a layer gives.
 
     Attributes:
@@ -149,7 +149,7 @@ class IndexedLayer:
         return_choices: bool = False,
         loss: Loss | None = None,
         running: Running | None = None,
-    ) -> Attended:
+    ) -> LayerOutput:
         """The outputs, and the choice and the loss if asked for.
 
         Args:
@@ -195,7 +195,7 @@ class IndexedLayer:
             call = Attention(*self.core.scored(made, spec, operands), lse, _scale(made))
             value = self._loss(loss, call, index, found)
         y = self._output(params, x, cast(Array, out))
-        return Attended(y, found if return_choices else {}, value)
+        return LayerOutput(y, found if return_choices else {}, value)
 
     def _index(self, params: Params, x: Array, made: CoreInputs) -> dict[str, Array]:
         """The arrays of the score of the choice that this layer makes."""

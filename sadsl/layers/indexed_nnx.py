@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.config import KernelConfig
-from sadsl.layers.indexed import Attended, IndexedLayer, Loss
+from sadsl.layers.indexed import IndexedLayer, LayerOutput, Loss
 from sadsl.layers.linear import Running
 from sadsl.terms.base import Term
 
@@ -76,7 +76,7 @@ class IndexedAttention(nnx.Module):
         choices: Mapping[str, Array] | None = None,
         return_choices: bool = False,
         loss: Loss | None = None,
-    ) -> Attended:
+    ) -> LayerOutput:
         """The outputs, and the choice and the loss if asked for; see ``IndexedLayer``.
 
         Args:

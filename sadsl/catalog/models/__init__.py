@@ -1,7 +1,8 @@
 """The specs of every layer of published models: tuples, one spec a layer.
 
 ``SparseAttention(spec=qwen3_next(), layer=i)`` takes the spec of its layer; the linear
-layers of ``sadsl.layers`` add what surrounds a recurrence. Full layers are
+layers of ``sadsl.layers`` add what surrounds a recurrence, and those of
+``sadsl.layers.indexed_models`` what surrounds an indexer. Full layers are
 ``causal()``: norms of q and k, rotary positions and gates are the layer's.
 
 Example:
