@@ -301,16 +301,16 @@ def substitute(node: Node, new: dict[Axis, Expr]) -> Node:
 
 
 @overload
-def shift_queries(node: Expr, offset: int) -> Expr: ...
+def shift_queries(node: Expr, offset: "int | Expr") -> Expr: ...
 @overload
-def shift_queries(node: Pred, offset: int) -> Pred: ...
-def shift_queries(node: Node, offset: int) -> Node:
+def shift_queries(node: Pred, offset: "int | Expr") -> Pred: ...
+def shift_queries(node: Node, offset: "int | Expr") -> Node:
     """``node`` with ``q + offset`` for ``q``: array indices instead of positions.
 
     An axis of a run-time array that is indexed by the query alone stays: the array
     holds the queries of the call, whatever their positions are.
     """
-    position = Add(Q, Const(offset))
+    position = Add(Q, Const(offset) if isinstance(offset, int) else offset)
 
     def rule(part: Node) -> Node | None:
         match part:

@@ -7,7 +7,7 @@ holds it: a vector over the queries or the keys, a vector over the diagonals if 
 depends on ``q - k`` alone, or an array of all pairs. Kernels multiply and add these.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias, TypeGuard, assert_never
@@ -197,23 +197,33 @@ def resolved(score: Score, problem: Problem) -> Score:
         expr = ir.substitute(expr, new)
         return integer(ir.shift_queries(expr, offset) if offset else expr)
 
-    def change(node: Score) -> Score:
+    return with_indices(score, at_positions)
+
+
+def with_indices(score: Score, change: Callable[[ir.Expr], ir.Expr]) -> Score:
+    """The bias with ``change`` applied to the integers of positions.
+
+    An axis of an array that is indexed by ``q`` itself stays: it has the queries that
+    are passed, whatever their position.
+    """
+
+    def changed(node: Score) -> Score:
         match node:
             case Integer(expr) | Log(expr):
-                return type(node)(at_positions(expr))
+                return type(node)(change(expr))
             case Number():
                 return node
             case Numbers(values, index):
-                return Numbers(values, at_positions(index))
+                return Numbers(values, change(index))
             case Weights(name, index):
-                # An axis of queries has those that are passed, whatever their position.
-                at = tuple(i if i == ir.Q else at_positions(i) for i in index)
-                return Weights(name, at)
+                return Weights(
+                    name, tuple(i if i == ir.Q else change(i) for i in index)
+                )
             case Sum(a, b) | ScoreProduct(a, b):
-                return type(node)(change(a), change(b))
+                return type(node)(changed(a), changed(b))
         assert_never(node)
 
-    return change(score)
+    return changed(score)
 
 
 def terms_of(score: Score) -> list[ScoreTerm]:

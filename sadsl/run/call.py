@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.config import KernelConfig
 from pallas_kernels.precision import wide
-from sadsl.run import checks
+from sadsl.run import checks, traced_offset
 from sadsl.run.attend import attend, choose
 from sadsl.run.backends import choose_impl
 from sadsl.run.linear_state import LinearState
@@ -49,7 +49,7 @@ def attention(
     q: Queries, k: Keys, v: Values, spec: Spec | str, *,
     q_segment_ids: Ids | None = None, kv_segment_ids: Ids | None = None,
     operands: Mapping[str, Any] | None = None, sm_scale: float | Array | None = None,
-    q_offset: int = 0, return_lse: bool = False, impl: str | None = None,
+    q_offset: int | Array = 0, return_lse: bool = False, impl: str | None = None,
     interpret: Any = False, config: KernelConfig | None = None,
     dropout_rate: float = 0.0, dropout_key: Array | None = None,
     state0: LinearState | None = None, return_state: bool = False,
@@ -67,7 +67,8 @@ def attention(
       q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``.
       operands: arrays and functions that the spec reads, by name.
       sm_scale: factor before the softmax, ``head_dim ** -0.5`` if None; may be traced.
-      q_offset: the position of the first query, for decoding.
+      q_offset: the position of the first query, for decoding; of softmax over maps of
+        positions also an array, traced or not: one integer, or ``[batch]``.
       return_lse: also return the natural log-sum-exp.
       impl: "xla", "tpu", "triton", "reference" (dense), or None for the default device.
       interpret: run Pallas kernels in an interpreter (True, or its parameters).
@@ -90,16 +91,19 @@ def attention(
     [0.0, 0.5, 1.5, 2.5]
     """
     term = any_term(spec)
-    checks.problem(q, k, v, q_offset, term)
+    known = 0 if traced_offset.is_traced(q_offset) else q_offset
+    checks.problem(q, k, v, known, term)
     given = _given(operands, q_segment_ids, kv_segment_ids)
     rate = checks.dropout(dropout_rate, dropout_key)
     if rate:
         given[DROPOUT_KEY] = dropout_key
+    if known is not q_offset:
+        term, given = traced_offset.with_offset(term, q_offset, given, q.shape[0])
     if state0 is not None:
         given[STATE] = state0
     scale = checks.scale(sm_scale, q.shape[-1])
     impl, config = choose_impl(impl, interpret, q, k, v), config or KernelConfig()
-    setting = Setting(scale, int(q_offset), impl, interpret, config, rate, return_state)
+    setting = Setting(scale, int(known), impl, interpret, config, rate, return_state)
     return _attention((q, k, v), term, given, setting, return_lse=return_lse)
 
 

@@ -32,9 +32,7 @@ def problem(q: Any, k: Any, v: Any, q_offset: int, term: Term | None = None) -> 
     _check_sizes(q.shape, k.shape, v.shape, Term() if term is None else term)
     if isinstance(q_offset, bool) or not isinstance(q_offset, int | np.integer):
         raise TypeError(
-            f"q_offset={q_offset!r} must be a Python integer: the plan depends on it; "
-            "a position that is an array is an operand of the map, as in "
-            'where(lambda q, k: k <= q + operand("start"))'
+            f"q_offset={q_offset!r} must be an integer: the position of the first query"
         )
     if q_offset < 0:
         raise ValueError(f"q_offset={q_offset} must be at least 0")

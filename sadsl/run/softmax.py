@@ -156,7 +156,7 @@ def _run(
     form = lists.form_of(options, k.shape[2], arrays)
     if form is not None:
         return _by_lists(q, k, v, arrays, options, form)
-    known = {*options.of_bias, DROPOUT_KEY, dropout_seeds.ENTRY}
+    known = {*options.of_bias, DROPOUT_KEY, dropout_seeds.ENTRY, TRACED_SCALE}
     own = {name: x for name, x in arrays.items() if name in known}
     chosen = {**with_parts(q, k, arrays, options), **own}
     run = _dense if options.setting.impl == "reference" else _kernels

@@ -106,7 +106,6 @@ def refused(error, match, **traced):
 
 def test_what_is_refused():
     refused(TypeError, r"dropout_rate=.* is traced.*static argument", dropout_rate=0.1)
-    refused(TypeError, r"q_offset=.*operand of the map.*operand\(", q_offset=3)
     refused(ValueError, r"sm_scale has shape \(4,\)", sm_scale=jnp.ones(4))
 
 
