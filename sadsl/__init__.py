@@ -60,6 +60,7 @@ from sadsl.maps.symbols import table as table
 from sadsl.run.call import attention as attention
 from sadsl.run.call import select as select
 from sadsl.run.entries import entries as entries
+from sadsl.run.jax_nn import dot_product_attention as dot_product_attention
 from sadsl.run.key_mass import key_mass as key_mass
 from sadsl.run.linear_decoding import linear_prefill as linear_prefill
 from sadsl.run.linear_decoding import linear_state as linear_state
@@ -143,6 +144,7 @@ __all__ = [
     "dilated",
     "distance_bias",
     "dot",
+    "dot_product_attention",
     "entries",
     "floor_log2",
     "full",

@@ -3,35 +3,54 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast, get_args
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lowering import ir
 from pallas_kernels.config import KernelConfig
+from sadsl.maps.base import IndexMap
 from sadsl.maps.named import causal
 from sadsl.run.call import attention
+from sadsl.run.dense_masks import PairSizes, bias_of, pairs_of
 from sadsl.selections.base import selections_of
 from sadsl.terms.base import Spec, Term
+from sadsl.terms.changed import Change, changed
 from sadsl.terms.linear import Linear
 from sadsl.terms.scatter_mean import ScatterMean
 from sadsl.terms.softmax import Softmax
 from sadsl.text.specs import any_term
 
-# Arguments of Flax besides q, k and v that need the matrix of weights, and what to do
-# instead. Any value but None is refused.
-REFUSED: Mapping[str, str] = {
-    "mask": "put the pattern into the spec; a cache (decode=True) passes its own mask, "
-    "and is not supported",
-    "bias": "leave bias out",
-    "precision": "leave precision=None: products accumulate in float32",
-    "module": "leave sow_weights=False: the weights are never stored",
-    "einsum_dot_general": "leave it None",
-    "qk_attn_weights_einsum": "leave qk_attn_weights_einsum_cls=None",
-    "attn_weights_value_einsum": "leave attn_weights_value_einsum_cls=None",
+# What a mask of Flax means: what the spec says already, padding, or any pairs.
+MaskMeaning = Literal["implied", "padding"]
+MASK, QUERIES, BIAS = "mask", "mask_of_queries", "bias"
+IDS = "q_segment_ids", "kv_segment_ids"
+
+# Arguments of Flax that cannot be honoured, why, and what to do instead. Any value but
+# None is refused.
+WEIGHTS = "the kernels keep no array of weights, which it would store"
+PRODUCTS = "the products run inside of the kernels, so none can be replaced"
+REFUSED: Mapping[str, tuple[str, str]] = {
+    "module": (WEIGHTS, "leave sow_weights=False"),
+    "einsum_dot_general": (PRODUCTS, "leave it None"),
+    "qk_attn_weights_einsum": (PRODUCTS, "leave qk_attn_weights_einsum_cls=None"),
+    "attn_weights_value_einsum": (PRODUCTS, "leave attn_weights_value_einsum_cls=None"),
 }
+UNKNOWN = "this function does not know it, and would drop it silently", "leave it out"
+
+
+class SegmentIds:
+    """The ids of ``segments()``; two are equal if they are the same object.
+
+    Their values may be traced, so they cannot be compared.
+    """
+
+    def __init__(self, q: Any, kv: Any) -> None:
+        self.q, self.kv = q, kv
 
 
 @dataclass(frozen=True)
@@ -39,10 +58,13 @@ class AttentionFn:
     """A callable with the signature of Flax's ``dot_product_attention``, for one spec.
 
     Two are equal if their contents are, so two models built alike share one
-    compilation.
+    compilation. Segment ids are compared by identity.
     """
 
     term: Term
+    mask: MaskMeaning | None = None
+    check_mask: bool = False
+    ids: SegmentIds | None = None
     sm_scale: float | None = None
     impl: str | None = None
     interpret: Any = False
@@ -72,23 +94,26 @@ class AttentionFn:
     ) -> Float[Array, "*batch q_seq num_q_heads head_dim_v"]:
         """Attends to the pairs of the spec; ``is_causal=True`` adds ``k <= q``.
 
-        The softmax is in float32 whatever ``force_fp32_for_softmax`` says. Each batch
-        entry and head drops its own weights, even if ``broadcast_dropout`` asks for one
-        mask for all. For one key, ``sadsl.attention`` drops the same weights, Flax
-        others.
+        A mask limits the pairs further; ``attention_fn`` says how. A query that sees no
+        key yields 0, where Flax gives the mean of the values. Products accumulate in
+        float32 whatever ``precision`` says, and the softmax is in float32 whatever
+        ``force_fp32_for_softmax`` says. Each batch entry and head drops its own
+        weights, even if ``broadcast_dropout`` asks for one mask for all. For one key,
+        ``sadsl.attention`` drops the same weights, Flax others.
 
         Raises:
-          NotImplementedError: a mask, a bias, a precision, sown weights, an argument
-            that this function does not know, or ``is_causal=True`` with a mixture.
-          ValueError: the batch axes of query, key and value differ.
+          NotImplementedError: sown weights, an argument that this function does not
+            know, or a mask, bias or ``is_causal=True`` that the spec cannot take.
+          ValueError: the batch axes of query, key and value differ, or a mask or bias
+            does not broadcast to ``[batch..., heads, q_seq, kv_seq]``.
         """
-        del broadcast_dropout, force_fp32_for_softmax
-        asked = {"bias": bias, "mask": mask, "precision": precision, "module": module}
-        asked["qk_attn_weights_einsum"] = qk_attn_weights_einsum
-        asked["attn_weights_value_einsum"] = attn_weights_value_einsum
-        for name, given in {**asked, **others}.items():
+        del broadcast_dropout, force_fp32_for_softmax, precision
+        others["module"] = module
+        others["qk_attn_weights_einsum"] = qk_attn_weights_einsum
+        others["attn_weights_value_einsum"] = attn_weights_value_einsum
+        for name, given in others.items():
             if given is not None:
-                _refuse(name, given, REFUSED.get(name, "leave it out"))
+                _refuse(name, given)
         rate = 0.0 if deterministic else dropout_rate
         batch = query.shape[:-3]
         for name, x in {"key": key, "value": value}.items():
@@ -102,38 +127,145 @@ class AttentionFn:
             x.astype(dtype).reshape(math.prod(batch), *x.shape[-3:])
             for x in (query, key, value)
         )
+        dense = {
+            name: _flat(name, x, batch)
+            for name, x in {MASK: mask, BIAS: bias}.items()
+            if x is not None
+        }
+        sizes = PairSizes(len(q), q.shape[2], q.shape[1], k.shape[1])
+        call = self._limited(dense, sizes, is_causal=is_causal)
+        ids = {} if self.ids is None else {IDS[0]: self.ids.q, IDS[1]: self.ids.kv}
         found = attention(
-            q, k, v, _causal(self.term) if is_causal else self.term,
-            sm_scale=self.sm_scale, impl=self.impl,
-            interpret=self.interpret, config=self.config,
-            dropout_rate=rate, dropout_key=dropout_rng if rate else None,
+            q, k, v, call.term, operands=call.operands, q_offset=call.q_offset,
+            sm_scale=self.sm_scale, impl=self.impl, interpret=self.interpret,
+            config=self.config, dropout_rate=rate,
+            dropout_key=dropout_rng if rate else None, **ids,
         )  # fmt: skip
         out = cast(Array, found)
         return out.reshape(*batch, *out.shape[1:])
 
+    def _limited(
+        self, dense: Mapping[str, Array], sizes: PairSizes, *, is_causal: bool
+    ) -> "Limited":
+        """The spec with what the call asks for, and what it then reads."""
+        found = Limited(self.term, {})
+        if is_causal:
+            found = found.and_pairs("is_causal=True", causal())
+        if MASK in dense and self.mask == "implied":
+            if self.check_mask:
+                _check_implied(dense[MASK], found.term, sizes)
+        elif MASK in dense:
+            found = _masked(found, dense[MASK], self.mask, sizes)
+        return found.and_bias(dense[BIAS], sizes) if BIAS in dense else found
 
-def _causal(term: Term) -> Softmax:
-    if isinstance(term, Softmax):
-        return replace(term, map=term.map & causal())
-    raise NotImplementedError(
-        f"is_causal=True with spec={term!r}, which is not one softmax over a map: "
-        "leave is_causal=False, and put causal() into its parts"
+
+@dataclass(frozen=True)
+class Limited:
+    """A spec and what a call with it reads."""
+
+    term: Term
+    operands: Mapping[str, Array]
+    q_offset: Any = 0
+
+    def and_pairs(self, asked: str, pairs: IndexMap, **arrays: Array) -> "Limited":
+        """Only the pairs that ``pairs`` has too."""
+        change = Change(asked, lambda map_: map_ & pairs)
+        term = any_term(changed(self.term, change))
+        return Limited(term, {**self.operands, **arrays}, self.q_offset)
+
+    def and_bias(self, array: Array, sizes: PairSizes) -> "Limited":
+        """A bias more."""
+        if not isinstance(self.term, Softmax):
+            raise NotImplementedError(
+                f"bias of shape {array.shape} with {self.term!r}, which is not one "
+                "softmax over a map: put a bias into its parts"
+            )
+        more, array = bias_of(BIAS, array, sizes)
+        bias = more if self.term.bias is None else self.term.bias + more
+        term = replace(self.term, bias=bias)
+        return Limited(term, {**self.operands, BIAS: array}, self.q_offset)
+
+
+def _masked(
+    call: Limited, mask: Array, meaning: MaskMeaning | None, sizes: PairSizes
+) -> Limited:
+    """The call with the pairs of a mask; its axes may be 1."""
+    asked = f"mask of shape {mask.shape}"
+    if sizes.q_seq == 1 and sizes.kv_seq > 1:
+        # A query of a cache: it stands at the last slot that it sees.
+        slots = jnp.arange(mask.shape[3], dtype=jnp.int32)
+        last = jnp.max(jnp.where(mask != 0, slots, 0), axis=(1, 2, 3))
+        at = jnp.broadcast_to(last, (sizes.batch,))
+        call = replace(call, q_offset=at)
+    elif meaning == "padding":
+        seen = jnp.any(mask != 0, axis=(1, 3), keepdims=True)
+        pairs, array = pairs_of(QUERIES, seen, sizes)
+        call = call.and_pairs(asked, pairs, **{QUERIES: array})
+        mask = jnp.any(mask != 0, axis=(1, 2), keepdims=True)
+    pairs, array = pairs_of(MASK, mask, sizes)
+    return call.and_pairs(asked, pairs, **{MASK: array})
+
+
+def _check_implied(mask: Array, term: Term, sizes: PairSizes) -> None:
+    """Compares a concrete mask with the pairs of a spec.
+
+    Raises:
+      ValueError: they differ.
+    """
+    pairs = term.map if isinstance(term, Softmax) else term.seen
+    known = pairs is not None and not ir.operand_names(pairs.node)
+    if isinstance(mask, jax.core.Tracer) or not known or sizes.q_seq != sizes.kv_seq:
+        return
+    shape = sizes.heads, sizes.q_seq, sizes.kv_seq
+    said = np.broadcast_to(pairs.dense(*shape[1:], num_heads=sizes.heads), shape)
+    differ = np.argwhere(
+        np.broadcast_to(np.asarray(mask) != 0, (len(mask), *shape)) != said
     )
+    if len(differ):
+        _, h, q, k = differ[0].tolist()
+        raise ValueError(
+            f"mask of shape {mask.shape} is not implied by {term!r}: {len(differ)} "
+            f"pairs differ, the first at head {h}, query {q}, key {k}: leave mask=None "
+            "in attention_fn, which adds the mask to the spec"
+        )
 
 
-def _refuse(name: str, given: Any, way_out: str) -> NoReturn:
+def _flat(name: str, x: Any, batch: tuple[int, ...]) -> Array:
+    """A dense array with one batch axis, which is 1 if no batch axis is longer.
+
+    Raises:
+      ValueError: the array does not broadcast to the batch axes.
+    """
+    array = jnp.asarray(x)
+    array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    lead = array.shape[:-3]
+    if max(lead) == 1:
+        return array.reshape(1, *array.shape[-3:])
+    try:
+        array = jnp.broadcast_to(array, (*batch, *array.shape[-3:]))
+    except ValueError as error:
+        raise ValueError(
+            f"{name} has shape {array.shape}: its axes in front of [heads, q_seq, "
+            f"kv_seq] must broadcast to the batch axes {batch}"
+        ) from error
+    return array.reshape(math.prod(batch), *array.shape[-3:])
+
+
+def _refuse(name: str, given: Any) -> NoReturn:
+    why, way_out = REFUSED.get(name, UNKNOWN)
     shape = getattr(given, "shape", None)
     shown = repr(given) if shape is None else f"an array of shape {tuple(shape)}"
     shown = shown if len(shown) < 80 else f"a {type(given).__name__}"
-    raise NotImplementedError(
-        f"{name}={shown}: a sparse attention function never holds the matrix of "
-        f"weights, so it cannot honour {name}; {way_out}"
-    )
+    raise NotImplementedError(f"{name}={shown}: {why}; {way_out}")
 
 
 def attention_fn(
     spec: Spec | str,
     *,
+    mask: MaskMeaning | None = None,
+    check_mask: bool = False,
+    q_segment_ids: Any = None,
+    kv_segment_ids: Any = None,
     sm_scale: float | None = None,
     impl: str | None = None,
     interpret: Any = False,
@@ -142,16 +274,29 @@ def attention_fn(
     """Makes the ``attention_fn`` of ``nnx.MultiHeadAttention``, or of its Linen form.
 
     The function takes ``[batch..., seq, heads, head_dim]`` with any number of batch
-    axes. It raises ``NotImplementedError`` where it is asked for what it cannot honour,
-    such as a mask.
+    axes. What a mask of Flax means is decided here, never by its values:
+
+    - ``mask="implied"``: the spec says it already, so it is not read.
+    - ``mask="padding"``: a key counts where some query sees it, a query where it sees
+      some key. Both are vectors, and blocks of padding are skipped.
+    - None: any pairs. The mask is an operand as large as it is passed, of a byte for
+      each entry, and is packed to bits; blocks without a pair are skipped.
+
+    A single query, as from ``decode=True``, stands at the last slot that its mask
+    shows; the mask is a vector then.
 
     Args:
       spec: an index map, a term, or text, which is read here, once.
+      mask: what masks mean, see above.
+      check_mask: with ``mask="implied"``, compare masks whose values are known with the
+        spec, where q and k have one length. It builds all pairs: for debugging.
+      q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``; the
+        ids of queries are those of keys if None.
       sm_scale, impl, interpret, config: as in ``sadsl.attention``.
 
     Raises:
-      ValueError: the text is not a spec, or the spec reads run-time arrays, learned
-        ones among them.
+      ValueError: the text is not a spec, the spec reads other run-time arrays, learned
+        ones among them, or the options contradict one another.
 
     Example:
       >>> import jax
@@ -168,13 +313,24 @@ def attention_fn(
       (1, 6, 8)
     """
     term = any_term(spec)
-    names = sorted(needed(term))
+    if mask is not None and mask not in get_args(MaskMeaning):
+        raise ValueError(
+            f"mask={mask!r} must be None or one of {get_args(MaskMeaning)}"
+        )
+    if check_mask and mask != "implied":
+        raise ValueError(f"check_mask=True with mask={mask!r}: it needs mask='implied'")
+    if kv_segment_ids is None and q_segment_ids is not None:
+        raise ValueError("q_segment_ids was given without kv_segment_ids: pass both")
+    q_segment_ids = kv_segment_ids if q_segment_ids is None else q_segment_ids
+    ids = None if q_segment_ids is None else SegmentIds(q_segment_ids, kv_segment_ids)
+    names = sorted(needed(term) - set(() if ids is None else IDS))
     if names:
         raise ValueError(
             f"spec={term!r} reads the run-time arrays {names}, which Flax's attention "
             "layers cannot pass on: use SparseAttention of sadsl.layers.nnx or .linen"
+            + ("; or give the ids here" if set(names) <= set(IDS) else "")
         )
-    return AttentionFn(term, sm_scale, impl, interpret, config)
+    return AttentionFn(term, mask, check_mask, ids, sm_scale, impl, interpret, config)
 
 
 def needed(spec: Spec) -> set[str]:

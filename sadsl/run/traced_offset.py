@@ -5,8 +5,7 @@ program serves every position.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import singledispatch
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,11 +19,10 @@ from sadsl.maps.integers import integers
 from sadsl.maps.numbers import Real
 from sadsl.maps.symbols import Symbol, Truth
 from sadsl.selections.base import selections_of
-from sadsl.terms.base import DROPOUT_KEY, Spec, Term
+from sadsl.terms.base import DROPOUT_KEY, Term
 from sadsl.terms.biases import Bias
-from sadsl.terms.heads import Heads
-from sadsl.terms.mixtures import Mixture
-from sadsl.terms.softmax import Softmax
+from sadsl.terms.changed import Change, changed
+from sadsl.text.specs import any_term
 
 NAME = "q_offset"
 POSITION = ir.Operand(NAME, ())
@@ -68,7 +66,7 @@ def is_traced(q_offset: Any) -> bool:
 
 
 def with_offset(
-    spec: Spec, q_offset: Any, given: Mapping[str, Any], batch: int
+    spec: Term, q_offset: Any, given: Mapping[str, Any], batch: int
 ) -> tuple[Term, dict[str, Any]]:
     """The spec with queries from ``q_offset`` on, and the arrays that it reads.
 
@@ -96,40 +94,20 @@ def with_offset(
         )
     if not jnp.issubdtype(at.dtype, jnp.integer):
         raise TypeError(f"q_offset has dtype {at.dtype}: it must hold integers")
-    return moved(spec), {**given, NAME: integers(NAME, at)}
+    return _moved(spec), {**given, NAME: integers(NAME, at)}
 
 
-@singledispatch
-def moved(spec: Any) -> Any:
+def _moved(spec: Term) -> Term:
     """The spec with queries that begin at the operand."""
-    raise NotImplementedError(
-        f"q_offset is an array, and {spec!r} takes a Python integer: pass an integer, "
-        "or use a softmax over maps of positions"
+    return any_term(
+        changed(spec, Change("q_offset is an array", _moved_map, MovedBias))
     )
 
 
-@moved.register
-def _(spec: IndexMap) -> IndexMap:
-    if chosen := selections_of(spec):
+def _moved_map(pairs: IndexMap) -> IndexMap:
+    if chosen := selections_of(pairs):
         raise NotImplementedError(
             f"q_offset is an array, and {chosen[0]!r} chooses for queries whose "
             "positions are known: pass an integer, or choose first with sadsl.select"
         )
-    return Moved(spec)
-
-
-@moved.register
-def _(spec: Softmax) -> Softmax:
-    bias = None if spec.bias is None else MovedBias(spec.bias)
-    scale = None if spec.scale is None else MovedBias(spec.scale)
-    return replace(spec, map=moved(spec.map), bias=bias, scale=scale)
-
-
-@moved.register
-def _(spec: Mixture) -> Mixture:
-    return replace(spec, terms=tuple(moved(part) for part in spec.terms))
-
-
-@moved.register
-def _(spec: Heads) -> Heads:
-    return Heads(tuple((moved(part), count) for part, count in spec.shares))
+    return Moved(pairs)

@@ -263,12 +263,6 @@ def test_dtype_is_that_of_the_computation():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"mask": jnp.ones((1, 1, 9, 9), bool)},
-            r"mask=an array of shape \(1, 1, 9, 9\)",
-        ),
-        ({"bias": jnp.zeros((1, 1, 9, 9))}, r"bias=.*leave bias out"),
-        ({"precision": "highest"}, r"precision='highest'.*leave precision=None"),
         ({"module": object()}, r"module=.*sow_weights=False"),
         ({"qk_attn_weights_einsum": jnp.einsum}, r"qk_attn_weights_einsum_cls=None"),
         ({"input_positions": jnp.arange(9)}, r"input_positions=.*leave it out"),
@@ -337,16 +331,10 @@ def test_flax_layers_hand_their_requests_over_to_be_refused():
     x = normal(BATCH, SEQ, FEATURES)
     fn = attention_fn("causal()")
     layer = linen.MultiHeadDotProductAttention(HEADS, attention_fn=fn)
-    with pytest.raises(NotImplementedError, match=r"mask="):
-        layer.init(jax.random.key(0), x, mask=jnp.ones((BATCH, 1, SEQ, SEQ)))
     with pytest.raises(NotImplementedError, match=r"module=.*sow_weights=False"):
         layer.init(jax.random.key(0), x, sow_weights=True)
     with pytest.raises(NotImplementedError, match=r"module=.*sow_weights=False"):
         flax_nnx(fn)(x, sow_weights=True)
-    decoding = flax_nnx(fn)
-    decoding.init_cache((BATCH, SEQ, FEATURES))
-    with pytest.raises(NotImplementedError, match=r"mask=.*decode=True"):
-        decoding(x[:, :1], decode=True)
 
 
 def test_attention_fn_refuses_a_spec_of_run_time_arrays():

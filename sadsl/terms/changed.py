@@ -1,0 +1,62 @@
+"""Changes every map of a spec, to limit the pairs of a call or to move its queries."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import singledispatch
+from typing import Any, cast
+
+from sadsl.maps.base import IndexMap
+from sadsl.terms.base import Spec
+from sadsl.terms.biases import Bias
+from sadsl.terms.heads import Heads
+from sadsl.terms.mixtures import Mixture
+from sadsl.terms.softmax import Softmax
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a map and of a bias; ``asked`` names it in errors."""
+
+    asked: str
+    of_map: Callable[[IndexMap], IndexMap]
+    of_bias: Callable[[Bias], Bias] = lambda bias: bias
+
+
+def changed(spec: Spec, change: Change) -> Spec:
+    """The spec with the change in every map and bias.
+
+    Raises:
+      NotImplementedError: the spec is no softmax over maps, and no mixture of them.
+    """
+    return cast(Spec, _changed(spec, change))
+
+
+@singledispatch
+def _changed(spec: Any, change: Change) -> Any:
+    raise NotImplementedError(
+        f"{change.asked}: {spec!r} cannot take it, which only a softmax over maps and "
+        "mixtures of them can: leave it out, or use such a spec"
+    )
+
+
+@_changed.register
+def _(spec: IndexMap, change: Change) -> IndexMap:
+    return change.of_map(spec)
+
+
+@_changed.register
+def _(spec: Softmax, change: Change) -> Softmax:
+    bias, scale = (
+        None if x is None else change.of_bias(x) for x in (spec.bias, spec.scale)
+    )
+    return replace(spec, map=change.of_map(spec.map), bias=bias, scale=scale)
+
+
+@_changed.register
+def _(spec: Mixture, change: Change) -> Mixture:
+    return replace(spec, terms=tuple(_changed(part, change) for part in spec.terms))
+
+
+@_changed.register
+def _(spec: Heads, change: Change) -> Heads:
+    return Heads(tuple((_changed(part, change), n) for part, n in spec.shares))
