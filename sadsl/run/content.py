@@ -23,7 +23,10 @@ def with_parts(
         return arrays
     read = options.read
     needed = tuple(s for s in options.selections if any(map(s.owns, read)))
-    arrays = {**arrays, **choose(needed, content_of(q, k, arrays, options))}
+    # The reference evaluates bools; kernels read bits.
+    pack = options.setting.impl != "reference"
+    found = choose(needed, content_of(q, k, arrays, options), pack=pack)
+    arrays = {**arrays, **found}
     known = operands_of(options.term.map)
     arrays = {name: x for name, x in arrays.items() if name in known}
     mine = {name: x for name, x in arrays.items() if name in read}
