@@ -67,10 +67,13 @@ def content_of(
 ) -> Content:
     """All that selections may look at; q and k are ``[batch, heads, seq, dim]``."""
     scale = options.setting.sm_scale
+    if scale is None:
+        # A traced scale may be of float64; scores are of float32.
+        scale = jnp.asarray(arrays[TRACED_SCALE], jnp.float32)
     return Content(
         q=jnp.swapaxes(q, 1, 2),
         k=jnp.swapaxes(k, 1, 2),
         given=arrays,
-        sm_scale=arrays[TRACED_SCALE] if scale is None else scale,
+        sm_scale=scale,
         q_offset=options.problem.q_offset,
     )

@@ -208,7 +208,8 @@ class Cells(Selection):
                 )
                 for n in ("forced", "eligible")
             )
-            some = jnp.any((chosen & ~forced) != 0, axis=(1, 2, 3), keepdims=True)
+            more = (chosen & ~forced).astype(bool)  # of bools or of words
+            some = jnp.any(more, axis=(1, 2, 3), keepdims=True)
             chosen = jnp.where(some, chosen, eligible)
         if self.scope == "shared":
             return chosen[:, 0]
