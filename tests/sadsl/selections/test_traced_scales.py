@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sadsl as sa
-from sadsl.selections import base, kept_keys, stripes, vertical_slash
+from sadsl.selections import kept_keys, stripes, vertical_slash
 from sadsl.selections.factorised_topk import factorised_topk
 
 SPECS = {
@@ -19,17 +19,15 @@ SPECS = {
 
 def operands(spec, n, heads, dim):
     """The weights of a predictor, if the selection has one."""
-    shapes = {
-        "predictor_q": (heads, dim, 3),
-        "predictor_k": (heads, dim, 3),
-        "predictor_mix": (4, n),
-        "predictor_basis": (4, n),
-    }
+    wide, low = (heads, dim + 1, 3), (n, 4)
+    shapes = {"q": wide, "k": wide, "down": low, "basis": low}
+    shapes = {f"predictor_{name}": shape for name, shape in shapes.items()}
     rng = np.random.default_rng(0)
     names = spec.operands
-    return {n: jnp.asarray(rng.normal(size=shapes[n]), jnp.float32) for n in names}
+    return {x: jnp.asarray(rng.normal(size=shapes[x]), jnp.float32) for x in names}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", SPECS)
 def test_a_traced_scale_of_float64_chooses_as_a_number_does(name):
     spec, n = SPECS[name], 21
