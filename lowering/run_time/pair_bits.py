@@ -20,7 +20,8 @@ from lowering.expr.fits import INT32, known_of
 from lowering.expr.printing import show
 from lowering.expr.simplify import sum_of
 from lowering.expr.static_range import Known, Span
-from lowering.run_time.vectors import AtPositions, evaluate_outside
+from lowering.run_time.packed import PackedBools
+from lowering.run_time.vectors import AtPositions, evaluate_outside, look_up
 from pallas_kernels.call import WORD, PairBits
 
 
@@ -29,7 +30,7 @@ def pack(
     lengths: tuple[int, int],
     block_kv: int,
     num_heads: int,
-    operands: Mapping[str, jax.Array],
+    operands: Mapping[str, Any],
 ) -> tuple[PairBits, ...]:
     """The bits of hoisted comparisons; ``lengths`` are those of queries and keys.
 
@@ -39,8 +40,94 @@ def pack(
     found = []
     for pred in preds:
         build = _of_differences if _is_difference(pred) else _of_groups
+        build = _of_packed if _reads_packed(pred, operands) else build
         found.append(build(pred, lengths, block_kv, num_heads, operands))
     return tuple(found)
+
+
+def _reads_packed(pred: ir.Pred, operands: Mapping[str, Any]) -> bool:
+    """Whether it is ``array[..., k] == 1`` of packed bools: words, but for the order.
+
+    The last index depends on the key alone, the others on the query and the head.
+    """
+    match pred:
+        case ir.Eq(ir.Operand(name, (*rows, column)), ir.Const(1)):
+            packed = isinstance(operands.get(name), PackedBools)
+            plain = not ir.operand_names(column) and ir.axes(column) == {"k"}
+            return packed and plain and not any("k" in ir.axes(i) for i in rows)
+    return False
+
+
+def _of_packed(
+    pred: ir.Pred, lengths: tuple[int, int], block_kv: int, num_heads: int,
+    operands: Mapping[str, Any],
+) -> PairBits:  # fmt: skip
+    """The words of packed bools, moved to their planes; no single bit is looked at."""
+    assert isinstance(pred, ir.Eq)
+    assert isinstance(pred.left, ir.Operand)
+    values, (*index, column) = operands[pred.left.name], pred.left.index
+    q_seq_len, kv_seq_len = lengths
+    found = key_groups(pred, kv_seq_len, block_kv)
+    first = _first_columns(found, column, values.length)
+    if first is None:
+        return _of_groups(pred, lengths, block_kv, num_heads, operands)
+    moved = values.windows(first.reshape(-1))
+    words = _by_query(moved, tuple(index), (num_heads, *lengths), operands)
+    return PairBits(
+        words.reshape(*words.shape[:2], *first.shape, q_seq_len),
+        found.group,
+        block_kv,
+        blocks_per_plane=found.blocks,
+        keys_per_bit=keys_per_group(found, block_kv),
+    )
+
+
+def _by_query(
+    words: jax.Array,
+    index: tuple[ir.Expr, ...],
+    sizes: tuple[int, int, int],
+    operands: Mapping[str, Any],
+) -> jax.Array:
+    """``words [batch, ..., word]`` at the index of each head and query, with the word.
+
+    ``sizes`` are those of heads, queries and keys. Returns ``[batch, heads or 1, words,
+    queries]``.
+    """
+    num_heads, q_seq_len, _ = sizes
+    by_head = words[:, None] if index == (ir.Q,) else words
+    if index in ((ir.Q,), (ir.H, ir.Q)) and by_head.shape[1:3] in (
+        (1, q_seq_len),
+        (num_heads, q_seq_len),
+    ):
+        return jnp.swapaxes(by_head, 2, 3)
+    at = AtPositions(
+        jnp.arange(q_seq_len, dtype=jnp.int32).reshape(1, 1, 1, -1),
+        jnp.zeros((1,) * 4, jnp.int32),
+        h=jnp.arange(num_heads, dtype=jnp.int32).reshape(1, -1, 1, 1),
+        operands=operands,
+    )
+    known = known_of(q_seq_len, sizes[2], num_heads)
+    rows = [evaluate_outside(i, at, known) for i in index]
+    word = jnp.arange(words.shape[-1], dtype=jnp.int32).reshape(1, 1, -1, 1)
+    found = look_up(words, (*rows, word), 4)
+    return jnp.broadcast_to(found, (*found.shape[:3], q_seq_len))
+
+
+def _first_columns(
+    groups: "KeyGroups", column: ir.Expr, length: int
+) -> np.ndarray | None:
+    """The column of the first bit of every word, ``[planes, words]``.
+
+    None if the groups of some word are not consecutive columns below ``length``.
+    """
+    member = groups.member
+    found = np.asarray(evaluate(column, NumPy(np.zeros_like(member), member)))
+    first, place = found[:, ::WORD], np.arange(member.shape[1])
+    wanted = first[:, place // WORD] + place % WORD
+    # A plane with fewer groups repeats its first key; no key has those bits.
+    real = (place == 0) | (member != member[:, :1])
+    fits = (found == wanted) & (found >= 0) & (found < length)
+    return first if (fits | ~real).all() else None
 
 
 def _is_difference(pred: ir.Pred) -> bool:

@@ -17,14 +17,21 @@ from lowering.expr.fits import (
     within,
 )
 from lowering.expr.static_range import Known
+from lowering.run_time.packed import PackedBools
+from pallas_kernels.call import WORD
 
 
-def look_up(values: jax.Array, index: tuple, rank: int) -> jax.Array:
+def look_up(values: jax.Array | PackedBools, index: tuple, rank: int) -> jax.Array:
     """``values[b, index...]`` as int32 with ``rank`` axes, the batch axis first.
 
     ``values`` are ``[batch or 1, ...]``; the indices broadcast, perhaps with a batch
     axis of their own, and are clipped to the array.
     """
+    if isinstance(values, PackedBools):
+        last = jnp.clip(_of_rank(index[-1], rank), 0, values.length - 1)
+        words = jax.lax.bitcast_convert_type(values.words, jnp.int32)
+        word = look_up(words, (*index[:-1], last // WORD), rank)
+        return (word >> (last % WORD).astype(jnp.int32)) & 1
     if not index:
         return values.astype(jnp.int32).reshape(-1, *(1,) * (rank - 1))
     limits = (size - 1 for size in values.shape[1:])

@@ -23,7 +23,10 @@ def with_parts(
         return arrays
     read = options.read
     needed = tuple(s for s in options.selections if any(map(s.owns, read)))
-    arrays = {**arrays, **choose(needed, content_of(q, k, arrays, options))}
+    # The reference evaluates bools; kernels read bits.
+    pack = options.setting.impl != "reference"
+    found = choose(needed, content_of(q, k, arrays, options), pack=pack)
+    arrays = {**arrays, **found}
     known = operands_of(options.term.map)
     arrays = {name: x for name, x in arrays.items() if name in known}
     mine = {name: x for name, x in arrays.items() if name in read}
@@ -64,10 +67,13 @@ def content_of(
 ) -> Content:
     """All that selections may look at; q and k are ``[batch, heads, seq, dim]``."""
     scale = options.setting.sm_scale
+    if scale is None:
+        # A traced scale may be of float64; scores are of float32.
+        scale = jnp.asarray(arrays[TRACED_SCALE], jnp.float32)
     return Content(
         q=jnp.swapaxes(q, 1, 2),
         k=jnp.swapaxes(k, 1, 2),
         given=arrays,
-        sm_scale=arrays[TRACED_SCALE] if scale is None else scale,
+        sm_scale=scale,
         q_offset=options.problem.q_offset,
     )

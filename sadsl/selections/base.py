@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from lowering import ir
 from lowering.expr.assume import envelope
 from lowering.problem import Problem
+from lowering.run_time.packed import PackedBools, packed
 from pallas_kernels.lists.call import num_blocks
 from sadsl.maps.base import IndexMap
 from sadsl.maps.call_text import call_text
@@ -146,6 +147,14 @@ class Selection(IndexMap):
         """Computes the parts, by name: integers or bools ``[batch or 1, ...]``."""
         raise NotImplementedError(f"{type(self).__name__} must define choose(content)")
 
+    def choose_packed(self, content: Content) -> Mapping[str, Array | PackedBools]:
+        """As ``choose``, with the part "chosen" packed if it has bools.
+
+        A selection of single keys overrides it: it chooses some rows at a time, and
+        packs them before it goes on, so that the bools never exist as a whole.
+        """
+        return with_packed(self.choose(content), "chosen")
+
     def list_shape(self, problem: Problem) -> ListShape | None:
         """The shape of its choice as lists; None if a list cannot hold it.
 
@@ -257,22 +266,41 @@ def widest(map: IndexMap) -> ir.Pred:
     return envelope(map.node, lambda name: any(s.owns(name) for s in chosen))
 
 
-def choose(chosen: tuple[Selection, ...], content: Content) -> dict[str, Array]:
+def with_packed(
+    parts: Mapping[str, Array | PackedBools], name: str
+) -> dict[str, Array | PackedBools]:
+    """The parts, with the one of this name packed if it has bools."""
+    found: dict[str, Array | PackedBools] = dict(parts)
+    part = found.get(name)
+    if isinstance(part, jax.Array) and part.dtype == bool:
+        found[name] = packed(part)
+    return found
+
+
+def choose(
+    chosen: tuple[Selection, ...], content: Content, *, pack: bool = False
+) -> dict[str, Any]:
     """Computes the parts of selections, by their keys.
 
-    Parts that ``content.given`` holds already are taken from there.
+    Parts that ``content.given`` holds already are taken from there. With ``pack``, the
+    bools of "chosen" are ``PackedBools``.
     """
     frozen = jax.lax.stop_gradient(content)
     lengths = content.q.shape[2], content.k.shape[2]
     problem = Problem(*lengths, content.q.shape[1], content.q_offset)
-    parts: dict[str, Array] = {}
+    parts: dict[str, Any] = {}
     for selection in chosen:
-        given = {n: x for n, x in content.given.items() if selection.owns(n)}
+        given: dict[str, Any] = {
+            n: x for n, x in content.given.items() if selection.owns(n)
+        }
         listed = given.pop(selection.key("listed"), None)
-        made: Mapping[str, Array] = {}
+        made: Mapping[str, Any] = {}
         if not given and listed is not None:
             made = selection.chosen_by(listed, problem)
         elif not given:
-            made = selection.choose(frozen)
+            made = (selection.choose_packed if pack else selection.choose)(frozen)
+        if pack:
+            given = with_packed(given, selection.key("chosen"))
+            made = with_packed(made, "chosen")
         parts |= given or {selection.key(name): x for name, x in made.items()}
     return parts

@@ -14,6 +14,7 @@ from pallas_kernels.lists.call import held
 from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.call_text import call_text
 from sadsl.selections import cell_lists, ranking
+from sadsl.selections.attended import Attended
 from sadsl.selections.base import Content, ListShape
 from sadsl.selections.cell_scores import Score
 from sadsl.selections.cells import BY_ROW, NO_RULES, Cells, Rest, Rules, Scope
@@ -242,7 +243,7 @@ def topk(
     *,
     block: Partition = 64,
     block_q: Partition | None = None,
-    score: str | Score | Dot = "mean",
+    score: str | Score | Dot | Attended = "mean",
     scope: Scope = "query",
     forced: IndexMap | None = None,
     eligible: IndexMap | None = None,
@@ -260,7 +261,8 @@ def topk(
       block: the keys of a cell: a block size, or ``tiles`` of a grid.
       block_q: the queries of a cell; ``block`` if None; 1 chooses for each query.
       score: what is compared: "mean", "min_max", "max", "attention", the name of an
-        operand, ``dot(...)``, or ``scored(...)``, which explains them.
+        operand, ``dot(...)``, ``attended(...)``, or ``scored(...)``, which explains
+        them.
       scope: which cells share a budget. "query": each row of each head has its own;
         "group": the query heads of a key head make one choice by their mean score;
         "shared": all heads do; "head": the rows of a head share a budget of ``k`` a
@@ -301,7 +303,7 @@ def threshold(
     *,
     block: Partition = 64,
     block_q: Partition | None = None,
-    score: str | Score | Dot = "mean",
+    score: str | Score | Dot | Attended = "mean",
     scope: Scope = "query",
     forced: IndexMap | None = None,
     eligible: IndexMap | None = None,
@@ -330,7 +332,7 @@ def mass(
     *,
     block: Partition = 64,
     block_q: Partition | None = None,
-    score: str | Score | Dot = SOFTMAX,
+    score: str | Score | Dot | Attended = SOFTMAX,
     scope: Scope = "query",
     forced: IndexMap | None = None,
     eligible: IndexMap | None = None,
@@ -361,5 +363,5 @@ def mass(
     )  # fmt: skip
 
 
-def _score(value: str | Score | Dot) -> Score:
+def _score(value: str | Score | Dot | Attended) -> Score:
     return value if isinstance(value, Score) else Score(value)

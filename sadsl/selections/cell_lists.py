@@ -20,7 +20,7 @@ from sadsl.selections.base import Content
 from sadsl.selections.cell_scores import CellSides, Score, scorer
 from sadsl.selections.dot_scores import Dot, DotArrays, arrays_of, dot_scores
 from sadsl.selections.listing import largest
-from sadsl.selections.static_cells import of_heads, pairs_at
+from sadsl.selections.static_cells import held_at, of_heads, pairs_at
 
 # Rows of a strip, and rows from which on a choice is split into parts with their own
 # ranges of keys: in a causal map, early queries score few keys.
@@ -161,16 +161,9 @@ def _holding(
     """Which cells of a strip hold a pair of ``a``; None if all do."""
     if a is None:
         return None
-    (node,) = of_heads(a, problem)
-    q = row[:, None] * budget.block_q + _below(budget.block_q)[None]
-    q = jnp.minimum(q, problem.q_seq_len - 1) + problem.q_offset
-    key = np.arange(part.first_cell * budget.block, part.stop_cell * budget.block)
-    real = (key < problem.kv_seq_len)[None, None]
-    k = jnp.asarray(np.minimum(key, problem.kv_seq_len - 1), jnp.int32)
-    (held,) = pairs_at((node,), q[:, :, None], k[None, None], problem)
-    held = jnp.any(held & real, axis=1)
-    held = held.reshape(*held.shape[:1], -1, budget.block).any(axis=2)
-    return held[None, None]
+    sizes = budget.block_q, budget.block
+    columns = part.first_cell, part.stop_cell
+    return held_at(a, row, sizes, columns, problem)[None]
 
 
 def _below(size: int) -> Int[Array, " size"]:

@@ -23,7 +23,7 @@ POOLED = ("mean", "min_max")
 EVERY_PAIR = ("max", "attention")
 NORMALISE = ("none", "softmax", "whole_softmax", "minmax")
 # The number of scores, or of pairs, that are in memory at a time.
-LIMIT = 1 << 20
+LIMIT = 1 << 18
 
 
 @dataclass(frozen=True, repr=False)

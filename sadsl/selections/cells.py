@@ -4,7 +4,7 @@ A cell is a block of queries and a block of keys, or tiles of a grid. One static
 says which cells are eligible, another one which cells are always chosen.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from typing_extensions import override
 
 from lowering.problem import Problem
+from lowering.run_time.packed import PackedBools, words_of
 from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.call_text import call_text
 from sadsl.maps.symbols import Symbol, Truth
@@ -29,7 +30,12 @@ from sadsl.selections.cell_scores import (
     softmax,
 )
 from sadsl.selections.dot_scores import Dot
-from sadsl.selections.static_cells import check_static, heads_of, holding
+from sadsl.selections.static_cells import (
+    StaticCells,
+    check_static,
+    heads_of,
+    holding,
+)
 from sadsl.selections.tiles import (
     GridTiles,
     Partition,
@@ -152,49 +158,79 @@ class Cells(Selection):
 
     @override
     def choose(self, content: Content) -> dict[str, Array]:
+        return {"chosen": self._chosen(content, lambda found: found)}
+
+    @override
+    def choose_packed(self, content: Content) -> dict[str, Array | PackedBools]:
+        columns = num_parts(self.block, content.k.shape[2])
+        return {"chosen": PackedBools(self._chosen(content, words_of), columns)}
+
+    def _chosen(self, content: Content, form: Callable[[Array], Array]) -> Array:
+        """The chosen cells, by strips of rows; ``form`` is applied to each strip."""
         sides = self._sides(content)
         problem = sides.problem
-        cells = {
-            "forced": self._holding(self.forced, sides, False),
-            "eligible": self._holding(self.eligible, sides, True),
-        }
-        if self.score.normalise == "whole_softmax" and self.eligible is not None:
-            cells["broken"] = self._holding(~self.eligible, sides, False)
-        cells["forced"] &= cells["eligible"]
-        # For heads that choose as one, a cell that is eligible (or forced) for one of
-        # them is so for all.
         size = self._heads_of_choice(content)
-        one = {n: _over_heads(m, size, jnp.any) for n, m in cells.items()}
-        cells = {
-            n: jnp.repeat(m, size, axis=1) if m.shape[1] > 1 else m
-            for n, m in one.items()
-        }
-        choices = problem.num_heads // size
-        sources = content, sides, self.eligible, choices
+        masks = self._masks(sides)
+        sources = content, sides, self.eligible, problem.num_heads // size
         query, of_rows, cost = scorer(self.score, *sources)
         # The scores of dot(...) are those of a choice already.
-        by_choice = isinstance(self.score.by, Dot)
-        cells = one if by_choice else cells
+        own = isinstance(self.score.by, Dot)
 
-        def decide(x: dict[str, Any]) -> Bool[Array, "batch heads rows columns"]:
-            return self._decide(x, 1 if by_choice else size)
+        def cells(row: Array) -> Mapping[str, Array]:
+            # For heads that choose as one, a cell that is eligible (or forced) for one
+            # of them is so for all.
+            found = {n: _over_heads(of(row), size, jnp.any) for n, of in masks.items()}
+            found["forced"] &= found["eligible"]
+            return found
 
+        def decide(row: Array, scores: Array) -> Array:
+            found = cells(row)
+            if not own:
+                found = {n: _of_heads(m, size) for n, m in found.items()}
+            return form(self._decide({**found, "scores": scores}, 1 if own else size))
+
+        rows = jnp.arange(num_parts(self.rows, problem.q_seq_len), dtype=jnp.int32)
+        each = {"row": rows[None, None], "query": query}
         if self.scope in BY_ROW:
             chosen = in_steps(
-                lambda x: decide({**x, "scores": of_rows(x["query"])}),
-                {**cells, "query": query},
+                lambda x: decide(x["row"][0, 0], of_rows(x["query"])),
+                each,
                 cost,
             )
         else:
-            chosen = decide({**cells, "scores": in_steps(of_rows, query, cost)})
+            chosen = decide(rows, in_steps(of_rows, query, cost))
         if self.rules.otherwise == "eligible":
-            some = jnp.any(chosen & ~one["forced"], axis=(1, 2, 3), keepdims=True)
-            chosen = jnp.where(some, chosen, one["eligible"])
+            forced, eligible = (
+                in_steps(
+                    lambda x, n=n: form(cells(x["row"][0, 0])[n]),
+                    {"row": each["row"]},
+                    cost,
+                )
+                for n in ("forced", "eligible")
+            )
+            more = (chosen & ~forced).astype(bool)  # of bools or of words
+            some = jnp.any(more, axis=(1, 2, 3), keepdims=True)
+            chosen = jnp.where(some, chosen, eligible)
         if self.scope == "shared":
-            return {"chosen": jnp.any(chosen, axis=1)}
+            return chosen[:, 0]
         shape = len(chosen), problem.num_heads, *chosen.shape[2:]
-        chosen = jnp.repeat(chosen, size, axis=1)
-        return {"chosen": jnp.broadcast_to(chosen, shape)}
+        return jnp.broadcast_to(jnp.repeat(chosen, size, axis=1), shape)
+
+    def _masks(
+        self, sides: CellSides
+    ) -> dict[str, Callable[[Array], Bool[Array, "1 heads_or_1 rows columns"]]]:
+        """Which cells of some rows are forced and eligible, by their numbers."""
+        columns = num_parts(sides.columns, sides.problem.kv_seq_len)
+
+        def of(a: IndexMap | None, value: bool) -> Callable[[Array], Array]:
+            if a is None:
+                return lambda row: jnp.full((1, 1, len(row), columns), value)
+            return StaticCells(a, sides.rows, sides.columns, sides.problem).at
+
+        masks = {"forced": of(self.forced, False), "eligible": of(self.eligible, True)}
+        if self.score.normalise == "whole_softmax" and self.eligible is not None:
+            masks["broken"] = of(~self.eligible, False)
+        return masks
 
     def _heads_of_choice(self, content: Content) -> int:
         """The number of query heads that make one choice."""
@@ -207,17 +243,6 @@ class Cells(Selection):
         check_length(self.block, lengths[1], "keys")
         problem = Problem(*lengths, content.q.shape[1], content.q_offset)
         return CellSides(self.rows, self.block, problem)
-
-    def _holding(
-        self, a: IndexMap | None, sides: CellSides, value: bool
-    ) -> Bool[Array, "1 heads_or_1 rows columns"]:
-        """The cells that hold a pair of ``a``; ``value`` for all if it is None."""
-        if a is not None:
-            return holding(a, sides.rows, sides.columns, sides.problem)[None]
-        problem = sides.problem
-        rows = num_parts(sides.rows, problem.q_seq_len)
-        columns = num_parts(sides.columns, problem.kv_seq_len)
-        return jnp.full((1, 1, rows, columns), value)
 
     def _decide(
         self, x: Mapping[str, Array], size: int
@@ -292,6 +317,11 @@ def _over_heads(x: Array, size: int, how: Any) -> Array:
     if x.shape[1] == 1:
         return x
     return how(x.reshape(x.shape[0], -1, size, *x.shape[2:]), axis=2)
+
+
+def _of_heads(x: Array, size: int) -> Array:
+    """The inverse of ``_over_heads``, for what a choice has in common."""
+    return jnp.repeat(x, size, axis=1) if x.shape[1] > 1 else x
 
 
 def _weights(normalise: str, values: Array, sets: Mapping[str, Array]) -> Array:

@@ -260,7 +260,9 @@ def kmeans(
     after ``norm``, with the centroid of the cluster, in float32. The centroids are an
     operand, floats ``[num_q_heads, num_clusters, head_dim]``. As a map, it is one
     softmax over the union of the clusters; the Routing Transformer averages one softmax
-    for each cluster, which is ``scatter_mean``.
+    for each cluster, which is ``scatter_mean``. The choice has no form as lists: with
+    "argmax" a cluster may hold every key, and with "topw" so may all clusters of a
+    query together.
 
     Args:
       num_clusters: the number of clusters in each head.

@@ -196,6 +196,7 @@ def lsh(
     rounds: a key that several rounds find counts once, which the paper reaches by a
     correction for the number of rounds. The random directions are an operand, floats
     ``[num_q_heads or 1, rounds, head_dim, columns]``; the method ``draw`` makes them.
+    The choice has no form as lists: without ``chunks`` a bucket may hold every key.
 
     Args:
       buckets: the number of buckets. With "angular", it is even, and the bucket of a

@@ -17,10 +17,19 @@ from lowering.run_time.vectors import AtPositions, evaluate_outside
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.loops import repeat
 from sadsl.maps.base import IndexMap
-from sadsl.selections.tiles import GridTiles, Partition, WithinPart, part_of, positions
+from sadsl.selections.tiles import (
+    GridTiles,
+    Partition,
+    WithinPart,
+    num_parts,
+    part_of,
+    positions,
+)
 
 # The number of pairs that are evaluated in one step, where a partition is tiles.
 STEP = 1 << 20
+# A table of cells of so many pairs takes no more memory than the bits of these pairs.
+COARSE = 8
 
 
 def check_static(map_name: str, name: str, value: IndexMap | None) -> None:
@@ -143,6 +152,56 @@ def _looked_into(
         look, (jnp.asarray(q, jnp.int32), jnp.asarray(q_real)), batch_size=step
     )
     return jnp.moveaxis(found, 0, 1)
+
+
+def held_at(
+    a: IndexMap,
+    row: Int[Array, " rows"],
+    sizes: tuple[int, int],
+    columns: tuple[int, int],
+    problem: Problem,
+) -> Bool[Array, "heads_or_1 rows columns"]:
+    """``holding`` for some rows and a range of columns, by evaluating every pair.
+
+    ``sizes`` are those of a block of queries and of a block of keys.
+    """
+    block_q, block = sizes
+    q = row[:, None] * block_q + jnp.arange(block_q, dtype=jnp.int32)[None]
+    q = jnp.minimum(q, problem.q_seq_len - 1) + problem.q_offset
+    key = np.arange(columns[0] * block, columns[1] * block)
+    real = (key < problem.kv_seq_len)[None, None, None]
+    k = jnp.asarray(np.minimum(key, problem.kv_seq_len - 1), jnp.int32)
+    nodes = of_heads(a, problem)
+    held = pairs_at(nodes, q[:, :, None], k[None, None], problem)
+    held = jnp.any(held & real, axis=2)
+    return held.reshape(*held.shape[:2], -1, block).any(axis=3)
+
+
+class StaticCells:
+    """The cells that hold a pair of a static map, for some rows at a time.
+
+    A table of coarse cells is made once. A table of fine cells would take a byte for
+    each pair, so they are evaluated for the rows that are asked for.
+    """
+
+    def __init__(
+        self, a: IndexMap, rows: Partition, columns: Partition, problem: Problem
+    ) -> None:
+        self._map, self._problem = a, problem
+        self._rows, self._columns, self._table = rows, columns, None
+        tiles = isinstance(rows, GridTiles) or isinstance(columns, GridTiles)
+        if tiles or rows * columns >= COARSE:
+            self._table = holding(a, rows, columns, problem)
+
+    def at(self, row: Int[Array, " rows"]) -> Bool[Array, "1 heads_or_1 rows columns"]:
+        """The cells of some rows."""
+        if self._table is not None:
+            return self._table[None, :, row]
+        assert isinstance(self._rows, int)
+        assert isinstance(self._columns, int)
+        sizes = self._rows, self._columns
+        count = num_parts(self._columns, self._problem.kv_seq_len)
+        return held_at(self._map, row, sizes, (0, count), self._problem)[None]
 
 
 def heads_of(*maps: IndexMap | None) -> int:
