@@ -1,5 +1,6 @@
 """``softmax(values=)``: kernels take values from the keys that they have loaded."""
 
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,6 +12,7 @@ import oracle
 import pytest
 
 import sadsl as sa
+from lowering.cost import inspect_code, targets
 from pallas_kernels.shared_values import loaded_once
 
 CAUSAL = sa.causal() & sa.window(20)
@@ -131,6 +133,21 @@ def test_forward_mode_by_lists():
         for f in (case.loss(), case.wanted)
     )
     np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_gpu_loads_each_channel_of_a_key_once():
+    """Keys of 576 channels are two tiles, of which one has the values."""
+    q, k = (jax.ShapeDtypeStruct((1, 256, h, 576), jnp.bfloat16) for h in (4, 1))
+    term = sa.softmax(CAUSAL, values=(0, 512))
+
+    def loss(q, k):
+        return sa.attention(q, k, k, term, impl="triton").astype(jnp.float32).sum()
+
+    program = targets.lower_for(jax.grad(loss, (0, 1)), (q, k), "h100")
+    for kernel in inspect_code.triton_kernels(program):
+        loads = re.findall(r"tt\.load .*tensor<\d+x(\d+)x!tt\.ptr<bf16", kernel.code)
+        assert set(loads) == {"512", "64"}, kernel.name
 
 
 @pytest.mark.slow
