@@ -139,6 +139,9 @@ class Call:
     learned_scores: bool = False
     # The fraction of the weights that is dropped, in [0, 1).
     dropout_rate: float = 0.0
+    # Channels (start, stop) of k that are the values: the v of a caller is then not
+    # read, and dk has the gradients of both (``shared_values``).
+    values: tuple[int, int] | None = None
 
     @property
     def unit(self) -> float:
@@ -260,5 +263,8 @@ class Backend(Protocol):
         vectors: Vectors,
         lists: Any,
         call: Call,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """``dq, dk, dv`` in the shapes and dtypes of the inputs."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """``dq, dk, dv`` in the shapes and dtypes of the inputs.
+
+        ``dv`` is None if ``Call.values`` is set: it is then in ``dk``.
+        """

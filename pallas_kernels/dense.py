@@ -21,6 +21,7 @@ from pallas_kernels.call import (
     Vectors,
 )
 from pallas_kernels.precision import wide, widened
+from pallas_kernels.shared_values import in_keys, of_keys
 from pallas_kernels.solve import Accuracy, by_factors, checked
 
 
@@ -94,7 +95,7 @@ def of_pairs(
       added: what is added to the capped scores, like ``pairs``.
       factor: the dropout factor, likewise.
     """
-    q, k, v = _present(inputs, pairs)
+    q, k, v = _present(_with_values(inputs, call), pairs)
     s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
     s = softmax.cap(s * call.scale, call.logits_soft_cap, call.unit)
     s = softmax.mask(s if added is None else s + added, pairs)
@@ -129,7 +130,7 @@ def _rows(
     do = jnp.where(jnp.isneginf(lse), 0.0, do[..., 0])
     pairs = allowed(vectors, tests, inputs.q.shape, inputs.k.shape[2], call)
     pairs, added = _with_scores(pairs, vectors, call)
-    q, k, v = _present(inputs, pairs)
+    q, k, v = _present(_with_values(inputs, call), pairs)
     s = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
     s = softmax.cap(s * call.scale, call.logits_soft_cap, call.unit)
     dp = jnp.einsum("bhqd,bhkd->bhqk", do, v, precision="highest")
@@ -144,7 +145,7 @@ def _rows(
 
 def backward(
     inputs: Inputs, cotangents: Cotangents, vectors: Vectors, tests: Any, call: Call
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """``dq, dk, dv`` as the backends compute them, differentiable to any order."""
     batch, num_kv_heads, kv_seq_len, _ = inputs.k.shape
     (q, k, _), do, p, _, ds = _rows(inputs, cotangents, vectors, tests, call)
@@ -156,9 +157,11 @@ def backward(
     def per_kv_head(x: jax.Array) -> jax.Array:
         return x.reshape(batch, num_kv_heads, -1, kv_seq_len, x.shape[-1]).sum(axis=2)
 
-    gradients = dq, per_kv_head(dk), per_kv_head(dv)
-    dq, dk, dv = (x.astype(y.dtype) for x, y in zip(gradients, inputs, strict=True))
-    return dq, dk, dv
+    dk, dv = per_kv_head(dk), per_kv_head(dv)
+    if call.values is not None:
+        dk = dk + in_keys(dv, call.values, dk.shape[-1])
+    dq, dk, dv = (x.astype(y.dtype) for x, y in zip((dq, dk, dv), inputs, strict=True))
+    return dq, dk, dv if call.values is None else None
 
 
 def score_backward(
@@ -224,6 +227,13 @@ def on_all_pairs(
         tuple(x[..., None, :] for x in values.kv),
         tuple(pair_values.of_all(x, q_seq_len, kv_seq_len) for x in values.pairs),
     )
+
+
+def _with_values(inputs: Inputs, call: Any) -> Inputs:
+    """The inputs, with values from the keys if ``call.values`` says so."""
+    if call.values is None:
+        return inputs
+    return inputs._replace(v=of_keys(inputs.k, call.values))
 
 
 def _present(inputs: Inputs, pairs: jax.Array) -> Inputs:

@@ -32,6 +32,7 @@ from pallas_kernels.call import (
     named,
     to_backward,
 )
+from pallas_kernels.shared_values import of_keys
 from pallas_kernels.varying import alike, vary
 from pallas_kernels.xla import primitive
 from pallas_kernels.xla.score_gradient import score_gradient
@@ -48,6 +49,9 @@ def attend(
     Pallas' interpreter needs ``check_vma=False`` under ``shard_map``. The residuals
     are named "attn_out" and "attn_lse" for checkpoint policies.
     """
+    if call.values is not None:
+        # Passes in plain JAX read v: all of them on a CPU, and the gradient of scores.
+        inputs = inputs._replace(v=of_keys(inputs.k, call.values))
     lists = BACKENDS[impl].prepare(masks, call)
     tests = masks.forward.test_of_head
     if impl == "xla":
@@ -104,7 +108,7 @@ def _of_scores(scores: ScoreValues) -> Any:
 def _backward(
     impl: str, call: Call, inputs: Inputs, cotangents: Cotangents, vectors: Vectors,
     lists: CallLists,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:  # fmt: skip
     return BACKENDS[impl].backward(inputs, cotangents, vectors, lists.kernels, call)
 
 

@@ -27,6 +27,7 @@ class ListCall:
     multiple of it.
 
     ``predicate`` tests the pairs of the listed blocks; its vectors have one head.
+    ``values`` is that of ``pallas_kernels.call.Call``.
     """
 
     predicate: Predicate
@@ -35,6 +36,7 @@ class ListCall:
     block_kv: int = 1
     logits_soft_cap: float | None = None
     interpret: Hashable = False
+    values: tuple[int, int] | None = None
 
     # Lists have no biases and no dropout.
     learned_scores = False

@@ -1,9 +1,14 @@
 """Attention by lists in plain JAX, strip by strip; derivatives of every order.
 
-A strip of rows gathers its keys and values once. The queries of a row and the heads of
-its group are the rows of one product. The backward pass computes the weights again from
-the lse and adds the gradients of keys with a scatter, which XLA:CPU runs in a fixed
-order. Memory is linear in the lengths and in the size of the lists.
+A strip of rows gathers its keys and values once. Values that are channels of the keys
+(``ListCall.values``) are not cut out of them, which would copy each strip: products
+have all channels, and those of no value are 0 or dropped. The gradients of keys and
+values are then one product and one scatter.
+
+The queries of a row and the heads of its group are the rows of one product. The
+backward pass computes the weights again from the lse and adds the gradients of keys
+with a scatter, which XLA:CPU runs in a fixed order. Memory is linear in the lengths and
+in the size of the lists.
 """
 
 from typing import Any
@@ -29,6 +34,7 @@ from pallas_kernels.lists.strips import (
     wide_inputs,
 )
 from pallas_kernels.precision import widened
+from pallas_kernels.shared_values import in_keys, of_keys
 from pallas_kernels.varying import vary
 from pallas_kernels.xla.passes import Passes, passes
 from pallas_kernels.xla.primitive import attend
@@ -40,16 +46,16 @@ def forward(inputs: Inputs, vectors: Vectors, index: Array, call: ListCall) -> K
     q, k, v = wide_inputs(inputs)
 
     def of_unit(given: UnitArrays, queries: tuple, keys: tuple) -> Kept:
-        (q,), (k, v) = queries, keys
+        (q,), (k, *v) = queries, keys
 
         def of_strip(strip: Array) -> tuple[Array, Array, Array]:
             found = listed(strip, given, sizes, call)
-            s = _scores(q[strip], taken(k, found), found, call)
+            key = taken(k, found)
+            s = _scores(q[strip], key, found, call)
             top = jnp.maximum(s.max(axis=-1, keepdims=True), softmax.least(s.dtype))
             p = softmax.power(s - top, call.unit)
-            carry = softmax.Carry(
-                _dot(p, taken(v, found), (2, 1)), top, p.sum(axis=-1, keepdims=True)
-            )
+            o = _cut(_dot(p, taken(v[0], found) if v else key, (2, 1)), call)
+            carry = softmax.Carry(o, top, p.sum(axis=-1, keepdims=True))
             o, lse, total = softmax.finish(carry, call.unit)
             shape = sizes.rows, call.block_q, sizes.heads
             return (
@@ -59,7 +65,7 @@ def forward(inputs: Inputs, vectors: Vectors, index: Array, call: ListCall) -> K
         return Kept(*jax.lax.map(of_strip, jnp.arange(sizes.strips, dtype=jnp.int32)))
 
     args = vectors, index, sizes, call
-    queries, keys = (by_rows(q, sizes, call),), (by_blocks(k, call), by_blocks(v, call))
+    queries, keys = (by_rows(q, sizes, call),), _loaded((k, v), call)
     o, lse, total = over_units(of_unit, queries, keys, *args)
     return Kept(
         from_rows(o, sizes).astype(inputs.q.dtype),
@@ -75,46 +81,54 @@ def backward(
     """``dq, dk, dv`` in the shapes and dtypes of the inputs."""
     sizes = sizes_of(inputs, index, call)
     q, k, v = wide_inputs(inputs)
+    lse, do, delta = cotangents
+    do = widened(do)
+    if call.values is not None:
+        do = in_keys(do, call.values, k.shape[-1])
 
     def of_unit(given: UnitArrays, queries: tuple, keys: tuple) -> tuple:
         q, lse, do, delta = queries
-        k, v = keys
-        start = vary((jnp.zeros_like(k), jnp.zeros_like(v)), q, k, v, do)
+        k, *v = keys
+        start = vary(jax.tree.map(jnp.zeros_like, keys), q, *keys, do)
 
-        def of_strip(carry: tuple, strip: Array) -> tuple[tuple, Array]:
-            dk, dv = carry
+        def of_strip(totals: tuple, strip: Array) -> tuple[tuple, Array]:
             found = listed(strip, given, sizes, call)
             key, own, d = taken(k, found), _merged(q[strip]), _merged(do[strip])
             raw = _capped(own, key, call)
+            value = taken(v[0], found) if v else key
             p, ds = softmax.score_gradient(
                 _masked(raw, found),
                 softmax.lse_for_backward(_merged(lse[strip][..., None]), call.unit),
-                _dot(d, taken(v, found), (2, 2)),
+                _dot(d, value, (2, 2)),
                 _merged(delta[strip][..., None]),
                 slope=softmax.cap_slope(raw, call.logits_soft_cap, call.unit),
                 unit=call.unit,
             )
             ds = ds * call.sm_scale
-            dk = _added(dk, _dot(ds, own, (1, 1)), found)
-            dv = _added(dv, _dot(p, d, (1, 1)), found)
-            dq = _dot(ds, key, (2, 1))
-            return (dk, dv), dq.reshape(q.shape[1:])
+            if v:
+                new = [_dot(ds, own, (1, 1)), _dot(p, d, (1, 1))]
+            else:
+                weights, rows = (jnp.concatenate(x, 1) for x in ((ds, p), (own, d)))
+                new = [_dot(weights, rows, (1, 1))]
+            pairs = zip(totals, new, strict=True)
+            totals = tuple(_added(total, x, found) for total, x in pairs)
+            return totals, _dot(ds, key, (2, 1)).reshape(q.shape[1:])
 
         strips = jnp.arange(sizes.strips, dtype=jnp.int32)
-        (dk, dv), dq = jax.lax.scan(of_strip, start, strips)
-        return dq, dk, dv
+        totals, dq = jax.lax.scan(of_strip, start, strips)
+        return dq, totals
 
-    lse, do, delta = cotangents
     queries = (
         by_rows(q, sizes, call),
         by_rows(lse, sizes, call, -jnp.inf),
-        by_rows(widened(do), sizes, call),
+        by_rows(do, sizes, call),
         by_rows(delta, sizes, call),
     )
-    keys = by_blocks(k, call), by_blocks(v, call)
-    dq, dk, dv = over_units(of_unit, queries, keys, vectors, index, sizes, call)
-    dq, dk, dv = from_rows(dq, sizes), _of_heads(dk, sizes), _of_heads(dv, sizes)
-    dq, dk, dv = (x.astype(y.dtype) for x, y in zip((dq, dk, dv), inputs, strict=True))
+    args = vectors, index, sizes, call
+    dq, totals = over_units(of_unit, queries, _loaded((k, v), call), *args)
+    dk, dv = [*(_of_heads(x, sizes) for x in totals), jnp.zeros_like(inputs.v)][:2]
+    found = from_rows(dq, sizes), dk, dv
+    dq, dk, dv = (x.astype(y.dtype) for x, y in zip(found, inputs, strict=True))
     return dq, dk, dv
 
 
@@ -129,7 +143,7 @@ def tangent(
 
     def of_unit(given: UnitArrays, queries: tuple, keys: tuple) -> tuple[Array, Array]:
         q, dq, lse = queries
-        k, v, dk, dv = keys
+        k, dk, *values = keys
 
         def of_strip(strip: Array) -> tuple[Array, Array]:
             found = listed(strip, given, sizes, call)
@@ -138,10 +152,12 @@ def tangent(
             back = softmax.lse_for_backward(_merged(lse[strip][..., None]), call.unit)
             p = softmax.power(_masked(raw, found) - back, call.unit)
             turned = _dot(_merged(dq[strip]), key, (2, 2))
-            turned += _dot(own, taken(dk, found), (2, 2))
+            moved = taken(dk, found)
+            turned += _dot(own, moved, (2, 2))
             slope = softmax.cap_slope(raw, call.logits_soft_cap, call.unit)
             pds = p * turned * call.sm_scale * slope
-            o = _dot(pds, taken(v, found), (2, 1)) + _dot(p, taken(dv, found), (2, 1))
+            v, dv = (taken(x, found) for x in values) if values else (key, moved)
+            o = _cut(_dot(pds, v, (2, 1)) + _dot(p, dv, (2, 1)), call)
             shape = sizes.rows, call.block_q, sizes.heads
             return o.reshape(*shape, -1), pds.sum(axis=-1).reshape(shape)
 
@@ -152,7 +168,7 @@ def tangent(
         by_rows(moves.q, sizes, call),
         by_rows(kept.lse, sizes, call, -jnp.inf),
     )
-    keys = tuple(by_blocks(x, call) for x in (k, v, moves.k, moves.v))
+    keys = _loaded((k, moves.k, v, moves.v), call)
     found = over_units(of_unit, queries, keys, vectors, index, sizes, call)
     o, lse = (from_rows(x, sizes) for x in found)
     moved_lse = lse / kept.total
@@ -194,6 +210,17 @@ def attend_lists(
 ) -> Outputs:
     """Outputs and lse, differentiable in both modes."""
     return attend(call, inputs, vectors, None, index).outputs
+
+
+def _loaded(arrays: tuple[Array, ...], call: ListCall) -> tuple[Array, ...]:
+    """The blocks of keys, and of values unless they are channels of the keys."""
+    count = len(arrays) if call.values is None else len(arrays) // 2
+    return tuple(by_blocks(x, call) for x in arrays[:count])
+
+
+def _cut(o: Array, call: ListCall) -> Array:
+    """The channels of ``o`` that values have."""
+    return o if call.values is None else of_keys(o, call.values)
 
 
 def _merged(x: Array) -> Array:

@@ -31,7 +31,7 @@ def backward(
     vectors: Vectors,
     lists: TpuLists,
     call: Call,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """``dq, dk, dv`` over the blocks of ``lists.dq`` and ``lists.dkv``."""
     vectors = operands.with_batch_and_heads(vectors)
     q, k, v = operands.prepared(inputs)
@@ -41,10 +41,12 @@ def backward(
     statistics = jnp.stack([lse, cotangents.delta], axis=2)
     arrays = (q, k, v, do, statistics)
     (dq,) = foldable(partial(_run_dq, call=call))(arrays, vectors, lists.dq)
-    dk, dv = foldable(partial(_run_dkv, call=call))(arrays, vectors, lists.dkv)
-    gradients = zip((dq, dk, dv), inputs, strict=True)
-    dq, dk, dv = (x[:, :, : y.shape[2]].astype(y.dtype) for x, y in gradients)
-    return dq, dk, dv
+    of_keys = foldable(partial(_run_dkv, call=call))(arrays, vectors, lists.dkv)
+    dq, dk, *dv = (
+        x[:, :, : y.shape[2]].astype(y.dtype)
+        for x, y in zip((dq, *of_keys), inputs, strict=False)
+    )
+    return dq, dk, dv[0] if dv else None
 
 
 def _statistics(x: jax.Array, block: int) -> jax.Array:
@@ -88,7 +90,7 @@ def _run_dq(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> A
         ),
         streams=(
             BlockOperand(operands.flat(k, block_kv), kv_head),
-            BlockOperand(operands.flat(v, block_kv), kv_head),
+            operands.value_operand(v, block_kv, kv_head, call),
             side("kv", block_kv),
         ),
         tiles=pair_operands(vectors, sizes, (batch, num_heads), 1, by="q"),
@@ -132,7 +134,8 @@ def _dq_kernel(
         block: jax.Array, refs: tuple, tiles: PairOperands, full: bool, *, careful: bool
     ) -> None:
         k_ref, v_ref, kv_side_refs = refs
-        k, v, kv_side = k_ref[...], v_ref[...], operands.values_of(kv_side_refs)
+        k, kv_side = k_ref[...], operands.values_of(kv_side_refs)
+        v = operands.tile_values(k, v_ref, call)
         s = softmax.dot(q_ref[...], k, contract=(1, 1)) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         dp = softmax.dot(do_ref[...], v, contract=(1, 1))
@@ -174,6 +177,7 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> 
     _, num_kv_heads, _, head_dim_v = v.shape
     heads, group = batch * num_kv_heads, num_heads // num_kv_heads
     seq = sizes.num_rows * block_kv
+    dims = (head_dim, head_dim_v) if call.values is None else (head_dim,)
 
     def own(h: jax.Array, _: jax.Array) -> jax.Array:
         return h
@@ -194,7 +198,7 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> 
         stream_block=block_q,
         rows=(
             BlockOperand(operands.flat(k, block_kv), own),
-            BlockOperand(operands.flat(v, block_kv), own),
+            operands.value_operand(v, block_kv, own, call),
             side("kv", block_kv),
         ),
         streams=(
@@ -204,11 +208,10 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> 
             side("q", block_q),
         ),
         tiles=pair_operands(vectors, sizes, (batch, num_heads), group, by="kv"),
-        outs=(
-            BlockOperand(shape_like((heads, seq, head_dim), k.dtype, q), own),
-            BlockOperand(shape_like((heads, seq, head_dim_v), v.dtype, q), own),
+        outs=tuple(
+            BlockOperand(shape_like((heads, seq, dim), k.dtype, q), own) for dim in dims
         ),
-        scratch=((block_kv, head_dim), (block_kv, head_dim_v)),
+        scratch=tuple((block_kv, dim) for dim in dims),
         interpret=call.interpret,
     )
     added = added_scores(vectors.scores, call, sizes, "kv")
@@ -216,9 +219,8 @@ def _run_dkv(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> 
     kernel = partial(
         _dkv_kernel, call=call, added_scores=added, test_pairs=test, last=group - 1
     )
-    dk, dv = launch(kernel, of, plan)
-    shape = (batch, num_kv_heads, seq)
-    return dk.reshape(*shape, head_dim), dv.reshape(*shape, head_dim_v)
+    found = launch(kernel, of, plan)
+    return tuple(x.reshape(batch, num_kv_heads, seq, -1) for x in found)
 
 
 def _dkv_kernel(
@@ -228,14 +230,15 @@ def _dkv_kernel(
     """Computes ``dk [block_kv, head_dim]`` and ``dv [block_kv, head_dim_v]``.
 
     Both are sums over the query blocks of the row and over the query heads of the
-    group. ``rows`` are ``k``, ``v`` and their ``SideOperands``. A tile ``[block_kv,
+    group. ``rows`` are ``k``, ``v`` and their ``SideOperands``. If values are channels
+    of ``k``, there is no ``v``, and ``dk`` has the sum of both. A tile ``[block_kv,
     block_q]`` reads ``q [block_q, head_dim]``, ``do [block_q, head_dim_v]``, ``[2,
     block_q]`` (f32 ``lse`` and ``delta``), ``SideOperands`` and ``PairOperands``.
     """
     k_ref, v_ref, kv_side_refs = rows
-    dk_ref, dv_ref = scratch
+    dk_ref, *dv_ref = scratch
     assert k_ref.shape == dk_ref.shape == outs[0].shape
-    assert v_ref.shape == dv_ref.shape == outs[1].shape
+    assert call.values or v_ref.shape == dv_ref[0].shape == outs[1].shape
     kv_side = operands.columns_of(kv_side_refs)
 
     @pl.when(step.member == 0)
@@ -250,7 +253,8 @@ def _dkv_kernel(
         q_side = operands.values_of(q_side_refs)
         s = softmax.dot(k_ref[...], q, contract=(1, 1)) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
-        dp = softmax.dot(v_ref[...], do, contract=(1, 1))
+        v = operands.tile_values(k_ref, v_ref, call)
+        dp = softmax.dot(v, do, contract=(1, 1))
         pairs = None
         if not full:
             sides = q_side, kv_side
@@ -266,12 +270,20 @@ def _dkv_kernel(
             factor=factor, slope=slope, unit=call.unit,
             careful=not full or call.scores is not None,
         )  # fmt: skip
-        dv_ref[...] += softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
+        dv = softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
+        if call.values is None:
+            dv_ref[0][...] += dv
+        else:
+            dk_ref[:, slice(*call.values)] += dv
+            # Both have one sum, so the scale cannot wait for its end.
+            ds = ds * call.sm_scale
         dk_ref[...] += softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
 
     step.visit_blocks(visit)
 
     @pl.when(step.member == last)
     def _() -> None:
-        outs[0][...] = (dk_ref[...] * call.sm_scale).astype(outs[0].dtype)
-        outs[1][...] = dv_ref[...].astype(outs[1].dtype)
+        scale = call.sm_scale if call.values is None else 1.0
+        outs[0][...] = (dk_ref[...] * scale).astype(outs[0].dtype)
+        for out, ref in zip(outs[1:], dv_ref, strict=True):
+            out[...] = ref[...].astype(out.dtype)

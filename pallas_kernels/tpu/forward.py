@@ -67,7 +67,7 @@ def _run(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> Arra
         ),
         streams=(
             BlockOperand(operands.flat(k, sizes.block_kv), kv_head),
-            BlockOperand(operands.flat(v, sizes.block_kv), kv_head),
+            operands.value_operand(v, sizes.block_kv, kv_head, call),
             side("kv", sizes.block_kv),
         ),
         tiles=pair_operands(vectors, sizes, (batch, num_heads), 1, by="q"),
@@ -100,8 +100,8 @@ def _kernel(
     """Computes ``o [block_q, head_dim_v]`` and f32 ``lse, total [1, block_q]``.
 
     ``rows`` are ``q [block_q, head_dim]`` and its ``SideOperands``; a tile reads ``k
-    [block_kv, head_dim]``, ``v [block_kv, head_dim_v]``, their ``SideOperands``, and
-    ``PairOperands``. ``scratch`` is the ``softmax.Carry``.
+    [block_kv, head_dim]``, ``v [block_kv, head_dim_v]`` (None if it is in ``k``), their
+    ``SideOperands``, and ``PairOperands``. ``scratch`` is the ``softmax.Carry``.
     """
     q_ref, q_side_refs = rows
     o_ref, lse_ref, total_ref = outs
@@ -119,7 +119,8 @@ def _kernel(
         block: jax.Array, refs: tuple, tiles: PairOperands, full: bool, *, careful: bool
     ) -> None:
         k_ref, v_ref, kv_side_refs = refs
-        k, v, kv_side = k_ref[...], v_ref[...], operands.values_of(kv_side_refs)
+        k, kv_side = k_ref[...], operands.values_of(kv_side_refs)
+        v = operands.tile_values(k, v_ref, call)
         s = softmax.dot(q_ref[...], k, contract=(1, 1)) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         pairs = None

@@ -91,6 +91,18 @@ def flat(x: jax.Array, block: int) -> jax.Array:
     return x.reshape(-1, *x.shape[2:])
 
 
+def value_operand(
+    v: jax.Array, block: int, head_of: HeadOf, call: Call
+) -> BlockOperand | None:
+    """The operand of the values; None if they are channels of the keys."""
+    return None if call.values else BlockOperand(flat(v, block), head_of)
+
+
+def tile_values(k: Any, v_ref: Any, call: Call) -> jax.Array:
+    """The values of a block, whose keys are ``k``, an array or a ref."""
+    return k[:, slice(*call.values)] if call.values else v_ref[...]
+
+
 def vector_operand(
     x: jax.Array, block: int, batch_and_heads: tuple[int, int], members: int
 ) -> BlockOperand:

@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels import softmax
 from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
 from pallas_kernels.loops import repeat
+from pallas_kernels.triton import channels
+from pallas_kernels.triton.channels import Parts
 from pallas_kernels.triton.launch import (
     compiler_params,
     everything,
@@ -57,28 +59,28 @@ def dq_kernel(
     """
     q_ref, k_ref, v_ref = inputs
     assert q_ref.shape == dq_ref.shape == (sizes.padded_q, k_ref.shape[1])
-    assert k_ref.shape[0] == v_ref.shape[0] == sizes.padded_kv
+    assert k_ref.shape[0] == sizes.padded_kv
+    assert call.values or v_ref.shape[0] == sizes.padded_kv
     assert cotangents.lse.shape == cotangents.delta.shape == (sizes.padded_q,)
     block_q, block_kv = sizes.block_q, sizes.block_kv
     row = runs.order[pl.program_id(0)]
     first = first_of_batch(runs, sizes, num_heads)
     index, test = map_and_test(runs, sizes, pl.program_id(1), first)
     rows = pl.ds(row * block_q, block_q)
-    q, do = q_ref[rows, :], cotangents.do[rows, :]
+    q, do = channels.load(q_ref, (rows,), call.values), cotangents.do[rows, :]
     lse, delta = along(cotangents.lse[rows], 0), along(cotangents.delta[rows], 0)
     q_ids = block_ids(row, block_q, 0)
     q_vectors = tuple(along(ref[rows], 0) for ref in vectors.q)
 
-    def add(
-        block: Any, dq: jax.Array, pairs: jax.Array | None, careful: bool
-    ) -> jax.Array:
+    def add(block: Any, dq: Parts, pairs: jax.Array | None, careful: bool) -> Parts:
         columns = pl.ds(block * block_kv, block_kv)
-        k = k_ref[columns, :]
-        s = softmax.dot(q, k, contract=(1, 1)) * call.scale
+        k = channels.load(k_ref, (columns,), call.values)
+        s = channels.products(q, k) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         here = Here(q_ids, block_ids(block, block_kv, 1), rows, columns)
         added = added_scores(vectors.scores, here, sizes, call)
-        dp = softmax.dot(do, v_ref[columns, :], contract=(1, 1))
+        v = k[0] if call.values else v_ref[columns, :]
+        dp = softmax.dot(do, v, contract=(1, 1))
         factor = dropout_factor(vectors, here, call)
         pairs = not_removed(vectors.scores, added, pairs)
         total = softmax.mask(s if added is None else s + added, pairs)
@@ -88,13 +90,14 @@ def dq_kernel(
             factor=factor, slope=slope, unit=call.unit, careful=careful,
         )  # fmt: skip
         if careful:
-            k = rows_kept(k, jnp.squeeze(softmax.seen(total, 0), 0))
-        return dq + softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
+            seen = jnp.squeeze(softmax.seen(total, 0), 0)
+            k = tuple(rows_kept(x, seen) for x in k)
+        return channels.added(dq, ds, k)
 
-    def full(block: Any, dq: jax.Array) -> jax.Array:
+    def full(block: Any, dq: Parts) -> Parts:
         return add(block, dq, None, careful=False)
 
-    def partial_(block: Any, dq: jax.Array, careful: bool = False) -> jax.Array:
+    def partial_(block: Any, dq: Parts, careful: bool = False) -> Parts:
         columns = pl.ds(block * block_kv, block_kv)
         kv_vectors = tuple(along(ref[columns], 1) for ref in vectors.kv)
         tiles = bit_tiles(vectors, sizes, row, block, transposed=False)
@@ -103,16 +106,17 @@ def dq_kernel(
         pairs = allowed(call, sizes, test, positions, read)
         return add(block, dq, pairs, careful)
 
-    start = jnp.zeros(q.shape, jnp.float32)
+    start = channels.zeros(q)
     row_of_map = index * sizes.num_rows + row
     dq = fold_runs(runs, sizes, row_of_map, full=full, partial=partial_, carry=start)
     careful = partial(partial_, careful=True)
     dq = jax.lax.cond(
-        softmax.all_finite(dq),
+        channels.all_finite(dq),
         lambda: dq,
         lambda: fold_runs_tested(runs, sizes, row_of_map, careful, start),
     )
-    dq_ref[rows, :] = (dq * call.sm_scale).astype(dq_ref.dtype)
+    dq = tuple(x * call.sm_scale for x in dq)
+    channels.store(dq_ref, (rows,), dq, call.values)
 
 
 def dkv_kernel(
@@ -120,6 +124,8 @@ def dkv_kernel(
     dk_ref: Any, dv_ref: Any, *, sizes: TritonSizes, call: Call, num_heads: int,
 ) -> None:  # fmt: skip
     """Writes one key block of ``dk`` and ``dv``, summed over the group of query heads.
+
+    If values are channels of ``k``, there is no ``v``, and ``dk`` has the sum of both.
 
     The refs have one batch entry and key head: ``q [padded_q, group, head_dim]``, ``k,
     dk [padded_kv, head_dim]``, ``v, dv [padded_kv, head_dim_v]``, ``do [padded_q,
@@ -131,13 +137,14 @@ def dkv_kernel(
     q_ref, k_ref, v_ref = inputs
     assert q_ref.shape[0] == sizes.padded_q
     assert k_ref.shape == dk_ref.shape == (sizes.padded_kv, q_ref.shape[2])
-    assert v_ref.shape == dv_ref.shape
-    assert cotangents.do.shape == (*q_ref.shape[:2], v_ref.shape[1])
+    assert call.values or v_ref.shape == dv_ref.shape
+    assert cotangents.do.shape[:2] == q_ref.shape[:2]
     block_q, block_kv = sizes.block_q, sizes.block_kv
     group = q_ref.shape[1]
     row, first_head = runs.order[pl.program_id(0)], pl.program_id(1) * group
     rows = pl.ds(row * block_kv, block_kv)
-    k, v = k_ref[rows, :], v_ref[rows, :]
+    k = channels.load(k_ref, (rows,), call.values)
+    v = k[0] if call.values else v_ref[rows, :]
     k_ids = block_ids(row, block_kv, 0)
     first = first_of_batch(runs, sizes, num_heads)
 
@@ -150,12 +157,12 @@ def dkv_kernel(
         kv_vectors = tuple(vector(ref, rows, 0) for ref in vectors.kv)
 
         def add(block: Any, carry: tuple, pairs: jax.Array | None) -> tuple:
-            dk, dv = carry
             columns = pl.ds(block * block_q, block_q)
-            q, do = q_ref[columns, member, :], cotangents.do[columns, member, :]
+            q = channels.load(q_ref, (columns, member), call.values)
+            do = cotangents.do[columns, member, :]
             lse = vector(cotangents.lse, columns, 1)
             delta = vector(cotangents.delta, columns, 1)
-            s = softmax.dot(k, q, contract=(1, 1)) * call.scale
+            s = channels.products(k, q) * call.scale
             s = softmax.cap(s, call.logits_soft_cap, call.unit)
             here = Here(block_ids(block, block_q, 1), k_ids, columns, rows, member)
             added = added_scores(vectors.scores, here, sizes, call)
@@ -168,9 +175,7 @@ def dkv_kernel(
                 total, lse, dp, delta,
                 factor=factor, slope=slope, unit=call.unit, careful=careful,
             )  # fmt: skip
-            dv = dv + softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
-            dk = dk + softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
-            return dk, dv
+            return channels.added_pairs(carry, (p, ds), (do, q), call.sm_scale)
 
         def full(block: Any, carry: tuple) -> tuple:
             return add(block, carry, None)
@@ -194,20 +199,22 @@ def dkv_kernel(
         )
 
     def of_heads(careful: bool) -> tuple:
-        carry = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        carry = channels.zeros(k), *(() if call.values else channels.zeros((v,)))
         add_head = partial(of_head, careful=careful)
         if group == 1:
             return add_head(jnp.int32(0), carry)
         return repeat(group, add_head, carry)
 
-    dk, dv = of_heads(careful=False)
-    dk, dv = jax.lax.cond(
-        softmax.all_finite(dk) & softmax.all_finite(dv),
-        lambda: (dk, dv),
+    found = of_heads(careful=False)
+    dk, *dv = jax.lax.cond(
+        channels.all_finite((*found[0], *found[1:])),
+        lambda: found,
         lambda: of_heads(careful=True),
     )
-    dk_ref[rows, :] = (dk * call.sm_scale).astype(dk_ref.dtype)
-    dv_ref[rows, :] = dv.astype(dv_ref.dtype)
+    if dv:
+        dk = tuple(x * call.sm_scale for x in dk)
+        dv_ref[rows, :] = dv[0].astype(dv_ref.dtype)
+    channels.store(dk_ref, (rows,), dk, call.values)
 
 
 def backward(
@@ -216,7 +223,7 @@ def backward(
     vectors: Vectors,
     lists: TritonLists,
     call: Call,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """``dq, dk, dv`` over the blocks of ``lists``; see ``call.Backend.backward``."""
     lse, do, delta = cotangents
     cotangents = Cotangents(softmax.lse_for_backward(lse, call.unit), do, delta)
@@ -233,7 +240,8 @@ def _dq(
     call: Call,
 ) -> jax.Array:
     batch, num_q_heads, q_seq_len, head_dim = inputs.q.shape
-    padded, vectors = pad_inputs(inputs, plan.sizes), pad_vectors(vectors, plan.sizes)
+    padded = pad_inputs(inputs, plan.sizes, call.values)
+    vectors = pad_vectors(vectors, plan.sizes)
     cotangents = pad_cotangents(cotangents, plan.sizes)
 
     dq = pl.pallas_call(
@@ -259,17 +267,18 @@ def _dkv(
     vectors: Vectors,
     plan: TritonPlan,
     call: Call,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     batch, num_kv_heads, kv_seq_len, head_dim = inputs.k.shape
     head_dim_v = inputs.v.shape[-1]
     group = inputs.q.shape[1] // num_kv_heads
-    padded, vectors = pad_inputs(inputs, plan.sizes), pad_vectors(vectors, plan.sizes)
+    padded = pad_inputs(inputs, plan.sizes, call.values)
+    vectors = pad_vectors(vectors, plan.sizes)
     cotangents = pad_cotangents(cotangents, plan.sizes)
 
     def grouped(x: jax.Array) -> Any:
         return whole(x, heads=group)
 
-    key, value = whole(padded.k), whole(padded.v)
+    given: Any = [None if x is None else whole(x) for x in padded[1:]]
     dk, dv = pl.pallas_call(
         partial(
             dkv_kernel, sizes=plan.sizes, call=call, num_heads=num_kv_heads * group
@@ -277,17 +286,17 @@ def _dkv(
         grid=(plan.sizes.num_rows, num_kv_heads, batch),
         in_specs=[
             jax.tree.map(everything, plan.runs),
-            Inputs(grouped(padded.q), key, value),
+            Inputs(grouped(padded.q), *given),
             jax.tree.map(grouped, cotangents),
             vector_specs(vectors, group),
         ],
-        out_specs=[key, value],
+        out_specs=given,
         out_shape=[
-            shape_like(padded.k.shape, inputs.k.dtype, padded.q),
-            shape_like(padded.v.shape, inputs.v.dtype, padded.q),
+            None if x is None else shape_like(x.shape, x.dtype, padded.q)
+            for x in padded[1:]
         ],
         compiler_params=compiler_params(call.tiles.dkv),
         interpret=call.interpret,
     )(plan.runs, padded, cotangents, vectors)
     dk = heads_first(dk, kv_seq_len, head_dim)
-    return dk, heads_first(dv, kv_seq_len, head_dim_v)
+    return dk, None if dv is None else heads_first(dv, kv_seq_len, head_dim_v)

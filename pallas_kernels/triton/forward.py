@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import bits, softmax
 from pallas_kernels.call import Call, Inputs, Kept, Vectors
+from pallas_kernels.triton import channels
 from pallas_kernels.triton.launch import (
     compiler_params,
     everything,
@@ -38,6 +39,7 @@ from pallas_kernels.triton.runs import (
     rows_kept,
 )
 from pallas_kernels.triton.scores import Here, added_scores, dropout_factor, not_removed
+from pallas_kernels.triton.tiles import power_of_two
 from pallas_kernels.varying import shape_like
 
 
@@ -48,20 +50,20 @@ def forward_kernel(
     """Writes one query block of ``o``, ``lse`` and ``total``.
 
     The refs have one batch entry and head: ``q [padded_q, head_dim]``, ``k [padded_kv,
-    head_dim]``, ``v [padded_kv, head_dim_v]``, ``o [padded_q, head_dim_v]``, and f32
-    ``lse`` and ``total [padded_q]``.
+    head_dim]``, ``v [padded_kv, head_dim_v]`` (None if it is in ``k``), ``o [padded_q,
+    head_dim_v]``, and f32 ``lse`` and ``total [padded_q]``.
     """
     q_ref, k_ref, v_ref = inputs
     assert q_ref.shape[0] == o_ref.shape[0] == sizes.padded_q
     assert k_ref.shape == (sizes.padded_kv, q_ref.shape[1])
-    assert v_ref.shape == (sizes.padded_kv, o_ref.shape[1])
+    assert call.values or v_ref.shape == (sizes.padded_kv, o_ref.shape[1])
     assert lse_ref.shape == total_ref.shape == (sizes.padded_q,)
     block_q, block_kv = sizes.block_q, sizes.block_kv
     row = runs.order[pl.program_id(0)]
     first = first_of_batch(runs, sizes, num_heads)
     index, test = map_and_test(runs, sizes, pl.program_id(1), first)
     rows = pl.ds(row * block_q, block_q)
-    q = q_ref[rows, :]
+    q = channels.load(q_ref, (rows,), call.values)
     q_ids = block_ids(row, block_q, 0)
     q_vectors = tuple(along(ref[rows], 0) for ref in vectors.q)
 
@@ -73,11 +75,12 @@ def forward_kernel(
     ) -> softmax.Carry:
         columns = pl.ds(block * block_kv, block_kv)
         # The scale is applied in f32: rounding a scaled q to bf16 loses accuracy.
-        s = softmax.dot(q, k_ref[columns, :], contract=(1, 1)) * call.scale
+        k = channels.load(k_ref, (columns,), call.values)
+        s = channels.products(q, k) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         added = added_scores(vectors.scores, here(block, columns), sizes, call)
         s = s if added is None else s + added
-        v = v_ref[columns, :]
+        v = k[0] if call.values else v_ref[columns, :]
         s = softmax.mask(s, not_removed(vectors.scores, added, pairs))
         if careful:
             v = rows_kept(v, jnp.squeeze(softmax.seen(s, 0), 0))
@@ -98,7 +101,7 @@ def forward_kernel(
         pairs = allowed(call, sizes, test, positions, read)
         return fold(block, carry, pairs, careful)
 
-    start = softmax.start(block_q, v_ref.shape[-1])
+    start = softmax.start(block_q, o_ref.shape[-1])
     row_of_map = index * sizes.num_rows + row
     carry = fold_runs(runs, sizes, row_of_map, full=full, partial=partial_, carry=start)
     careful = partial(partial_, careful=True)
@@ -119,9 +122,10 @@ def forward(inputs: Inputs, vectors: Vectors, lists: TritonLists, call: Call) ->
     bits.check(vectors.bits, *(x.sizes.block_kv for x in lists))
     batch, num_q_heads, q_seq_len, _ = inputs.q.shape
     head_dim_v = inputs.v.shape[-1]
-    padded, vectors = pad_inputs(inputs, plan.sizes), pad_vectors(vectors, plan.sizes)
+    padded = pad_inputs(inputs, plan.sizes, call.values)
+    vectors = pad_vectors(vectors, plan.sizes)
 
-    o_shape = batch, plan.sizes.padded_q, num_q_heads, padded.v.shape[-1]
+    o_shape = batch, plan.sizes.padded_q, num_q_heads, power_of_two(head_dim_v)
     o = shape_like(o_shape, inputs.q.dtype, padded.q)
     lse_shape = batch, num_q_heads, plan.sizes.padded_q
     lse = shape_like(lse_shape, jnp.float32, padded.q)

@@ -11,9 +11,10 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import bits, softmax
 from pallas_kernels.call import Cotangents, Inputs, PairBits, Seeds, Vectors
 from pallas_kernels.config import Tile
+from pallas_kernels.shared_values import Values
 from pallas_kernels.triton import scores
+from pallas_kernels.triton.channels import padded_dim
 from pallas_kernels.triton.runs import TritonSizes
-from pallas_kernels.triton.tiles import power_of_two
 
 
 def whole(
@@ -48,7 +49,8 @@ def input_specs(inputs: Inputs) -> Inputs:
     """The block specs of ``q, k, v`` for a program per query head."""
     group = inputs.q.shape[2] // inputs.k.shape[2]
     q, k, v = inputs
-    return Inputs(whole(q), whole(k, group=group), whole(v, group=group))
+    value: Any = None if v is None else whole(v, group=group)
+    return Inputs(whole(q), whole(k, group=group), value)
 
 
 def vector_specs(vectors: Vectors, heads: int | None = None) -> Vectors:
@@ -77,14 +79,14 @@ def pad(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
     return jnp.pad(x, widths, constant_values=fill)
 
 
-def rows_first(x: jax.Array, seq_len: int) -> jax.Array:
+def rows_first(x: jax.Array, seq_len: int, values: Values | None = None) -> jax.Array:
     """``[batch, heads, seq, dim]`` as ``[batch, seq, heads, dim]``, padded.
 
-    ``seq`` is padded to ``seq_len`` and ``dim`` to a power of two. Users pass arrays in
+    ``seq`` is padded to ``seq_len`` and ``dim`` to ``padded_dim``. Users pass arrays in
     this layout, so XLA cancels this transpose with the one before the call.
     """
     x = jnp.swapaxes(x, 1, 2)
-    return pad(pad(x, 1, seq_len), 3, power_of_two(x.shape[3]))
+    return pad(pad(x, 1, seq_len), 3, padded_dim(x.shape[3], values))
 
 
 def heads_first(x: jax.Array, seq_len: int, dim: int) -> jax.Array:
@@ -92,12 +94,18 @@ def heads_first(x: jax.Array, seq_len: int, dim: int) -> jax.Array:
     return jnp.swapaxes(x[:, :seq_len, :, :dim], 1, 2)
 
 
-def pad_inputs(inputs: Inputs, sizes: TritonSizes) -> Inputs:
-    """The inputs in the layout that the kernels read (``rows_first``)."""
+def pad_inputs(
+    inputs: Inputs, sizes: TritonSizes, values: Values | None = None
+) -> Inputs:
+    """The inputs in the layout that the kernels read (``rows_first``).
+
+    There is no ``v`` if the ``values`` are channels of the keys.
+    """
+    v: Any = None if values else rows_first(inputs.v, sizes.padded_kv)
     return Inputs(
-        rows_first(inputs.q, sizes.padded_q),
-        rows_first(inputs.k, sizes.padded_kv),
-        rows_first(inputs.v, sizes.padded_kv),
+        rows_first(inputs.q, sizes.padded_q, values),
+        rows_first(inputs.k, sizes.padded_kv, values),
+        v,
     )
 
 

@@ -24,6 +24,7 @@ from lowering.run_time.vectors import vectors_of
 from pallas_kernels.call import Inputs, Vectors
 from pallas_kernels.lists import dispatch
 from pallas_kernels.lists.call import ListCall
+from pallas_kernels.shared_values import loaded_once
 from sadsl.maps.base import IndexMap
 from sadsl.maps.named import full
 from sadsl.run.content import content_of
@@ -173,6 +174,7 @@ def attend(
         vectors_of(program.q_vectors, lengths[0], heads, arrays),
         vectors_of(program.kv_vectors, lengths[1], heads, arrays),
     )
+    impl, values = options.setting.impl, options.term.values
     call = ListCall(
         KernelPredicate(program.maps),
         options.setting.sm_scale,
@@ -180,8 +182,8 @@ def attend(
         shape.block_kv,
         options.term.logits_soft_cap,
         options.setting.interpret,
+        loaded_once(values, k.shape[-1], impl, by_lists=True),
     )
     inputs = Inputs(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
-    impl = options.setting.impl
     found = dispatch.attend(inputs, vectors, arrays[LISTED], call, impl=impl)
     return jnp.swapaxes(found.o, 1, 2), found.lse

@@ -133,7 +133,7 @@ def options_of(inputs: tuple[Array, ...], term: Softmax, setting: Setting) -> Op
     """The static part of a call with one softmax; ``inputs`` start with q and k."""
     if traced_scale(setting):
         setting = replace(setting, sm_scale=None)
-    plain = replace(term, sink=None, values=None, scale=None)
+    plain = replace(term, sink=None, scale=None)
     return Options(plain, problem_of(inputs, setting), setting)
 
 

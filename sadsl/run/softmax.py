@@ -14,6 +14,7 @@ from lowering.bias.nodes import resolved
 from lowering.run_time import bias_values
 from pallas_kernels import dispatch
 from pallas_kernels.precision import wide, widened
+from pallas_kernels.shared_values import loaded_once
 from sadsl.maps.base import IndexMap
 from sadsl.run import dropout_seeds, lists, merging, reference
 from sadsl.run.attend import attend, choose
@@ -45,8 +46,11 @@ def _(
     Raises:
       ValueError: an operand is missing, unknown, or has the wrong shape.
     """
-    if term.scale is not None or term.values is not None:
-        return attend(*_plain(term, inputs, given, setting), setting)
+    if term.scale is not None:
+        q = scaled(inputs[0], term.scale, problem_of(inputs, setting), given)
+        term = replace(term, scale=None)
+        return attend(term, (q, *inputs[1:]), read_by(term, given), setting)
+    inputs = _with_values(term, inputs)
     options = options_of(inputs, term, setting)
     handled_here = (term.sink, DROPOUT_KEY)
     operands = {name: x for name, x in given.items() if name not in handled_here}
@@ -60,26 +64,21 @@ def _(
     return merging.with_sink(out, lse, sinks_of(term, given, inputs[0]))
 
 
-def _plain(
-    term: Softmax, inputs: QKV, given: Mapping[str, Any], setting: Setting
-) -> tuple[Softmax, QKV, dict[str, Any]]:
-    """The term without ``scale`` and ``values``, and what it then reads.
+def _with_values(term: Softmax, inputs: QKV) -> QKV:
+    """The inputs, with the channels of ``k`` for ``v`` if ``term.values`` says so.
 
     Raises:
       ValueError: the values are no channels of the keys, or v has another shape.
     """
     q, k, v = inputs
-    if term.scale is not None:
-        q = scaled(q, term.scale, problem_of(inputs, setting), given)
-    if term.values is not None:
-        if v.shape != k.shape or term.values[1] > k.shape[-1]:
-            raise ValueError(
-                f"{term!r} takes its values from the keys: pass k for v, with at least "
-                f"{term.values[1]} channels; k has shape {k.shape}, v {v.shape}"
-            )
-        v = k[..., slice(*term.values)]
-    plain = replace(term, scale=None, values=None)
-    return plain, (q, k, v), read_by(plain, given)
+    if term.values is None:
+        return inputs
+    if v.shape != k.shape or term.values[1] > k.shape[-1]:
+        raise ValueError(
+            f"{term!r} takes its values from the keys: pass k for v, with at least "
+            f"{term.values[1]} channels; k has shape {k.shape}, v {v.shape}"
+        )
+    return q, k, k[..., slice(*term.values)]
 
 
 @choose.register
@@ -269,10 +268,10 @@ def _kernels(
     ready = prepare(arrays, options, tiles, dtype)
     inputs = ready.to_slots(q, k, v)
     call, vectors = kernel_call(options, ready.stages, tiles, dtype), ready.vectors
+    impl = options.setting.impl
+    call = replace(call, values=loaded_once(options.term.values, k.shape[-1], impl))
     if options.setting.dropout_rate:
         order, problem = ready.stages.layouts or ready.orders, options.problem
         vectors = dropout_seeds.with_seeds(vectors, arrays, q.shape[0], problem, order)
-    found = dispatch.attend(
-        inputs, vectors, ready.masks, call, impl=options.setting.impl
-    )
+    found = dispatch.attend(inputs, vectors, ready.masks, call, impl=impl)
     return ready.to_positions(*found)

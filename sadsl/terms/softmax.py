@@ -123,10 +123,15 @@ def softmax(
         ``[num_q_heads]`` of the operand "sink", or of the name given here (OpenAI,
         gpt-oss, 2025). The lse includes it, so it is finite for every query.
       values: the channels of the keys that are the values, as in ``slice(0, 512)``;
-        the call then takes ``k`` for ``v``, too. With lists, they are loaded once.
+        the call then takes ``k`` for ``v``, too. Kernels load them once: lists on CPUs
+        if they are at least half of the channels, TPUs if the slice starts and stops
+        at multiples of 128 (or at the last channel), GPUs if they are the first
+        channels and their number is a power of two from 16. Other slices are copied.
       scale: a factor of each query beside ``sm_scale``: ``bias(lambda q, k, h: ...)``
         of ``q`` and ``h``. It multiplies q, rounded to its dtype as in published code,
-        before selections and scores read it.
+        before selections and scores read it. That takes one multiplication for each
+        channel of a query, which XLA fuses with what makes q. A kernel would multiply
+        each score, and each gradient of a score, and selections need the scaled q too.
 
     Raises:
       TypeError: the map, the bias, the values or the scale have another type.

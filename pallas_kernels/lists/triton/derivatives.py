@@ -25,8 +25,8 @@ from pallas_kernels.call import (
 from pallas_kernels.lists import xla
 from pallas_kernels.lists.call import ListCall
 from pallas_kernels.lists.triton import dkv, dq, forward
-from pallas_kernels.lists.triton.launch import arranged, sizes_of
-from pallas_kernels.lists.triton.tiles import tiles
+from pallas_kernels.lists.triton.launch import arranged, arranged_inputs, sizes_of
+from pallas_kernels.lists.triton.tiles import dims_of, tiles
 from pallas_kernels.lists.triton.transposed import spans_of
 from pallas_kernels.triton.launch import heads_first
 from pallas_kernels.varying import vary
@@ -66,20 +66,21 @@ def _backward(
 ) -> Inputs:  # fmt: skip
     """The gradients of the inputs; ``kept`` is what ``_attend`` returns for them."""
     sizes = sizes_of(inputs, index, call)
-    dims = inputs.k.shape[-1], inputs.v.shape[-1]
+    dims = dims_of(inputs, call.values)
     chosen = tiles(sizes.members, spans_of(sizes).keys, dims, inputs.q.dtype)
     inputs, (lse, do, delta) = to_backward(inputs, kept, cotangent)
     lse = softmax.lse_for_backward(lse, call.unit)
     cotangents = vary(Cotangents(lse, do, delta), inputs.q)
-    arrays = Inputs(*map(arranged, inputs)), Cotangents(*map(arranged, cotangents))
+    given = arranged_inputs(inputs, call.values)
+    arrays = given, Cotangents(*map(arranged, cotangents))
     of_q = dq.backward(*arrays, vectors, index, sizes, chosen.dq, call)
     of_keys = dkv.backward(*arrays, vectors, index, sizes, chosen.dkv, call)
-    return Inputs(
-        *(
-            heads_first(x, like.shape[2], like.shape[3])
-            for x, like in zip((of_q, *of_keys), inputs, strict=True)
-        )
-    )
+    found = [
+        heads_first(x, like.shape[2], like.shape[3])
+        for x, like in zip((of_q, *of_keys), inputs, strict=False)
+    ]
+    v: Any = None if call.values else found[2]
+    return Inputs(found[0], found[1], v)
 
 
 def _backward_fwd(
@@ -98,7 +99,8 @@ def _backward_bwd(call: ListCall, residuals: Any, moved: Inputs) -> Any:
             return xla.over_pairs(inputs, vectors, None, index, call)
 
         (found,) = jax.vjp(run, inputs)[1](cotangent)
-        return found
+        v: Any = None if call.values else found.v
+        return found._replace(v=v)
 
     # As a function of inputs and cotangent: it computes anew what ``kept`` holds.
     dinputs, dcotangent = jax.vjp(gradient, inputs, cotangent)[1](moved)

@@ -14,10 +14,11 @@ from pallas_kernels.lists.call import ListCall
 from pallas_kernels.lists.triton.launch import GatherSizes, options, vector_specs
 from pallas_kernels.lists.triton.rows import (
     gather,
+    gather_parts,
     iota,
     members_of,
     numbers,
-    scatter,
+    scatter_parts,
 )
 from pallas_kernels.lists.triton.tiles import ListTile
 from pallas_kernels.lists.triton.transposed import (
@@ -26,6 +27,7 @@ from pallas_kernels.lists.triton.transposed import (
     specs_of,
     transposed,
 )
+from pallas_kernels.triton import channels
 from pallas_kernels.triton.launch import whole
 from pallas_kernels.triton.runs import along
 from pallas_kernels.varying import shape_like
@@ -33,7 +35,7 @@ from pallas_kernels.varying import shape_like
 
 def stretch_kernel(
     lists: TransposedLists, inputs: Inputs, cotangents: Cotangents, vectors: Vectors,
-    out: tuple[Any, Any], *, sizes: GatherSizes, tile: ListTile, call: ListCall,
+    out: tuple[Any, ...], *, sizes: GatherSizes, tile: ListTile, call: ListCall,
 ) -> None:  # fmt: skip
     """Writes what the pairs of one stretch add to ``dk`` and ``dv`` of some keys.
 
@@ -42,23 +44,25 @@ def stretch_kernel(
     head_dim_v]``, f32 ``lse`` and ``delta [q_seq_len, group]``, f32 ``dk [keys,
     head_dim]`` and ``dv [keys, head_dim_v]``.
 
-    Tiles are transposed, ``[keys, members]``, as in ``pallas_kernels.triton``.
+    If values are channels of ``k``, there are no ``v`` and ``dv``, and ``dk`` has the
+    sum of both. Tiles are transposed, ``[keys, members]``, as in
+    ``pallas_kernels.triton``.
     """
-    (q_ref, k_ref, v_ref), (dk_ref, dv_ref) = inputs, out
-    assert dk_ref.shape == (tile.fixed, k_ref.shape[1])
-    assert dv_ref.shape == (tile.fixed, v_ref.shape[1])
-    assert cotangents.do.shape == (*q_ref.shape[:2], v_ref.shape[1])
+    q_ref, k_ref, v_ref = inputs
+    for ref, of in zip(out, (k_ref, v_ref), strict=False):
+        assert ref.shape == (tile.fixed, of.shape[1])
+    assert cotangents.do.shape[:2] == q_ref.shape[:2]
     assert cotangents.lse.shape == cotangents.delta.shape == q_ref.shape[:2]
     stretch, part = number_and_part(sizes, tile)
     span, first = lists.span[stretch], lists.first[stretch]
     own_block, key, own = own_keys(span, part, sizes, tile)
-    k, v = gather(k_ref, (key,), own), gather(v_ref, (key,), own)
+    k = gather_parts(k_ref, (key,), own, call.values)
+    v = k[0] if call.values else gather(v_ref, (key,), own)
     kv_vectors = tuple(along(numbers(ref, (key,), own), 0) for ref in vectors.kv)
     members, rows = jnp.int32(sizes.members), jnp.int32(sizes.rows)
     stop = (lists.last[stretch] - first) * members
 
     def add(step: Any, carry: tuple) -> tuple:
-        dk, dv = carry
         place = step * tile.gathered + iota(tile.gathered)
         there, pair = place < stop, (first + jax.lax.div(place, members),)
         row = numbers(lists.row, pair, there)
@@ -67,7 +71,8 @@ def stretch_kernel(
         query, head, inside = members_of(jax.lax.rem(row, rows), member, sizes)
         inside = inside & there
         at = query, jax.lax.div(row, rows) * sizes.heads + head
-        q, do = gather(q_ref, at, inside), gather(cotangents.do, at, inside)
+        q = gather_parts(q_ref, at, inside, call.values)
+        do = gather(cotangents.do, at, inside)
         lse = along(numbers(cotangents.lse, at, inside, softmax.ABSENT), 1)
         delta = along(numbers(cotangents.delta, at, inside), 1)
         read = (numbers(ref, (query,), inside) for ref in vectors.q)
@@ -75,7 +80,7 @@ def stretch_kernel(
         tested = along(query, 1), along(key, 0), q_vectors, kv_vectors
         pairs = call.predicate(0, *tested, ()) & along(inside, 1) & along(own, 0)
         pairs = pairs & (along(own_block, 0) == along(block, 1))
-        s = softmax.dot(k, q, contract=(1, 1)) * call.scale
+        s = channels.products(k, q) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         dp = softmax.dot(v, do, contract=(1, 1))
         slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
@@ -84,14 +89,14 @@ def stretch_kernel(
             softmax.mask(s, pairs), lse, dp, delta,
             slope=slope, unit=call.unit, careful=True,
         )  # fmt: skip
-        dv = dv + softmax.dot(p.astype(do.dtype), do, contract=(1, 0))
-        dk = dk + softmax.dot(ds.astype(q.dtype), q, contract=(1, 0))
-        return dk, dv
+        return channels.added_pairs(carry, (p, ds), (do, q), call.sm_scale)
 
     steps = jax.lax.div(stop + (tile.gathered - 1), jnp.int32(tile.gathered))
-    carry = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    dk, dv = jax.lax.fori_loop(jnp.int32(0), steps, add, carry)
-    dk_ref[...], dv_ref[...] = dk * call.sm_scale, dv
+    carry = channels.zeros(k), *(() if call.values else channels.zeros((v,)))
+    dk, *dv = jax.lax.fori_loop(jnp.int32(0), steps, add, carry)
+    if dv:
+        dk, out[1][...] = tuple(x * call.sm_scale for x in dk), dv[0]
+    channels.store(out[0], (slice(None),), dk, call.values)
 
 
 def number_and_part(sizes: GatherSizes, tile: ListTile) -> tuple[Any, Any]:
@@ -112,8 +117,8 @@ def own_keys(
 
 
 def sum_kernel(
-    stretch_ref: Any, parts: tuple[Any, Any], out: tuple[Any, Any],
-    *, sizes: GatherSizes, tile: ListTile,
+    stretch_ref: Any, parts: tuple[Any, ...], out: tuple[Any, ...],
+    *, sizes: GatherSizes, tile: ListTile, call: ListCall,
 ) -> None:  # fmt: skip
     """Writes some keys of ``dk`` and ``dv``, the sums over the stretches of a span.
 
@@ -126,22 +131,27 @@ def sum_kernel(
     for ref, of_stretches in zip(out, parts, strict=True):
         assert ref.shape == (sizes.kv_seq_len, of_stretches.shape[3])
 
+        # Without values among its channels, dk is one part, as dv is.
         def add(i: Any, total: Any, of_stretches: Any = of_stretches) -> Any:
-            return total + of_stretches[i, part]
+            new = channels.load(of_stretches, (i, part, slice(None)), call.values)
+            return tuple(x + y for x, y in zip(total, new, strict=True))
 
-        start = jnp.zeros(of_stretches.shape[2:], jnp.float32)
+        start = tuple(
+            jnp.zeros((tile.fixed, size), jnp.float32)
+            for _, size in channels.parts_of(ref.shape[-1], call.values)
+        )
         total = jax.lax.fori_loop(first, last, add, start)
-        scatter(ref, (key,), own, total)
+        scatter_parts(ref, (key,), own, total, call.values)
 
 
 def backward(
     inputs: Inputs, cotangents: Cotangents, vectors: Vectors, index: Array,
     sizes: GatherSizes, tile: ListTile, call: ListCall,
-) -> tuple[Array, Array]:  # fmt: skip
-    """``dk, dv``, arranged as all arguments are."""
+) -> tuple[Array, ...]:  # fmt: skip
+    """``dk, dv``, arranged as all arguments are; ``dk`` alone if ``v`` is None."""
     spans = spans_of(sizes)
     lists = transposed(index, sizes, spans)
-    q, k, v = inputs
+    q, *keys = (x for x in inputs if x is not None)
     parts, group = tile.parts(spans.keys), sizes.q_heads // sizes.kv_heads
 
     def of_stretches(x: Array) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
@@ -156,14 +166,14 @@ def backward(
         return spec, shape_like(shape, jnp.float32, q)
 
     lead = sizes.batch, sizes.kv_heads
-    given: Any = whole(q, group), whole(k), whole(v)
-    specs, shapes = zip(*map(of_stretches, (k, v)), strict=True)
+    given: Any = jax.tree.map(whole, inputs)._replace(q=whole(q, group))
+    specs, shapes = zip(*map(of_stretches, keys), strict=True)
     (found,) = pl.pallas_call(
         partial(stretch_kernel, sizes=sizes, tile=tile, call=call),
         grid=(spans.stretches * parts, sizes.kv_heads, sizes.batch),
         in_specs=[
             specs_of(lists, sizes),
-            Inputs(*given),
+            given,
             jax.tree.map(partial(whole, heads=group, head_axis=2), cotangents),
             vector_specs(vectors),
         ],
@@ -172,14 +182,14 @@ def backward(
         **options(tile, call, "backward_kv"),
     )(lists, inputs, cotangents, vectors)
     (found,) = pl.pallas_call(
-        partial(sum_kernel, sizes=sizes, tile=tile),
+        partial(sum_kernel, sizes=sizes, tile=tile, call=call),
         grid=(spans.count * parts, sizes.kv_heads, sizes.batch),
         in_specs=[
             specs_of(lists, sizes).stretch,
             tuple(whole(x, head_axis=1) for x in found),
         ],
-        out_specs=[(whole(k), whole(v))],
-        out_shape=[tuple(shape_like(x.shape, x.dtype, q) for x in (k, v))],
+        out_specs=[tuple(map(whole, keys))],
+        out_shape=[tuple(shape_like(x.shape, x.dtype, q) for x in keys)],
         **options(tile, call, "backward_kv_sum"),
     )(lists.stretch, tuple(found))
     return found

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
@@ -25,12 +24,14 @@ from pallas_kernels.lists.triton.launch import (
 from pallas_kernels.lists.triton.rows import (
     chunk_of_list,
     gather,
+    gather_parts,
     numbers,
     own_row,
-    scatter,
+    scatter_parts,
 )
 from pallas_kernels.lists.triton.tiles import ListTile
 from pallas_kernels.loops import repeat
+from pallas_kernels.triton import channels
 from pallas_kernels.triton.runs import along
 from pallas_kernels.varying import shape_like
 
@@ -48,11 +49,12 @@ def dq_kernel(
     q_ref, k_ref, v_ref = inputs
     assert index_ref.shape == (sizes.listed,)
     assert q_ref.shape == dq_ref.shape
-    assert cotangents.do.shape == (*q_ref.shape[:2], v_ref.shape[1])
+    assert cotangents.do.shape[:2] == q_ref.shape[:2]
     assert cotangents.lse.shape == cotangents.delta.shape
     (query, head, inside), tested = own_row(vectors, sizes, tile)
     place = query, head
-    q, do = gather(q_ref, place, inside), gather(cotangents.do, place, inside)
+    q = gather_parts(q_ref, place, inside, call.values)
+    do = gather(cotangents.do, place, inside)
     lse = along(numbers(cotangents.lse, place, inside, softmax.ABSENT), 0)
     delta = along(numbers(cotangents.delta, place, inside), 0)
     chunk = partial(
@@ -62,18 +64,19 @@ def dq_kernel(
 
     def add(step: Any, dq: Any) -> Any:
         k, v, pairs = chunk(step)
-        s = softmax.dot(q, k, contract=(1, 1)) * call.scale
+        s = channels.products(q, k) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         dp = softmax.dot(do, v, contract=(1, 1))
         slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
         _, ds = softmax.score_gradient(
             softmax.mask(s, pairs), lse, dp, delta, slope=slope, unit=call.unit
         )
-        return dq + softmax.dot(ds.astype(k.dtype), k, contract=(1, 0))
+        return channels.added(dq, ds, k)
 
     steps = tile.steps(sizes.listed * sizes.block_kv)
-    dq = repeat(steps, add, jnp.zeros(q.shape, jnp.float32))
-    scatter(dq_ref, place, inside, dq * call.sm_scale)
+    dq = repeat(steps, add, channels.zeros(q))
+    dq = tuple(x * call.sm_scale for x in dq)
+    scatter_parts(dq_ref, place, inside, dq, call.values)
 
 
 def backward(

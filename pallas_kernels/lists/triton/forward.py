@@ -17,7 +17,7 @@ from pallas_kernels.call import Inputs, Kept, Vectors
 from pallas_kernels.lists.call import ListCall
 from pallas_kernels.lists.triton.launch import (
     GatherSizes,
-    arranged,
+    arranged_inputs,
     list_spec,
     options,
     sizes_of,
@@ -27,13 +27,14 @@ from pallas_kernels.lists.triton.launch import (
 )
 from pallas_kernels.lists.triton.rows import (
     chunk_of_list,
-    gather,
+    gather_parts,
     own_row,
     scatter,
     scatter_numbers,
 )
-from pallas_kernels.lists.triton.tiles import ListTile, tiles
+from pallas_kernels.lists.triton.tiles import ListTile, dims_of, tiles
 from pallas_kernels.loops import repeat
+from pallas_kernels.triton import channels
 from pallas_kernels.triton.launch import heads_first
 from pallas_kernels.varying import shape_like
 
@@ -45,16 +46,18 @@ def forward_kernel(
     """Writes the members of one row of ``o``, ``lse`` and ``total``.
 
     The refs have one batch entry and unit: ``index [listed]``, ``q [q_seq_len, heads,
-    head_dim]``, ``k [kv_seq_len, head_dim]``, ``v [kv_seq_len, head_dim_v]``, ``o
-    [q_seq_len, heads, head_dim_v]``, f32 ``lse`` and ``total [q_seq_len, heads]``.
+    head_dim]``, ``k [kv_seq_len, head_dim]``, ``v [kv_seq_len, head_dim_v]`` (None if
+    it is in ``k``), ``o [q_seq_len, heads, head_dim_v]``, f32 ``lse`` and ``total
+    [q_seq_len, heads]``.
     """
     (q_ref, k_ref, v_ref), (o_ref, *statistics) = inputs, out
     assert index_ref.shape == (sizes.listed,)
     assert q_ref.shape == (sizes.q_seq_len, sizes.heads, k_ref.shape[1])
-    assert o_ref.shape == (sizes.q_seq_len, sizes.heads, v_ref.shape[1])
+    assert o_ref.shape == (sizes.q_seq_len, sizes.heads, o_ref.shape[2])
+    assert call.values or v_ref.shape[1] == o_ref.shape[2]
     assert all(ref.shape == o_ref.shape[:2] for ref in statistics)
     (query, head, inside), tested = own_row(vectors, sizes, tile)
-    q = gather(q_ref, (query, head), inside)
+    q = gather_parts(q_ref, (query, head), inside, call.values)
     chunk = partial(
         chunk_of_list, tested=tested, refs=(index_ref, k_ref, v_ref),
         vectors=vectors, sizes=sizes, tile=tile, call=call,
@@ -62,11 +65,11 @@ def forward_kernel(
 
     def fold(step: Any, carry: softmax.Carry) -> softmax.Carry:
         k, v, pairs = chunk(step)
-        s = softmax.dot(q, k, contract=(1, 1)) * call.scale
+        s = channels.products(q, k) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         return softmax.fold(carry, softmax.mask(s, pairs), v, unit=call.unit)
 
-    start = softmax.start(tile.fixed, v_ref.shape[1])
+    start = softmax.start(tile.fixed, o_ref.shape[2])
     steps = tile.steps(sizes.listed * sizes.block_kv)
     found = softmax.finish(repeat(steps, fold, start), call.unit)
     scatter(o_ref, (query, head), inside, found.o)
@@ -77,10 +80,10 @@ def forward_kernel(
 def forward(inputs: Inputs, vectors: Vectors, index: Array, call: ListCall) -> Kept:
     """Attention of each row to the keys of its list."""
     sizes = sizes_of(inputs, index, call)
-    given = Inputs(*map(arranged, inputs))
-    dims = inputs.k.shape[-1], inputs.v.shape[-1]
+    given = arranged_inputs(inputs, call.values)
+    dims = dims_of(inputs, call.values)
     tile = tiles(sizes.members, sizes.block_kv, dims, inputs.q.dtype).forward
-    shape = sizes.batch, sizes.q_seq_len, sizes.q_heads, given.v.shape[-1]
+    shape = sizes.batch, sizes.q_seq_len, sizes.q_heads, dims.value
     o = shape_like(shape, inputs.q.dtype, given.q)
     lse = shape_like(shape[:3], jnp.float32, given.q)
     shapes = o, lse, lse
@@ -95,4 +98,4 @@ def forward(inputs: Inputs, vectors: Vectors, index: Array, call: ListCall) -> K
         **options(tile, call, "forward"),
     )(index, given, vectors)  # fmt: skip
     lse, total = (jnp.swapaxes(x, 1, 2) for x in found)
-    return Kept(heads_first(o, sizes.q_seq_len, dims[1]), lse, total)
+    return Kept(heads_first(o, sizes.q_seq_len, inputs.v.shape[-1]), lse, total)

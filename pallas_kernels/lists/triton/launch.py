@@ -12,6 +12,7 @@ from jaxtyping import Array
 from pallas_kernels.call import Inputs, Vectors
 from pallas_kernels.lists.call import ListCall, num_blocks
 from pallas_kernels.lists.triton.tiles import ListTile
+from pallas_kernels.shared_values import Values
 from pallas_kernels.triton.launch import rows_first, whole
 from pallas_kernels.triton.tiles import SMALLEST
 
@@ -91,13 +92,21 @@ def sizes_of(inputs: Inputs, index: Array, call: ListCall) -> GatherSizes:
     return sizes
 
 
-def arranged(x: jax.Array) -> jax.Array:
+def arranged(x: jax.Array, values: Values | None = None) -> jax.Array:
     """``[batch, heads, seq, ...]`` as ``[batch, seq, heads, ...]``.
 
     The members of a query are then neighbours in memory. A last axis of features is
     padded for products.
     """
-    return jnp.swapaxes(x, 1, 2) if x.ndim == 3 else rows_first(x, x.shape[2])
+    if x.ndim == 3:
+        return jnp.swapaxes(x, 1, 2)
+    return rows_first(x, x.shape[2], values)
+
+
+def arranged_inputs(inputs: Inputs, values: Values | None) -> Inputs:
+    """The arranged inputs; there is no ``v`` if the values are channels of ``k``."""
+    v: Any = None if values else arranged(inputs.v)
+    return Inputs(arranged(inputs.q, values), arranged(inputs.k, values), v)
 
 
 def unit_spec(x: Any, sizes: GatherSizes) -> pl.BlockSpec:
@@ -109,7 +118,8 @@ def unit_specs(inputs: Inputs, sizes: GatherSizes) -> Inputs:
     """The specs of arranged inputs for a grid ``(program, unit, batch)``."""
     q, k, v = inputs
     shared = sizes.units_of_key
-    specs: Any = unit_spec(q, sizes), whole(k, group=shared), whole(v, group=shared)
+    value = None if v is None else whole(v, group=shared)
+    specs: Any = unit_spec(q, sizes), whole(k, group=shared), value
     return Inputs(*specs)
 
 

@@ -11,6 +11,8 @@ from pallas_kernels.call import Vectors
 from pallas_kernels.lists.call import ListCall
 from pallas_kernels.lists.triton.launch import GatherSizes
 from pallas_kernels.lists.triton.tiles import ListTile
+from pallas_kernels.shared_values import Values
+from pallas_kernels.triton.channels import Parts, parts_of
 from pallas_kernels.triton.runs import along
 
 
@@ -33,7 +35,7 @@ class Tested(NamedTuple):
 class Chunk(NamedTuple):
     """The gathered keys of a chunk, and which pairs attend."""
 
-    k: jax.Array  # [keys, head_dim]
+    k: Parts  # [keys, head_dim]
     v: jax.Array  # [keys, head_dim_v]
     pairs: jax.Array  # bool, broadcasts to [members, keys]
 
@@ -43,23 +45,47 @@ def iota(size: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
 
 
-def gather(ref: Any, at: tuple, inside: jax.Array) -> jax.Array:
-    """``ref[*at]`` as ``[n, dim]``, with 0 where the bool ``inside [n]`` is false."""
-    shape = inside.shape[0], ref.shape[-1]
+def gather(
+    ref: Any, at: tuple, inside: jax.Array, part: tuple[int, int] | None = None
+) -> jax.Array:
+    """``ref[*at]`` as ``[n, dim]``, with 0 where the bool ``inside [n]`` is false.
+
+    ``part`` is the first of some channels and their number; None means all.
+    """
+    first, size = part or (0, ref.shape[-1])
+    shape = inside.shape[0], size
     index = (jnp.broadcast_to(along(x, 0), shape) for x in at)
-    columns = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    columns = first + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     mask = jnp.broadcast_to(along(inside, 0), shape)
     return plgpu.load(ref.at[*index, columns], mask=mask, other=0)
 
 
-def scatter(ref: Any, at: tuple, inside: jax.Array, x: jax.Array) -> None:
-    """Writes ``x [n, dim]`` to ``ref[*at]`` where ``inside`` is true.
+def gather_parts(
+    ref: Any, at: tuple, inside: jax.Array, values: Values | None
+) -> Parts:
+    """``gather`` of queries or keys, in the parts of ``channels``."""
+    parts = parts_of(ref.shape[-1], values)
+    return tuple(gather(ref, at, inside, part) for part in parts)
 
-    No two places of ``at`` are equal, those outside included: the interpreter writes
-    old values there.
+
+def scatter_parts(
+    ref: Any, at: tuple, inside: jax.Array, x: Parts, values: Values | None
+) -> None:
+    """``scatter`` of what ``gather_parts`` reads."""
+    for (first, _), tile in zip(parts_of(ref.shape[-1], values), x, strict=True):
+        scatter(ref, at, inside, tile, first)
+
+
+def scatter(
+    ref: Any, at: tuple, inside: jax.Array, x: jax.Array, first: int = 0
+) -> None:
+    """Writes ``x [n, dim]`` to the channels from ``first`` on of ``ref[*at]``.
+
+    It writes where ``inside`` is true. No two places of ``at`` are equal, those outside
+    included: the interpreter writes old values there.
     """
     index = (jnp.broadcast_to(along(i, 0), x.shape) for i in at)
-    columns = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    columns = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     mask = jnp.broadcast_to(along(inside, 0), x.shape)
     plgpu.store(ref.at[*index, columns], x.astype(ref.dtype), mask=mask)
 
@@ -122,4 +148,6 @@ def chunk_of_list(
     at = tested.query, along(key, 1), tested.vectors, kv_vectors
     pairs = call.predicate(0, *at, ()) & tested.inside & along(real, 1)
     seen = jnp.max(pairs.astype(jnp.int32), axis=0) > 0
-    return Chunk(gather(k_ref, (key,), seen), gather(v_ref, (key,), seen), pairs)
+    k = gather_parts(k_ref, (key,), seen, call.values)
+    v = k[0] if call.values else gather(v_ref, (key,), seen)
+    return Chunk(k, v, pairs)

@@ -6,6 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.call import Inputs
+from pallas_kernels.shared_values import Values
+from pallas_kernels.triton.channels import padded_dim
 from pallas_kernels.triton.tiles import SMALLEST, power_of_two
 
 # An f32 accumulator of so many numbers takes 64 registers of each of 128 threads.
@@ -45,8 +48,23 @@ class ListTiles(NamedTuple):
     dkv: ListTile
 
 
+class Dims(NamedTuple):
+    """The channels of a call, with padding."""
+
+    key: int
+    value: int
+    both: int  # of a key and its value, where values may be channels of the keys
+
+
+def dims_of(inputs: Inputs, values: Values | None) -> Dims:
+    """The channels that the kernels of a call load and add up."""
+    key = padded_dim(inputs.k.shape[-1], values)
+    value = power_of_two(inputs.v.shape[-1])
+    return Dims(key, value, key if values else key + value)
+
+
 def tiles(
-    members: int, keys: int, dims: tuple[int, int], dtype: jax.typing.DTypeLike
+    members: int, keys: int, dims: Dims, dtype: jax.typing.DTypeLike
 ) -> ListTiles:
     """The tiles for rows of ``members`` and spans of ``keys``.
 
@@ -61,12 +79,11 @@ def tiles(
     Args:
       members: the queries and heads of a row.
       keys: the keys of a span (``transposed.KeySpans``).
-      dims: ``head_dim`` and ``head_dim_v``.
+      dims: of the inputs.
       dtype: that of the inputs.
     """
-    head_dim, head_dim_v = map(power_of_two, dims)
     size = jnp.dtype(dtype).itemsize
-    fits = GATHERED // ((head_dim + head_dim_v) * size)
+    fits = GATHERED // (dims.both * size)
     chunk = max(SMALLEST, min(128, 1 << max(fits, 1).bit_length() - 1))
 
     def tile(fixed: int, accumulated: int) -> ListTile:
@@ -77,7 +94,7 @@ def tiles(
         return ListTile(fixed, chunk, num_warps=8 if wide else 4, num_stages=2)
 
     return ListTiles(
-        tile(members, head_dim_v),
-        tile(members, head_dim),
-        tile(keys, head_dim + head_dim_v),
+        tile(members, dims.value),
+        tile(members, dims.key),
+        tile(keys, dims.both),
     )

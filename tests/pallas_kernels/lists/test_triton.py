@@ -15,7 +15,8 @@ from lowering.cost import inspect_code, targets
 from pallas_kernels.call import Inputs, Outputs, Vectors
 from pallas_kernels.lists import dispatch
 from pallas_kernels.lists.call import ListCall, num_blocks
-from pallas_kernels.lists.triton.tiles import tiles
+from pallas_kernels.lists.triton.tiles import dims_of, tiles
+from pallas_kernels.shared_values import of_keys
 
 
 def causal(test, q, k, q_vectors, kv_vectors, bits):
@@ -45,18 +46,20 @@ class Case:
     popular: int | None = None  # only so many blocks are in lists
     soft_cap: float | None = None
     dtype: str = "float32"
+    values: tuple[int, int] | None = None  # dim_v is then their number
     predicate: object = causal
 
     def __str__(self):
         heads = f"h{self.q_heads}-{self.kv_heads}-g{self.groups}x{self.lists}"
         size = f"{self.q_len}x{self.kv_len}-d{self.dim}-{self.dim_v}"
         blocks = f"b{self.block_q}-{self.block_kv}-{self.listed}"
+        size += f"-values{self.values}" if self.values else ""
         return f"{heads}-{size}-{blocks}-{self.dtype}-{self.predicate.__name__}"
 
     def call(self, interpret=True):
         return ListCall(
             self.predicate, self.dim**-0.5, self.block_q, self.block_kv,
-            self.soft_cap, interpret,
+            self.soft_cap, interpret, self.values,
         )  # fmt: skip
 
     def index(self):
@@ -116,6 +119,8 @@ class Case:
         seen = seen.reshape(self.batch, self.kv_heads, -1, self.kv_len).any(axis=2)
         assert not seen.all()
         k, v = (jnp.where(seen[..., None], x, jnp.nan).astype(x.dtype) for x in (k, v))
+        # Where values are channels of the keys, v is not read.
+        v = v * jnp.nan if self.values else v
         do = normal(self.batch, self.q_heads, self.q_len, self.dim_v)
         return Inputs(q, k, v), Outputs(do, normal(*do.shape[:3], dtype="float32"))
 
@@ -169,6 +174,10 @@ CASES = [
     # More members than a program has rows, and blocks of more keys than one has.
     Case(q_heads=40, kv_heads=1, block_q=2, q_len=5, kv_len=150, block_kv=70, listed=2,
          batch=1, dim_v=200),
+    # Values are channels of the keys: some of them, then all.
+    Case(q_heads=6, kv_heads=1, groups=2, block_q=3, block_kv=4, listed=3, lists=2,
+         dim=40, dim_v=32, values=(0, 32), soft_cap=2.0, predicate=documents),
+    Case(q_heads=4, kv_heads=2, dim=16, dim_v=16, values=(0, 16)),
     # All queries list the same few keys, so their span has several stretches.
     Case(q_heads=32, kv_heads=1, q_len=130, kv_len=200, listed=4, popular=4, batch=1),
 ]  # fmt: skip
@@ -178,17 +187,23 @@ CASES = [
 def test_table(case):
     found, pairs = case.run(), case.pairs()
     inputs, (do, dlse) = case.arrays()
+    if case.values:
+        inputs = inputs._replace(v=of_keys(inputs.k, case.values))
     assert not pairs.any(axis=-1).all()  # some row is empty
     clean = (np.nan_to_num(np.asarray(x, np.float64)) for x in inputs)
     expected = oracle.with_gradients(
         *clean, pairs, case.dim**-0.5, case.soft_cap, do=do, dlse=dlse
     )
+    if case.values:
+        rest = [(0, 0)] * 3 + [(case.values[0], case.dim - case.values[1])]
+        dk = expected.dk + np.pad(expected.dv, rest)
+        expected = expected._replace(dk=dk, dv=0 * expected.dv)
     for name, a, b in zip(found._fields, found, expected, strict=True):
         oracle.assert_close(a, b, case.dtype, f"{case} {name}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[6]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[6], CASES[9]], ids=str)
 def test_equals_the_xla_path(case):
     tolerance = 2e-6 if case.dtype == "float32" else 2e-2
     for a, b in zip(case.run(), case.run("xla"), strict=True):
@@ -287,6 +302,8 @@ LOWERED = [
     Case(dim=128, dim_v=128, groups=2, kv_heads=4, listed=100),
     Case(dim=64, dim_v=64, block_q=16, block_kv=64, dtype="bfloat16"),
     LONG,
+    replace(LONG, values=(0, 512)),
+    Case(dim=64, dim_v=64, values=(0, 64), listed=300, dtype="bfloat16"),
 ]  # fmt: skip
 
 
@@ -329,7 +346,8 @@ def test_lowers_for_a_gpu(case):
         assert ("inputPrecision = tf32" in kernel.code) == (not exact)
     rows, units = num_blocks(case.q_len, case.block_q), max(case.groups, case.kv_heads)
     members = case.block_q * case.q_heads // units
-    tile = tiles(members, 16, (case.dim, case.dim_v), case.dtype).forward
+    like = Inputs(*(jnp.zeros(n) for n in (case.dim, case.dim, case.dim_v)))
+    tile = tiles(members, 16, dims_of(like, case.values), case.dtype).forward
     grid = rows * tile.parts(members), units, case.batch
     assert kernels[0].grid == grid
     assert kernels[2].grid[1:] == kernels[3].grid[1:] == (case.kv_heads, case.batch)

@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels.call import Inputs
 from pallas_kernels.lists.call import ListCall
 from pallas_kernels.lists.triton.launch import sizes_of
-from pallas_kernels.lists.triton.tiles import tiles
+from pallas_kernels.lists.triton.tiles import Dims, tiles
 from pallas_kernels.lists.triton.transposed import spans_of, transposed
 
 
@@ -68,8 +68,8 @@ def test_transposed_lists(units):
 @pytest.mark.parametrize("members", [1, 12, 64, 128, 500])
 def test_tiles_fit_registers_and_shared_memory(members, dim, dtype):
     size = jnp.dtype(dtype).itemsize
-    forward, dq, dkv = tiles(members, 16, (dim, dim), dtype)
     padded = 1 << (dim - 1).bit_length()
+    forward, dq, dkv = tiles(members, 16, Dims(padded, padded, 2 * padded), dtype)
     for tile, sums in ((forward, padded), (dq, padded), (dkv, 2 * padded)):
         assert tile.fixed & (tile.fixed - 1) == tile.gathered & (tile.gathered - 1) == 0
         assert tile.fixed >= 16
