@@ -213,8 +213,9 @@ def _check_implied(mask: Array, term: Term, sizes: PairSizes) -> None:
       ValueError: they differ.
     """
     pairs = term.map if isinstance(term, Softmax) else term.seen
-    known = pairs is not None and not ir.operand_names(pairs.node)
-    if isinstance(mask, jax.core.Tracer) or not known or sizes.q_seq != sizes.kv_seq:
+    if pairs is None or ir.operand_names(pairs.node):
+        return
+    if isinstance(mask, jax.core.Tracer) or sizes.q_seq != sizes.kv_seq:
         return
     shape = sizes.heads, sizes.q_seq, sizes.kv_seq
     said = np.broadcast_to(pairs.dense(*shape[1:], num_heads=sizes.heads), shape)

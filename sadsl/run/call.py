@@ -20,7 +20,7 @@ i)``, and so do the parts of that part; ``joint`` says what it does. Under
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from jaxtyping import Array, Float, Integer
 
@@ -91,7 +91,7 @@ def attention(
     [0.0, 0.5, 1.5, 2.5]
     """
     term = any_term(spec)
-    known = 0 if traced_offset.is_traced(q_offset) else q_offset
+    known = 0 if traced_offset.is_traced(q_offset) else cast(int, q_offset)
     checks.problem(q, k, v, known, term)
     given = _given(operands, q_segment_ids, kv_segment_ids)
     rate = checks.dropout(dropout_rate, dropout_key)

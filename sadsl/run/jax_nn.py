@@ -80,7 +80,8 @@ def dot_product_attention(
     alone = query.ndim == 3
     if alone:
         query, key, value = query[None], key[None], value[None]
-    sizes = PairSizes(*(query.shape[i] for i in (0, 2, 1)), key.shape[1])
+    batch, q_seq, heads, _ = query.shape
+    sizes = PairSizes(batch, heads, q_seq, key.shape[1])
     term = _softmax(full() if spec is None else spec)
     given: dict[str, Any] = dict(operands or {})
     pairs = term.map & _positions(is_causal, local_window_size)

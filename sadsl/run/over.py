@@ -1,6 +1,7 @@
 """Runs ``over``: the ordinary softmax, with entries in place of keys and values."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,15 +29,17 @@ def _(term: Over, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> Ou
             f"operand {term.source!r} has head_dim {keys.shape[-1]}, q has "
             f"{q.shape[-1]}: must be equal"
         )
-    values = keys
-    if term.values is not None:
+    inner, values = Softmax(term.map, term.logits_soft_cap), keys
+    if term.values is None:
+        # Entries that are their own values are loaded once.
+        inner = replace(inner, values=(0, keys.shape[-1]))
+    else:
         values = entries_of(term, term.values, given, q)
         if values.shape[:3] != keys.shape[:3]:
             raise ValueError(
                 f"operand {term.values!r} has shape {values.shape}, {term.source!r} "
                 f"has {keys.shape}: all axes but the last must be equal"
             )
-    inner = Softmax(term.map, term.logits_soft_cap)
     return over_entries(inner, (q, keys, values), given, setting)
 
 
