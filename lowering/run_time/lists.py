@@ -28,8 +28,9 @@ class ListCost(NamedTuple):
     pair: float
 
 
-# xla: fitted on a Xeon of 2.5 GHz with 2 cores, forward and backward with the choice: 8
-# heads on one key head with n / k of 8 (equal) and 16, 4 heads on 4 with 32 (0.75 each).
+# xla: fitted on a Xeon of 2.5 GHz with 2 cores, with the choice and a backward pass.
+# Lists took 0.96 of the time of bits for 8 heads on one key head with n / k of 8, 0.77
+# with 16, and 0.75 for 4 heads on 4 with 32.
 # triton: not measured; the gather of a key from L2 costs about as much as 16 pairs.
 COSTS = {"xla": ListCost(10.0, 3.0), "triton": ListCost(16.0, 2.0)}
 
