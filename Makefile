@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow check notebooks docs wheel clean
+.PHONY: demo test test-slow test-clients check notebooks docs wheel clean
 
 $(VENV)/.train: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ test: $(VENV)/.test  ## all tests but the slow ones
 
 test-slow: $(VENV)/.test  ## the rest: each case on every backend, laws on all examples
 	SADSL_WHOLE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+test-clients: $(VENV)/.test  ## Flax's own attention tests, from the package index
+	$(BIN)/python tests/clients/flax_suite.py
 
 check: $(VENV)/.test  ## lint, types, import arrows
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from sadsl.maps.integers import integers
 from sadsl.maps.numbers import Real
 from sadsl.maps.symbols import Symbol, Truth
 from sadsl.selections.base import selections_of
-from sadsl.terms.base import DROPOUT_KEY, Term
+from sadsl.terms.base import DROPOUT_KEY, Term, reads
 from sadsl.terms.biases import Bias
 from sadsl.terms.changed import Change, changed
 from sadsl.text.specs import any_term
@@ -94,7 +94,10 @@ def with_offset(
         )
     if not jnp.issubdtype(at.dtype, jnp.integer):
         raise TypeError(f"q_offset has dtype {at.dtype}: it must hold integers")
-    return _moved(spec), {**given, NAME: integers(NAME, at)}
+    found = _moved(spec)
+    # Maps without queries, such as full(), read no position.
+    arrays = {NAME: integers(NAME, at)} if reads(found, NAME) else {}
+    return found, {**given, **arrays}
 
 
 def _moved(spec: Term) -> Term:

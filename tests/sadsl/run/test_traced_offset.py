@@ -11,6 +11,7 @@ BATCH, QUERIES, KEYS, HEADS = 2, 3, 37, 2
 SPECS = {
     "causal": sa.causal(),
     "window and sinks": sa.causal() & (sa.window(5) | sa.sinks(2)),
+    "no position": sa.full(),
     "strided": sa.causal() & sa.strided(3),
     "heads": sa.heads((sa.causal(), 1), (sa.causal() & sa.window(4), 1)),
     "joint": sa.joint(sa.causal() & sa.window(4), sa.causal() & sa.blocks(8)),
@@ -34,7 +35,9 @@ def gradients(call):
 @pytest.mark.parametrize(
     "name",
     [
-        name if name == "scale" else pytest.param(name, marks=pytest.mark.slow)
+        name
+        if name in ("scale", "no position")
+        else pytest.param(name, marks=pytest.mark.slow)
         for name in SPECS
     ],
 )
