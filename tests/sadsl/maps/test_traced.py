@@ -295,3 +295,23 @@ def test_text_takes_positions_only(head):
     for name in ("where", "bias"):
         with pytest.raises(ValueError, match="needs `lambda q, k:` or"):
             sa.parse(f"softmax(causal(), bias={name}(lambda {head}: 1))")
+
+
+def test_functions_that_are_written_for_arrays():
+    """As jax's splash attention has them: queries ``[q, 1]`` and keys ``[1, k]``."""
+
+    def near(q, k):
+        assert q.ndim == k.ndim == (q <= k).ndim == 2
+        if q.size == 0 or k.size == 0:
+            return np.empty((q.shape[0], k.shape[1]), dtype=np.bool_)
+        mask = np.ones((q.shape[0], k.shape[1]), dtype=np.bool_)
+        mask &= np.True_
+        mask = mask & (q - 2 <= k)
+        mask &= k <= q
+        return mask
+
+    assert np.array_equal(sa.where(near).dense(7), sa.window(2).dense(7))
+    every = sa.where(lambda q, k: np.ones((q.shape[0], k.shape[1]), bool))
+    assert every.dense(3).all()
+    with pytest.raises(TypeError, match="expected a comparison"):
+        sa.where(lambda q, k: np.ones((2, 1), bool))
