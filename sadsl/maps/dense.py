@@ -69,14 +69,14 @@ def static_map(pairs: Bool[np.ndarray, "q_seq kv_seq"]) -> Where | None:
     return _of_bits(pairs)
 
 
-class Runs(NamedTuple):
+class RowRuns(NamedTuple):
     """The runs of each row, int ``[rows, most runs]``; spare ones are empty."""
 
     start: np.ndarray
     stop: np.ndarray
 
 
-def _runs(array: np.ndarray) -> Runs:
+def _runs(array: np.ndarray) -> RowRuns:
     rows, columns = array.shape
     wide = np.zeros((rows, columns + 2), np.int8)
     wide[:, 1:-1] = array
@@ -85,13 +85,13 @@ def _runs(array: np.ndarray) -> Runs:
     _, stop = np.nonzero(step == -1)
     count = np.bincount(row, minlength=rows)
     slot = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-    found = Runs(*np.zeros((2, rows, max(count.max(), 1)), int))
+    found = RowRuns(*np.zeros((2, rows, max(count.max(), 1)), int))
     found.start[row, slot], found.stop[row, slot] = start, stop
     return found
 
 
 # pairs = any(start[q] <= k & k < stop[q] for each run), or with q and k exchanged
-def _of_runs(runs: Runs, by: ir.Var) -> Where:
+def _of_runs(runs: RowRuns, by: ir.Var) -> Where:
     other = ir.K if by is ir.Q else ir.Q
     tests: list[ir.Pred] = []
     for start, stop in zip(runs.start.T, runs.stop.T, strict=True):

@@ -16,9 +16,13 @@ from lowering import ir
 from lowering.expr.evaluate import NumPy, evaluate
 from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.named import full, where
-from sadsl.splash.places import STATIC, Places
-
-Shape = tuple[int, int]
+from sadsl.splash import arrays
+from sadsl.splash.arrays import Shape
+from sadsl.splash.arrays import make_causal_mask as make_causal_mask
+from sadsl.splash.arrays import make_chunk_attention_mask as make_chunk_attention_mask
+from sadsl.splash.arrays import make_local_attention_mask as make_local_attention_mask
+from sadsl.splash.arrays import make_random_mask as make_random_mask
+from sadsl.splash.places import STATIC, MaskPlaces
 
 
 class Mask:
@@ -38,7 +42,7 @@ class Mask:
         """The mask as a map, for ``sadsl.attention``, ``sadsl.plan`` and ``&``."""
         return self.pairs_at(STATIC)
 
-    def pairs_at(self, places: Places) -> IndexMap:
+    def pairs_at(self, places: MaskPlaces) -> IndexMap:
         """The mask as a map whose queries and arrays stand where ``places`` says."""
         return places.dense(np.asarray(self[:, :], bool))
 
@@ -93,7 +97,7 @@ class MapMask(Mask):
         return self._shape
 
     @override
-    def pairs_at(self, places: Places) -> IndexMap:
+    def pairs_at(self, places: MaskPlaces) -> IndexMap:
         return places.with_rows(self._pairs, None)
 
 
@@ -109,7 +113,7 @@ class FullMask(Mask):
         return self._shape
 
     @override
-    def pairs_at(self, places: Places) -> IndexMap:
+    def pairs_at(self, places: MaskPlaces) -> IndexMap:
         return full()
 
 
@@ -144,7 +148,7 @@ class ComputableMask(Mask):
         return self._shape
 
     @override
-    def pairs_at(self, places: Places) -> IndexMap:
+    def pairs_at(self, places: MaskPlaces) -> IndexMap:
         return places.with_rows(where(self.mask_function), self.q_sequence)
 
 
@@ -157,8 +161,7 @@ class CausalMask(ComputableMask):
 
     def __init__(self, shape: Shape, offset: int = 0, shard_count: int = 1) -> None:
         self.offset = offset
-        add = (lambda q: q + offset) if offset else (lambda q: q)
-        super().__init__(shape, lambda q, k: k <= add(q), shard_count)
+        super().__init__(shape, arrays.causal_pairs(offset), shard_count)
 
 
 class LocalMask(ComputableMask):
@@ -172,26 +175,15 @@ class LocalMask(ComputableMask):
         shard_count: int = 1,
     ) -> None:
         self.window_size, self.offset = window_size, offset
-        left, right = window_size
-
-        def near(q: Any, k: Any) -> Any:
-            before = True if left is None else q + (offset - left) <= k
-            return before if right is None else (k <= q + (offset + right)) & before
-
-        super().__init__(shape, near, shard_count)
+        super().__init__(shape, arrays.local_pairs(window_size, offset), shard_count)
 
 
 class ChunkedCausalMask(ComputableMask):
     """Causal within chunks of ``chunk_size`` positions, as in Llama 4."""
 
     def __init__(self, shape: Shape, chunk_size: int, shard_count: int = 1) -> None:
-        at_least("ChunkedCausalMask", "chunk_size", chunk_size, 1)
         self.chunk_size = chunk_size
-
-        def near(q: Any, k: Any) -> Any:
-            return (q // chunk_size == k // chunk_size) & (k <= q)
-
-        super().__init__(shape, near, shard_count)
+        super().__init__(shape, arrays.chunked_pairs(chunk_size), shard_count)
 
 
 class NumpyMask(Mask):
@@ -242,7 +234,7 @@ class _Pair(Mask):
         return self._join(self.left[index], self.right[index])
 
     @override
-    def pairs_at(self, places: Places) -> IndexMap:
+    def pairs_at(self, places: MaskPlaces) -> IndexMap:
         return self._join(self.left.pairs_at(places), self.right.pairs_at(places))
 
     @staticmethod
@@ -335,63 +327,6 @@ def as_mask(mask: Any) -> Mask:
     raise TypeError(
         f"{mask!r} is no mask: give one of sadsl.splash or of jax's splash attention"
     )
-
-
-def make_causal_mask(shape: Shape, offset: int = 0) -> np.ndarray:
-    """The array of ``CausalMask``.
-
-    Example:
-      >>> from sadsl import splash
-      >>> splash.make_causal_mask((2, 4), offset=1).astype(int)
-      array([[1, 1, 0, 0],
-             [1, 1, 1, 0]])
-    """
-    return CausalMask(shape, offset)[:, :]
-
-
-def make_local_attention_mask(
-    shape: Shape, window_size: tuple[int | None, int | None], *, offset: int = 0
-) -> np.ndarray:
-    """The array of ``LocalMask``.
-
-    Example:
-      >>> from sadsl import splash
-      >>> splash.make_local_attention_mask((3, 3), (1, 0)).astype(int)
-      array([[1, 0, 0],
-             [1, 1, 0],
-             [0, 1, 1]])
-    """
-    return LocalMask(shape, window_size, offset)[:, :]
-
-
-def make_chunk_attention_mask(shape: Shape, chunk_size: int) -> np.ndarray:
-    """The array of ``ChunkedCausalMask``.
-
-    Example:
-      >>> from sadsl import splash
-      >>> splash.make_chunk_attention_mask((3, 3), 2).astype(int)
-      array([[1, 0, 0],
-             [1, 1, 0],
-             [0, 0, 1]])
-    """
-    return ChunkedCausalMask(shape, chunk_size)[:, :]
-
-
-def make_random_mask(shape: Shape, sparsity: float, seed: int) -> np.ndarray:
-    """Random pairs; those of ``jax``'s function for the same seed.
-
-    Args:
-      shape: the numbers of queries and keys.
-      sparsity: the share of pairs that do not attend, in [0, 1].
-      seed: of NumPy's ``RandomState``.
-
-    Example:
-      >>> from sadsl import splash
-      >>> splash.make_random_mask((2, 2), 0.0, seed=0).all()
-      np.True_
-    """
-    draw = np.random.RandomState(seed)
-    return draw.binomial(n=1, p=1.0 - sparsity, size=shape).astype(bool)
 
 
 def _shape(shape: Any) -> Shape:

@@ -15,7 +15,7 @@ from sadsl.maps.symbols import Truth
 from sadsl.maps.traced_map import traced_map
 
 
-class Places:
+class MaskPlaces:
     """Every position and array is a constant of the map."""
 
     def with_rows(self, pairs: IndexMap, sequence: np.ndarray | None) -> IndexMap:
@@ -33,10 +33,10 @@ class Places:
         return dense_map(array)
 
 
-STATIC = Places()
+STATIC = MaskPlaces()
 
 
-class Leaves(Places):
+class Leaves(MaskPlaces):
     """Arrays that are too large for constants are collected, as leaves of a kernel.
 
     Attributes:

@@ -34,7 +34,7 @@ def test_a_map_has_the_pairs_of_the_array(name):
 @pytest.mark.parametrize(
     ("name", "impl"),
     [
-        ("columns", "xla"),
+        pytest.param("columns", "xla", marks=pytest.mark.slow),
         ("scattered", "xla"),
         pytest.param("scattered", "tpu", marks=pytest.mark.slow),
     ],
