@@ -357,9 +357,13 @@ def truth_node(value: Any) -> ir.Pred:
         return value.node
     if isinstance(value, bool | np.bool_):
         return ir.Bool(bool(value))
-    # As functions of array-like positions write `np.ones((q.shape[0], k.shape[1]))`.
-    if isinstance(value, np.ndarray) and value.dtype == bool and value.shape == (1, 1):
-        return ir.Bool(bool(value[0, 0]))
+    # As functions of array-like positions write `np.ones((q.shape[0], k.shape[1]))`,
+    # or that of jnp.
+    if (
+        getattr(value, "shape", None) == (1, 1)
+        and getattr(value, "dtype", None) == bool
+    ):
+        return ir.Bool(bool(np.asarray(value)[0, 0]))
     raise NotTraced(
         f"expected a comparison of positions, not {value!r}: combine comparisons with "
         "`&`, `|` and `~`, each in parentheses, and write bool(x) for a constant"
