@@ -14,10 +14,29 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from sadsl.maps.symbols import Symbol, Truth, maximum, minimum
-from sadsl.maps.traced import NotTraced
+from sadsl.maps.traced import NotTraced, tracing
 
 # As functions of array-like positions expect them: queries and keys, head and length.
 SHAPES = (1, 1), (1, 1), (), ()
+
+
+def called(function: Callable[..., Any], symbols: Sequence[Symbol], what: str) -> Any:
+    """What ``function`` of these symbols returns; if they are refused, by its jaxpr.
+
+    Raises:
+      NotTraced: it can be traced in neither way; ``what`` is its name.
+    """
+    try:
+        with tracing(what):
+            return function(*symbols)
+    except NotTraced as error:
+        # Only where another library refused a symbol: our own refusals stand.
+        if error.__cause__ is None:
+            raise
+        try:
+            return traced_by_jax(function, symbols)
+        except (TypeError, ValueError):
+            raise error from error.__cause__
 
 
 def traced_by_jax(function: Callable[..., Any], symbols: Sequence[Symbol]) -> Any:

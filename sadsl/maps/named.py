@@ -15,9 +15,9 @@ from typing_extensions import override
 from lowering.expr.printing import show_set
 from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.call_text import call_text
-from sadsl.maps.from_jax import traced_by_jax
+from sadsl.maps.from_jax import called
 from sadsl.maps.symbols import POSITIONS, Symbol, Truth, operand
-from sadsl.maps.traced import NotTraced, bound, tracing
+from sadsl.maps.traced import bound
 from sadsl.maps.traced_map import Where, traced_map
 
 
@@ -390,14 +390,4 @@ def where(function: Callable[..., Any]) -> Where:
       #.#
     """
     symbols = [POSITIONS[x] for x in bound(function, "where", tuple(POSITIONS))]
-    try:
-        with tracing("the function of where"):
-            return traced_map(function(*symbols))
-    except NotTraced as error:
-        # Only where another library refused a symbol: our own refusals stand.
-        if error.__cause__ is None:
-            raise
-        try:
-            return traced_map(traced_by_jax(function, symbols))
-        except (TypeError, ValueError):
-            raise error from error.__cause__
+    return traced_map(called(function, symbols, "the function of where"))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar, TypeAlias
 
+import jax
 import numpy as np
 
 from lowering import ir
@@ -359,10 +360,8 @@ def truth_node(value: Any) -> ir.Pred:
         return ir.Bool(bool(value))
     # As functions of array-like positions write `np.ones((q.shape[0], k.shape[1]))`,
     # or that of jnp.
-    if (
-        getattr(value, "shape", None) == (1, 1)
-        and getattr(value, "dtype", None) == bool
-    ):
+    is_array = isinstance(value, np.ndarray | jax.Array)
+    if is_array and value.dtype == bool and value.shape == (1, 1):
         return ir.Bool(bool(np.asarray(value)[0, 0]))
     raise NotTraced(
         f"expected a comparison of positions, not {value!r}: combine comparisons with "

@@ -130,7 +130,7 @@ class SplashAttentionKernel:
             (0, static.head_shards, static.by_head),
             (1, static.q_seq_shards, True),
         ):
-            parts, name = _parts(sharding, spec[axis]), AXES[axis]
+            parts, name = parts_of(sharding, spec[axis]), AXES[axis]
             if matters and parts != made:
                 raise ValueError(
                     f"manual_sharding_spec: the sharding splits {name} over {parts} "
@@ -149,7 +149,8 @@ AXES = "heads", "q"
 SHARDS = "head_shards", "q_seq_shards"
 
 
-def _parts(sharding: NamedSharding, entry: Any) -> int:
+def parts_of(sharding: NamedSharding, entry: Any) -> int:
+    """Over how many devices an axis is split, by its entry in a spec."""
     names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
     return int(np.prod([sharding.mesh.shape[name] for name in names], dtype=int))
 
@@ -254,7 +255,9 @@ def _pairs(mask: Any, leaves: Leaves, head_shards: int) -> tuple[IndexMap, bool]
     if isinstance(mask, jax.Array):
         if mask.dtype != bool:
             raise TypeError(f"the mask has dtype {mask.dtype}: it must be bool")
-        return leaves.dynamic(mask), True
+        # One mask is that of all heads.
+        by_head = mask.shape[0] != 1
+        return leaves.dynamic(mask if by_head else mask[0]), by_head
     if isinstance(mask, np.ndarray):
         mask = MultiHeadMask([NumpyMask(one) for one in mask])
     heads = as_mask(mask)

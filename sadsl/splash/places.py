@@ -67,9 +67,10 @@ class Leaves(MaskPlaces):
         return traced_map(Truth(_is_true(name, (ir.Q, ir.K))))
 
     def dynamic(self, array: Any) -> IndexMap:
-        """The pairs of a run-time array ``[heads, q_seq, kv_seq]``."""
-        name = self.add("pairs", array, ("heads", "q", None))
-        return traced_map(Truth(_is_true(name, (ir.H, ir.Q, ir.K))))
+        """The pairs of a run-time array ``[heads, q_seq, kv_seq]``, or of two axes."""
+        axes, index = ("heads", "q", None), (ir.H, ir.Q, ir.K)
+        name = self.add("pairs", array, axes[-array.ndim :])
+        return traced_map(Truth(_is_true(name, index[-array.ndim :])))
 
     def by_head(self, maps: tuple[IndexMap, ...], of_head: np.ndarray) -> IndexMap:
         """The map ``of_head[h]`` for head ``h``, where heads are split over devices."""
