@@ -42,6 +42,7 @@ def test_a_mask_of_all_heads_and_its_statistics():
     np.testing.assert_allclose(stats["logsumexp"], lse, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_mask_of_run_time_under_vmap():
     """A mask for each batch entry, as of a sparse indexer."""
 
