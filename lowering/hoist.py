@@ -3,8 +3,9 @@
 An expression that reads a table or a run-time array and depends on the query alone, or
 on the key alone, becomes a vector. The vector is computed once, outside of the kernel,
 and fetched with its block. The same happens to an expression whose parts may exceed 32
-bits; outside, it is computed in 64. A comparison that looks up an array at both the
-query and the key, or that does not fit 32 bits, becomes one bit for every pair
+bits; outside, it is computed in 64. A comparison that looks up an array (or a table of
+more entries than kernels select from) at both the query and the key, or that does not
+fit 32 bits, becomes one bit for every pair
 (``run_time/pair_bits.py`` packs them).
 """
 

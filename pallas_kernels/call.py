@@ -139,6 +139,8 @@ class Call:
     learned_scores: bool = False
     # The fraction of the weights that is dropped, in [0, 1).
     dropout_rate: float = 0.0
+    # A name of the residuals for checkpoint policies, beside those of ``named``.
+    residual_name: str | None = None
     # Channels (start, stop) of k that are the values: the v of a caller is then not
     # read, and dk has the gradients of both (``shared_values``).
     values: tuple[int, int] | None = None
@@ -205,10 +207,16 @@ class Cotangents(NamedTuple):
     delta: Float[Array, "batch q_heads q"]
 
 
-def named(kept: Kept) -> Kept:
-    """``kept`` with residual names for checkpoint policies: "attn_out", "attn_lse"."""
+def named(kept: Kept, name: str | None) -> Kept:
+    """``kept`` with residual names for checkpoint policies.
+
+    They are "attn_out" and "attn_lse", and ``name`` for all, unless it is None.
+    """
     o = checkpoint_name(kept.o, "attn_out")
-    return Kept(o, *(checkpoint_name(x, "attn_lse") for x in kept[1:]))
+    found = Kept(o, *(checkpoint_name(x, "attn_lse") for x in kept[1:]))
+    if name is None:
+        return found
+    return Kept(*(checkpoint_name(x, name) for x in found))
 
 
 def to_backward(

@@ -30,7 +30,9 @@ class KernelConfig:
     longer than its sequence. ``relayout=False`` keeps the given order of positions.
     Otherwise the compiler chooses another order if that visits enough fewer blocks.
     ``lists=True`` runs choices of cells by lists where that is possible, and False
-    never does; by default, counts decide.
+    never does; by default, counts decide. ``residual_name`` names the output and the
+    lse that the gradient reads, for policies such as ``jax.checkpoint_policies.
+    save_only_these_names``; "attn_out" and "attn_lse" name them in any case.
     """
 
     block_q: int | None = None
@@ -41,6 +43,7 @@ class KernelConfig:
     dkv: Tile | None = None
     relayout: bool | None = None
     lists: bool | None = None
+    residual_name: str | None = None
 
     def resolve(self, defaults: "Tiles") -> "Tiles":
         """The tiles of this config, with ``defaults`` for each option that is None."""

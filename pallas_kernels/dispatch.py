@@ -80,7 +80,7 @@ def _attend(
 def _attend_fwd(
     impl: str, call: Call, inputs: Inputs, vectors: Vectors, lists: CallLists
 ) -> tuple[Kept, Any]:
-    kept = named(_attend(impl, call, inputs, vectors, lists))
+    kept = named(_attend(impl, call, inputs, vectors, lists), call.residual_name)
     return kept, (inputs, vectors, lists, kept)
 
 

@@ -34,6 +34,7 @@ from sadsl.analysis.properties import Properties as Properties
 from sadsl.analysis.properties import properties as properties
 from sadsl.maps.base import IndexMap as IndexMap
 from sadsl.maps.base import per_head as per_head
+from sadsl.maps.dense import dense_map as dense_map
 from sadsl.maps.grids import Grid as Grid
 from sadsl.maps.named import blocks as blocks
 from sadsl.maps.named import causal as causal
@@ -141,6 +142,7 @@ __all__ = [
     "compressed",
     "cosformer_features",
     "delta",
+    "dense_map",
     "dilated",
     "distance_bias",
     "dot",

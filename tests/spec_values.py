@@ -4,6 +4,8 @@ A function is called with the arguments that it needs, and then with another val
 each parameter.
 """
 
+import numpy as np
+
 import sadsl as sa
 from sadsl.maps.base import IndexMap
 from sadsl.maps.numbers import Real, TableNumbers, WeightsArray
@@ -78,6 +80,7 @@ NEEDED_OF = {
     "catalog.vmoba": {"grid": (4, 8, 8), "tile": (4, 4)},
     "catalog.mminference_grid": {"vision": (0, 4096)},
     "catalog.residue_major": {"stride": 2},
+    "dense_map": {"pairs": np.eye(3, dtype=bool)},
 }  # fmt: skip
 # Two values for each `*args` and `**kwargs`.
 SEVERAL = {
@@ -118,7 +121,7 @@ OTHER_OF = {
     ("lsh", "alone"): {"alone": "causal", "share": True}, ("kmeans", "window"): 3,
     ("clusters", "kmeans"): sa.kmeans(3, members="argmax"),
     ("catalog.biformer", "regions"): 2, ("offsets", "values"): {3, -1},
-    ("operand", "name"): "another",
+    ("operand", "name"): "another", ("dense_map", "pairs"): np.tri(3, 4, dtype=bool),
     ("softmax", "values"): (0, 4), ("Softmax", "values"): (0, 4),
     ("softmax", "scale"): sa.bias(lambda q, k, h: 1 + 0.1 * sa.log(q + 1)),
     ("Softmax", "scale"): sa.bias(lambda q, k, h: sa.weights("t")[h]),

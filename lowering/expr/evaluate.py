@@ -11,9 +11,7 @@ import numpy as np
 from jax import lax
 
 from lowering import ir
-
-# A table whose index mixes q and k becomes a chain of selects in a kernel.
-MAX_SELECTS = 64
+from lowering.expr.fits import MAX_SELECTS
 
 
 @dataclass(frozen=True)

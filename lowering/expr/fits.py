@@ -9,6 +9,9 @@ from lowering.expr.printing import show
 from lowering.expr.simplify import simplify
 from lowering.expr.static_range import Known, Span, span
 
+# A table whose index mixes q and k is a chain of selects in a kernel, which has no
+# gather. With more entries, its comparison is a bit for every pair.
+MAX_SELECTS = 64
 INT32 = -(2**31), 2**31 - 1
 # Sums in kernels stay below half of it: the bounds of a plan subtract two of them.
 MOST_SUM = 2**30 - 1
@@ -176,7 +179,13 @@ def fits(node: ir.Node, known: Known) -> bool:
 
 
 def looks_up_pairs(node: ir.Pred) -> bool:
-    """Whether the node reads a run-time array at both the query and the key."""
+    """Whether the node reads an array at both the query and the key.
+
+    The array is a run-time array, or a table of too many entries for kernels.
+    """
     return any(
-        isinstance(n, ir.Operand) and {"q", "k"} <= ir.axes(n) for n in ir.walk(node)
+        {"q", "k"} <= ir.axes(n)
+        for n in ir.walk(node)
+        if isinstance(n, ir.Operand)
+        or (isinstance(n, ir.Table) and len(n.values) > MAX_SELECTS)
     )

@@ -27,7 +27,7 @@ class ListCall:
     multiple of it.
 
     ``predicate`` tests the pairs of the listed blocks; its vectors have one head.
-    ``values`` is that of ``pallas_kernels.call.Call``.
+    ``values`` and ``residual_name`` are those of ``pallas_kernels.call.Call``.
     """
 
     predicate: Predicate
@@ -37,6 +37,7 @@ class ListCall:
     logits_soft_cap: float | None = None
     interpret: Hashable = False
     values: tuple[int, int] | None = None
+    residual_name: str | None = None
 
     # Lists have no biases and no dropout.
     learned_scores = False

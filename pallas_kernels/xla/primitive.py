@@ -91,7 +91,7 @@ def attend(call: Any, inputs: Inputs, vectors: Vectors, tests: Any, lists: Any) 
 
 def _attend_jvp(call: Any, primals: tuple, tangents: tuple) -> tuple[Kept, Kept]:
     inputs, vectors, tests, lists = primals
-    kept = named(attend(call, inputs, vectors, tests, lists))
+    kept = named(attend(call, inputs, vectors, tests, lists), call.residual_name)
     variables = Variables(inputs, vectors.scores)
     rest = vectors._replace(scores=ScoreValues())
     point = Point(variables, kept, rest, tests, lists)

@@ -15,8 +15,9 @@ from typing_extensions import override
 from lowering.expr.printing import show_set
 from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.call_text import call_text
+from sadsl.maps.from_jax import called
 from sadsl.maps.symbols import POSITIONS, Symbol, Truth, operand
-from sadsl.maps.traced import bound, tracing
+from sadsl.maps.traced import bound
 from sadsl.maps.traced_map import Where, traced_map
 
 
@@ -374,7 +375,8 @@ def where(function: Callable[..., Any]) -> Where:
       function: a function of the positions ``(q, k)``, or also of the head,
         ``(q, k, h)``, or also of the number of keys, ``(q, k, h, n)``. A parameter with
         a default keeps it, as in ``lambda q, k, d=d: ...``. It is called once, on
-        symbols: ``sadsl.maps.symbols.Symbol`` lists what can be traced.
+        symbols: ``sadsl.maps.symbols.Symbol`` lists what can be traced. A function of
+        ``jax.numpy`` is called once more, by jax.
 
     Raises:
       TypeError: the function branches on a symbol, or uses another operation.
@@ -387,6 +389,5 @@ def where(function: Callable[..., Any]) -> Where:
       .#.
       #.#
     """
-    names = bound(function, "where", tuple(POSITIONS))
-    with tracing("the function of where"):
-        return traced_map(function(*(POSITIONS[name] for name in names)))
+    symbols = [POSITIONS[x] for x in bound(function, "where", tuple(POSITIONS))]
+    return traced_map(called(function, symbols, "the function of where"))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar, TypeAlias
 
+import jax
 import numpy as np
 
 from lowering import ir
@@ -357,6 +358,11 @@ def truth_node(value: Any) -> ir.Pred:
         return value.node
     if isinstance(value, bool | np.bool_):
         return ir.Bool(bool(value))
+    # As functions of array-like positions write `np.ones((q.shape[0], k.shape[1]))`,
+    # or that of jnp.
+    is_array = isinstance(value, np.ndarray | jax.Array)
+    if is_array and value.dtype == bool and value.shape == (1, 1):
+        return ir.Bool(bool(np.asarray(value)[0, 0]))
     raise NotTraced(
         f"expected a comparison of positions, not {value!r}: combine comparisons with "
         "`&`, `|` and `~`, each in parentheses, and write bool(x) for a constant"

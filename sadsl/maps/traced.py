@@ -39,6 +39,12 @@ class NotTraced(TypeError):
 class TracedValue:
     """A symbol with an expression; subclasses define the operators that are traced."""
 
+    # A traced value stands for any pair: functions that are written for arrays of
+    # queries ``[q, 1]`` and keys ``[1, k]`` see a pair of arrays with one entry.
+    ndim: ClassVar[int] = 2
+    size: ClassVar[int] = 1
+    shape: ClassVar[tuple[int, int]] = (1, 1)
+
     # What to write instead of an operation that cannot be traced.
     way_out: ClassVar[str] = OPERATIONS
 
@@ -105,7 +111,8 @@ def integer(value: Any, op: str) -> int:
 
 def _shown(value: Any) -> str:
     """The text of a value in an error; of an array, its shape."""
-    shape = getattr(value, "shape", ())
+    is_traced = isinstance(value, TracedValue)
+    shape = () if is_traced else getattr(value, "shape", ())
     return f"an array of shape {tuple(shape)}" if shape else f"`{value!r}`"
 
 

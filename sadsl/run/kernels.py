@@ -115,6 +115,7 @@ def kernel_call(
         scores=None if score is None else replace(score.kernel, dtype=dtype),
         learned_scores=score is not None and score.learned,
         dropout_rate=options.setting.dropout_rate,
+        residual_name=options.setting.config.residual_name,
     )
 
 

@@ -183,6 +183,7 @@ def attend(
         options.term.logits_soft_cap,
         options.setting.interpret,
         loaded_once(values, k.shape[-1], impl, by_lists=True),
+        options.setting.config.residual_name,
     )
     inputs = Inputs(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
     found = dispatch.attend(inputs, vectors, arrays[LISTED], call, impl=impl)

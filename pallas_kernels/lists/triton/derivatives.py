@@ -47,7 +47,7 @@ def _attend(call: ListCall, inputs: Inputs, vectors: Vectors, index: Array) -> K
 def _attend_fwd(
     call: ListCall, inputs: Inputs, vectors: Vectors, index: Array
 ) -> tuple[Kept, Any]:
-    kept = named(_attend(call, inputs, vectors, index))
+    kept = named(_attend(call, inputs, vectors, index), call.residual_name)
     return kept, (inputs, kept, vectors, index)
 
 

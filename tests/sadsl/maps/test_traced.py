@@ -190,7 +190,7 @@ def test_text_refuses_what_python_refuses(text):
 ARRAY, JAX_ARRAY = np.arange(8), jnp.arange(8)
 OUTSIDE = {
     "jnp.log": lambda q, k: jnp.log(q) < 3,
-    "jnp.where": lambda q, k: jnp.where(q < 3, True, False),
+    "jnp.where": lambda q, k: jnp.where(q < 3, q, k) == 1,
     "np.log": lambda q, k: np.log(q) < 3,
     "np.minimum": lambda q, k: np.minimum(q, 3) < k,
     "math.log": lambda q, k: math.log(q) < 3,
@@ -206,7 +206,7 @@ OUTSIDE = {
     "in set": lambda q, k: (q - k) in {1, 2},
     "numpy +=": lambda q, k: operator.iadd(np.arange(3), q) > k,
     "len": lambda q, k: len(q) > k,
-    "lax": lambda q, k: jax.lax.add(q, 1) > k,
+    "lax": lambda q, k: jax.lax.shift_left(q, 1) > k,
 }
 
 
@@ -295,3 +295,62 @@ def test_text_takes_positions_only(head):
     for name in ("where", "bias"):
         with pytest.raises(ValueError, match="needs `lambda q, k:` or"):
             sa.parse(f"softmax(causal(), bias={name}(lambda {head}: 1))")
+
+
+def test_functions_that_are_written_for_arrays():
+    """As jax's splash attention has them: queries ``[q, 1]`` and keys ``[1, k]``."""
+
+    def near(q, k):
+        assert q.ndim == k.ndim == (q <= k).ndim == 2
+        if q.size == 0 or k.size == 0:
+            return np.empty((q.shape[0], k.shape[1]), dtype=np.bool_)
+        mask = np.ones((q.shape[0], k.shape[1]), dtype=np.bool_)
+        mask &= np.True_
+        mask = mask & (q - 2 <= k)
+        mask &= k <= q
+        return mask
+
+    assert np.array_equal(sa.where(near).dense(7), sa.window(2).dense(7))
+    every = sa.where(lambda q, k: np.ones((q.shape[0], k.shape[1]), bool))
+    assert every.dense(3).all()
+    with pytest.raises(TypeError, match="expected a comparison"):
+        sa.where(lambda q, k: np.ones((2, 1), bool))
+
+
+JAX_FUNCTIONS = {
+    "logical": lambda q, k: jnp.logical_and(k <= q, jnp.logical_not(q - 3 > k)),
+    "where": lambda q, k: jnp.where(q < 4, k <= q, (q // 3 == k // 3) | (k == 0)),
+    "divided": lambda q, k: jnp.equal((q - k) % 3, 1) ^ (jnp.floor_divide(k, 2) == q),
+    "ends": lambda q, k: jnp.abs(q - k) <= jnp.minimum(jnp.maximum(q, 2), 4),
+    "ones": lambda q, k: jnp.ones((q.shape[0], k.shape[1]), bool) & (k < 4),
+    "clipped": lambda q, k: jnp.where(q >= 2, True, k == jnp.clip(q, 1, 5)),
+    "head": lambda q, k, h: jnp.logical_or(k == h, jax.lax.add(q, 1) == k),
+}
+
+
+@pytest.mark.parametrize("name", JAX_FUNCTIONS)
+def test_functions_of_jax_numpy(name):
+    function = JAX_FUNCTIONS[name]
+    q, k = jnp.arange(7)[:, None], jnp.arange(7)[None, :]
+    heads = [(h,) if name == "head" else () for h in range(2)]
+    wanted = [np.broadcast_to(function(q, k, *h), (7, 7)) for h in heads]
+    spec = sa.where(function)
+    np.testing.assert_array_equal(spec.dense(7, num_heads=2), np.stack(wanted))
+    np.testing.assert_array_equal(sa.parse(repr(spec)).dense(7, num_heads=2), wanted)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k: jnp.where(q < 2, k, q) == 1,  # a choice of integers
+        lambda q, k: jnp.equal(jnp.asarray([[1, 2]]), q),  # a constant array
+        lambda q, k: jnp.floor_divide(k, -1) == q,  # a divisor below 1
+        lambda q, k: jnp.sqrt(q) <= k,  # floats
+        lambda q, k: jnp.bitwise_and(q, k) == 1,  # bits of integers
+        lambda q, k: (jnp.minimum(q, k) <= 1, k <= q),  # two results
+        lambda q, k: jnp.logical_and(q, k) if q < 1 else k <= q,  # a branch
+    ],
+)
+def test_functions_of_jax_numpy_that_symbols_have_not(function):
+    with pytest.raises(TypeError, match="trace"):
+        sa.where(function)
