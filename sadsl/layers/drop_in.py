@@ -114,35 +114,27 @@ class AttentionFn:
         for name, given in others.items():
             if given is not None:
                 _refuse(name, given)
-        rate = 0.0 if deterministic else dropout_rate
         batch = query.shape[:-3]
-        for name, x in {"key": key, "value": value}.items():
-            if x.shape[:-3] != batch:
-                raise ValueError(
-                    f"{name} has shape {x.shape}, query has {query.shape}: the axes in "
-                    "front of [seq, heads, head_dim] must be the same"
-                )
-        dtype = jnp.result_type(query, key, value) if dtype is None else dtype
-        q, k, v = (
-            x.astype(dtype).reshape(math.prod(batch), *x.shape[-3:])
-            for x in (query, key, value)
-        )
-        dense = {
-            name: _flat(name, x, batch)
-            for name, x in {MASK: mask, BIAS: bias}.items()
-            if x is not None
-        }
+        q, k, v = _one_batch_axis(query, key, value, dtype)
+        given = {MASK: mask, BIAS: bias}
+        dense = {n: _flat(n, x, batch) for n, x in given.items() if x is not None}
         sizes = PairSizes(len(q), q.shape[2], q.shape[1], k.shape[1])
         call = self._limited(dense, sizes, is_causal=is_causal)
+        rate = 0.0 if deterministic else dropout_rate
+        dropout_key = dropout_rng if rate else None
+        out = self._run((q, k, v), call, dropout_rate=rate, dropout_key=dropout_key)
+        return out.reshape(*batch, *out.shape[1:])
+
+    def _run(
+        self, qkv: tuple[Array, Array, Array], call: "Limited", **dropout: Any
+    ) -> Array:
         ids = {} if self.ids is None else {IDS[0]: self.ids.q, IDS[1]: self.ids.kv}
         found = attention(
-            q, k, v, call.term, operands=call.operands, q_offset=call.q_offset,
+            *qkv, call.term, operands=call.operands, q_offset=call.q_offset,
             sm_scale=self.sm_scale, impl=self.impl, interpret=self.interpret,
-            config=self.config, dropout_rate=rate,
-            dropout_key=dropout_rng if rate else None, **ids,
+            config=self.config, **dropout, **ids,
         )  # fmt: skip
-        out = cast(Array, found)
-        return out.reshape(*batch, *out.shape[1:])
+        return cast(Array, found)
 
     def _limited(
         self, dense: Mapping[str, Array], sizes: PairSizes, *, is_causal: bool
@@ -231,6 +223,28 @@ def _check_implied(mask: Array, term: Term, sizes: PairSizes) -> None:
         )
 
 
+def _one_batch_axis(
+    query: Array, key: Array, value: Array, dtype: DTypeLike | None
+) -> tuple[Array, ...]:
+    """q, k and v in the dtype of the computation, with one batch axis.
+
+    Raises:
+      ValueError: the batch axes of query, key and value differ.
+    """
+    batch = query.shape[:-3]
+    for name, x in {"key": key, "value": value}.items():
+        if x.shape[:-3] != batch:
+            raise ValueError(
+                f"{name} has shape {x.shape}, query has {query.shape}: the axes in "
+                "front of [seq, heads, head_dim] must be the same"
+            )
+    dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+    size = math.prod(batch)
+    return tuple(
+        x.astype(dtype).reshape(size, *x.shape[-3:]) for x in (query, key, value)
+    )
+
+
 def _flat(name: str, x: Any, batch: tuple[int, ...]) -> Array:
     """A dense array with one batch axis, which is 1 if no batch axis is longer.
 
@@ -314,24 +328,44 @@ def attention_fn(
       (1, 6, 8)
     """
     term = any_term(spec)
-    if mask is not None and mask not in get_args(MaskMeaning):
-        raise ValueError(
-            f"mask={mask!r} must be None or one of {get_args(MaskMeaning)}"
-        )
-    if check_mask and mask != "implied":
-        raise ValueError(f"check_mask=True with mask={mask!r}: it needs mask='implied'")
-    if kv_segment_ids is None and q_segment_ids is not None:
+    ids = _ids_of(q_segment_ids, kv_segment_ids)
+    found = AttentionFn(term, mask, check_mask, ids, sm_scale, impl, interpret, config)
+    _check_made(found)
+    return found
+
+
+def _ids_of(q: Any, kv: Any) -> SegmentIds | None:
+    """The segment ids; those of queries are those of keys if None.
+
+    Raises:
+      ValueError: only those of queries were given.
+    """
+    if kv is None and q is not None:
         raise ValueError("q_segment_ids was given without kv_segment_ids: pass both")
-    q_segment_ids = kv_segment_ids if q_segment_ids is None else q_segment_ids
-    ids = None if q_segment_ids is None else SegmentIds(q_segment_ids, kv_segment_ids)
-    names = sorted(needed(term) - set(() if ids is None else IDS))
+    return None if kv is None else SegmentIds(kv if q is None else q, kv)
+
+
+def _check_made(made: AttentionFn) -> None:
+    """Checks the options of ``attention_fn``.
+
+    Raises:
+      ValueError: they contradict one another, or the spec reads other arrays.
+    """
+    if made.mask is not None and made.mask not in get_args(MaskMeaning):
+        raise ValueError(
+            f"mask={made.mask!r} must be None or one of {get_args(MaskMeaning)}"
+        )
+    if made.check_mask and made.mask != "implied":
+        raise ValueError(
+            f"check_mask=True with mask={made.mask!r}: it needs mask='implied'"
+        )
+    names = sorted(needed(made.term) - set(() if made.ids is None else IDS))
     if names:
         raise ValueError(
-            f"spec={term!r} reads the run-time arrays {names}, which Flax's attention "
-            "layers cannot pass on: use SparseAttention of sadsl.layers.nnx or .linen"
-            + ("; or give the ids here" if set(names) <= set(IDS) else "")
+            f"spec={made.term!r} reads the run-time arrays {names}, which Flax's "
+            "attention layers cannot pass on: use SparseAttention of sadsl.layers.nnx "
+            "or .linen" + ("; or give the ids here" if set(names) <= set(IDS) else "")
         )
-    return AttentionFn(term, mask, check_mask, ids, sm_scale, impl, interpret, config)
 
 
 def needed(spec: Spec) -> set[str]:

@@ -1,8 +1,14 @@
-"""``dot_product_attention``: the signature of ``jax.nn``, with a spec."""
+"""``dot_product_attention``: the signature of ``jax.nn``, with a spec.
+
+A query that sees no key yields 0 and a residual of ``-inf``, where ``jax.nn`` gives the
+mean of the values and a large negative number. A mask or bias is stored as it is
+passed: one that is broadcast over heads or batch stays small, and padding, ``[batch, 1,
+1, kv_seq]``, is a vector by which blocks are skipped.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,36 +24,29 @@ from sadsl.terms.base import Spec
 from sadsl.terms.softmax import Softmax
 from sadsl.text.specs import any_term
 
+Queries: TypeAlias = Float[Array, "*batch q_seq num_q_heads head_dim"]
+Keys: TypeAlias = Float[Array, "*batch kv_seq num_kv_heads head_dim"]
+Values: TypeAlias = Float[Array, "*batch kv_seq num_kv_heads head_dim_v"]
+Lengths: TypeAlias = Integer[Array, " batch"]
 MASK, BIAS = "mask", "bias"
 LENGTHS = "query_seq_lengths", "key_value_seq_lengths"
 
 
 def dot_product_attention(
-    query: Float[Array, "*batch q_seq num_q_heads head_dim"],
-    key: Float[Array, "*batch kv_seq num_kv_heads head_dim"],
-    value: Float[Array, "*batch kv_seq num_kv_heads head_dim_v"],
-    bias: Float[Array, "..."] | None = None,
-    mask: Array | None = None,
-    *,
-    spec: Spec | str | None = None,
-    scale: float | Array | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: Integer[Array, " batch"] | None = None,
-    key_value_seq_lengths: Integer[Array, " batch"] | None = None,
+    query: Queries, key: Keys, value: Values, bias: Array | None = None,
+    mask: Array | None = None, *, spec: Spec | str | None = None,
+    scale: float | Array | None = None, is_causal: bool = False,
+    query_seq_lengths: Lengths | None = None,
+    key_value_seq_lengths: Lengths | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: str | None = None,
-    return_residual: bool = False,
-    operands: Mapping[str, Any] | None = None,
-    interpret: Any = False,
+    implementation: str | None = None, return_residual: bool = False,
+    operands: Mapping[str, Any] | None = None, interpret: Any = False,
     config: KernelConfig | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """``jax.nn.dot_product_attention`` over the pairs of ``spec``, with its arguments.
 
-    Every argument of ``jax.nn`` means what it means there, and limits the pairs of
-    ``spec`` further. One thing differs: a query that sees no key yields 0 and a
-    residual of ``-inf``, where ``jax.nn`` gives the mean of the values. A mask or bias
-    is stored as it is passed: one that is broadcast over heads or batch stays small,
-    and padding, ``[batch, 1, 1, kv_seq]``, is a vector by which blocks are skipped.
+    Every argument of ``jax.nn`` limits the pairs of ``spec`` further. One thing
+    differs: a query that sees no key yields 0 and a residual of ``-inf``.
 
     Args:
       query, key, value: ``[batch, seq, heads, head_dim]``, or without the batch.
@@ -56,11 +55,9 @@ def dot_product_attention(
       spec: a map, a softmax or text; all pairs if None.
       scale: factor before the softmax, ``head_dim ** -0.5`` if None.
       is_causal: only keys up to the query, counted from the first of both.
-      query_seq_lengths, key_value_seq_lengths: integers ``[batch]``; what lies beyond
-        is padding.
+      query_seq_lengths, key_value_seq_lengths: ``[batch]``; the rest is padding.
       local_window_size: keys before and after a query, or one number for both.
-      implementation: the ``impl`` of ``sadsl.attention``: "xla", "tpu", "triton",
-        "reference" or None. "cudnn" is refused.
+      implementation: the ``impl`` of ``sadsl.attention``; "cudnn" is refused.
       return_residual: also return the log-sum-exp, ``[batch, q_seq, heads]``, without
         a gradient.
       operands, interpret, config: as in ``sadsl.attention``.
@@ -73,8 +70,7 @@ def dot_product_attention(
     Example:
       >>> import jax.numpy as jnp, sadsl as sa
       >>> x, v = jnp.zeros((4, 1, 2)), jnp.arange(4.0).reshape(4, 1, 1)
-      >>> out = sa.dot_product_attention(x, x, v, spec="window(1)", is_causal=True)
-      >>> out[:, 0, 0].tolist()
+      >>> sa.dot_product_attention(x, x, v, spec="window(1)")[:, 0, 0].tolist()
       [0.0, 0.5, 1.5, 2.5]
     """
     alone = query.ndim == 3
@@ -83,35 +79,48 @@ def dot_product_attention(
     batch, q_seq, heads, _ = query.shape
     sizes = PairSizes(batch, heads, q_seq, key.shape[1])
     term = _softmax(full() if spec is None else spec)
-    given: dict[str, Any] = dict(operands or {})
-    pairs = term.map & _positions(is_causal, local_window_size)
-    for name, lengths in zip(
-        LENGTHS, (query_seq_lengths, key_value_seq_lengths), strict=True
-    ):
-        if lengths is not None:
-            given[name] = _lengths(name, lengths, sizes.batch)
-            pairs = pairs & _within(name)
-    if mask is not None:
-        mask = jnp.asarray(mask)
-        if mask.dtype != bool:
-            raise TypeError(
-                f"mask has dtype {mask.dtype}: it must be bool; numbers are a bias"
-            )
-        extra, given[MASK] = pairs_of(MASK, mask, sizes)
-        pairs = pairs & extra
-    added = term.bias
-    if bias is not None:
-        more, given[BIAS] = bias_of(BIAS, jnp.asarray(bias), sizes)
-        added = more if added is None else added + more
-    term = replace(term, map=pairs, bias=added)
+    term = replace(term, map=term.map & _positions(is_causal, local_window_size))
+    lengths = query_seq_lengths, key_value_seq_lengths
+    given = {**dict(zip(LENGTHS, lengths, strict=True)), MASK: mask, BIAS: bias}
+    term, arrays = _limited(term, given, sizes)
     out, lse = attention(
-        query, key, value, term, operands=given, sm_scale=scale, return_lse=True,
-        impl=implementation, interpret=interpret, config=config,
+        query, key, value, term, operands={**(operands or {}), **arrays},
+        sm_scale=scale, return_lse=True, impl=implementation, interpret=interpret,
+        config=config,
     )  # fmt: skip
     residual = jax.lax.stop_gradient(jnp.swapaxes(lse, 1, 2).astype(key.dtype))
     if alone:
         out, residual = out[0], residual[0]
     return (out, residual) if return_residual else out
+
+
+def _limited(
+    term: Softmax, given: Mapping[str, Any], sizes: PairSizes
+) -> tuple[Softmax, dict[str, Array]]:
+    """The spec with the arrays of a call that are not None, and what it then reads.
+
+    Raises:
+      ValueError: an array does not fit the sizes.
+      TypeError: it has another dtype.
+    """
+    found: dict[str, Array] = {}
+    pairs, added = term.map, term.bias
+    for name in LENGTHS:
+        if given[name] is not None:
+            found[name] = _lengths(name, given[name], sizes.batch)
+            pairs = pairs & _within(name)
+    if given[MASK] is not None:
+        mask = jnp.asarray(given[MASK])
+        if mask.dtype != bool:
+            raise TypeError(
+                f"mask has dtype {mask.dtype}: it must be bool; numbers are a bias"
+            )
+        extra, found[MASK] = pairs_of(MASK, mask, sizes)
+        pairs = pairs & extra
+    if given[BIAS] is not None:
+        more, found[BIAS] = bias_of(BIAS, jnp.asarray(given[BIAS]), sizes)
+        added = more if added is None else added + more
+    return replace(term, map=pairs, bias=added), found
 
 
 def _softmax(spec: Spec | str) -> Softmax:

@@ -46,7 +46,7 @@ LENGTHS = {
 TABLE = list(
     itertools.product(MASKS, BIASES, WINDOWS, LENGTHS, [False, True], [None, 0.3])
 )
-FEW = TABLE[37::149]
+FEW = TABLE[185::149]
 
 
 CASES = [

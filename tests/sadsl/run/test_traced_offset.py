@@ -61,6 +61,7 @@ def test_each_batch_entry_has_its_own_position():
         np.testing.assert_allclose(found[i : i + 1], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["reference", "tpu", "triton"])
 def test_backends_and_gradients(impl):
     q, k, v = arrays()
