@@ -10,7 +10,7 @@ import pytest
 import sadsl as sa
 from lowering import ir, pipeline
 from lowering.run_time import pair_bits, plans
-from lowering.run_time.pair_bits import key_groups
+from lowering.run_time.pair_groups import key_groups
 from lowering.run_time.vectors import vectors_of
 from pallas_kernels import dense
 from pallas_kernels.block_mask import EMPTY, FULL, blank, check, expand, from_blocks

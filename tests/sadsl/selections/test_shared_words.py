@@ -8,7 +8,7 @@ import pytest
 import sadsl as sa
 from lowering import pipeline
 from lowering.problem import Problem
-from lowering.run_time import pair_bits
+from lowering.run_time import pair_bits, pair_groups
 from sadsl import catalog
 from sadsl.selections import stripes
 
@@ -20,7 +20,7 @@ def per_word(text, n, blocks_q=(64,), q_offset=0):
     (pred,) = pipeline.run(sa.parse(text).node, Problem(n, n, 2, q_offset))[
         "hoist"
     ].bits
-    return pair_bits.queries_per_word(pred, n, blocks_q)
+    return pair_groups.queries_per_word(pred, n, blocks_q)
 
 
 @pytest.mark.parametrize(
