@@ -5,6 +5,7 @@ for each key. Entry ``(q, k)`` of the tile is bit ``bit[k]`` of the words of ``q
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -34,15 +35,29 @@ def tile(words: Sequence[jax.Array], bit: jax.Array) -> jax.Array:
 def window(
     x: PairBits, q_block: Any, kv_block: Any, *, block_q: int, kv_seq_len: int
 ) -> tuple[Any, Any]:
-    """The plane of a tile, and the index of the first of its ``block_q`` words.
+    """The plane of a tile, and the index of the first of its ``words_of_block``.
 
-    ``kv_block`` counts blocks of ``x.block_kv``. The index is a multiple of
-    ``block_q``; if ``x`` is diagonal, of the greatest common divisor of both blocks.
+    ``kv_block`` counts blocks of ``x.block_kv``. The index is a multiple of their
+    number; if ``x`` is diagonal, of the greatest common divisor of both blocks.
     """
     if not x.diagonal:
-        return quotient(kv_block, x.blocks_per_plane), q_block * block_q
+        plane = quotient(kv_block, x.blocks_per_plane)
+        if x.queries_per_word > block_q:
+            return plane, quotient(q_block, x.queries_per_word // block_q)
+        return plane, q_block * words_of_block(x, block_q)
     last = -(-kv_seq_len // x.block_kv) - 1
     return 0, q_block * block_q + (last - kv_block) * x.block_kv
+
+
+def words_of_block(x: PairBits, block_q: int) -> int:
+    """The number of words, for one key, that the queries of a block read."""
+    return max(1, block_q // x.queries_per_word)
+
+
+def expanded(x: PairBits, q_seq_len: int) -> PairBits:
+    """The same bits with a word for each query."""
+    words = jnp.repeat(x.words, x.queries_per_word, axis=-1)[..., :q_seq_len]
+    return replace(x, words=words, queries_per_word=1)
 
 
 def quotient(number: Any, by: int) -> Any:
@@ -60,17 +75,28 @@ def padded_length(x: PairBits, block_q: int, q_seq_len: int, kv_seq_len: int) ->
     """The length of the words at which every window of whole blocks lies in them."""
     padded_q = -(-q_seq_len // block_q) * block_q
     if not x.diagonal:
-        return padded_q
+        return -(-padded_q // x.queries_per_word)
     return padded_q + (-(-kv_seq_len // x.block_kv) - 1) * x.block_kv
 
 
-def check(bits: Iterable[PairBits], *blocks_kv: int) -> None:
-    """Checks that bits are packed for the key blocks that the kernels visit.
+def check(bits: Iterable[PairBits], *blocks: tuple[int, int]) -> None:
+    """Checks that bits are packed for the blocks that the kernels visit.
+
+    ``blocks`` are ``(block_q, block_kv)`` of each kernel.
 
     Raises:
-      ValueError: a kernel has another ``block_kv`` than the bits.
+      ValueError: a kernel has another ``block_kv`` than the bits, or a ``block_q`` of
+        which only a part shares a word.
     """
+    blocks_q, blocks_kv = zip(*blocks, strict=True)
     for i, x in enumerate(bits):
+        per = x.queries_per_word
+        if any(per % block and block % per for block in blocks_q):
+            raise ValueError(
+                f"bits[{i}] have a word for each {per} queries, and the kernels have "
+                f"block_q={', '.join(map(str, blocks_q))}: queries_per_word must "
+                "divide each block_q or be a multiple of it; pack the bits again"
+            )
         if any(block != x.block_kv for block in blocks_kv):
             raise ValueError(
                 f"bits[{i}] are packed for block_kv={x.block_kv}, and the kernels have "

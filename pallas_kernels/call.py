@@ -43,13 +43,17 @@ class PairBits:
     Let ``j = k // block_kv`` be the block of key ``k``. The bit of the pair ``(q, k)``
     is bit ``bit[k] % 32`` of the word
 
-    - ``words[..., j // blocks_per_plane, bit[k] // 32, q]``, of ``length ==
-      q_seq_len``; or, if ``diagonal``,
+    - ``words[..., j // blocks_per_plane, bit[k] // 32, q // queries_per_word]``; or, if
+      ``diagonal``,
     - ``words[..., 0, bit[k] // 32, x]`` with ``x = q + (num_kv_blocks - 1 - j) *
       block_kv``: one plane, whose length is that of the range of ``x``.
 
     Words beyond the length count as 0. The bits of a diagonal array depend on ``q - k``
     alone.
+
+    ``queries_per_word`` neighbouring queries share their words. It divides the
+    ``block_q`` of every kernel of the call, or is a multiple of it. It is 1 if the
+    array is diagonal.
 
     ``keys_per_bit`` is None, or says that bits are numbered in the order of the keys:
     ``bit[k] == k % (block_kv * blocks_per_plane) // keys_per_bit``. It is 1 if the
@@ -63,6 +67,7 @@ class PairBits:
     diagonal: bool = field(default=False, metadata={"static": True})
     blocks_per_plane: int = field(default=1, metadata={"static": True})
     keys_per_bit: int | None = field(default=None, metadata={"static": True})
+    queries_per_word: int = field(default=1, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -60,7 +60,7 @@ def unpacked(x: PairBits, q_seq_len: int) -> jax.Array:
     """The bits of all pairs, bool ``[batch or 1, heads or 1, q, kv]``."""
     (kv_seq_len,) = np.shape(x.bit)
     plane = np.arange(kv_seq_len) // x.block_kv
-    at = np.arange(q_seq_len)[:, None]
+    at = np.arange(q_seq_len)[:, None] // x.queries_per_word
     if x.diagonal:
         at = at + (plane[-1] - plane) * x.block_kv
         plane = 0 * plane

@@ -12,7 +12,8 @@ from pallas_kernels.call import PairBits
 class Table:
     """Random bits; ``width`` keys share a bit, and ``shape`` is (batch, heads) or 1.
 
-    ``told`` says the width to the kernels. ``blocks`` key blocks share a plane.
+    ``told`` says the width to the kernels. ``blocks`` key blocks share a plane, and
+    ``queries`` neighbours share their words.
     """
 
     width: int = 1
@@ -20,6 +21,7 @@ class Table:
     diagonal: bool = False
     told: bool = True
     blocks: int = 1
+    queries: int = 1
     seed: int = 0
 
     def build(self, q_len, kv_len, block_kv):
@@ -30,17 +32,19 @@ class Table:
         words, bit = jnp.asarray(words, jnp.int32), jnp.asarray(bit, jnp.int32)
         told = self.width if self.told else None
         return PairBits(
-            words, bit, block_kv, self.diagonal, self.blocks, keys_per_bit=told
-        ), pairs
+            words, bit, block_kv, self.diagonal, self.blocks, keys_per_bit=told,
+            queries_per_word=self.queries,
+        ), pairs  # fmt: skip
 
     def of_groups(self, q_len, kv_len, block_kv, rng):
         span = block_kv * self.blocks
         num_words = -(-span // self.width // 32)
-        shape = (*self.shape, -(-kv_len // span), num_words, q_len)
+        shape = (*self.shape, -(-kv_len // span), num_words, -(-q_len // self.queries))
         words = rng.integers(-(2**31), 2**31, shape)
         k = np.arange(kv_len)
         bit = k % span // self.width
-        columns = words[:, :, k // span, bit // 32]
+        columns = np.repeat(words, self.queries, axis=-1)[..., :q_len]
+        columns = columns[:, :, k // span, bit // 32]
         return words, np.moveaxis(columns >> (bit % 32)[:, None] & 1 == 1, 2, 3), bit
 
     def of_differences(self, q_len, kv_len, block_kv, rng):

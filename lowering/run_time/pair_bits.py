@@ -1,9 +1,10 @@
 """Evaluates hoisted comparisons and packs them into bits that kernels read.
 
 A comparison that looks up a run-time array at both the query and the key is evaluated
-outside of the kernel: once for every query and every group of keys that it does not
-distinguish, or, if it depends on ``q - k`` alone, once for every difference. The bits
-are packed into int32 words, for each query and each plane of key blocks.
+outside of the kernel: once for every group of queries and every group of keys that it
+does not distinguish, or, if it depends on ``q - k`` alone, once for every difference.
+The bits are packed into int32 words, for each group of queries and each plane of key
+blocks.
 """
 
 import math
@@ -21,7 +22,14 @@ from lowering.expr.printing import show
 from lowering.expr.simplify import sum_of
 from lowering.expr.static_range import Known, Span
 from lowering.run_time.packed import PackedBools
+from lowering.run_time.pair_groups import (
+    KeyGroups,
+    key_groups,
+    keys_per_group,
+    queries_per_word,
+)
 from lowering.run_time.vectors import AtPositions, evaluate_outside, look_up
+from pallas_kernels.bits import words_of_block
 from pallas_kernels.call import WORD, PairBits
 
 
@@ -31,18 +39,51 @@ def pack(
     block_kv: int,
     num_heads: int,
     operands: Mapping[str, Any],
+    blocks_q: tuple[int, ...],
 ) -> tuple[PairBits, ...]:
     """The bits of hoisted comparisons; ``lengths`` are those of queries and keys.
+
+    ``blocks_q`` are the query blocks of the kernels that read them.
 
     Raises:
       NotImplementedError: an index mixes the query and the key, but not as ``q - k``.
     """
     found = []
     for pred in preds:
-        build = _of_differences if _is_difference(pred) else _of_groups
-        build = _of_packed if _reads_packed(pred, operands) else build
-        found.append(build(pred, lengths, block_kv, num_heads, operands))
+        build, shared = _of_differences, 1
+        if not _is_difference(pred):
+            build = _of_packed if _reads_packed(pred, operands) else _of_groups
+            shared = queries_per_word(pred, lengths[0], blocks_q)
+        sizes = _Sizes(num_heads, *lengths, shared)
+        found.append(build(pred, sizes, block_kv, operands))
     return tuple(found)
+
+
+class _Sizes(NamedTuple):
+    """The sizes of a call, ``shared`` neighbouring queries of which share words."""
+
+    heads: int
+    q_seq_len: int
+    kv_seq_len: int
+    shared: int
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of queries."""
+        return -(-self.q_seq_len // self.shared)
+
+    @property
+    def known(self) -> Known:
+        """The spans of positions and heads."""
+        return known_of(self.q_seq_len, self.kv_seq_len, self.heads)
+
+    def at(self, key: jax.Array, operands: Mapping[str, jax.Array]) -> AtPositions:
+        """The first query of each group on the last axis, heads on the second."""
+        first = jnp.arange(0, self.q_seq_len, self.shared, dtype=jnp.int32)
+        head = jnp.arange(self.heads, dtype=jnp.int32)
+        ones = (1,) * (key.ndim - 2)
+        q, h = first.reshape(1, *ones, -1), head.reshape(1, -1, *ones)
+        return AtPositions(q, key, h=h, operands=operands)
 
 
 def _reads_packed(pred: ir.Pred, operands: Mapping[str, Any]) -> bool:
@@ -59,62 +100,47 @@ def _reads_packed(pred: ir.Pred, operands: Mapping[str, Any]) -> bool:
 
 
 def _of_packed(
-    pred: ir.Pred, lengths: tuple[int, int], block_kv: int, num_heads: int,
-    operands: Mapping[str, Any],
-) -> PairBits:  # fmt: skip
+    pred: ir.Pred, sizes: _Sizes, block_kv: int, operands: Mapping[str, Any]
+) -> PairBits:
     """The words of packed bools, moved to their planes; no single bit is looked at."""
     assert isinstance(pred, ir.Eq)
     assert isinstance(pred.left, ir.Operand)
     values, (*index, column) = operands[pred.left.name], pred.left.index
-    q_seq_len, kv_seq_len = lengths
-    found = key_groups(pred, kv_seq_len, block_kv)
+    found = key_groups(pred, sizes.kv_seq_len, block_kv)
     first = _first_columns(found, column, values.length)
     if first is None:
-        return _of_groups(pred, lengths, block_kv, num_heads, operands)
+        return _of_groups(pred, sizes, block_kv, operands)
     moved = values.windows(first.reshape(-1))
-    words = _by_query(moved, tuple(index), (num_heads, *lengths), operands)
-    return PairBits(
-        words.reshape(*words.shape[:2], *first.shape, q_seq_len),
-        found.group,
-        block_kv,
-        blocks_per_plane=found.blocks,
-        keys_per_bit=keys_per_group(found, block_kv),
-    )
+    words = _by_query(moved, tuple(index), sizes, operands)
+    words = words.reshape(*words.shape[:2], *first.shape, sizes.groups)
+    return _with_words(words, found, block_kv, sizes)
 
 
 def _by_query(
     words: jax.Array,
     index: tuple[ir.Expr, ...],
-    sizes: tuple[int, int, int],
+    sizes: _Sizes,
     operands: Mapping[str, Any],
 ) -> jax.Array:
     """``words [batch, ..., word]`` at the index of each head and query, with the word.
 
-    ``sizes`` are those of heads, queries and keys. Returns ``[batch, heads or 1, words,
-    queries]``.
+    Returns ``[batch, heads or 1, words, groups of queries]``.
     """
-    num_heads, q_seq_len, _ = sizes
     by_head = words[:, None] if index == (ir.Q,) else words
     if index in ((ir.Q,), (ir.H, ir.Q)) and by_head.shape[1:3] in (
-        (1, q_seq_len),
-        (num_heads, q_seq_len),
+        (1, sizes.groups),
+        (sizes.heads, sizes.groups),
     ):
         return jnp.swapaxes(by_head, 2, 3)
-    at = AtPositions(
-        jnp.arange(q_seq_len, dtype=jnp.int32).reshape(1, 1, 1, -1),
-        jnp.zeros((1,) * 4, jnp.int32),
-        h=jnp.arange(num_heads, dtype=jnp.int32).reshape(1, -1, 1, 1),
-        operands=operands,
-    )
-    known = known_of(q_seq_len, sizes[2], num_heads)
-    rows = [evaluate_outside(i, at, known) for i in index]
+    at = sizes.at(jnp.zeros((1,) * 4, jnp.int32), operands)
+    rows = [evaluate_outside(i, at, sizes.known) for i in index]
     word = jnp.arange(words.shape[-1], dtype=jnp.int32).reshape(1, 1, -1, 1)
     found = look_up(words, (*rows, word), 4)
-    return jnp.broadcast_to(found, (*found.shape[:3], q_seq_len))
+    return jnp.broadcast_to(found, (*found.shape[:3], sizes.groups))
 
 
 def _first_columns(
-    groups: "KeyGroups", column: ir.Expr, length: int
+    groups: KeyGroups, column: ir.Expr, length: int
 ) -> np.ndarray | None:
     """The column of the first bit of every word, ``[planes, words]``.
 
@@ -167,97 +193,38 @@ def _reads_difference(node: ir.Node) -> bool:
 
 
 def _of_groups(
-    pred: ir.Pred, lengths: tuple[int, int], block_kv: int, num_heads: int,
-    operands: Mapping[str, jax.Array],
-) -> PairBits:  # fmt: skip
-    q_seq_len, kv_seq_len = lengths
-    found = key_groups(pred, kv_seq_len, block_kv)
+    pred: ir.Pred, sizes: _Sizes, block_kv: int, operands: Mapping[str, jax.Array]
+) -> PairBits:
+    found = key_groups(pred, sizes.kv_seq_len, block_kv)
     planes, count = found.member.shape
     num_words, bits = -(-count // WORD), min(count, WORD)
     spare = num_words * bits - count
     member = np.pad(found.member, ((0, 0), (0, spare)), mode="edge")
-    # [batch, heads, planes, words, bits, queries]
-    at = AtPositions(
-        jnp.arange(q_seq_len, dtype=jnp.int32).reshape(1, 1, 1, 1, 1, -1),
-        jnp.asarray(member, jnp.int32).reshape(1, 1, planes, num_words, bits, 1),
-        h=jnp.arange(num_heads, dtype=jnp.int32).reshape(1, -1, 1, 1, 1, 1),
-        operands=operands,
-    )
-    known = known_of(q_seq_len, kv_seq_len, num_heads)
-    words = _word(evaluate_outside(pred, at, known), 4)
-    words = jnp.broadcast_to(words, (*words.shape[:4], q_seq_len))
+    # [batch, heads, planes, words, bits, groups of queries]
+    key = jnp.asarray(member, jnp.int32).reshape(1, 1, planes, num_words, bits, 1)
+    held = evaluate_outside(pred, sizes.at(key, operands), sizes.known)
+    words = _word(held, 4)
+    words = jnp.broadcast_to(words, (*words.shape[:4], sizes.groups))
+    return _with_words(words, found, block_kv, sizes)
+
+
+def _with_words(
+    words: jax.Array, groups: KeyGroups, block_kv: int, sizes: _Sizes
+) -> PairBits:
     return PairBits(
         words,
-        found.group,
+        groups.group,
         block_kv,
-        blocks_per_plane=found.blocks,
-        keys_per_bit=keys_per_group(found, block_kv),
+        blocks_per_plane=groups.blocks,
+        keys_per_bit=keys_per_group(groups, block_kv),
+        queries_per_word=sizes.shared,
     )
-
-
-class KeyGroups(NamedTuple):
-    """Groups of keys that no index distinguishes, numbered from 0 in each plane.
-
-    A plane is some consecutive blocks of keys that share words of bits.
-    """
-
-    group: np.ndarray  # int32 [kv_seq_len]
-    member: np.ndarray  # [planes, most groups]: a key of each group, padded by repeats
-    blocks: int  # key blocks in a plane
-
-
-def key_groups(pred: ir.Pred, kv_seq_len: int, block_kv: int) -> KeyGroups:
-    """The groups, with as many blocks in a plane as fit one word, at least one."""
-    k = np.arange(kv_seq_len)
-    reads = [n for n in _outermost(pred) if "k" in ir.axes(n)]
-    if any(isinstance(n, ir.Operand) for node in reads for n in ir.walk(node)):
-        reads = [ir.K]
-    at = NumPy(np.zeros_like(k), k)
-    values = [np.broadcast_to(evaluate(node, at), k.shape) for node in reads]
-    best = _grouped(k // block_kv, values, 1)
-    while best.blocks * block_kv < kv_seq_len:
-        wider = _grouped(k // block_kv, values, 2 * best.blocks)
-        if wider.member.shape[1] > WORD:
-            break
-        best = wider
-    return best
-
-
-def _grouped(block: np.ndarray, values: list[np.ndarray], blocks: int) -> KeyGroups:
-    columns = np.stack([block // blocks, *values])
-    found = np.unique(columns, axis=1, return_index=True, return_inverse=True)
-    # Numbers the groups by their first key, and so plane by plane.
-    order = np.argsort(found[1])
-    key, label = found[1][order], np.argsort(order)[found[2].reshape(-1)]
-    plane = columns[0][key]
-    start = np.searchsorted(plane, np.arange(columns[0][-1] + 1))
-    group = label - start[columns[0]]
-    member = np.repeat(key[start][:, None], group.max() + 1, axis=1)
-    member[plane, np.arange(len(key)) - start[plane]] = key
-    return KeyGroups(group.astype(np.int32), member, blocks)
-
-
-def keys_per_group(groups: KeyGroups, block_kv: int) -> int | None:
-    """The keys of a group if all groups have as many, in the order of keys."""
-    key = np.arange(len(groups.group)) % (block_kv * groups.blocks)
-    # The keys before the first that is not of group 0.
-    others = np.flatnonzero(groups.group[: block_kv * groups.blocks])
-    size = int(others[0]) if len(others) else block_kv * groups.blocks
-    return size if np.array_equal(groups.group, key // size) else None
-
-
-def _outermost(node: ir.Node) -> list[ir.Expr]:
-    """The largest expressions that read the key and not the query."""
-    if isinstance(node, ir.Expr) and ir.axes(node) - {"h"} == {"k"}:
-        return [node]
-    return [found for child in ir.children(node) for found in _outermost(child)]
 
 
 def _of_differences(
-    pred: ir.Pred, lengths: tuple[int, int], block_kv: int, num_heads: int,
-    operands: Mapping[str, jax.Array],
-) -> PairBits:  # fmt: skip
-    q_seq_len, kv_seq_len = lengths
+    pred: ir.Pred, sizes: _Sizes, block_kv: int, operands: Mapping[str, jax.Array]
+) -> PairBits:
+    num_heads, q_seq_len, kv_seq_len, _ = sizes
     start = (-(-kv_seq_len // block_kv) - 1) * block_kv
     num_words = -(-block_kv // WORD)
     before = num_words * WORD - 1
@@ -364,7 +331,12 @@ def _combined(words: jax.Array, fold: Fold) -> jax.Array:
 
 
 def _standing(bits: PairBits, block_q: int, q_seq_len: int, fold: Fold) -> jax.Array:
-    folded = _folded(bits.words, block_q, q_seq_len, fold)
+    size = words_of_block(bits, block_q)
+    folded = _folded(bits.words, size, bits.words.shape[-1], fold)
+    rows = -(-q_seq_len // block_q)
+    # Blocks within a group of queries read the same words.
+    again = bits.queries_per_word * size // block_q
+    folded = jnp.repeat(folded, again, axis=-1)[..., :rows]
     block = np.arange(-(-len(bits.bit) // bits.block_kv))
     return folded[:, :, block // bits.blocks_per_plane]
 

@@ -107,7 +107,8 @@ class Placed(NamedTuple):
 
 
 def placed(x: PairBits, sizes: TpuSizes, by: Axis) -> Placed:
-    """The words that a kernel with rows ``by`` reads."""
+    """The words that a kernel with rows ``by`` reads: each query has its own."""
+    x = bits.expanded(x, sizes.q_seq_len)
     if by == "kv":
         return _as_packed(x, sizes)
     if x.diagonal:

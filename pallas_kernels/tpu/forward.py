@@ -27,7 +27,7 @@ from pallas_kernels.varying import shape_like
 def forward(inputs: Inputs, vectors: Vectors, lists: TpuLists, call: Call) -> Kept:
     """Attention over the blocks of ``lists.forward``; see ``call.Backend.forward``."""
     q_seq_len, dtype = inputs.q.shape[2], inputs.q.dtype
-    bits.check(vectors.bits, *(x.sizes.block_kv for x in lists))
+    bits.check(vectors.bits, *((x.sizes.block_q, x.sizes.block_kv) for x in lists))
     vectors = operands.with_batch_and_heads(vectors)
     run = foldable(partial(_run, call=call))
     found = run(operands.prepared(inputs), vectors, lists.forward)

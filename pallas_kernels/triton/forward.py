@@ -119,7 +119,7 @@ def forward_kernel(
 def forward(inputs: Inputs, vectors: Vectors, lists: TritonLists, call: Call) -> Kept:
     """Attention over the blocks of ``lists.forward``; see ``call.Backend.forward``."""
     plan, tile = lists.forward, call.tiles.forward
-    bits.check(vectors.bits, *(x.sizes.block_kv for x in lists))
+    bits.check(vectors.bits, *((x.sizes.block_q, x.sizes.block_kv) for x in lists))
     batch, num_q_heads, q_seq_len, _ = inputs.q.shape
     head_dim_v = inputs.v.shape[-1]
     padded = pad_inputs(inputs, plan.sizes, call.values)

@@ -231,6 +231,9 @@ def bit_tiles(
             x, q_block, kv_block, block_q=block_q, kv_seq_len=sizes.kv_seq_len
         )
         here, lead = pl.ds(start, block_q), ()
+        if x.queries_per_word > 1:
+            query = jax.lax.broadcasted_iota(jnp.int32, (block_q,), 0)
+            here = start + bits.quotient(query, x.queries_per_word)
         if member is not None:
             lead = (0 if x.words.shape[0] == 1 else member,)
         words = [

@@ -256,7 +256,8 @@ class Pairs:
         self, x: PairBits, row: Int32[Array, ""], block: Int32[Array, " slots"]
     ) -> Bool[Array, "..."]:
         """The bits of a row of blocks, ``[batch or 1, heads, group, q, slots * k]``."""
-        sizes = (*x.words.shape[:3], 1, x.words.shape[4], self.block_q)
+        count = bits.words_of_block(x, self.block_q)
+        sizes = (*x.words.shape[:3], 1, x.words.shape[4], count)
 
         def words_of(at: Int32[Array, ""]) -> Int32[Array, "..."]:
             plane, start = bits.window(
@@ -272,7 +273,8 @@ class Pairs:
         columns = [words[:, :, :, i, :, :, None] for i in range(words.shape[3])]
         keys = jnp.take(x.bit, block, axis=0, mode="clip")[None, None, None, None]
         held = bits.tile(columns, keys)
-        return held.reshape(*held.shape[:4], -1)
+        held = held.reshape(*held.shape[:4], -1)
+        return jnp.repeat(held, self.block_q // count, axis=3)
 
 
 def mapped(f: Callable, axes: int) -> Callable:
@@ -316,7 +318,7 @@ def pairs_of(
         words = jnp.pad(words, [(0, 0)] * 5 + [(0, short)])
         return replace(x, words=words, bit=to_blocks(x.bit, 0, plan.block_kv))
 
-    bits.check(vectors.bits, plan.block_kv)
+    bits.check(vectors.bits, (plan.block_q, plan.block_kv))
     seeds = vectors.seeds
     if seeds is not None:
         seeds = Seeds(split(seeds.q, plan.block_q), split(seeds.kv, plan.block_kv))

@@ -94,10 +94,11 @@ def call_vectors(stages: Stages, arrays: Mapping[str, Array], tiles: Tiles) -> V
     program = stages["hoist"]
     lengths = program.problem.q_seq_len, program.problem.kv_seq_len
     num_heads, block_kv = program.problem.num_heads, tiles.forward.block_kv
+    blocks_q = tiles.forward.block_q, tiles.dq.block_q, tiles.dkv.block_q
     return Vectors(
         vectors_of(program.q_vectors, lengths[0], num_heads, arrays),
         vectors_of(program.kv_vectors, lengths[1], num_heads, arrays),
-        pair_bits.pack(program.bits, lengths, block_kv, num_heads, arrays),
+        pair_bits.pack(program.bits, lengths, block_kv, num_heads, arrays, blocks_q),
     )
 
 

@@ -1,8 +1,9 @@
 """Runs a choice of single keys by lists instead of bits, where that pays.
 
 A map with a choice ``S`` that only adds pairs is ``base | (S & rest)``: ``base`` are
-the pairs without it, and ``rest`` are those that it may add. The pairs of ``base`` run
-as blocks, those of ``S & rest`` by list, and both are merged by their log-sum-exps.
+the pairs that it has whatever is chosen, and ``rest`` are those that ``S`` may add. The
+pairs of ``base`` run as blocks, those of ``S & rest`` by list, and both are merged by
+their log-sum-exps.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ from pallas_kernels.lists import dispatch
 from pallas_kernels.lists.call import ListCall
 from pallas_kernels.shared_values import loaded_once
 from sadsl.maps.base import IndexMap
-from sadsl.maps.named import full
+from sadsl.maps.symbols import Truth
+from sadsl.maps.traced_map import traced_map
 from sadsl.run.content import content_of
 from sadsl.run.options import Options
 from sadsl.selections.base import (
@@ -128,7 +130,9 @@ def _split(
         return None
     if not is_positive(map.node, choice.key("chosen")):
         return None
-    rest, base = (with_choice(map, choice, x) for x in (full(), ~full()))
+    rest, base = (
+        with_choice(map, choice, bound(choice, held=x)) for x in (True, False)
+    )
     some = not _is_empty(base, problem)
     rest = rest - base if some else rest
     if selections_of(rest):
@@ -140,6 +144,11 @@ def _split(
     if len(program.maps) > 1 or program.bits or by_head:
         return None
     return (base if some else None), stages
+
+
+def bound(choice: Selection, *, held: bool) -> IndexMap:
+    """All pairs that the choice may have; or those that it has whatever is chosen."""
+    return traced_map(Truth(envelope(choice.node, choice.owns, held=held)))
 
 
 def _is_empty(map: IndexMap, problem: Problem) -> bool:

@@ -158,9 +158,10 @@ class Selection(IndexMap):
     def list_shape(self, problem: Problem) -> ListShape | None:
         """The shape of its choice as lists; None if a list cannot hold it.
 
-        Then ``pairs`` reads the one part "chosen", and the part "listed" may be given
-        instead: int32 ``[batch or 1, groups, rows, size]``, ascending. An entry of the
-        number of all blocks, at the end of a list, stands for no block.
+        Then ``pairs`` reads the one part "chosen", perhaps beside conditions that no
+        choice changes, and the part "listed" may be given instead: int32 ``[batch or 1,
+        groups, rows, size]``, ascending. An entry of the number of all blocks, at the
+        end of a list, stands for no block.
         """
         del problem
         return None

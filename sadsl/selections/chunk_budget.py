@@ -4,19 +4,26 @@ Xiong et al., Long-context modeling with dynamic hierarchical sparse attention f
 on-device LLMs, 2025, section 3.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 from typing_extensions import override
 
+from lowering.problem import Problem
+from lowering.run_time.packed import PackedBools, words_of
+from pallas_kernels.call import WORD
+from pallas_kernels.lists.call import held
 from sadsl.maps.base import at_least
-from sadsl.maps.symbols import Symbol, Truth
-from sadsl.selections.base import Content, Leak, NamedSelection
+from sadsl.maps.symbols import POSITIONS, Symbol, Truth
+from sadsl.selections.base import Content, Leak, ListShape, NamedSelection
+from sadsl.selections.listing import first_set, pack
 
+# The number of keys.
+N = POSITIONS["n"]
 FLAGS = "integers or bools [batch or 1, keys], not 0 where a chunk begins"
 
 
@@ -53,15 +60,60 @@ class ChunkBudget(NamedSelection):
     def operands(self) -> Mapping[str, int]:
         return {"boundaries": 1}
 
+    @property
+    def rows(self) -> int:
+        """The number of queries that share a choice."""
+        return self.block if self.by_block else 1
+
     @override
     def choose(self, content: Content) -> Mapping[str, Array]:
-        """Chooses whole chunks by rank, and a part of the next one, for all heads.
+        """Chooses ``chosen``, bools ``[batch, queries or query blocks, keys]``.
 
-        Parts, int32: ``rank [batch, query blocks, chunks]``, the rank of each chunk;
-        ``chunk [batch, keys]``, the chunk of each key; and ``[batch, queries]``: a
-        query sees the chunks of ranks below ``limit``, the keys ``start <= k < stop``
-        and, with ``by_block``, those from ``near`` on. Memory: a block of queries times
-        the chunks, and the result.
+        Memory: a block of queries times the chunks, and the result.
+        """
+        return {"chosen": self._by_blocks(content, lambda chosen: chosen)}
+
+    @override
+    def choose_packed(self, content: Content) -> Mapping[str, Array | PackedBools]:
+        words = self._by_blocks(content, words_of)
+        return {"chosen": PackedBools(words, content.k.shape[2])}
+
+    @override
+    def list_shape(self, problem: Problem) -> ListShape:
+        """Lists of the keys that take part of the budget, without the ``first``."""
+        num_keys = problem.kv_seq_len
+        size = self.budget - self.first
+        beyond = problem.q_offset + problem.q_seq_len > num_keys
+        if not self.by_block and not beyond:
+            size -= self.local
+        least = self.local if self.by_block else 0
+        size = min(max(size, least, 1), num_keys)
+        return ListShape(size, self.rows, 1, "shared")
+
+    @override
+    def choose_lists(self, content: Content) -> Int[Array, "batch groups rows size"]:
+        lengths = content.q.shape[2], content.k.shape[2]
+        problem = Problem(*lengths, content.q.shape[1], content.q_offset)
+        size = self.list_shape(problem).size
+
+        def of_rows(chosen: Array) -> Array:
+            wide = jnp.pad(chosen, ((0, 0), (0, -chosen.shape[1] % WORD)))
+            return jnp.minimum(first_set(pack(wide), size), chosen.shape[1])
+
+        return self._by_blocks(jax.lax.stop_gradient(content), of_rows)[:, None]
+
+    @override
+    def chosen_by(
+        self, listed: Int[Array, "batch groups rows size"], problem: Problem
+    ) -> Mapping[str, Array]:
+        return {"chosen": held(listed, problem.kv_seq_len)[:, 0]}
+
+    def _by_blocks(
+        self, content: Content, kept: Callable[[Array], Array]
+    ) -> Shaped[Array, "batch rows _"]:
+        """``kept(chosen)`` of the rows of each block in turn, side by side.
+
+        ``chosen`` are bools ``[rows, keys]``.
         """
         batch, _, length, _ = content.q.shape
         num_keys = content.k.shape[2]
@@ -78,8 +130,10 @@ class ChunkBudget(NamedSelection):
         q = q.reshape(batch, -1, self.block, q.shape[-1])
         row = jnp.arange(length + spare).reshape(-1, self.block)
         k = content.k.astype(jnp.float32).mean(axis=1)
+        # The padding of a short last block is 0 and adds nothing to its sum.
+        count = jnp.sum(row < length, axis=1, keepdims=True).astype(jnp.float32)
 
-        def of_entry(q: Array, k: Array, flags: Array) -> dict[str, Array]:
+        def of_entry(q: Array, k: Array, flags: Array) -> Array:
             chunk = jnp.minimum(jnp.cumsum(flags.at[0].set(True)), num_chunks) - 1
             every = jnp.arange(num_chunks)
             ranges = ChunkRanges(
@@ -87,40 +141,39 @@ class ChunkBudget(NamedSelection):
                 jnp.searchsorted(chunk, every, side="right").astype(jnp.int32),
             )
             pooled = pool(k, ranges, chunk)
-            # The padding of a short last block is 0 and adds nothing to its sum.
-            count = jnp.sum(row < length, axis=1, keepdims=True).astype(jnp.float32)
-            scores = (q.sum(axis=1) / jnp.sqrt(count)) @ pooled.T
-            scores = jnp.where((ranges.stop > ranges.start)[None], scores, jnp.nan)
-            found = jax.lax.map(
-                lambda x: self._block(x[0], x[1], ranges, (length, num_keys), content),
-                (scores, row),
-            )
-            rows = (x.reshape(-1)[:length] for x in found[1:])
-            parts = dict(zip(("limit", "start", "stop", "near"), rows, strict=True))
-            return parts | {"rank": found[0], "chunk": chunk.astype(jnp.int32)}
+
+            def of_block(args: tuple[Array, Array]) -> Array:
+                mean, row = args
+                scores = pooled @ mean
+                scores = jnp.where(ranges.stop > ranges.start, scores, jnp.nan)
+                position = content.q_offset + row
+                if self.by_block:
+                    last = content.q_offset + jnp.minimum(row[-1] + 1, length)
+                    position = (last - 1)[None]
+                return kept(self._block(scores, position, ranges, chunk))
+
+            found = jax.lax.map(of_block, (q.sum(axis=1) / jnp.sqrt(count), row))
+            return found.reshape(-1, found.shape[-1])[: -(-length // self.rows)]
 
         return jax.vmap(of_entry)(q, k, flags)
 
     def _block(
         self,
         scores: Float[Array, " chunks"],
-        row: Array,
+        position: Int32[Array, " rows"],
         ranges: ChunkRanges,
-        lengths: tuple[int, int],
-        content: Content,
-    ) -> tuple[Array, ...]:
-        """``rank, limit, start, stop, near`` of one block of queries."""
-        length, num_keys = lengths
-        num_chunks = len(scores)
+        chunk: Int32[Array, " keys"],
+    ) -> Bool[Array, "rows keys"]:
+        """Whole chunks by rank, and a part of the next one, in a block of queries.
+
+        ``position`` is the last position that the queries of a row may see.
+        """
+        num_chunks, num_keys = len(scores), len(chunk)
         valid = jnp.isfinite(scores)
         order = jnp.argsort(jnp.where(valid, -scores, jnp.inf), stable=True)
         rank = jnp.zeros(num_chunks, jnp.int32).at[order].set(jnp.arange(num_chunks))
         rank = jnp.where(valid, rank, num_chunks)
-        position = content.q_offset + row
         frontier = position + 1
-        if self.by_block:
-            last = content.q_offset + jnp.minimum(row[-1] + 1, length)
-            frontier = jnp.broadcast_to(last, row.shape)
         end = jnp.minimum(frontier, num_keys)
         near = jnp.clip(frontier - self.local, 0, end)
         forced = jnp.minimum(self.first, near) + (end - near)
@@ -136,19 +189,22 @@ class ChunkBudget(NamedSelection):
         part = jnp.where(limit < num_chunks, room - before, 0)
         start = jnp.broadcast_to(low, count.shape)
         start = jnp.take_along_axis(start, at[:, None], axis=1)[:, 0]
-        # Chunks that are not finite have the rank num_chunks; only the last queries,
-        # which see everything, see them.
-        limit = jnp.where(position >= num_keys - self.last, num_chunks + 1, limit)
-        return rank, limit, start, start + part, near
+        key = jnp.arange(num_keys)[None]
+        limit, start, part, near, end = (
+            x[:, None] for x in (limit, start, part, near, end)
+        )
+        chosen = rank[chunk][None] < limit
+        chosen |= (key >= start) & (key < start + part)
+        # Chunks that are not finite have the rank num_chunks and no key that competes.
+        chosen &= (key >= self.first) & (key < near) & (rank[chunk] < num_chunks)[None]
+        return chosen | (key >= near) & (key < end) if self.by_block else chosen
 
     @override
     def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
-        rank = self.part("rank")[q // self.block, self.part("chunk")[k]]
-        seen = rank < self.part("limit")[q]
-        seen |= (k >= self.part("start")[q]) & (k < self.part("stop")[q])
-        # For single queries both conditions are the same; the second one is static.
-        local = k >= self.part("near")[q] if self.by_block else q - k < self.local
-        return (k <= q) & (seen | (k < self.first) | local)
+        seen = self.part("chosen")[q // self.rows, k] == 1
+        # Alone, a query has its nearest keys whatever is chosen.
+        seen = seen if self.by_block else seen | (q - k < self.local)
+        return (k <= q) & (seen | (k < self.first) | (q >= N - self.last))
 
 
 def pool(
@@ -181,7 +237,8 @@ def chunk_budget(
     come whole chunks by rank, and the first keys of the next chunk while the budget
     lasts.
 
-    The bits of the pairs take ``q_seq_len * kv_seq_len / 8`` bytes, for all heads.
+    For all heads, lists take ``4 * budget`` bytes a query, and bits ``kv_seq_len / 8``
+    (``KernelConfig(lists=...)``); with ``by_block``, a block takes as much.
 
     Args:
       budget: keys that a query sees.

@@ -125,7 +125,7 @@ def stripes(
     ``block`` queries. The anchor of a query is its greatest logit among the first keys
     and the keys of its group up to itself. A group sees another key iff, for one of its
     blocks, ``mean(q) . k * sm_scale + theta`` exceeds the mean anchor of the block. The
-    bits of these keys take ``q_seq_len * kv_seq_len / 8`` bytes a head.
+    bits of these keys take ``kv_seq_len / 8`` bytes for each group and head.
 
     Args:
       theta: how far below the anchor a logit may be, in natural-log units.

@@ -24,7 +24,7 @@ from pallas_kernels.block_mask import (
 from pallas_kernels.call import Call, Masks, Outputs, Vectors
 from pallas_kernels.config import Tile, Tiles
 
-KERNELS = ("tpu", "triton")
+KERNELS = ("tpu", "triton", "xla")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class Content:
     block_q: int = 32
 
     def __str__(self):
-        words = " ".join(f"{t.width}{'d' * t.diagonal}" for t in self.tables)
+        words = " ".join(
+            f"{t.width}{'d' * t.diagonal}by{t.queries}" for t in self.tables
+        )
         return f"{self.case.q_len}x{self.case.kv_len}-{self.case.dtype}-{words}"
 
     @property
@@ -151,6 +153,9 @@ CASE = Case(batch=2, q_heads=4, kv_heads=2, dim_v=32)
 OWN = Table(width=5, shape=(2, 4))
 SLIDING = Table(shape=(1, 4), diagonal=True, seed=1)
 WIDE = Table(width=1, shape=(2, 1), seed=2)
+# Words of half a block of the forward kernel, and of four blocks.
+HALVES = replace(OWN, queries=16, seed=4)
+BLOCKS = replace(WIDE, queries=128, seed=5)
 SHARED = Table(diagonal=True, seed=3)
 TRACED = Content(
     case=replace(CASE, q_len=130, kv_len=257),
@@ -163,12 +168,13 @@ STATIC = Content(
     tables=(SHARED, WIDE),
     tests=(1,) * 8,
 )
+GROUPS = replace(TRACED, tables=(HALVES, BLOCKS))
 
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("content", "traced"),
-    [(TRACED, True), (STATIC, False)],
+    [(TRACED, True), (STATIC, False), (GROUPS, True)],
     ids=str,
 )
 @pytest.mark.parametrize("impl", KERNELS)
@@ -244,11 +250,21 @@ def test_refuses_bits_of_other_key_blocks(impl):
         gradient_of(content, impl, interpret=True)(inputs, vectors, None, do, dlse)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
+def test_refuses_words_of_a_part_of_a_block(impl):
+    content = replace(STATIC, tables=(Table(queries=48),))
+    inputs, do, dlse = content.case.arrays()
+    vectors, _ = content.bits()
+    message = r"bits\[0\] have a word for each 48 queries.*block_q=32"
+    with pytest.raises(ValueError, match=message):
+        gradient_of(content, impl, interpret=True)(inputs, vectors, None, do, dlse)
+
+
 # Lowering for other chips, with words of every form and a traced plan.
 
 ON_CHIP = Content(
     case=replace(CASE, q_len=700, kv_len=600, dim=64, dim_v=64, dtype="bfloat16"),
-    tables=(replace(WIDE, width=2), SLIDING, replace(OWN, width=64)),
+    tables=(replace(WIDE, width=2), SLIDING, replace(OWN, width=64), HALVES, BLOCKS),
     tests=(0, 1) * 4,
 )
 

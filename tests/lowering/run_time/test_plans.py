@@ -10,7 +10,7 @@ import pytest
 import sadsl as sa
 from lowering import ir, pipeline
 from lowering.run_time import pair_bits, plans
-from lowering.run_time.pair_bits import key_groups
+from lowering.run_time.pair_groups import key_groups
 from lowering.run_time.vectors import vectors_of
 from pallas_kernels import dense
 from pallas_kernels.block_mask import EMPTY, FULL, blank, check, expand, from_blocks
@@ -56,7 +56,7 @@ def planned(stages, given, n, blocks, by):
     vectors = Vectors(
         vectors_of(program.q_vectors, n, HEADS, given),
         vectors_of(program.kv_vectors, n, HEADS, given),
-        pair_bits.pack(program.bits, (n, n), blocks[1], HEADS, given),
+        pair_bits.pack(program.bits, (n, n), blocks[1], HEADS, given, blocks[:1]),
     )
     mask = plans.plan(stages, *blocks, vectors, by)
     return mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full, vectors
@@ -161,7 +161,7 @@ def test_bits_hold_what_the_comparison_says(text, n):
     given = operands(np.random.default_rng(n), n)
     stages = lowered(text, n)
     program = stages["hoist"]
-    (found,) = pair_bits.pack(program.bits, (n, n), 32, HEADS, given)
+    (found,) = pair_bits.pack(program.bits, (n, n), 32, HEADS, given, (32,))
     held = np.asarray(dense.unpacked(found, n))
     # In normal form, what is taken away is what does not hold.
     alone = "where(lambda q, k: operand('wide')[q // 64, k // 64] <= 1)"
@@ -193,7 +193,7 @@ def test_blocks_in_bits():
     pred = sa.parse(
         "where(lambda q, k: operand('t')[0 * q, q // 32, k // 10] == 1)"
     ).node
-    (found,) = pair_bits.pack((pred,), (n, n), block, 1, {"t": table})
+    (found,) = pair_bits.pack((pred,), (n, n), block, 1, {"t": table}, (block,))
     assert isinstance(found, PairBits)
     some, every = pair_bits.held_in_blocks(found, block, n)
     pairs = np.kron(np.asarray(table[0, 0]), np.ones((32, 10), bool))[:n, :n]

@@ -48,7 +48,7 @@ def vectors_in(stages, arrays):
     return Vectors(
         vectors_of(program.q_vectors, N, 1, arrays),
         vectors_of(program.kv_vectors, N, 1, arrays),
-        pair_bits.pack(program.bits, (N, N), BLOCKS[1], 1, arrays),
+        pair_bits.pack(program.bits, (N, N), BLOCKS[1], 1, arrays, BLOCKS[:1]),
     )
 
 
@@ -62,6 +62,7 @@ def unpacked(packed):
         at = np.arange(N)[:, None] + (last - block) * packed.block_kv
         found = words[0, bit // WORD, at]
     else:
+        words = np.repeat(words, packed.queries_per_word, axis=-1)[..., :N]
         found = words[block // packed.blocks_per_plane, bit // WORD, :].T
     return (found >> (bit % WORD)) & 1 != 0
 

@@ -115,6 +115,7 @@ TABLES = {
     "two blocks": Table(width=128, blocks=16),
     "not told": Table(width=1, told=False),
     "not told, few": Table(width=10, told=False),
+    "of groups of queries": Table(width=2, queries=96),
     "by difference": Table(diagonal=True),
 }
 

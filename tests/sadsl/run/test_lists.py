@@ -23,6 +23,7 @@ def single(k, scope="shared", **more):
 
 REST = sa.where(lambda q, k: k >= (q + 1) // 4 * 4)
 WHOLE = sa.where(lambda q, k: k // 4 * 4 + 4 <= q + 1)
+CHUNKS = {"block": 8, "first": 3, "local": 4, "last": 2}
 CASES = {
     "tokens": CAUSAL & single(5),
     "tokens of groups": CAUSAL & single(5, "group"),
@@ -42,6 +43,10 @@ CASES = {
                                                 scope="shared", eligible=WHOLE)),
     "capped": sa.softmax(CAUSAL & single(5), logits_soft_cap=2.0, sink=True),
     "documents": CAUSAL & sa.segments() & single(5),
+    "chunks": sa.selections.chunk_budget(13, **CHUNKS),
+    "chunks by block": sa.selections.chunk_budget(13, **CHUNKS, by_block=True),
+    "few chunks beside": sa.selections.chunk_budget(4, **CHUNKS, by_block=True)
+                         | sa.window(9) & sa.causal(),
 }  # fmt: skip
 
 
@@ -59,6 +64,7 @@ def arrays(n, heads=4, kv_heads=2, batch=2, dim=8, m=None):
         "ik": normal(batch, m, 1, 6),
         "iw": normal(batch, n, 8),
         "sink": normal(heads),
+        "boundaries": jnp.asarray(rng.integers(0, 5, (batch, m)) == 0),
     }
     return qkv, operands
 

@@ -79,10 +79,11 @@ def test_packed_bools_become_the_same_bits(block_q, block, lengths, block_kv, sc
     shape = shape if scope == "query" else shape[1:]
     bools = jnp.asarray(np.random.default_rng(0).random((3, *shape)) < 0.4)
     wanted, found = (
-        pair_bits.pack((pred,), lengths, block_kv, 2, {spec.key("chosen"): x})[0]
+        pair_bits.pack((pred,), lengths, block_kv, 2, {spec.key("chosen"): x}, (64,))[0]
         for x in (bools, packed(bools))
     )
     assert found.keys_per_bit == wanted.keys_per_bit
+    assert found.queries_per_word == wanted.queries_per_word
     np.testing.assert_array_equal(*map(of_pairs, (found, wanted)))
     np.testing.assert_array_equal(packed(bools).bools(), bools)
 
