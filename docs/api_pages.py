@@ -141,6 +141,12 @@ def pages() -> dict[str, str]:
         "Flax modules. They need the extra ``flax``.",
         {module: list(names) for module, names in LAYERS.items()},
     )
+    splash = importlib.import_module("sadsl.splash")
+    found["splash"] = page(
+        "Splash",
+        "The interface of jax's splash attention. Import ``sadsl.splash`` by name.",
+        {"sadsl.splash": public(splash)},
+    )
     plot = importlib.import_module("sadsl.plot")
     found["plot"] = page(
         "Pictures",
