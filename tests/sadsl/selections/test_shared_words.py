@@ -92,21 +92,35 @@ def test_the_same_bits_as_a_word_for_each_query(name, n, monkeypatch):
     assert calls
 
 
-def temporary(spec, n, heads=2):
+def temporary(spec, n, lists=False, heads=2):
     x = jax.ShapeDtypeStruct((1, n, heads, 32), jnp.float32)
+    read = sa.softmax(spec).reads("boundaries")
+    operands = {"boundaries": jax.ShapeDtypeStruct((n,), jnp.int32)} if read else {}
 
-    def loss(*inputs):
-        config = sa.KernelConfig(lists=False)
-        return jnp.sum(jnp.sin(sa.attention(*inputs, spec, config=config)))
+    def loss(qkv, operands):
+        config = sa.KernelConfig(lists=lists)
+        out = sa.attention(*qkv, spec, operands=operands or None, config=config)
+        return jnp.sum(jnp.sin(out))
 
-    compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(x, x, x).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    lowered = jax.jit(jax.value_and_grad(loss)).lower((x, x, x), operands)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.slow
-def test_anchor_attention_takes_memory_linear_in_the_length():
-    spec, n = catalog.anchor_attention(), 8192
-    once, twice = temporary(spec, n), temporary(spec, 2 * n)
+@pytest.mark.parametrize(
+    ("spec", "lists"),
+    [
+        (catalog.anchor_attention(), False),
+        (catalog.dhsa(by_block=True), False),
+        (catalog.dhsa(by_block=True), True),
+        (catalog.dhsa(), True),
+    ],
+    ids=str,
+)
+def test_memory_is_linear_in_the_length(spec, lists):
+    n = 8192
+    once, twice = (temporary(spec, x, lists) for x in (n, 2 * n))
     assert twice < 2.1 * once
-    # A word for each query would take 2 * (2 n)**2 / 8 bytes alone.
-    assert twice < n * n
+    if not lists:
+        # A word for each query would take (2 n)**2 / 8 bytes a head alone.
+        assert twice < n * n
