@@ -102,7 +102,7 @@ def uses_lists(spec, qkv, config):
     return found is not None
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("n", [1, 37])
 def test_lists_equal_bits(name, n):
