@@ -297,7 +297,7 @@ def test_bad_types():
     q, k, v, _ = arrays()
     with pytest.raises(TypeError, match="must be an index map"):
         sa.attention(q, k, v, 3)
-    with pytest.raises(TypeError, match=r"q_offset=1\.5 must be a Python integer"):
+    with pytest.raises(TypeError, match=r"q_offset=1\.5 must be an integer"):
         sa.attention(q, k, v, "causal()", q_offset=1.5)
     with pytest.raises(ValueError, match="block_q=0: must be an integer"):
         sa.attention(
@@ -311,10 +311,11 @@ def test_bad_types():
         sa.attention(q, k, v, "causal()", config=sa.KernelConfig(block_q=0))
 
 
-def test_a_large_table_indexed_by_both_sides_is_refused_by_kernels():
+def test_a_large_table_indexed_by_both_sides_is_a_bit_for_each_pair():
     q, k, v, _ = arrays()
     values = tuple(range(100))
     spec = sa.where(lambda q, k: sa.table(values)[(q - k) % 100] < 30)
-    with pytest.raises(NotImplementedError, match="a table of 100 entries"):
-        sa.attention(q, k, v, spec, impl="xla")
-    assert sa.attention(q, k, v, spec, impl="reference").shape == q.shape
+    found, expected = (
+        sa.attention(q, k, v, spec, impl=x) for x in ("xla", "reference")
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
