@@ -143,7 +143,9 @@ class AttentionFn:
         found = Limited(self.term, {})
         if is_causal:
             found = found.and_pairs("is_causal=True", causal())
-        if MASK in dense and self.mask == "implied":
+        if MASK in dense and _is_cached(sizes):
+            found = _cached(found, dense[MASK], sizes)
+        elif MASK in dense and self.mask == "implied":
             if self.check_mask:
                 _check_implied(dense[MASK], found.term, sizes)
         elif MASK in dense:
@@ -178,22 +180,29 @@ class Limited:
         return Limited(term, {**self.operands, BIAS: array}, self.q_offset)
 
 
+def _is_cached(sizes: PairSizes) -> bool:
+    """Whether a call looks like a step with a cache: one query, more keys."""
+    return sizes.q_seq == 1 and sizes.kv_seq > 1
+
+
+def _cached(call: Limited, mask: Array, sizes: PairSizes) -> Limited:
+    """The call of a query that stands at the last slot that its mask shows."""
+    slots = jnp.arange(mask.shape[3], dtype=jnp.int32)
+    last = jnp.max(jnp.where(mask.astype(bool), slots, 0), axis=(1, 2, 3))
+    at = jnp.broadcast_to(last, (sizes.batch,))
+    return _masked(replace(call, q_offset=at), mask, None, sizes)
+
+
 def _masked(
     call: Limited, mask: Array, meaning: MaskMeaning | None, sizes: PairSizes
 ) -> Limited:
     """The call with the pairs of a mask; its axes may be 1."""
     asked = f"mask of shape {mask.shape}"
-    if sizes.q_seq == 1 and sizes.kv_seq > 1:
-        # A query of a cache: it stands at the last slot that it sees.
-        slots = jnp.arange(mask.shape[3], dtype=jnp.int32)
-        last = jnp.max(jnp.where(mask != 0, slots, 0), axis=(1, 2, 3))
-        at = jnp.broadcast_to(last, (sizes.batch,))
-        call = replace(call, q_offset=at)
-    elif meaning == "padding":
-        seen = jnp.any(mask != 0, axis=(1, 3), keepdims=True)
+    if meaning == "padding":
+        seen = jnp.any(mask.astype(bool), axis=(1, 3), keepdims=True)
         pairs, array = pairs_of(QUERIES, seen, sizes)
         call = call.and_pairs(asked, pairs, **{QUERIES: array})
-        mask = jnp.any(mask != 0, axis=(1, 2), keepdims=True)
+        mask = jnp.any(mask.astype(bool), axis=(1, 2), keepdims=True)
     pairs, array = pairs_of(MASK, mask, sizes)
     return call.and_pairs(asked, pairs, **{MASK: array})
 
@@ -212,7 +221,7 @@ def _check_implied(mask: Array, term: Term, sizes: PairSizes) -> None:
     shape = sizes.heads, sizes.q_seq, sizes.kv_seq
     said = np.broadcast_to(pairs.dense(*shape[1:], num_heads=sizes.heads), shape)
     differ = np.argwhere(
-        np.broadcast_to(np.asarray(mask) != 0, (len(mask), *shape)) != said
+        np.broadcast_to(np.asarray(mask, bool), (len(mask), *shape)) != said
     )
     if len(differ):
         _, h, q, k = differ[0].tolist()
@@ -298,7 +307,7 @@ def attention_fn(
       each entry, and is packed to bits; blocks without a pair are skipped.
 
     A single query, as from ``decode=True``, stands at the last slot that its mask
-    shows; the mask is a vector then.
+    shows, whatever ``mask=`` is; the mask limits it, and is a vector.
 
     Args:
       spec: an index map, a term, or text, which is read here, once.

@@ -72,9 +72,9 @@ def _equation(eqn: Any, values: list[Any]) -> list[Any]:
     if name in ("jit", "pjit", "closed_call"):
         # Integer division of jax.numpy rounds towards 0 and corrects the result.
         whole = {"floor_divide": operator.floordiv, "remainder": operator.mod}
-        called = eqn.params.get("name")
-        if called in whole:
-            return [whole[called](*values)]
+        of_jax = eqn.params.get("name")
+        if of_jax in whole:
+            return [whole[of_jax](*values)]
         return _run(eqn.params["jaxpr"], values)
     if name == "convert_element_type":
         kinds = {x.aval.dtype.kind for x in (*eqn.invars, *eqn.outvars)}

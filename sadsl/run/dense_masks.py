@@ -41,7 +41,7 @@ def pairs_of(name: str, mask: Array, sizes: PairSizes) -> tuple[IndexMap, Array]
     if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.number)):
         raise TypeError(f"{name} has dtype {mask.dtype}: it must be bool")
     array = _squeezed(mask, axes)
-    array = array if array.dtype == bool else array != 0
+    array = array.astype(bool)
 
     def pairs(q: Any, k: Any, h: Any) -> Any:
         index = _index(axes, q, k, h)

@@ -105,6 +105,12 @@ def _limited(
     """
     found: dict[str, Array] = {}
     pairs, added = term.map, term.bias
+    for name in given:
+        if term.reads(name):
+            raise ValueError(
+                f"spec={term!r} reads an operand {name!r}, the name of an argument: "
+                "give the operand another name"
+            )
     for name in LENGTHS:
         if given[name] is not None:
             found[name] = _lengths(name, given[name], sizes.batch)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from typing_extensions import override
@@ -71,20 +72,16 @@ def with_offset(
     """The spec with queries from ``q_offset`` on, and the arrays that it reads.
 
     Raises:
-      ValueError: the offset is not a scalar or ``[batch]``, or the call has an operand
-        of its name.
+      ValueError: the offset is not a scalar or ``[batch]``, is known and negative, or
+        the call has an operand of its name.
       TypeError: the offset does not hold integers.
-      NotImplementedError: the spec has a part that takes no such offset.
+      NotImplementedError: the spec has a part that takes no such offset, or the call
+        has dropout.
     """
     if NAME in given:
         raise ValueError(
             f"operands has {NAME!r}, the name of a position that is an array: give "
             "the operand another name"
-        )
-    if DROPOUT_KEY in given:
-        raise NotImplementedError(
-            "q_offset is an array, and dropout follows from positions that are known: "
-            "pass a Python integer, or dropout_rate=0"
         )
     at = jnp.asarray(q_offset)
     if at.shape not in ((), (batch,)):
@@ -94,10 +91,18 @@ def with_offset(
         )
     if not jnp.issubdtype(at.dtype, jnp.integer):
         raise TypeError(f"q_offset has dtype {at.dtype}: it must hold integers")
+    if not isinstance(at, jax.core.Tracer) and np.any(np.asarray(at) < 0):
+        raise ValueError(f"q_offset={np.asarray(at)} must be at least 0")
     found = _moved(spec)
-    # Maps without queries, such as full(), read no position.
-    arrays = {NAME: integers(NAME, at)} if reads(found, NAME) else {}
-    return found, {**given, **arrays}
+    if not reads(found, NAME):
+        # Maps without queries, such as full(), read no position.
+        return found, dict(given)
+    if DROPOUT_KEY in given:
+        raise NotImplementedError(
+            "q_offset is an array, and dropout follows from positions that are known: "
+            "pass a Python integer, or dropout_rate=0"
+        )
+    return found, {**given, NAME: integers(NAME, at)}
 
 
 def _moved(spec: Term) -> Term:

@@ -44,8 +44,8 @@ def both(fn, *args, **options):
     def total(*args):
         return jnp.sum(fn(*args, **options) ** 2)
 
-    out = fn(*args, **options)
-    return out, jax.grad(total, tuple(range(len(args))))(*args)
+    gradient = jax.grad(total, tuple(range(len(args))))
+    return jax.jit(lambda *args: (fn(*args, **options), gradient(*args)))(*args)
 
 
 SHAPES = [
@@ -72,12 +72,15 @@ def test_a_mask_limits_the_spec():
     close(found, jnp.where(rows, expected, 0))
 
 
-def test_padding_of_a_causal_model():
+@pytest.mark.parametrize(
+    "dtype", [bool, pytest.param("float32", marks=pytest.mark.slow)]
+)
+def test_padding_of_a_causal_model(dtype):
     """Rows of padding are 0; all others are those of Flax."""
     args = qkv()
     real = jnp.arange(SEQ)[None] < jnp.array([[9], [13]])
     mask = nnx.combine_masks(
-        nnx.make_attention_mask(real, real), nnx.make_causal_mask(real)
+        nnx.make_attention_mask(real, real), nnx.make_causal_mask(real), dtype=dtype
     )
     kept = real[..., None, None]
     found = attention_fn("causal()", mask="padding")(*args, mask=mask)
@@ -117,11 +120,25 @@ def test_more_batch_axes():
     close(found, nnx.dot_product_attention(q, k, v, mask=whole))
 
 
-def test_the_cache_of_nnx():
+def test_one_query_takes_dropout_where_no_position_matters():
+    """As the probe of a pooling head does."""
+    args, mask = qkv(queries=1), some(BATCH, 1, 1, SEQ)
+    options = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}
+    found = attention_fn("full()")(*args, mask=mask, **options)
+    assert found.shape == args[0].shape
+    with pytest.raises(NotImplementedError, match="dropout follows from positions"):
+        attention_fn("causal()")(*args, mask=mask, **options)
+
+
+@pytest.mark.parametrize(
+    "mask", [None, "implied", pytest.param("padding", marks=pytest.mark.slow)]
+)
+def test_the_cache_of_nnx(mask):
     x = normal(BATCH, SEQ, FEATURES)
     layer = nnx.MultiHeadAttention(
-        HEADS, FEATURES, attention_fn=attention_fn(SPEC), decode=False, rngs=nnx.Rngs(0)
-    )
+        HEADS, FEATURES, attention_fn=attention_fn(SPEC, mask=mask), decode=False,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
     expected = layer(x)
     layer.init_cache((BATCH, SEQ, FEATURES))
     step = nnx.jit(lambda layer, x: layer(x, decode=True))

@@ -59,6 +59,30 @@ CASES = [
 ]
 
 
+def seen(mask, local_window_size, is_causal, scale, **lengths):
+    """The pairs that attend, by definition."""
+    del scale
+    q, k = np.arange(QUERIES)[:, None], np.arange(KEYS)[None]
+    found = np.ones((BATCH, HEADS, QUERIES, KEYS), bool)
+    if mask is not None:
+        found &= np.asarray(mask)
+    if local_window_size is not None:
+        size = local_window_size
+        before, after = (size, size) if isinstance(size, int) else size
+        found &= (q - before <= k) & (k <= q + after)
+    if is_causal:
+        found &= k <= q
+    for name, at in (("query_seq_lengths", q), ("key_value_seq_lengths", k)):
+        if name in lengths:
+            found &= at < np.asarray(lengths[name])[:, None, None, None]
+    return found
+
+
+def empty_rows_are_empty(out, lse, rows):
+    assert not np.any(np.asarray(out)[~rows])
+    assert np.all((np.asarray(lse) == -np.inf) == ~np.asarray(rows))
+
+
 @pytest.mark.parametrize(
     ("mask", "bias", "window", "lengths", "is_causal", "scale"), CASES
 )
@@ -71,19 +95,23 @@ def test_equal_to_jax(mask, bias, window, lengths, is_causal, scale):
         "is_causal": is_causal, "scale": scale, **LENGTHS[lengths],
     }  # fmt: skip
     given = [q, k, v] if BIASES[bias] is None else [q, k, v, BIASES[bias]]
-    _, seen = sa.dot_product_attention(q, k, v, return_residual=True, **options)
-    rows = seen > -jnp.inf  # jax gives other rows the mean of the values
+    # jax gives rows without a key the mean of the values.
+    rows = jnp.swapaxes(seen(**options).any(axis=-1), 1, 2)
 
     def total(fn, *args):
         out, lse = fn(*args, return_residual=True, **options)
+        if fn is sa.dot_product_attention:
+            jax.debug.callback(empty_rows_are_empty, out, lse, rows)
         kept = jnp.where(rows[..., None], out, 0)
         return jnp.sum(kept * weight), (kept, jnp.where(rows, lse, 0))
 
     found, expected = (
-        jax.value_and_grad(
-            lambda *args, fn=fn: total(fn, *args),
-            tuple(range(len(given))),
-            has_aux=True,
+        jax.jit(
+            jax.value_and_grad(
+                lambda *args, fn=fn: total(fn, *args),
+                tuple(range(len(given))),
+                has_aux=True,
+            )
         )(*given)
         for fn in (sa.dot_product_attention, jax.nn.dot_product_attention)
     )
@@ -120,6 +148,8 @@ def test_what_is_refused():
     refused(TypeError, "mask has dtype float32.*bias", mask=normal(QUERIES, QUERIES))
     refused(ValueError, r"mask has shape \(3, 7\)", mask=some(3, QUERIES))
     refused(ValueError, r"\(3,\).*2 batch entries", query_seq_lengths=jnp.arange(3))
+    named = sa.where(lambda q, k: k < sa.operand("mask"))
+    refused(ValueError, "reads an operand 'mask'", spec=named)
     wrong = jnp.ones(BATCH)
     refused(TypeError, "float32: it must hold integers", key_value_seq_lengths=wrong)
     refused(NotImplementedError, "linear.*is not one softmax", spec="linear()")

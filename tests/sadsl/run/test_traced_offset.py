@@ -92,6 +92,7 @@ def test_what_is_refused():
     refused(NotImplementedError, "topk.*chooses for queries.*select", chosen)
     refused(NotImplementedError, "q_offset is an array: linear", sa.linear())
     refused(ValueError, r"shape \(3,\).*2 batch entries", q_offset=jnp.arange(3))
+    refused(ValueError, r"\[ 3 -1\] must be at least 0", q_offset=jnp.array([3, -1]))
     refused(TypeError, "float32.*integers", q_offset=jnp.float32(1))
     refused(TypeError, "q_offset='3' must be an integer", q_offset="3")
     refused(ValueError, "operands has 'q_offset'", operands={"q_offset": at})
