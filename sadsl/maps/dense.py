@@ -22,7 +22,7 @@ def dense_map(pairs: Bool[np.ndarray, "q_seq kv_seq"]) -> IndexMap:
     If no row, or no column, has more than four runs of true entries, the map is the
     ends of these runs: the plan of a call is exact and known before it runs. Other
     arrays are stored as bits, of which equal rows and equal columns share theirs. A
-    call must have as many queries and keys as the array.
+    call has at most as many queries and keys as the array, and then the first of them.
 
     Args:
       pairs: ``[q_seq, kv_seq]``, bools.

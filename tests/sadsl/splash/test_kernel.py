@@ -220,7 +220,19 @@ def test_the_output_has_the_dtype_of_q():
     np.testing.assert_allclose(out.astype("float32"), make(causal)(q, k, v), atol=0.1)
 
 
-@pytest.mark.parametrize(("impl", "kernels"), [("xla", 1), ("triton", 3)])
+def count(jaxpr, *names):
+    """How many equations have one of these primitives, in all jaxprs inside."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        total += eqn.primitive.name in names
+        for inner in () if eqn.primitive.name == "pallas_call" else eqn.params.values():
+            for x in inner if isinstance(inner, (tuple, list)) else (inner,):
+                x = getattr(x, "jaxpr", x)
+                total += count(x, *names) if hasattr(x, "eqns") else 0
+    return total
+
+
+@pytest.mark.parametrize(("impl", "kernels"), [("xla", 1), ("triton", 3), ("tpu", 3)])
 def test_the_residual_name_spares_the_forward_pass(impl, kernels):
     shape = 128, 128
     mask = splash.MultiHeadMask([splash.CausalMask(shape)] * 2)
@@ -230,13 +242,14 @@ def test_the_residual_name_spares_the_forward_pass(impl, kernels):
         policy = jax.checkpoint_policies.save_only_these_names(*names)
         run = jax.checkpoint(lambda q: jnp.sin(2 * kernel(q, q, q)), policy=policy)
         x = jnp.ones((2, 128, 64))
-        text = str(jax.make_jaxpr(jax.grad(lambda q: run(q).sum()))(x))
-        kernels = text.count("pallas_call["), text.count("attention_derivative")
-        return sum(kernels), text.count("dot_general")
+        jaxpr = jax.make_jaxpr(jax.grad(lambda q: run(q).sum()))(x).jaxpr
+        kernels = count(jaxpr, "pallas_call", "attention_derivative")
+        return kernels, count(jaxpr, "dot_general")
 
     saved, repeated = forward_and_backward("context"), forward_and_backward("other")
     assert saved[0] == kernels
-    assert saved != repeated
+    # Another forward pass is one kernel more, or products of the XLA path.
+    assert repeated[0] > kernels or repeated[1] > saved[1]
     assert forward_and_backward("attn_out", "attn_lse") == saved
 
 
