@@ -102,7 +102,8 @@ def loss_by_definition(index, target, seen):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sparse", [False, True])
 def test_loss_of_an_indexer_of_entries(sparse):
     """Dense warm-up and sparse training of compressed sparse attention."""
     q, x, own, index = compressed_sparse()

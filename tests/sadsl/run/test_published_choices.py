@@ -100,7 +100,7 @@ def test_indexed_latents(file, case, config, form):
     assert_gradients(run, given, arrays, f"{file} {case}")
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [LISTS, BITS], ids=["lists", "bits"])
 @pytest.mark.parametrize(
     ("file", "case", "source"),
@@ -119,7 +119,7 @@ def test_shared_choices(file, case, source, config):
     assert_gradients(run, given, arrays, f"{file} {case}")
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [LISTS, BITS], ids=["lists", "bits"])
 def test_pools_of_keys(config):
     """GLM-5.3: whole pools by their pooled index keys, and the unfinished pool."""

@@ -77,7 +77,7 @@ def result(name, n):
     return out, *gradients
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 13, 37, 130])
 @pytest.mark.parametrize("name", SPECS)
 def test_the_same_bits_as_a_word_for_each_query(name, n, monkeypatch):
