@@ -310,14 +310,33 @@ def shift_queries(node: Node, offset: "int | Expr") -> Node:
     An axis of a run-time array that is indexed by the query alone stays: the array
     holds the queries of the call, whatever their positions are.
     """
-    position = Add(Q, Const(offset) if isinstance(offset, int) else offset)
+    by = Const(offset) if isinstance(offset, int) else offset
+    return at_positions(node, Add(Q, by), K)
+
+
+@overload
+def at_positions(node: Expr, q: Expr, k: Expr) -> Expr: ...
+@overload
+def at_positions(node: Pred, q: Expr, k: Expr) -> Pred: ...
+def at_positions(node: Node, q: Expr, k: Expr) -> Node:
+    """``node`` with the positions ``q`` and ``k`` of queries and keys in place of them.
+
+    An axis of a run-time array that is indexed by the query alone, or by ``k`` itself,
+    stays: the array holds the queries and the keys of the call.
+    """
 
     def rule(part: Node) -> Node | None:
         match part:
             case Var("q"):
-                return position
+                return q
+            case Var("k"):
+                return k
             case Operand(name, index):
-                new = (i if axes(i) <= {"q", "h"} else rewrite(i, rule) for i in index)
+                own = (i == K or axes(i) <= {"q", "h"} for i in index)
+                new = (
+                    i if stays else rewrite(i, rule)
+                    for i, stays in zip(index, own, strict=True)
+                )
                 return Operand(name, tuple(new))
         return None
 

@@ -32,6 +32,10 @@ from sadsl.analysis.lowered import Lowered as Lowered
 from sadsl.analysis.lowered import lower as lower
 from sadsl.analysis.properties import Properties as Properties
 from sadsl.analysis.properties import properties as properties
+from sadsl.decode.cache import DecodingCache as DecodingCache
+from sadsl.decode.cache import init_cache as init_cache
+from sadsl.decode.step import prefill as prefill
+from sadsl.decode.step import step as step
 from sadsl.maps.base import IndexMap as IndexMap
 from sadsl.maps.base import per_head as per_head
 from sadsl.maps.dense import dense_map as dense_map
@@ -120,6 +124,7 @@ __version__ = _metadata.version("sadsl")
 __all__ = [
     "Cache",
     "Compiled",
+    "DecodingCache",
     "Grid",
     "IndexMap",
     "KernelConfig",
@@ -153,6 +158,7 @@ __all__ = [
     "gated",
     "heads",
     "induced",
+    "init_cache",
     "isin",
     "joint",
     "key_bias",
@@ -183,6 +189,7 @@ __all__ = [
     "plan",
     "plan_for",
     "power_of_two",
+    "prefill",
     "prefix",
     "properties",
     "queries",
@@ -198,6 +205,7 @@ __all__ = [
     "sinks",
     "softmax",
     "spans",
+    "step",
     "strided",
     "summaries",
     "t5_bias",

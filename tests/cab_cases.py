@@ -25,7 +25,7 @@ class Entry(NamedTuple):
     """A call of attention, and the sizes that it is made for.
 
     ``operands(q, k)`` makes the run-time arrays from NumPy ``q`` and ``k``, row by row.
-    ``attend(q, k, v, given)`` is the call.
+    ``attend(q, k, v, given)`` is the call; that of ``spec``, unless that is None.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Entry(NamedTuple):
     n: int = 48
     num_heads: int = 2
     head_dim: int = 8
+    spec: Any = None
 
 
 def of_spec(spec: Any) -> Callable[..., Any]:
@@ -47,7 +48,7 @@ def of_spec(spec: Any) -> Callable[..., Any]:
 
 def entry(name: str, spec: Any, operands: Any = nothing, **sizes: int) -> Entry:
     """An entry of a spec."""
-    return Entry(name, of_spec(spec), operands, **sizes)
+    return Entry(name, of_spec(spec), operands, spec=spec, **sizes)
 
 
 # --- run-time arrays ---
@@ -273,7 +274,7 @@ def by_content() -> list[Entry]:
         gate = case.operands is content_cases.block_gate
         operands = block_gate if gate else case.operands
         sizes = case.n, case.num_heads, case.head_dim
-        found.append(Entry(name, of_spec(case.spec), operands, *sizes))
+        found.append(Entry(name, of_spec(case.spec), operands, *sizes, case.spec))
     return found
 
 

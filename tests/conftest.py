@@ -1,6 +1,7 @@
 """Settings of all tests, made before jax is imported anywhere."""
 
 import os
+from pathlib import Path
 from zlib import crc32
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,13 +21,18 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("ci")
 
+SLOW = frozenset(Path(__file__).with_name("slow_cases.txt").read_text().splitlines())
+# Examples in docstrings, which have no fixture, compile quickly as well.
+jax.config.update("jax_disable_most_optimizations", not WHOLE)
+
 
 def pytest_collection_modifyitems(items):
     """Chooses what of large tables runs in ``make test``; the rest becomes ``slow``.
 
     Of a case that is there for several backends (``impl``), one backend stays. The
     backends take turns, from case to case and from test to test. Of a test with the
-    marker ``sample(n)``, ``n`` cases stay, evenly spread.
+    marker ``sample(n)``, ``n`` cases stay, evenly spread. ``slow_cases.txt`` names
+    those of the rest that cost too much.
     """
     tests = {}
     for item in items:
@@ -49,6 +55,9 @@ def pytest_collection_modifyitems(items):
         for item in (each for backends in cases.values() for each in backends):
             if item not in stay:
                 item.add_marker(pytest.mark.slow)
+    for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker(pytest.mark.slow)
     if WHOLE:
         for item in items:
             if item.get_closest_marker("hypothesis"):
@@ -66,7 +75,7 @@ def quick_compilation(request):
     optimised = WHOLE or request.node.get_closest_marker("optimised")
     jax.config.update("jax_disable_most_optimizations", interpreted or not optimised)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", not WHOLE)
 
 
 @pytest.fixture

@@ -203,8 +203,8 @@ def resolved(score: Score, problem: Problem) -> Score:
 def with_indices(score: Score, change: Callable[[ir.Expr], ir.Expr]) -> Score:
     """The bias with ``change`` applied to the integers of positions.
 
-    An axis of an array that is indexed by ``q`` itself stays: it has the queries that
-    are passed, whatever their position.
+    An axis of an array that is indexed by ``q`` or ``k`` itself stays: it has the
+    queries or the keys that are passed, whatever their positions.
     """
 
     def changed(node: Score) -> Score:
@@ -217,7 +217,8 @@ def with_indices(score: Score, change: Callable[[ir.Expr], ir.Expr]) -> Score:
                 return Numbers(values, change(index))
             case Weights(name, index):
                 return Weights(
-                    name, tuple(i if i == ir.Q else change(i) for i in index)
+                    name,
+                    tuple(i if i in (ir.Q, ir.K) else change(i) for i in index),
                 )
             case Sum(a, b) | ScoreProduct(a, b):
                 return type(node)(changed(a), changed(b))

@@ -109,7 +109,11 @@ def cache(spec: Spec | str, n: int, num_heads: int = 1) -> Cache:
       >>> found.size, found.kind
       (10, 'ring')
     """
-    node = widest(as_term(spec).map)
+    return cache_of(widest(as_term(spec).map), n, num_heads)
+
+
+def cache_of(node: ir.Pred, n: int, num_heads: int = 1) -> Cache:
+    """``cache`` of an expression."""
     maps, map_of_head = head_maps(node, n, num_heads)
     offence = first_offence(maps, map_of_head, n)
     if offence is not None:

@@ -6,7 +6,6 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowering.problem import Problem
 from sadsl.catalog.nsa_topk import nsa_topk
 from sadsl.maps.named import causal
 from sadsl.maps.named import window as near
@@ -14,7 +13,7 @@ from sadsl.run import checks
 from sadsl.run.compressed import shortened
 from sadsl.selections import attended, scored
 from sadsl.selections.base import Content
-from sadsl.selections.cell_scores import CellSides, in_steps, scorer
+from sadsl.selections.cell_scores import cell_sides, in_steps, scorer
 from sadsl.terms.compressed import Compressed, compressed
 from sadsl.terms.mixtures import Gated, gated
 from sadsl.terms.over import over
@@ -122,11 +121,11 @@ def nsa_importance(
       (1, 2, 12, 3)
     """
     scale = _checked_scale(q, k, sm_scale)
-    seq, heads = q.shape[1:3]
+    heads = q.shape[2]
     given = {SHORT_K: shortened(k, term, term.key, operands or {})}
     content = Content(jnp.swapaxes(q, 1, 2), jnp.swapaxes(k, 1, 2), given, scale)
     score = scored(attended(term.length, term.stride, SHORT_K))
-    sides = CellSides(1, block, Problem(seq, seq, heads))
+    sides = cell_sides(1, block, content)
     queries, of_rows, cost = scorer(score, content, sides, None, heads)
     found = in_steps(of_rows, queries, cost)
     return found.reshape(len(found), k.shape[2], -1, *found.shape[2:]).sum(axis=2)

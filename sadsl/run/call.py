@@ -93,7 +93,7 @@ def attention(
     term = any_term(spec)
     known = 0 if traced_offset.is_traced(q_offset) else cast(int, q_offset)
     checks.problem(q, k, v, known, term)
-    given = _given(operands, q_segment_ids, kv_segment_ids)
+    given = given_arrays(operands, q_segment_ids, kv_segment_ids)
     rate = checks.dropout(dropout_rate, dropout_key)
     if rate:
         given[DROPOUT_KEY] = dropout_key
@@ -137,7 +137,7 @@ def _attention(
     return (out, lse.astype(wide(dtype)), *states)
 
 
-def _given(
+def given_arrays(
     operands: Mapping[str, Any] | None,
     q_segment_ids: Any,
     kv_segment_ids: Any,

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.precision import widened
 from sadsl.run.attend import attend
 from sadsl.run.over import over_entries
 from sadsl.run.types import QKV, Outcome, Setting
@@ -47,6 +49,24 @@ def shortened(
         return x[:, :0]
     if name is None:
         return window_means(x, term.length, term.stride)
+    start = np.arange(term.num_blocks(x.shape[1]))[:, None] * term.stride
+    return pooled(x[:, start + np.arange(term.length)], term, name, given)
+
+
+def pooled(
+    blocks: Float[Array, "batch blocks length heads dim"],
+    term: Compressed,
+    name: str | None,
+    given: Mapping[str, Any],
+) -> Float[Array, "batch blocks heads dim"]:
+    """One vector for each block of tokens; see ``shortened``.
+
+    Raises:
+      ValueError: the function was not given, or returns another shape.
+      TypeError: the operand is not a function.
+    """
+    if name is None:
+        return jnp.mean(widened(blocks), axis=2).astype(blocks.dtype)
     if name not in given:
         raise ValueError(
             f"{term!r} compresses by {name!r}, which was not given: pass "
@@ -55,14 +75,12 @@ def shortened(
     function: Callable[[Array], Array] = given[name]
     if not callable(function):
         raise TypeError(f"operand {name!r} of {term!r} must be a function of blocks")
-    start = np.arange(term.num_blocks(x.shape[1]))[:, None] * term.stride
-    blocks = x[:, start + np.arange(term.length)]
     found = function(blocks)
-    wanted = (*blocks.shape[:2], *x.shape[2:])
+    wanted = (*blocks.shape[:2], *blocks.shape[3:])
     if found.shape != wanted:
         raise ValueError(
             f"operand {name!r} returned shape {found.shape} for blocks of shape "
             f"{blocks.shape}: {term!r} needs one vector for each block and head, "
             f"{wanted}"
         )
-    return found.astype(x.dtype)
+    return found.astype(blocks.dtype)

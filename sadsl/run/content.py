@@ -8,8 +8,15 @@ from jaxtyping import Array
 from sadsl.run.operands import check_operands
 from sadsl.run.options import Options
 from sadsl.run.symbolic_batch import entry_by_entry, is_symbolic
-from sadsl.selections.base import Content, Selection, choose, operands_of
+from sadsl.selections.base import (
+    Content,
+    Selection,
+    by_entry,
+    choose,
+    operands_of,
+)
 from sadsl.terms.base import TRACED_SCALE
+from sadsl.terms.moved import OFFSET
 
 
 def with_parts(
@@ -59,7 +66,7 @@ def _wants_list(choice: Selection, options: Options) -> bool:
 def _listed(choice: Selection, content: Content) -> Array:
     """The lists of a selection, if they were not given."""
     given = content.given.get(choice.key("listed"))
-    return choice.choose_lists(content) if given is None else given
+    return by_entry(choice.choose_lists, content) if given is None else given
 
 
 def content_of(
@@ -76,4 +83,5 @@ def content_of(
         given=arrays,
         sm_scale=scale,
         q_offset=options.problem.q_offset,
+        position=arrays.get(OFFSET),
     )

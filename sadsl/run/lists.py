@@ -34,6 +34,7 @@ from sadsl.run.options import Options
 from sadsl.selections.base import (
     ListShape,
     Selection,
+    by_entry,
     selections_of,
     widest,
     with_choice,
@@ -169,7 +170,7 @@ def listed(
     if given is not None:
         return given
     content = content_of(q, k, arrays, options)
-    return jax.lax.stop_gradient(form.choice.choose_lists(content))
+    return jax.lax.stop_gradient(by_entry(form.choice.choose_lists, content))
 
 
 def attend(

@@ -27,7 +27,7 @@ def _(term: Joint, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> O
         mine: Mapping[str, Any] = read_by(member.term, given)
         if member.draw:
             mine = dropout_seeds.of_part(mine, member.draw)
-        return _weighed(attend(member.term, inputs, mine, setting), member.log_weight)
+        return weighed(attend(member.term, inputs, mine, setting), member.log_weight)
 
     members = members_of(term, problem_of(inputs, setting))
     found = [of_member(member) for member in members]
@@ -49,7 +49,7 @@ def _(term: Gated, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> O
     Raises:
       ValueError: the gates are missing, or have another shape.
     """
-    gates = _gates(term, given, inputs[0])
+    gates = gates_of(term, given, inputs[0])
     outputs = _outputs(term, inputs, given, setting)
     return Outcome(merging.gated_sum(outputs, gates), None)
 
@@ -60,7 +60,7 @@ def _(
 ) -> Outcome:
     """The output of the term, and its lse plus the logarithm of the weight."""
     mine = read_by(term.term, given)
-    return _weighed(attend(term.term, inputs, mine, setting), term.log_weight)
+    return weighed(attend(term.term, inputs, mine, setting), term.log_weight)
 
 
 def _outputs(
@@ -75,13 +75,14 @@ def _outputs(
     )
 
 
-def _weighed(found: Outcome, log_weight: float) -> Outcome:
+def weighed(found: Outcome, log_weight: float) -> Outcome:
+    """The outcome of pairs that count ``exp(log_weight)`` times."""
     if found.lse is None or not log_weight:
         return found
     return found._replace(lse=found.lse + log_weight)
 
 
-def _gates(term: Gated, given: Mapping[str, Any], q: Array) -> Array:
+def gates_of(term: Gated, given: Mapping[str, Any], q: Array) -> Array:
     """The gates of a call, ``[batch or 1, q_seq, num_q_heads, terms]``.
 
     Raises:

@@ -5,60 +5,19 @@ program serves every position.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from typing_extensions import override
 
-from lowering import ir
-from lowering.bias import nodes
 from sadsl.maps.base import IndexMap
 from sadsl.maps.integers import integers
-from sadsl.maps.numbers import Real
-from sadsl.maps.symbols import Symbol, Truth
 from sadsl.selections.base import selections_of
 from sadsl.terms.base import DROPOUT_KEY, Term, reads
-from sadsl.terms.biases import Bias
 from sadsl.terms.changed import Change, changed
+from sadsl.terms.moved import FROM_OFFSET, OFFSET, Moved, MovedBias, PairPlaces
 from sadsl.text.specs import any_term
-
-NAME = "q_offset"
-POSITION = ir.Operand(NAME, ())
-
-
-@dataclass(frozen=True, repr=False)
-class Moved(IndexMap):
-    """A map whose queries begin at the position that the operand holds."""
-
-    a: IndexMap
-
-    @override
-    def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
-        return Truth(ir.shift_queries(self.a.node, POSITION))
-
-    @override
-    def __repr__(self) -> str:
-        return repr(self.a)
-
-
-@dataclass(frozen=True, repr=False)
-class MovedBias(Bias):
-    """A bias whose queries begin at the position that the operand holds."""
-
-    a: Bias
-
-    @override
-    def of_heads(self, num_heads: int) -> Real:
-        """The number of a pair; see ``Bias``."""
-        score = self.a.score(num_heads)
-        return Real(nodes.with_indices(score, lambda i: ir.shift_queries(i, POSITION)))
-
-    @override
-    def __repr__(self) -> str:
-        return repr(self.a)
 
 
 def is_traced(q_offset: Any) -> bool:
@@ -78,9 +37,9 @@ def with_offset(
       NotImplementedError: the spec has a part that takes no such offset, or the call
         has dropout.
     """
-    if NAME in given:
+    if OFFSET in given:
         raise ValueError(
-            f"operands has {NAME!r}, the name of a position that is an array: give "
+            f"operands has {OFFSET!r}, the name of a position that is an array: give "
             "the operand another name"
         )
     at = jnp.asarray(q_offset)
@@ -93,8 +52,8 @@ def with_offset(
         raise TypeError(f"q_offset has dtype {at.dtype}: it must hold integers")
     if not isinstance(at, jax.core.Tracer) and np.any(np.asarray(at) < 0):
         raise ValueError(f"q_offset={np.asarray(at)} must be at least 0")
-    found = _moved(spec)
-    if not reads(found, NAME):
+    found = moved(spec, given)
+    if not reads(found, OFFSET):
         # Maps without queries, such as full(), read no position.
         return found, dict(given)
     if DROPOUT_KEY in given:
@@ -102,20 +61,37 @@ def with_offset(
             "q_offset is an array, and dropout follows from positions that are known: "
             "pass a Python integer, or dropout_rate=0"
         )
-    return found, {**given, NAME: integers(NAME, at)}
+    return found, {**given, OFFSET: integers(OFFSET, at)}
 
 
-def _moved(spec: Term) -> Term:
-    """The spec with queries that begin at the operand."""
-    return any_term(
-        changed(spec, Change("q_offset is an array", _moved_map, MovedBias))
+def moved(spec: Term, given: Mapping[str, Any], at: PairPlaces = FROM_OFFSET) -> Term:
+    """The spec with queries and keys at the places that operands hold.
+
+    Raises:
+      NotImplementedError: a part takes no such places, or as for ``moved_map``.
+    """
+    change = Change(
+        "q_offset is an array",
+        lambda pairs: moved_map(pairs, given, at),
+        lambda bias: MovedBias(bias, at),
     )
+    return any_term(changed(spec, change))
 
 
-def _moved_map(pairs: IndexMap) -> IndexMap:
-    if chosen := selections_of(pairs):
-        raise NotImplementedError(
-            f"q_offset is an array, and {chosen[0]!r} chooses for queries whose "
-            "positions are known: pass an integer, or choose first with sadsl.select"
-        )
-    return Moved(pairs)
+def moved_map(
+    pairs: IndexMap, given: Mapping[str, Any], at: PairPlaces = FROM_OFFSET
+) -> IndexMap:
+    """A map with queries and keys at the places that operands hold.
+
+    Raises:
+      NotImplementedError: it chooses for more than a query at a time, and its choice is
+        not ``given``.
+    """
+    for choice in selections_of(pairs):
+        if not choice.by_position and not any(map(choice.owns, given)):
+            raise NotImplementedError(
+                f"q_offset is an array, and {choice!r} does not choose for each query "
+                "alone: pass an integer, choose first with sadsl.select, or give it "
+                "block_q=1"
+            )
+    return Moved(pairs, at)

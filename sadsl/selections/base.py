@@ -6,7 +6,7 @@ that reads the parts, like that of any map. The compiler sees only the expressio
 selections compose with every other map, and new content does not recompile.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -41,7 +41,8 @@ class Content:
       given: the arrays passed as ``operands=``, each with a batch axis in front:
         centroids, gates, projections.
       sm_scale: the factor of the logits.
-      q_offset: the position of the first query.
+      q_offset: the position of the first query, if it is known.
+      position: the same as an array ``[batch or 1]``; None if it is known.
 
     Example:
       >>> import numpy as np
@@ -55,6 +56,12 @@ class Content:
     given: Mapping[str, Array]
     sm_scale: Any = field(metadata={"static": True})  # a float, or a traced scalar
     q_offset: int = field(default=0, metadata={"static": True})
+    position: Int[Array, " batch_or_1"] | None = None
+
+    @property
+    def first(self) -> Any:
+        """The position of the first query: an integer, or a traced scalar."""
+        return self.q_offset if self.position is None else self.position[0]
 
     @property
     def group(self) -> int:
@@ -127,6 +134,32 @@ class Selection(IndexMap):
     leak: ClassVar[Leak] = "all"
 
     @property
+    def by_position(self) -> bool:
+        """Whether it chooses for each query alone, whose position may be traced."""
+        return False
+
+    @property
+    def by_token(self) -> bool:
+        """Whether a part indexed by a query or a key depends on that token alone.
+
+        Or on earlier ones, by ``choose_after``.
+        """
+        return False
+
+    def choose_after(
+        self, content: Content, earlier: Mapping[str, Array], there: Array
+    ) -> Mapping[str, Array]:
+        """The parts of new tokens, if ``by_token``.
+
+        Args:
+          content: of the new tokens alone.
+          earlier: the parts of earlier keys, ``[batch or 1, ..., slots]``.
+          there: which of the slots hold a key, bool ``[batch or 1, slots]``.
+        """
+        del earlier, there
+        return self.choose(content)
+
+    @property
     def order(self) -> Mapping[str, str]:
         """The parts by which to sort queries and keys, so that the map is block-dense.
 
@@ -140,6 +173,14 @@ class Selection(IndexMap):
         """The names of the arrays that ``choose`` reads, with their ranks.
 
         The rank is the number of axes without the batch.
+        """
+        return {}
+
+    @property
+    def of_keys(self) -> Mapping[str, int]:
+        """Those of ``operands`` that have an entry for each key, and that axis.
+
+        The axis does not count the batch.
         """
         return {}
 
@@ -278,6 +319,25 @@ def with_packed(
     return found
 
 
+def by_entry(function: Callable[[Content], T], content: Content) -> T:
+    """``function(content)``, entry by entry if each has a position of its own."""
+    at = content.position
+    if at is None or len(at) == 1:
+        return function(content)
+    batch = len(content.q)
+
+    def whole(x: Array) -> bool:
+        return len(x) == batch
+
+    def of_one(content: Content) -> T:
+        alone = jax.tree.map(lambda x, own: x[None] if own else x, content, owned)
+        return jax.tree.map(lambda x: x[0], function(alone))
+
+    owned = jax.tree.map(whole, content)
+    axes = jax.tree.map(lambda own: 0 if own else None, owned)
+    return jax.vmap(of_one, in_axes=(axes,))(content)
+
+
 def choose(
     chosen: tuple[Selection, ...], content: Content, *, pack: bool = False
 ) -> dict[str, Any]:
@@ -299,7 +359,8 @@ def choose(
         if not given and listed is not None:
             made = selection.chosen_by(listed, problem)
         elif not given:
-            made = (selection.choose_packed if pack else selection.choose)(frozen)
+            by = selection.choose_packed if pack else selection.choose
+            made = by_entry(by, frozen)
         if pack:
             given = with_packed(given, selection.key("chosen"))
             made = with_packed(made, "chosen")

@@ -5,6 +5,7 @@ that are chosen. Scores exist for one strip of rows at a time.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from lowering.problem import Problem
 from pallas_kernels.lists.call import num_blocks
 from sadsl.maps.base import IndexMap
 from sadsl.selections.base import Content
-from sadsl.selections.cell_scores import CellSides, Score, scorer
+from sadsl.selections.cell_scores import CellSides, Score, cell_sides, scorer
 from sadsl.selections.dot_scores import Dot, DotArrays, arrays_of, dot_scores
 from sadsl.selections.listing import largest
 from sadsl.selections.static_cells import held_at, of_heads, pairs_at
@@ -62,8 +63,9 @@ def _has_heads(node: ir.Pred) -> bool:
 
 
 def _most_cells(a: IndexMap, budget: Budget, problem: Problem) -> int:
-    """The most cells of one row that hold a pair of ``a``."""
-    stages = pipeline.run(a.node, problem)
+    """The most cells of one row that hold a pair of ``a``, wherever queries begin."""
+    keys, end = problem.kv_seq_len, problem.q_offset + problem.q_seq_len
+    stages = pipeline.run(a.node, Problem(max(end, keys), keys, problem.num_heads))
     mask = pipeline.block_mask(stages, budget.block_q, budget.block, "q")
     length = np.asarray(mask.run_stop) - np.asarray(mask.run_start)
     total = np.concatenate([[0], np.cumsum(length)])
@@ -80,14 +82,15 @@ class Part(NamedTuple):
     stop_cell: int
 
 
-def parts_of(budget: Budget, problem: Problem) -> list[Part]:
+def parts_of(budget: Budget, sides: CellSides) -> list[Part]:
     """Divides the rows, so that each part scores the cells of its own range only."""
-    rows = num_blocks(problem.q_seq_len, budget.block_q)
+    problem = sides.problem
+    rows = num_blocks(sides.num_queries, budget.block_q)
     cells = num_blocks(problem.kv_seq_len, budget.block)
     count = max(1, min(MOST_PARTS, rows * budget.block_q // PART))
     each = -(-rows // count)
     whole = [Part(i, min(i + each, rows), 0, cells) for i in range(0, rows, each)]
-    if budget.eligible is None:
+    if budget.eligible is None or not isinstance(sides.first, int):
         return whole
     stages = pipeline.run(budget.eligible.node, problem)
     mask = pipeline.block_mask(stages, each * budget.block_q, BLOCK, "q")
@@ -114,27 +117,27 @@ def lists(
 
     ``heads`` query heads make one choice.
     """
-    problem = Problem(content.q.shape[2], content.k.shape[2], 1, content.q_offset)
+    sides = cell_sides(budget.block_q, budget.block, content)
     of_strip = _strip_scores(budget, score, content, heads)
     found = [
-        _of_part(part, budget, problem, of_strip) for part in parts_of(budget, problem)
+        _of_part(part, budget, sides, of_strip) for part in parts_of(budget, sides)
     ]
     return jnp.concatenate(found, axis=2)
 
 
 def _of_part(
-    part: Part, budget: Budget, problem: Problem, of_strip: StripScores
+    part: Part, budget: Budget, sides: CellSides, of_strip: StripScores
 ) -> Int[Array, "batch choices rows cells"]:
     rows = part.stop - part.first
     strip = min(STRIP, rows)
     count = -(-rows // strip)
-    cells = num_blocks(problem.kv_seq_len, budget.block)
+    cells = num_blocks(sides.problem.kv_seq_len, budget.block)
     chooses = part.stop_cell - part.first_cell > budget.size
 
     def of(start: Int[Array, ""]) -> Int[Array, "batch choices rows cells"]:
         row = jnp.minimum(start + jnp.arange(strip, dtype=jnp.int32), part.stop - 1)
         eligible, forced = (
-            _holding(a, row, part, budget, problem)
+            _holding(a, row, part, budget, sides)
             for a in (budget.eligible, budget.forced)
         )
         # Where a list holds all cells, no score is needed.
@@ -156,14 +159,21 @@ def _of_part(
 
 
 def _holding(
-    a: IndexMap | None, row: Array, part: Part, budget: Budget, problem: Problem
+    a: IndexMap | None, row: Array, part: Part, budget: Budget, sides: CellSides
 ) -> Bool[Array, "1 1 rows cells"] | None:
     """Which cells of a strip hold a pair of ``a``; None if all do."""
     if a is None:
         return None
     sizes = budget.block_q, budget.block
     columns = part.first_cell, part.stop_cell
-    return held_at(a, row, sizes, columns, problem)[None]
+    if not isinstance(sides.first, int):
+        row = row + sides.first  # rows of one query
+    return held_at(a, row, sizes, columns, _one_head(sides.problem))[None]
+
+
+def _one_head(problem: Problem) -> Problem:
+    """The problem of one head: lists are only for maps that no head changes."""
+    return replace(problem, num_heads=1)
 
 
 def _below(size: int) -> Int[Array, " size"]:
@@ -180,10 +190,7 @@ def _strip_scores(
         return lambda row, part: _dot_strip(
             row, part, budget, score.by, arrays, content
         )
-    problem = Problem(
-        content.q.shape[2], content.k.shape[2], num_heads, content.q_offset
-    )
-    sides = CellSides(budget.block_q, budget.block, problem)
+    sides = cell_sides(budget.block_q, budget.block, content)
     choices = num_heads // heads
     query, of_rows, _ = scorer(score, content, sides, budget.eligible, choices)
 
@@ -217,9 +224,10 @@ def _dot_strip(
     spare = (part.stop_cell - part.first_cell) * size - found.shape[-1]
     found = jnp.pad(found, [(0, 0)] * 4 + [(0, spare)], constant_values=-jnp.inf)
     if budget.eligible is not None:
-        problem = Problem(length, kv_seq_len, 1, content.q_offset)
+        sides = cell_sides(budget.block_q, budget.block, content)
+        problem = _one_head(sides.problem)
         (node,) = of_heads(budget.eligible, problem)
-        q = at.reshape(len(row), -1, 1) + content.q_offset
+        q = at.reshape(len(row), -1, 1) + sides.first
         key = np.minimum(np.arange(found.shape[-1]) + keys.start, kv_seq_len - 1)
         (held,) = pairs_at((node,), q, jnp.asarray(key, jnp.int32)[None, None], problem)
         found = jnp.where(held[None, None], found, -jnp.inf)

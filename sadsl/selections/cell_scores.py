@@ -104,11 +104,28 @@ Rows = Callable[[Any], Float[Array, "batch heads rows columns"]]
 
 @dataclass(frozen=True)
 class CellSides:
-    """How the queries and the keys of a call are divided into rows and columns."""
+    """How the queries and the keys of a call are divided into rows and columns.
+
+    ``first`` is the position of the first of ``num_queries`` queries. If it is traced,
+    ``problem`` holds all positions that it may have.
+    """
 
     rows: Partition
     columns: Partition
     problem: Problem
+    first: Any
+    num_queries: int
+
+
+def cell_sides(rows: Partition, columns: Partition, content: Content) -> CellSides:
+    """The sides of the cells of a call."""
+    queries, keys = content.q.shape[2], content.k.shape[2]
+    heads, offset = content.q.shape[1], content.q_offset
+    if content.position is None:
+        problem = Problem(queries, keys, heads, offset)
+        return CellSides(rows, columns, problem, offset, queries)
+    problem = Problem(max(queries, keys), keys, heads)
+    return CellSides(rows, columns, problem, content.first, queries)
 
 
 def scorer(
@@ -226,7 +243,7 @@ def _pair_scorer(
             cells = jnp.where(kept[(None,) * 4] & ~lost, cells, -jnp.inf)
             return jnp.where(lost.any(axis=(3, 5)), jnp.nan, cells.max(axis=(3, 5)))
         if nodes:
-            query_at = at[:, :, None] + sides.problem.q_offset
+            query_at = at[:, :, None] + sides.first
             at_key = at_keys[None, None, :]
             held = held & pairs_at(nodes, query_at, at_key, sides.problem)
         # A logit that is not finite makes its own cell NaN, and no other one.
@@ -246,13 +263,13 @@ def _attended_scorer(
 ) -> tuple[Any, Rows, int]:
     """``scorer`` of ``attended``: the mean over the queries of a row."""
     problem = sides.problem
-    at, real = positions(sides.rows, problem.q_seq_len)
+    at, real = positions(sides.rows, sides.num_queries)
     keys = score.entries(content).astype(jnp.float32)
     last = np.arange(keys.shape[2]) * score.stride + score.length - 1
     last = jnp.asarray(last, jnp.int32)[None, None, None, None]
     query = {
         "q": grouped(content.q.astype(jnp.float32), sides.rows, -2)[0],
-        "at": jnp.asarray(at + problem.q_offset, jnp.int32)[None, None],
+        "at": jnp.asarray(at + sides.first, jnp.int32)[None, None],
         "real": jnp.asarray(real, jnp.float32)[None, None],
     }
 
@@ -287,7 +304,7 @@ def _dot_scorer(
 ) -> tuple[Any, Rows, int]:
     """``scorer`` of ``dot``: a cell has the greatest score of its eligible pairs."""
     problem = sides.problem
-    at, real = positions(sides.rows, problem.q_seq_len)
+    at, real = positions(sides.rows, sides.num_queries)
     nodes = of_heads(eligible, problem) if eligible is not None else ()
     columns = len(positions(sides.columns, problem.kv_seq_len)[0])
     of_pairs = arrays.k.shape[3] == problem.kv_seq_len
@@ -309,7 +326,7 @@ def _dot_scorer(
         if not of_pairs:
             return found.max(axis=3)
         if nodes:
-            query_at = x["at"][0, 0][:, :, None] + problem.q_offset
+            query_at = x["at"][0, 0][:, :, None] + sides.first
             held = pairs_at(nodes, query_at, at_keys, problem)
             # A choice of several heads may take what one of them may see.
             held = _for_choices(held, found.shape[1])

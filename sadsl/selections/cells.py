@@ -25,6 +25,7 @@ from sadsl.selections.cell_scores import (
     MEAN,
     CellSides,
     Score,
+    cell_sides,
     in_steps,
     scorer,
     softmax,
@@ -138,8 +139,19 @@ class Cells(Selection):
 
     @property
     @override
+    def of_keys(self) -> Mapping[str, int]:
+        return {self.score.by.k: 0} if isinstance(self.score.by, Dot) else {}
+
+    @property
+    @override
     def leak(self) -> Leak:  # type: ignore[override]
         return _leak(self)
+
+    @property
+    @override
+    def by_position(self) -> bool:
+        plain = self.rows == 1 and isinstance(self.block, int)
+        return plain and self.scope in BY_ROW and not self.score.is_operand
 
     @override
     def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
@@ -189,7 +201,7 @@ class Cells(Selection):
                 found = {n: _of_heads(m, size) for n, m in found.items()}
             return form(self._decide({**found, "scores": scores}, 1 if own else size))
 
-        rows = jnp.arange(num_parts(self.rows, problem.q_seq_len), dtype=jnp.int32)
+        rows = jnp.arange(num_parts(self.rows, sides.num_queries), dtype=jnp.int32)
         each = {"row": rows[None, None], "query": query}
         if self.scope in BY_ROW:
             chosen = in_steps(
@@ -221,11 +233,16 @@ class Cells(Selection):
     ) -> dict[str, Callable[[Array], Bool[Array, "1 heads_or_1 rows columns"]]]:
         """Which cells of some rows are forced and eligible, by their numbers."""
         columns = num_parts(sides.columns, sides.problem.kv_seq_len)
+        known = isinstance(sides.first, int)
 
         def of(a: IndexMap | None, value: bool) -> Callable[[Array], Array]:
             if a is None:
                 return lambda row: jnp.full((1, 1, len(row), columns), value)
-            return StaticCells(a, sides.rows, sides.columns, sides.problem).at
+            args = a, sides.rows, sides.columns, sides.problem
+            if known:
+                return StaticCells(*args).at
+            found = StaticCells(*args, coarse=False)
+            return lambda row: found.at(row + sides.first)
 
         masks = {"forced": of(self.forced, False), "eligible": of(self.eligible, True)}
         if self.score.normalise == "whole_softmax" and self.eligible is not None:
@@ -241,8 +258,7 @@ class Cells(Selection):
         lengths = content.q.shape[2], content.k.shape[2]
         check_length(self.rows, lengths[0], "queries")
         check_length(self.block, lengths[1], "keys")
-        problem = Problem(*lengths, content.q.shape[1], content.q_offset)
-        return CellSides(self.rows, self.block, problem)
+        return cell_sides(self.rows, self.block, content)
 
     def _decide(
         self, x: Mapping[str, Array], size: int

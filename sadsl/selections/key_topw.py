@@ -47,6 +47,17 @@ class KeyTopw(NamedSelection):
     def operands(self) -> Mapping[str, int]:
         return {self.bias: 2}
 
+    @property
+    @override
+    def of_keys(self) -> Mapping[str, int]:
+        return {self.bias: 1}
+
+    @property
+    @override
+    def by_position(self) -> bool:
+        # A block at the end of the sequence, which may be short, counts its own keys.
+        return not self.shared and self.smooth is None
+
     @override
     def choose(self, content: Content) -> Mapping[str, Array]:
         scores = key_scores(content, self.bias)
@@ -54,7 +65,7 @@ class KeyTopw(NamedSelection):
         finite = jnp.isfinite(scores)
         if self.shared:
             return {"kept": smoothed((rank < self.w) & finite, self.smooth)}
-        position = jnp.arange(content.q.shape[2], dtype=jnp.int32) + content.q_offset
+        position = jnp.arange(content.q.shape[2], dtype=jnp.int32) + content.first
         length = jnp.minimum(position + 1, scores.shape[-1])
         limit = least_of_prefixes(rank, length, self.w)
         last = finite.sum(axis=-1, keepdims=True, dtype=jnp.int32) - 1
@@ -93,6 +104,16 @@ class KeyPositive(NamedSelection):
     @override
     def operands(self) -> Mapping[str, int]:
         return {self.bias: 2}
+
+    @property
+    @override
+    def of_keys(self) -> Mapping[str, int]:
+        return {self.bias: 1}
+
+    @property
+    @override
+    def by_token(self) -> bool:
+        return self.leak == "none"
 
     @override
     def choose(self, content: Content) -> Mapping[str, Array]:

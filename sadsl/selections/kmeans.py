@@ -155,6 +155,11 @@ class Kmeans(NamedSelection):
             ),
         )
 
+    @property
+    @override
+    def by_token(self) -> bool:
+        return self.members == "argmax"
+
     @override
     def choose(self, content: Content) -> Mapping[str, Array]:
         if self.members == "argmax":

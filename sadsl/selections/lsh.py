@@ -13,7 +13,7 @@ from operator import or_
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 from typing_extensions import override
 
 from sadsl.maps.base import at_least
@@ -104,6 +104,25 @@ class Lsh(NamedSelection):
             return {}
         what = "bucket" if self.chunks is None else "chunk"
         return {"q": f"q_{what}0", "k": f"k_{what}0"}
+
+    @property
+    @override
+    def by_token(self) -> bool:
+        return self.leak == "none"
+
+    @override
+    def choose_after(
+        self, content: Content, earlier: Mapping[str, Array], there: Array
+    ) -> Mapping[str, Array]:
+        parts = dict(self.choose(content))
+        if self.alone and there.shape[1]:
+            # The buckets of queries and of keys are the same.
+            again = [
+                _is_in(parts[f"q_bucket{r}"], earlier[f"k_bucket{r}"], there)
+                for r in range(self.rounds)
+            ]
+            parts["alone"] &= ~reduce(or_, again)
+        return parts
 
     def draw(
         self, key: Array, num_heads: int, head_dim: int
@@ -315,6 +334,16 @@ def chunk_of(
     )
     beyond = max(q_seq_len // q_size, kv_seq_len // size) + 1
     return jnp.where(q_bucket < 0, -1, q), jnp.where(k_bucket < 0, beyond, k)
+
+
+def _is_in(
+    query: Int[Array, "batch heads q"],
+    earlier: Int[Array, "batch heads slots"],
+    there: Bool[Array, "batch_or_1 slots"],
+) -> Bool[Array, "batch heads q"]:
+    """Whether an earlier key has the bucket of a query."""
+    same = query[:, :, :, None] == earlier[:, :, None]
+    return (same & there[:, None, None]).any(axis=3)
 
 
 def _sees_another(

@@ -36,6 +36,16 @@ class Modalities(NamedSelection):
     def operands(self) -> Mapping[str, int]:
         return {"modality": 1}
 
+    @property
+    @override
+    def of_keys(self) -> Mapping[str, int]:
+        return {"modality": 0}
+
+    @property
+    @override
+    def by_token(self) -> bool:
+        return True
+
     @override
     def choose(self, content: Content) -> Mapping[str, Array]:
         """Chooses ``queries [batch or 1, queries]`` and ``keys [batch or 1, keys]``."""

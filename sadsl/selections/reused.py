@@ -31,6 +31,11 @@ class Reused(NamedSelection):
 
     @property
     @override
+    def by_position(self) -> bool:
+        return self.choice.by_position
+
+    @property
+    @override
     def order(self) -> Mapping[str, str]:
         return self.choice.order
 

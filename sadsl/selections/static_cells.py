@@ -180,17 +180,24 @@ def held_at(
 class StaticCells:
     """The cells that hold a pair of a static map, for some rows at a time.
 
-    A table of coarse cells is made once. A table of fine cells would take a byte for
-    each pair, so they are evaluated for the rows that are asked for.
+    A table of coarse cells is made once, unless ``coarse`` is False. A table of fine
+    cells would take a byte for each pair, so they are evaluated for the rows that are
+    asked for.
     """
 
     def __init__(
-        self, a: IndexMap, rows: Partition, columns: Partition, problem: Problem
+        self,
+        a: IndexMap,
+        rows: Partition,
+        columns: Partition,
+        problem: Problem,
+        *,
+        coarse: bool = True,
     ) -> None:
         self._map, self._problem = a, problem
         self._rows, self._columns, self._table = rows, columns, None
         tiles = isinstance(rows, GridTiles) or isinstance(columns, GridTiles)
-        if tiles or rows * columns >= COARSE:
+        if tiles or (coarse and rows * columns >= COARSE):
             self._table = holding(a, rows, columns, problem)
 
     def at(self, row: Int[Array, " rows"]) -> Bool[Array, "1 heads_or_1 rows columns"]:

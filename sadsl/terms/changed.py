@@ -9,7 +9,9 @@ from sadsl.maps.base import IndexMap
 from sadsl.terms.base import Spec
 from sadsl.terms.biases import Bias
 from sadsl.terms.heads import Heads
-from sadsl.terms.mixtures import Mixture
+from sadsl.terms.latent import Latent
+from sadsl.terms.local_linear import LocalLinear
+from sadsl.terms.mixtures import Mixture, Weighted
 from sadsl.terms.softmax import Softmax
 
 
@@ -55,6 +57,17 @@ def _(spec: Softmax, change: Change) -> Softmax:
 @_changed.register
 def _(spec: Mixture, change: Change) -> Mixture:
     return replace(spec, terms=tuple(_changed(part, change) for part in spec.terms))
+
+
+@_changed.register(Latent)
+@_changed.register(Weighted)
+def _(spec: Any, change: Change) -> Any:
+    return replace(spec, term=_changed(spec.term, change))
+
+
+@_changed.register
+def _(spec: LocalLinear, change: Change) -> LocalLinear:
+    return replace(spec, map=change.of_map(spec.map))
 
 
 @_changed.register

@@ -1,0 +1,1 @@
+"""Decoding: caches that follow from a spec, prompts in pieces, and token by token."""

@@ -1,0 +1,178 @@
+"""``advance``: a generic function that runs the new tokens of a term on its cache."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import singledispatch
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from lowering import ir
+from sadsl.decode.keys import K, Seen, V
+from sadsl.decode.layout import by_key, by_query
+from sadsl.maps.base import IndexMap
+from sadsl.run import merging, traced_offset
+from sadsl.run.attend import attend
+from sadsl.run.heads import slices
+from sadsl.run.mixtures import gates_of, weighed
+from sadsl.run.types import QKV, Outcome, Setting
+from sadsl.terms.base import Spec, Term, read_by
+from sadsl.terms.heads import Heads
+from sadsl.terms.latent import Latent
+from sadsl.terms.local_linear import LocalLinear
+from sadsl.terms.mixtures import Average, Gated, Joint, Weighted
+from sadsl.terms.moved import OFFSET, PairPlaces, of_queries
+from sadsl.terms.over import Over
+from sadsl.terms.softmax import Softmax
+
+# The position of each slot among the arrays of a call; no identifier, so no name of a
+# caller.
+SLOT = "slot.position"
+AT_SLOT = ir.Operand(SLOT, (ir.K,))
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The new tokens of a call.
+
+    Attributes:
+      inputs: q, k and v of the new tokens, ``[batch, seq, heads, dim]``.
+      seen: the keys that they may see, None if no part of the spec keeps keys.
+      given: the arrays of the call.
+      count: the number of earlier tokens, a scalar or ``[batch]``.
+      valid: how many of the new tokens exist, an integer or ``[batch]``.
+      max_len: the most tokens.
+      first: whether there are no earlier tokens, so that no cache is read.
+      setting: the options of the call.
+    """
+
+    inputs: QKV
+    seen: Seen | None
+    given: Mapping[str, Any]
+    count: Int[Array, "*batch"]
+    valid: Int[Array, " batch"] | int
+    max_len: int
+    first: bool
+    setting: Setting
+
+    def of(self, term: Spec) -> dict[str, Any]:
+        """The given arrays that a term reads."""
+        return read_by(term, self.given)
+
+
+@singledispatch
+def advance(term: Spec, state: Any, new: NewTokens) -> tuple[Outcome, Any]:
+    """The outcome of new tokens, and the state of ``term`` after them.
+
+    Raises:
+      NotImplementedError: the term has no cache.
+    """
+    del state, new
+    raise NotImplementedError(
+        f"decoding {term!r}: its outputs need more of earlier tokens than a cache "
+        "keeps; call attention on the whole sequence"
+    )
+
+
+@advance.register
+def _(term: IndexMap, state: None, new: NewTokens) -> tuple[Outcome, None]:
+    return advance(Softmax(term), state, new)
+
+
+@advance.register(Softmax)
+@advance.register(Latent)
+@advance.register(LocalLinear)
+def _(term: Term, state: None, new: NewTokens) -> tuple[Outcome, None]:
+    """Attention over the keys of the cache."""
+    if new.first:
+        return attend(term, new.inputs, new.of(term), new.setting), state
+    seen = new.seen
+    assert seen is not None
+    shared = frozenset(set(by_key(term)) & by_query(term))
+    places = PairPlaces(length=new.max_len, queries=shared)
+    given = {OFFSET: new.count}
+    if seen.position is not None:
+        places = replace(places, k=AT_SLOT, held=ir.Le(ir.Const(0), AT_SLOT))
+        given[SLOT] = seen.position
+    given |= {of_queries(name): new.given[name] for name in shared}
+    placed = traced_offset.moved(term, new.given, places)
+    given = read_by(placed, {**new.given, **seen.rows, **given})
+    k = jnp.swapaxes(seen.rows[K], 1, 2)
+    v = jnp.swapaxes(seen.rows[V], 1, 2) if V in seen.rows else k
+    # The slots of a cache keep their order.
+    config = replace(new.setting.config, relayout=False)
+    setting = replace(new.setting, config=config)
+    return attend(placed, (new.inputs[0], k, v), given, setting), state
+
+
+@advance.register
+def _(term: Over, state: None, new: NewTokens) -> tuple[Outcome, None]:
+    """Softmax over entries that the caller keeps."""
+    if new.first:
+        return attend(term, new.inputs, new.of(term), new.setting), state
+    placed = replace(term, map=traced_offset.moved_map(term.map, new.given))
+    given = read_by(placed, {**new.given, OFFSET: new.count})
+    return attend(placed, new.inputs, given, new.setting), state
+
+
+@advance.register
+def _(term: Weighted, state: Any, new: NewTokens) -> tuple[Outcome, Any]:
+    found, state = advance(term.term, state, new)
+    return weighed(found, term.log_weight), state
+
+
+@advance.register
+def _(term: Joint, state: tuple, new: NewTokens) -> tuple[Outcome, tuple]:
+    """One softmax over all parts, whose pairs are disjoint."""
+    found, states = _parts(term.terms, state, new)
+    return found[0] if len(found) == 1 else merging.merge(found), states
+
+
+@advance.register
+def _(term: Average, state: tuple, new: NewTokens) -> tuple[Outcome, tuple]:
+    found, states = _parts(term.terms, state, new)
+    return Outcome(merging.mean(tuple(x.out for x in found)), None), states
+
+
+@advance.register
+def _(term: Gated, state: tuple, new: NewTokens) -> tuple[Outcome, tuple]:
+    gates = gates_of(term, new.given, new.inputs[0])
+    found, states = _parts(term.terms, state, new)
+    outputs = tuple(x.out for x in found)
+    return Outcome(merging.gated_sum(outputs, gates), None), states
+
+
+@advance.register
+def _(term: Heads, state: tuple, new: NewTokens) -> tuple[Outcome, tuple]:
+    """Each part on its own heads."""
+    seen, found, states = new.seen, [], []
+    for i, ((q, k, v), part) in enumerate(slices(new.inputs, term)):
+        own = replace(new, inputs=(q, k, v), seen=_of_heads(seen, i, new, term))
+        outcome, after = advance(part, state[i], own)
+        found.append(outcome)
+        states.append(after)
+    lses = [x.lse for x in found if x.lse is not None]
+    lse = jnp.concatenate(lses, axis=1) if len(lses) == len(found) else None
+    out = jnp.concatenate([x.out for x in found], axis=2)
+    return Outcome(out, lse), tuple(states)
+
+
+def _of_heads(seen: Seen | None, part: int, new: NewTokens, term: Heads) -> Seen | None:
+    """The cached keys of one part of ``heads``."""
+    if seen is None:
+        return None
+    q, k, _ = new.inputs
+    group = q.shape[2] // k.shape[2]
+    counts = [n for _, n in term.shares]
+    start = sum(counts[:part]) // group
+    stop = start + counts[part] // group
+    own = {n: x[:, start:stop] for n, x in seen.rows.items() if n in (K, V)}
+    return seen._replace(rows={**seen.rows, **own})
+
+
+def _parts(
+    terms: tuple[Spec, ...], state: tuple, new: NewTokens
+) -> tuple[list[Outcome], tuple]:
+    each = [advance(part, x, new) for part, x in zip(terms, state, strict=True)]
+    return [found for found, _ in each], tuple(after for _, after in each)

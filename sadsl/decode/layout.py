@@ -1,0 +1,119 @@
+"""What a cache of a spec must hold, from the expressions of its maps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache, reduce
+from operator import or_
+from typing import Any
+
+from lowering import ir
+from lowering.bias import nodes
+from lowering.expr.assume import envelope
+from sadsl.analysis.cache import cache_of, length_note
+from sadsl.decode.slots import CacheSlots
+from sadsl.maps.base import IndexMap
+from sadsl.maps.named import Where
+from sadsl.selections.base import selections_of, widest
+from sadsl.terms.base import Spec, Term
+from sadsl.terms.biases import Bias
+from sadsl.terms.compressed import Compressed
+from sadsl.terms.over import Over
+from sadsl.terms.recurrent import Recurrent
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The static part of a cache.
+
+    Attributes:
+      term: the spec.
+      max_len: the most tokens.
+      num_heads: query heads.
+      slots: where the keys of tokens lie; None if no part keeps keys.
+      axes: the arrays with an entry for each key that are kept as keys are, and the
+        axis of their keys, without the batch axis.
+      shared: those of them that maps also index by the query.
+    """
+
+    term: Term
+    max_len: int
+    num_heads: int
+    slots: CacheSlots | None
+    axes: tuple[tuple[str, int], ...]
+    shared: frozenset[str]
+
+
+def token_maps(spec: Spec) -> Iterator[IndexMap]:
+    """The maps of the parts of a spec that keep the keys of tokens."""
+    if isinstance(spec, IndexMap):
+        yield spec
+    elif not isinstance(spec, Recurrent | Over | Compressed):
+        for part in spec.parts:
+            yield from token_maps(part)
+
+
+@lru_cache(maxsize=256)
+def slots_of(maps: tuple[IndexMap, ...], max_len: int, num_heads: int) -> CacheSlots:
+    """The slots that all of the maps need.
+
+    Raises:
+      ValueError: a map is not causal, or is made for another length.
+      NotImplementedError: the keys of a query depend on how many tokens follow.
+    """
+    node = reduce(or_, maps).node if len(maps) > 1 else maps[0].node
+    every = envelope(widest(Where(node)), lambda _: True)
+    for part in maps:
+        _check_length(part, max_len, num_heads)
+    found = cache_of(every, max_len, num_heads)
+    if any(map(selections_of, maps)) or found.pinned + found.slots >= max_len:
+        # Choices compare the keys in the order of positions.
+        return CacheSlots(0, max_len, max_len)
+    return CacheSlots(found.pinned, found.slots, max_len)
+
+
+def _check_length(map: IndexMap, max_len: int, num_heads: int) -> None:
+    node = envelope(widest(map), lambda _: True)
+    note = length_note(node, max_len, num_heads)
+    grid = any(isinstance(part, ir.Within) for part in ir.walk(node))
+    if note is not None and not grid:
+        raise NotImplementedError(
+            f"decoding {map!r}: the map depends on the length: {note}"
+        )
+
+
+def by_key(value: Any) -> dict[str, int]:
+    """The arrays that the maps and biases of a spec index by the key, and that axis."""
+    found: dict[str, int] = {}
+    for name, index in _looked_up(value):
+        if ir.K in index:
+            found[name] = index.index(ir.K)
+    return found
+
+
+def by_query(value: Any) -> set[str]:
+    """The arrays that the maps and biases of a spec index by the query."""
+    return {name for name, index in _looked_up(value) if ir.Q in index}
+
+
+def _looked_up(value: Any) -> Iterator[tuple[str, tuple[ir.Expr, ...]]]:
+    """The run-time arrays of a spec with their indices.
+
+    Those of choices are left out, unless their parts belong to tokens.
+    """
+    if isinstance(value, IndexMap):
+        chosen = [s for s in selections_of(value) if not s.by_token]
+        for part in ir.walk(value.node):
+            if not isinstance(part, ir.Operand):
+                continue
+            if not any(s.owns(part.name) for s in chosen):
+                yield part.name, part.index
+    elif isinstance(value, Bias):
+        score = value.score(1)
+        for part in (*nodes.weights(score), *nodes.integer_operands(score)):
+            yield part.name, part.index
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _looked_up(part)
+    elif is_dataclass(value):
+        for each in fields(value):
+            yield from _looked_up(getattr(value, each.name))
