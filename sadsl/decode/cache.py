@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from lowering.problem import Problem
 from sadsl.decode.choices import token_parts
 from sadsl.decode.keys import K, KeyStore, V, empty
-from sadsl.decode.layout import CacheLayout, by_key, by_query, slots_of, token_maps
+from sadsl.decode.layout import CacheLayout, by_key, slots_of, token_maps
 from sadsl.decode.slots import CacheSlots
 from sadsl.decode.states import CacheSizes, start
 from sadsl.maps.base import IndexMap, at_least
@@ -126,9 +126,8 @@ def _empty_cache(term: Term, sizes: CacheSizes, *, ragged: bool) -> DecodingCach
     _check_choices(term, sizes.arrays)
     resolved = _resolved(term, Problem(max_len, max_len, heads))
     axes = {} if slots is None else _kept(term, sizes.arrays)
-    shared = frozenset(set(by_key(term)) & by_query(term))
     kept = tuple(sorted(axes.items()))
-    layout = CacheLayout(resolved, max_len, heads, slots, kept, shared)
+    layout = CacheLayout(resolved, max_len, heads, slots, kept)
     keys = None
     if slots is not None:
         known = {**sizes.arrays, **_parts(term, sizes)}

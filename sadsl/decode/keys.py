@@ -104,14 +104,19 @@ def seen(
         return Seen(after.rows, None)
     if new.size == 1:
         return Seen(after.rows, slots.positions(new.count + 1))
-    index = jnp.arange(new.size, dtype=jnp.int32)
-    positions = [slots.positions(new.count), new.count[..., None] + index]
+    positions = [slots.positions(new.count), positions_of(new.count, new.size)]
 
     def join(old: Array, x: Array, axis: int) -> Array:
         return jnp.concatenate([old, x], axis)
 
     rows = _each(join, before, new, axes)
     return Seen(rows, jnp.concatenate(positions, axis=-1))
+
+
+def positions_of(count: Int[Array, "*batch"], size: int) -> Int[Array, "*batch size"]:
+    """The positions of ``size`` new tokens after ``count``."""
+    index = jnp.arange(size, dtype=jnp.int32).reshape(*[1] * count.ndim, size)
+    return count[..., None] + index
 
 
 def _each(

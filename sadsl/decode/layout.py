@@ -1,6 +1,6 @@
 """What a cache of a spec must hold, from the expressions of its maps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache, reduce
 from operator import or_
@@ -32,7 +32,6 @@ class CacheLayout:
       slots: where the keys of tokens lie; None if no part keeps keys.
       axes: the arrays with an entry for each key that are kept as keys are, and the
         axis of their keys, without the batch axis.
-      shared: those of them that maps also index by the query.
     """
 
     term: Term
@@ -40,7 +39,12 @@ class CacheLayout:
     num_heads: int
     slots: CacheSlots | None
     axes: tuple[tuple[str, int], ...]
-    shared: frozenset[str]
+
+
+def of_one_length(maps: Iterable[IndexMap]) -> bool:
+    """Whether some map is made for the whole length, as those on grids are."""
+    every = (part for each in maps for part in ir.walk(each.node))
+    return any(isinstance(x, ir.Within) or x == ir.Var("n") for x in every)
 
 
 def token_maps(spec: Spec) -> Iterator[IndexMap]:

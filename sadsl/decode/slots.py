@@ -43,8 +43,9 @@ class CacheSlots:
           >>> CacheSlots(1, 4, 100).positions(jnp.int32(7)).tolist()
           [0, 5, 6, 3, 4]
         """
-        slot = jnp.arange(self.size, dtype=jnp.int32)
         last = jnp.asarray(count, jnp.int32)[..., None] - 1
+        slot = jnp.arange(self.size, dtype=jnp.int32)
+        slot = slot.reshape(*[1] * (last.ndim - 1), -1)
         if self.hold_all:
             return jnp.where(slot <= last, slot, -1)
         turns = (last - slot) % self.ring if self.ring else last - slot

@@ -13,7 +13,17 @@ from pallas_kernels.config import KernelConfig
 from sadsl.decode.advance import NewTokens, advance
 from sadsl.decode.cache import DecodingCache
 from sadsl.decode.choices import token_parts
-from sadsl.decode.keys import K, KeyStore, NewEntries, Seen, V, seen, written
+from sadsl.decode.keys import (
+    K,
+    KeyStore,
+    NewEntries,
+    Seen,
+    V,
+    positions_of,
+    seen,
+    written,
+)
+from sadsl.decode.layout import of_one_length, token_maps
 from sadsl.run import checks
 from sadsl.run.backends import choose_impl
 from sadsl.run.call import given_arrays
@@ -85,10 +95,11 @@ def _advanced(
     q, k, v = inputs
     valid: Any = q.shape[1] if lengths is None else jnp.asarray(lengths, jnp.int32)
     length = jnp.asarray(cache.length, jnp.int32)
+    layout = cache.layout
     first = _is_known(cache.length) and not np.any(np.asarray(cache.length))
+    first = first and not of_one_length(token_maps(layout.term))
     given |= _token_parts(cache, (q, k), given, length)
     keys, visible = _with_keys(cache, (k, v), given, valid)
-    layout = cache.layout
     new = NewTokens(
         inputs, visible, given, length, valid, layout.max_len, first, setting
     )
@@ -235,6 +246,6 @@ def _new_entries(name: str, kept: Array, given: Mapping[str, Any], count: int) -
 
 def _where_held(out: Array, length: Array, cache: DecodingCache) -> Array:
     """The outputs, NaN for tokens beyond the cache."""
-    at = length[..., None] + jnp.arange(out.shape[1], dtype=jnp.int32)
+    at = positions_of(length, out.shape[1])
     held = jnp.atleast_2d(at < cache.layout.max_len)[:, :, None, None]
     return jnp.where(held, out, jnp.nan).astype(out.dtype)

@@ -25,7 +25,8 @@ class PairPlaces:
     Attributes:
       q, k: their positions, as expressions of their indices.
       held: a condition on indices beside the map, such as "this slot has a key".
-      length: the number of keys that the map counts; None: those of the call.
+      length: the number of keys that the map counts, for which it was verified; None:
+        those of the call.
       queries: arrays that maps index by query and by key. In place of the query's index
         they are read under another name: ``of_queries(name)``.
     """
@@ -42,7 +43,10 @@ class PairPlaces:
 
     def pred(self, node: ir.Pred) -> ir.Pred:
         """A condition on positions, by indices."""
-        named = ir.rewrite(ir.substitute(node, self._lengths), self._renamed)
+        known = ir.substitute(node, self._lengths)
+        if self.length is not None:
+            known = ir.without_extents(known)
+        named = ir.rewrite(known, self._renamed)
         found = ir.at_positions(named, self.q, self.k)
         return found if self.held is None else ir.And((found, self.held))
 
