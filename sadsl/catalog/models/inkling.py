@@ -65,7 +65,8 @@ def inkling_2(
     As in transformers 5.24: 48 query heads, 8 key heads; q, k and "rel_q" are clipped
     by their norms, values are normed, and the output has a gate. "sink" ``[batch, seq,
     heads]`` is a projection of the token. Attention over depth is not part of these
-    specs. ``floor``'s default was not verified.
+    specs. That Inkling 2 has the temperature of Inkling was not verified: the outputs
+    of its code that the tests have show none.
 
     Args:
       num_layers: layers of the stack.
