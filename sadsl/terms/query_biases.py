@@ -45,14 +45,16 @@ class QueryDistanceBias(Bias):
     def of_heads(self, num_heads: int) -> Real:
         """The number of a pair; see ``Bias``."""
         rows, columns = weights(self.name), weights(self.distances)
-        near = minimum(maximum(Q - K, 0), self.extent - 1)
-        products = [rows[Q, H, c] * columns[c, near] for c in range(self.channels)]
+        # NumPy's integers would make an array of the tuple below.
+        channels, extent = int(self.channels), int(self.extent)
+        near = minimum(maximum(Q - K, 0), extent - 1)
+        products = [rows[Q, H, c] * columns[c, near] for c in range(channels)]
         found = reduce(add, products)
         if self.factor is not None:
             found = self.factor.of_heads(num_heads) * found
         # 1 at the distances 0 .. extent - 1, and 0 on both sides.
-        inside = table((0.0, *(1.0,) * self.extent, 0.0))
-        return found * inside[minimum(maximum(Q - K, -1), self.extent) + 1]
+        inside = table((0.0, *(1.0,) * extent, 0.0))
+        return found * inside[minimum(maximum(Q - K, -1), extent) + 1]
 
 
 @dataclass(frozen=True, repr=False)

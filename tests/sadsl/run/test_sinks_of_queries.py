@@ -60,14 +60,9 @@ def by_definition(pairs, values, cotangents):
 CASES = [(*c, n) for c in itertools.product(SPECS, calls.IMPLS) for n in (1, 13, 130)]
 
 
-@pytest.mark.parametrize(
-    ("name", "impl", "n"),
-    # The others run in the slow tier: a kernel takes seconds to compile.
-    [
-        pytest.param(*c, marks=[] if c == ("softmax", "xla", 13) else pytest.mark.slow)
-        for c in CASES
-    ],
-)
+# In the fast suite, a layer of Inkling-2 has them (tests/sadsl/catalog).
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "impl", "n"), CASES)
 def test_values_and_gradients(name, impl, n):
     spec, pairs = SPECS[name]
     values, cotangents = made(n, batch_of_sinks=1 if name == "joint" else 2)
