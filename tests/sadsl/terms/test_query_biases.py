@@ -35,10 +35,10 @@ def by_distance(x, table, distance, extent, factor):
 def attended(q, k, v, pairs, bias, sinks=None):
     k, v = (jnp.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k, v))
     s = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5 + bias
-    s = jnp.where(pairs, s, -1e300)
-    extra = jnp.full(s.shape[:-1], -1e300) if sinks is None else sinks
+    s = jnp.where(pairs, s, -1e4)
+    extra = jnp.full(s.shape[:-1], -1e4) if sinks is None else sinks
     extra = jnp.broadcast_to(extra, s.shape[:-1])
-    top = jnp.maximum(s.max(axis=-1), extra)
+    top = jax.lax.stop_gradient(jnp.maximum(s.max(axis=-1), extra))
     e = jnp.where(pairs, jnp.exp(s - top[..., None]), 0.0)
     total = e.sum(axis=-1) + jnp.exp(extra - top)
     return jnp.einsum("bhqk,bkhd->bqhd", e / total[..., None], v)
