@@ -95,6 +95,11 @@ def query_distance_bias(
     multiply ``channels`` vectors of queries by as many diagonals. Gradients reach both
     arrays. With ``q_offset``, ``x`` has the queries that are passed.
 
+    A kernel holds a tile for each channel. On TPUs, 16 of them at the default blocks do
+    not fit its memory, and the compiler refuses: pass smaller ones, as in
+    ``config=KernelConfig(block_q=128, block_kv=128)``. The gradient of ``table`` costs
+    a pass over the tiles for each channel.
+
     Args:
       name: the operand ``x``, ``[batch or 1, q_seq, num_q_heads or 1, channels]``, of
         floats.
