@@ -151,7 +151,7 @@ def marked(row):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("row", map(marked, ROWS))
+@pytest.mark.parametrize("row", [marked(row) for row in ROWS])
 def test_layers_of_published_models(row):
     agrees(row, "xla")
 
