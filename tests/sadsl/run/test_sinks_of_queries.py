@@ -86,6 +86,7 @@ def test_values_and_gradients(name, impl, n):
         oracle.assert_close(a, b, "float32", f"{name} {impl} {n} {what}")
 
 
+@pytest.mark.slow
 def test_one_number_for_all_queries_is_the_sink_of_a_head():
     (q, k, v, sinks), _ = made(13, 2)
     spec = sa.softmax(NEAR, sink=True)
@@ -97,6 +98,7 @@ def test_one_number_for_all_queries_is_the_sink_of_a_head():
     np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_queries_of_a_later_call_bring_their_own_sinks():
     """With an offset, the sinks are those of the queries that are passed."""
     (q, k, v, sinks), _ = made(13, 2)
