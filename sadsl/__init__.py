@@ -104,6 +104,8 @@ from sadsl.terms.mixtures import joint as joint
 from sadsl.terms.mixtures import weighted as weighted
 from sadsl.terms.over import over as over
 from sadsl.terms.own_regions import regions as regions
+from sadsl.terms.query_biases import gate_bias as gate_bias
+from sadsl.terms.query_biases import query_distance_bias as query_distance_bias
 from sadsl.terms.regions import spans as spans
 from sadsl.terms.regions import tower as tower
 from sadsl.terms.scatter_mean import scatter_mean as scatter_mean
@@ -155,6 +157,7 @@ __all__ = [
     "entries",
     "floor_log2",
     "full",
+    "gate_bias",
     "gated",
     "heads",
     "induced",
@@ -193,6 +196,7 @@ __all__ = [
     "prefix",
     "properties",
     "queries",
+    "query_distance_bias",
     "read_head_plan",
     "regions",
     "rowmajor",

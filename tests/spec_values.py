@@ -81,6 +81,7 @@ NEEDED_OF = {
     "catalog.mminference_grid": {"vision": (0, 4096)},
     "catalog.residue_major": {"stride": 2},
     "dense_map": {"pairs": np.eye(3, dtype=bool)},
+    "query_distance_bias": {"distances": "table", "channels": 2, "extent": 8},
 }  # fmt: skip
 # Two values for each `*args` and `**kwargs`.
 SEVERAL = {
@@ -125,6 +126,7 @@ OTHER_OF = {
     ("softmax", "values"): (0, 4), ("Softmax", "values"): (0, 4),
     ("softmax", "scale"): sa.bias(lambda q, k, h: 1 + 0.1 * sa.log(q + 1)),
     ("Softmax", "scale"): sa.bias(lambda q, k, h: sa.weights("t")[h]),
+    ("query_distance_bias", "factor"): sa.bias(lambda q, k, h: 1 + 0.1 * sa.log(q)),
     ("over", "values"): "others", ("latent", "form"): "absorbed",
     ("dot", "weights"): "iw", ("dot", "act"): "relu", ("dot", "k"): "other",
     ("attended", "keys"): "short_k",

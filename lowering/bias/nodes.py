@@ -23,6 +23,7 @@ from lowering.expr.static_range import Known
 from lowering.problem import Problem
 
 Layout = Literal["q", "k", "diagonal", "pairs"]
+Running = Literal["whole", "rest"]
 LAYOUTS: tuple[Layout, ...] = ("q", "k", "diagonal", "pairs")
 
 
@@ -62,10 +63,15 @@ class Weights:
     An axis that is indexed by ``q`` itself counts the queries of the call: ``q_offset``
     does not shift it. An axis of length one that is indexed by the head is shared by
     all heads.
+
+    ``running``: the look-up is in the running sum along the first axis, which counts
+    positions. That sum is a whole number and a rest, looked up by two nodes, so that
+    differences of sums keep their digits (``run_time/running_sums.py``).
     """
 
     name: str
     index: tuple[ir.Expr, ...]
+    running: Running | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,26 +170,30 @@ class LoweredScore:
 def lower(score: Score, problem: Problem) -> LoweredScore:
     """Splits a bias into what is computed in the kernel and what is made outside."""
     arrays: dict[Layout, list[list[ScoreTerm]]] = {layout: [] for layout in LAYOUTS}
-    shared: dict[tuple[Layout, tuple[ir.Expr, ...]], int] = {}
-    products: dict[KernelTerm, None] = {}
+    shared: dict[tuple[Any, ...], int] = {}
+    whole: list[KernelTerm] = []
+    products: list[KernelTerm] = []
     lengths = problem.q_seq_len, problem.kv_seq_len
     known = known_of(*lengths, problem.num_heads)
     for term in terms_of(resolved(score, problem)):
         exprs, outside = _split(term, known)
-        if len(outside) == 1:
-            # Terms that differ in the array alone share one: the sum of both.
-            ((layout, atoms),) = outside.items()
-            slot = shared.setdefault((layout, exprs), len(arrays[layout]))
-            if slot == len(arrays[layout]):
-                arrays[layout].append([])
-            arrays[layout][slot].append(ScoreTerm(term.factor, atoms))
-            products[KernelTerm(1.0, exprs, ((layout, slot),))] = None
+        if not outside:
+            products.append(KernelTerm(term.factor, exprs))
             continue
-        held = tuple((layout, len(arrays[layout])) for layout in outside)
-        for layout, atoms in outside.items():
-            arrays[layout].append([ScoreTerm(1.0, atoms)])
-        products[KernelTerm(term.factor, exprs, held)] = None
-    kernel = KernelScore(tuple(products), len(arrays["diagonal"]))
+        (layout, atoms), *others = outside.items()
+        is_whole = any(isinstance(a, Weights) and a.running == "whole" for a in atoms)
+        # Terms that differ in one array alone share it: the sum of both. Whole parts of
+        # running sums are added to nothing else before their difference is taken.
+        key = exprs, layout, tuple(others), is_whole
+        if key not in shared:
+            held = tuple((each, len(arrays[each])) for each in outside)
+            shared[key] = len(arrays[layout])
+            arrays[layout].append([])
+            for each, found in others:
+                arrays[each].append([ScoreTerm(1.0, found)])
+            (whole if is_whole else products).append(KernelTerm(1.0, exprs, held))
+        arrays[layout][shared[key]].append(ScoreTerm(term.factor, atoms))
+    kernel = KernelScore((*whole, *products), len(arrays["diagonal"]))
     made = tuple(tuple(map(tuple, arrays[layout])) for layout in LAYOUTS)
     return LoweredScore(kernel, made, any(isinstance(n, Weights) for n in walk(score)))
 
@@ -204,7 +214,8 @@ def with_indices(score: Score, change: Callable[[ir.Expr], ir.Expr]) -> Score:
     """The bias with ``change`` applied to the integers of positions.
 
     An axis of an array that is indexed by ``q`` or ``k`` itself stays: it has the
-    queries or the keys that are passed, whatever their positions.
+    queries or the keys that are passed, whatever their positions. A running sum is over
+    positions.
     """
 
     def changed(node: Score) -> Score:
@@ -215,11 +226,10 @@ def with_indices(score: Score, change: Callable[[ir.Expr], ir.Expr]) -> Score:
                 return node
             case Numbers(values, index):
                 return Numbers(values, change(index))
-            case Weights(name, index):
-                return Weights(
-                    name,
-                    tuple(i if i in (ir.Q, ir.K) else change(i) for i in index),
-                )
+            case Weights(name, index, running):
+                kept = (ir.Q, ir.K) if running is None else ()
+                index = tuple(i if i in kept else change(i) for i in index)
+                return Weights(name, index, running)
             case Sum(a, b) | ScoreProduct(a, b):
                 return type(node)(changed(a), changed(b))
         assert_never(node)
@@ -284,7 +294,7 @@ def indices(atom: Atom) -> tuple[ir.Expr, ...]:
             return (expr,)
         case Numbers(_, index):
             return (index,)
-        case Weights(_, index):
+        case Weights(_, index, _):
             return index
     assert_never(atom)
 
@@ -345,9 +355,10 @@ def show_score(score: Score) -> str:
             return repr(value)
         case Numbers(values, index):
             return f"table({values})[{show(index)}]"
-        case Weights(name, index):
+        case Weights(name, index, running):
             at = f"[{', '.join(map(show, index))}]"
-            return f"weights({name!r}){at}"
+            part = "" if running is None else f".running({running!r})"
+            return f"weights({name!r}){part}{at}"
         case Sum(a, b):
             return f"{show_score(a)} + {_tight(b)}"
         case ScoreProduct(a, b):

@@ -16,6 +16,7 @@ from lowering.bias import nodes
 from lowering.expr.fits import INT32, ends
 from lowering.expr.static_range import Known
 from lowering.problem import Problem
+from lowering.run_time.running_sums import running_sums
 from lowering.run_time.vectors import AtPositions, evaluate_outside
 from pallas_kernels.call import PairValues, ScoreValues
 
@@ -133,8 +134,11 @@ def _atom(atom: nodes.Atom, places: BiasPlaces) -> jax.Array:
         case nodes.Numbers(table, index):
             numbers = jnp.asarray(table, places.dtype)[None]
             return look_up(numbers, [Index(places.index(index))])
-        case nodes.Weights(name, index):
+        case nodes.Weights(name, index, running):
             found = places.operands[name].astype(places.dtype)
+            if running is not None:
+                whole, rest = running_sums(found)
+                found = whole if running == "whole" else rest
             pairs = zip(index, found.shape[1:], strict=True)
             return look_up(found, [_index(i, size, places) for i, size in pairs])
     assert_never(atom)

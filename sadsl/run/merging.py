@@ -84,10 +84,11 @@ def _shares(lses: tuple[Array, ...]) -> tuple[list[Array], Array]:
 def with_sink(
     out: Float[Array, "batch q_seq heads head_dim_v"],
     lse: Float[Array, "batch heads q_seq"],
-    sinks: Float[Array, "batch_or_1 heads"],
+    sinks: Float[Array, "batch_or_1 q_seq_or_1 heads"],
 ) -> Outcome:
     """Adds a logit without a value to the normaliser of each query."""
-    logits = jnp.broadcast_to(sinks.astype(lse.dtype)[:, :, None], lse.shape)
+    logits = jnp.swapaxes(sinks.astype(lse.dtype), 1, 2)
+    logits = jnp.broadcast_to(logits, lse.shape)
     (share, _), total = _shares((lse, logits))
     scaled = _times(jnp.swapaxes(share, 1, 2), out.astype(share.dtype))
     return Outcome(scaled.astype(out.dtype), total)

@@ -109,25 +109,29 @@ def _(
 
 
 def sinks_of(term: Softmax, given: Mapping[str, Any], q: Array) -> Array:
-    """The sink logit of every head, ``[batch or 1, heads]``.
+    """The sink logits, ``[batch or 1, q_seq or 1, heads]``.
 
     Raises:
       ValueError: the operand was not given, or has another shape.
     """
-    batch, _, heads, _ = q.shape
+    batch, length, heads, _ = q.shape
     if term.sink not in given:
         raise ValueError(
             f"{term!r} reads its sinks from {term.sink!r}, which was not given: pass "
             f"operands={{{term.sink!r}: array}} with a float for each of {heads} heads"
         )
     sinks = jnp.asarray(given[term.sink])
-    if sinks.shape not in ((heads,), (1, heads), (batch, heads)):
+    of_queries = (1, length, heads), (batch, length, heads)
+    if sinks.shape not in ((heads,), (1, heads), (batch, heads), *of_queries):
         raise ValueError(
             f"operand {term.sink!r} has shape {sinks.shape}: the sinks of {term!r} "
             f"must have shape ({heads},), one number for each head, or "
-            f"{(batch, heads)}"
+            f"{(batch, heads)}, or {(batch, length, heads)} with one for each query; "
+            "the batch axis may be 1"
         )
-    return sinks.reshape(-1, heads)
+    if sinks.ndim == 1:
+        sinks = sinks[None]
+    return sinks[:, None] if sinks.ndim == 2 else sinks
 
 
 @partial(jax.jit, static_argnames=("options",))

@@ -121,7 +121,9 @@ def softmax(
       bias: the bias added to the capped scores: ``alibi()``, ``t5_bias()``, ...
       sink: True adds to each softmax a learned logit that has no value: the floats
         ``[num_q_heads]`` of the operand "sink", or of the name given here (OpenAI,
-        gpt-oss, 2025). The lse includes it, so it is finite for every query.
+        gpt-oss, 2025). ``[batch or 1, num_q_heads]`` has sinks of each batch entry,
+        ``[batch or 1, q_seq, num_q_heads]`` of each query (Inkling-2); two axes are
+        never those of queries. The lse includes it, so it is finite for every query.
       values: the channels of the keys that are the values, as in ``slice(0, 512)``;
         the call then takes ``k`` for ``v``, too. Kernels load them once: lists on CPUs
         if they are at least half of the channels, TPUs if the slice starts and stops

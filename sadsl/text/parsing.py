@@ -55,6 +55,7 @@ from sadsl.terms.linear import linear
 from sadsl.terms.local_linear import local_linear
 from sadsl.terms.over import over
 from sadsl.terms.own_regions import regions
+from sadsl.terms.query_biases import gate_bias, query_distance_bias
 from sadsl.terms.regions import spans, tower
 from sadsl.terms.scatter_mean import scatter_mean
 from sadsl.terms.softmax import softmax
@@ -80,6 +81,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
         modalities, stripes, descent, chunk_budget,
         summaries, spans, tower, columns, rows, rowmajor, clusters, regions,
         weights, alibi, t5_bias, distance_bias, pair_bias, key_bias,
+        query_distance_bias, gate_bias,
     )
 }  # fmt: skip
 METHODS = {"lift", "permute", "isin", "product", "axial", "neighborhood"}

@@ -10,9 +10,16 @@ FULL = softmax(causal())
 
 
 def in_turn(
-    name: str, recurrent: Term, num_layers: int, period: int, full: Term = FULL
+    name: str,
+    most: Term,
+    num_layers: int,
+    period: int,
+    full: Term = FULL,
+    first: int | None = None,
 ) -> tuple[Term, ...]:
-    """``period - 1`` recurrent layers, then one of attention, and so on.
+    """One of ``period`` layers is ``full``, all others are ``most``.
+
+    ``first`` is the first full layer, counted from 0; the last one of a period if None.
 
     Example:
       >>> [type(x).__name__ for x in in_turn("two", gated_delta_net(), 2, 2)]
@@ -20,7 +27,8 @@ def in_turn(
     """
     at_least(name, "num_layers", num_layers, 1)
     at_least(name, "period", period, 1)
-    return tuple(recurrent if (i + 1) % period else full for i in range(num_layers))
+    at = period - 1 if first is None else first
+    return tuple(full if i % period == at else most for i in range(num_layers))
 
 
 def qwen3_next(num_layers: int = 48) -> tuple[Term, ...]:

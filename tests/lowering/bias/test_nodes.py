@@ -10,9 +10,10 @@ import pytest
 from lowering.bias import nodes
 from lowering.problem import Problem
 from lowering.run_time import bias_values
-from sadsl.maps.numbers import weights
+from sadsl.maps.numbers import log, weights
 from sadsl.maps.symbols import operand
 from sadsl.terms.biases import alibi, bias, distance_bias, key_bias, pair_bias, t5_bias
+from sadsl.terms.query_biases import gate_bias, query_distance_bias
 
 
 def layouts_of(x, heads=4):
@@ -34,11 +35,33 @@ def layouts_of(x, heads=4):
         (bias(lambda q, k: weights("a")[q] - 1.0 * weights("b")[k]), (1, 1, 0, 0)),
         (bias(lambda q, k: weights("a")[q] * weights("b")[k]), (1, 1, 0, 0)),
         (bias(lambda q, k: 0.5 * operand("p")[q]), (1, 0, 0, 0)),
+        # Products that differ in one array alone share it.
+        (
+            query_distance_bias("x", "t", 3, 8, bias(lambda q, k: 1 + 0.5 * log(q))),
+            (3, 0, 3, 0),
+        ),
+        # The whole part of a running sum is added to no other vector.
+        (gate_bias("g") + bias(lambda q, k: weights("b")[q]), (2, 2, 0, 0)),
     ],
 )
 def test_each_part_is_made_in_the_smallest_layout(x, wanted):
     """Vectors of queries and of keys, diagonals, all pairs."""
     assert layouts_of(x) == wanted
+
+
+def test_equal_terms_count_as_often_as_they_are_written():
+    x = bias(lambda q, k: 0.5 * (q - k))
+    lowered = nodes.lower((x + x).score(1), Problem(4, 4))
+    at = np.arange(4, dtype=np.int32)
+    found = lowered.kernel(at[:, None], at[None], (), (), ())
+    np.testing.assert_array_equal(found, at[:, None] - at[None])
+
+
+def test_whole_parts_of_running_sums_come_first():
+    """Nothing is added before their difference is taken, which is exact."""
+    x = bias(lambda q, k: weights("b")[k] - 0.3 * (q - k)) + gate_bias("g")
+    kernel = nodes.lower(x.score(1), Problem(4, 4)).kernel
+    assert [term.held for term in kernel.terms[:2]] == [(("q", 0),), (("k", 1),)]
 
 
 def test_looking_up():
