@@ -12,7 +12,13 @@ from jaxtyping import Array, Int
 from lowering.problem import Problem
 from sadsl.decode.choices import token_parts
 from sadsl.decode.keys import K, KeyStore, V, empty
-from sadsl.decode.layout import CacheLayout, by_key, slots_of, token_maps
+from sadsl.decode.layout import (
+    CacheLayout,
+    by_key,
+    reads_in_order,
+    slots_of,
+    token_maps,
+)
 from sadsl.decode.slots import CacheSlots
 from sadsl.decode.states import CacheSizes, start
 from sadsl.maps.base import IndexMap, at_least
@@ -122,7 +128,8 @@ def init_cache(
 def _empty_cache(term: Term, sizes: CacheSizes, *, ragged: bool) -> DecodingCache:
     max_len, heads = sizes.max_len, sizes.num_heads
     maps = tuple(token_maps(term))
-    slots = slots_of(maps, max_len, heads) if maps else None
+    in_order = reads_in_order(term)
+    slots = slots_of(maps, max_len, heads, in_order=in_order) if maps else None
     _check_choices(term, sizes.arrays)
     resolved = _resolved(term, Problem(max_len, max_len, heads))
     axes = {} if slots is None else _kept(term, sizes.arrays)

@@ -19,6 +19,7 @@ from sadsl.terms.biases import Bias
 from sadsl.terms.compressed import Compressed
 from sadsl.terms.over import Over
 from sadsl.terms.recurrent import Recurrent
+from sadsl.terms.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ def token_maps(spec: Spec) -> Iterator[IndexMap]:
 
 
 @lru_cache(maxsize=256)
-def slots_of(maps: tuple[IndexMap, ...], max_len: int, num_heads: int) -> CacheSlots:
-    """The slots that all of the maps need.
+def slots_of(
+    maps: tuple[IndexMap, ...], max_len: int, num_heads: int, *, in_order: bool
+) -> CacheSlots:
+    """The slots that all of the maps need; one for each position if ``in_order``.
 
     Raises:
       ValueError: a map is not causal, or is made for another length.
@@ -69,8 +72,7 @@ def slots_of(maps: tuple[IndexMap, ...], max_len: int, num_heads: int) -> CacheS
     for part in maps:
         _check_length(part, max_len, num_heads)
     found = cache_of(every, max_len, num_heads)
-    if any(map(selections_of, maps)) or found.pinned + found.slots >= max_len:
-        # Choices compare the keys in the order of positions.
+    if in_order or found.pinned + found.slots >= max_len:
         return CacheSlots(0, max_len, max_len)
     return CacheSlots(found.pinned, found.slots, max_len)
 
@@ -85,6 +87,25 @@ def _check_length(map: IndexMap, max_len: int, num_heads: int) -> None:
         )
 
 
+def reads_in_order(term: Term) -> bool:
+    """Whether keys must lie in the order of positions.
+
+    Choices compare keys in that order, and running sums add them up.
+    """
+    running = any(name in _running(term) for name in by_key(term))
+    return running or any(not choice.by_token for choice in selections_of(term))
+
+
+def _running(term: Any) -> set[str]:
+    """The arrays of which a bias takes running sums."""
+    found: set[str] = set()
+    if isinstance(term, Softmax) and term.bias is not None:
+        looked_up = nodes.weights(term.bias.score(1))
+        found |= {part.name for part in looked_up if part.running is not None}
+    parts = term.parts if isinstance(term, Term) else ()
+    return found.union(*map(_running, parts))
+
+
 def by_key(value: Any) -> dict[str, int]:
     """The arrays that the maps and biases of a spec index by the key, and that axis."""
     found: dict[str, int] = {}
@@ -95,11 +116,14 @@ def by_key(value: Any) -> dict[str, int]:
 
 
 def by_query(value: Any) -> set[str]:
-    """The arrays that the maps and biases of a spec index by the query."""
-    return {name for name, index in _looked_up(value) if ir.Q in index}
+    """The arrays that the maps of a spec index by the query."""
+    looked_up = _looked_up(value, biases=False)
+    return {name for name, index in looked_up if ir.Q in index}
 
 
-def _looked_up(value: Any) -> Iterator[tuple[str, tuple[ir.Expr, ...]]]:
+def _looked_up(
+    value: Any, *, biases: bool = True
+) -> Iterator[tuple[str, tuple[ir.Expr, ...]]]:
     """The run-time arrays of a spec with their indices.
 
     Those of choices are left out, unless their parts belong to tokens.
@@ -112,12 +136,14 @@ def _looked_up(value: Any) -> Iterator[tuple[str, tuple[ir.Expr, ...]]]:
             if not any(s.owns(part.name) for s in chosen):
                 yield part.name, part.index
     elif isinstance(value, Bias):
+        if not biases:
+            return
         score = value.score(1)
         for part in (*nodes.weights(score), *nodes.integer_operands(score)):
             yield part.name, part.index
     elif isinstance(value, tuple):
         for part in value:
-            yield from _looked_up(part)
+            yield from _looked_up(part, biases=biases)
     elif is_dataclass(value):
         for each in fields(value):
-            yield from _looked_up(getattr(value, each.name))
+            yield from _looked_up(getattr(value, each.name), biases=biases)
