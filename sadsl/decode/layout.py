@@ -20,6 +20,7 @@ from sadsl.terms.compressed import Compressed
 from sadsl.terms.over import Over
 from sadsl.terms.recurrent import Recurrent
 from sadsl.terms.softmax import Softmax
+from sadsl.terms.summaries import Summaries
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def token_maps(spec: Spec) -> Iterator[IndexMap]:
     """The maps of the parts of a spec that keep the keys of tokens."""
     if isinstance(spec, IndexMap):
         yield spec
-    elif not isinstance(spec, Recurrent | Over | Compressed):
+    elif not isinstance(spec, Recurrent | Over | Compressed | Summaries):
         for part in spec.parts:
             yield from token_maps(part)
 

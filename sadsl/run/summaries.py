@@ -53,7 +53,7 @@ def _(
     term.partition.check(n)
     of = _clusters if isinstance(term.partition, Clusters) else _regions
     found = of(term, inputs, given, setting)
-    keys = _for_heads(found.keys, q)
+    keys = for_heads(found.keys, q)
     read = {**found.operands, **_dropped_by(given)}
     return over_entries(found.seen, (q, keys, found.values), read, setting)
 
@@ -89,7 +89,10 @@ def _regions(
         return attend(members, (asked, k, values), of_members, once).out
 
     if isinstance(term.partition, Rowmajor):
-        keys, values = _of_tokens(inputs, term.partition, given, within)
+        q, k, v = inputs
+        keys, values = keys_and_values(
+            RowTokens(q, k, k, v), term.partition, given, within
+        )
         return Entries(keys, values, seen, of_seen)
     asked, keys = (
         pools.pooled(x, valid, partition=term.partition, pool=term.pool)
@@ -112,7 +115,7 @@ def _clusters(
     order = cluster_regions.order_of(other)
     queries, keys = (
         cluster_regions.pooled(
-            _for_heads(x, q), other, order, partition=partition, pool=term.pool
+            for_heads(x, q), other, order, partition=partition, pool=term.pool
         )
         for x in _features(inputs, term, given)
     )
@@ -147,16 +150,25 @@ def labels(
     return mine, other
 
 
-def _of_tokens(
-    inputs: QKV,
+class RowTokens(NamedTuple):
+    """The tokens whose queries regions ask with, and those that they attend to."""
+
+    q: Array
+    own: Array  # the keys of the asking tokens
+    k: Array
+    v: Array
+
+
+def keys_and_values(
+    tokens: RowTokens,
     partition: Rowmajor,
     given: Mapping[str, Any],
     within: Callable[[Array, Array], Array],
 ) -> tuple[Array, Array]:
     """The keys and values of regions that attend with the query of a token."""
-    q, k, v = inputs
+    q, own, k, v = tokens
     if partition.key == "none":
-        return k, within(q, v)
+        return own, within(q, v)
     if partition.key == "proj":
         values = within(q, v)
         return _called(partition.proj, given, values, q.shape), values
@@ -172,13 +184,14 @@ def _features(
 ) -> tuple[Array, Array]:
     """The features of queries and of keys, which are pooled."""
     found = [
-        _feature(name, x, given)
+        feature(name, x, given)
         for name, x in zip(term.features, inputs[:2], strict=True)
     ]
     return found[0], found[1]
 
 
-def _feature(name: str, x: Array, given: Mapping[str, Any]) -> Array:
+def feature(name: str, x: Array, given: Mapping[str, Any]) -> Array:
+    """The feature map ``name`` of ``x``, which regions pool."""
     if name not in PLAIN:
         return _called(name, given, x, x.shape)
     return jax.nn.relu(x) if name == "relu" else x
@@ -233,7 +246,7 @@ def _valid(term: Summaries, given: Mapping[str, Any], inputs: QKV) -> Array | No
     return jnp.asarray(found).astype(bool).reshape(-1, n)
 
 
-def _for_heads(x: Array, q: Array) -> Array:
+def for_heads(x: Array, q: Array) -> Array:
     """``x`` with one head for each query head: key heads are repeated."""
     group = q.shape[2] // x.shape[2]
     return x if group == 1 else jnp.repeat(x, group, axis=2)

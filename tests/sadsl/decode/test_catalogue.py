@@ -16,18 +16,13 @@ REFUSED = {
     "key_topw smooth": "depends on the length",
     "kept_keys (snapkv)": "sadsl.select",
     "native_sparse_attention by importance": "several queries",
-    "routing_combiner": "causal",
+    "routing_combiner": "positions alone",
     "routing_transformer": "several queries",
     "scatter_mean": "several queries",
     "channel": "channel",
     "davit_channel": "channel",
     "light_net both ways": "not causal",
     "delta full": "not causal",
-    "summaries": "summaries",
-    **dict.fromkeys(
-        (name for name in ENTRIES if name.startswith("combiner")),
-        "causal|summaries",
-    ),
 }
 
 
