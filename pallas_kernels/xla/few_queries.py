@@ -68,6 +68,9 @@ class _Cache(NamedTuple):
         return k, v if values is None else v[..., slice(*values)]
 
     def _read(self, x: Array, block: Array, owner: Owner) -> Array:
+        # XLA:CPU slices no 16-bit floats, and would convert the whole cache before the
+        # loop. Behind a barrier with the loop's index, it converts what it slices.
+        x, block = jax.lax.optimization_barrier((x, block))
         size, zero = self.mask.block_kv, jnp.int32(0)
         batch = zero if owner.batch is None else owner.batch
         head = zero if owner.head is None else owner.head
