@@ -4,42 +4,26 @@ Decoding has one to about sixteen queries, which are rows of one query block. Ea
 block of the plan is read once, from ``[batch, kv_heads, slots, dim]`` or from a page.
 """
 
-import math
-from typing import Any, NamedTuple
-
-import jax
+from typing import Any
 
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Call, Inputs, Outputs, Vectors
 from pallas_kernels.config import Tile
-from pallas_kernels.pages import Pages
+from pallas_kernels.pages import CacheSizes, Pages
+from pallas_kernels.tpu import few_queries as tpu
+from pallas_kernels.triton import few_queries as triton
 from pallas_kernels.xla import few_queries as xla
 
-# The keys of a block on CPUs: each step of the loop has a fixed cost.
-KEYS = 512
+BACKENDS: dict[str, Any] = {"xla": xla, "tpu": tpu, "triton": triton}
 
 
-class Sizes(NamedTuple):
-    """The sizes of a call with few queries."""
+def default_tile(sizes: CacheSizes, impl: str, dtype: Any) -> Tile:
+    """The block sizes: as many rows as fit one block, and no block in two pages.
 
-    rows: int
-    slots: int
-    head_dim: int
-    page_size: int | None
-
-
-def default_tile(sizes: Sizes, impl: str, dtype: Any) -> Tile:
-    """The block sizes: all rows in one block, and no block in two pages."""
-    del impl, dtype
-    return Tile(block_q=sizes.rows, block_kv=_even(sizes.page_size or sizes.slots))
-
-
-def _even(length: int) -> int:
-    """The block of up to ``KEYS`` keys that divides ``length``, if one is not small."""
-    if length <= KEYS:
-        return length
-    divisor = math.gcd(length, KEYS)
-    return divisor if divisor >= 128 else KEYS
+    Raises:
+      ValueError: a page is smaller than the blocks of the backend.
+    """
+    return BACKENDS[impl].default_tile(sizes, dtype)
 
 
 def attend(
@@ -50,6 +34,13 @@ def attend(
 
     ``k`` and ``v`` are ``[batch, kv_heads, slots, dim]``, or ``[pages, kv_heads, size,
     dim]`` with ``pages``.
+
+    Raises:
+      ValueError: a block size that the backend does not support.
     """
-    del impl
-    return xla.attend(inputs, vectors, mask, call, pages)
+    if pages is not None and pages.size % mask.block_kv:
+        raise ValueError(
+            f"block_kv={mask.block_kv} does not divide a page of {pages.size} keys: "
+            "name a divisor, or leave block_kv out"
+        )
+    return BACKENDS[impl].attend(inputs, vectors, mask, call, pages)

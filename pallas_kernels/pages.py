@@ -1,11 +1,25 @@
 """A paged cache: the keys of a sequence lie in pages, in any order."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
+
+
+class CacheSizes(NamedTuple):
+    """The sizes of a call with few queries: rows, and keys with or without pages."""
+
+    rows: int
+    slots: int
+    head_dim: int
+    page_size: int | None
+
+    @property
+    def longest(self) -> int:
+        """The most keys that lie side by side."""
+        return self.page_size or self.slots
 
 
 @jax.tree_util.register_dataclass
@@ -26,5 +40,16 @@ class Pages:
 
     def place(self, block: Any, block_kv: int) -> tuple[Any, Any]:
         """The column of ``table`` for a key block, and its first row in the page."""
-        per_page = jnp.int32(self.size // block_kv)
-        return jax.lax.div(block, per_page), jax.lax.rem(block, per_page) * block_kv
+        return place_in_page(block, block_kv, self.size)
+
+
+def place_in_page(block: Any, block_kv: int, page_size: int) -> tuple[Any, Any]:
+    """The page of a sequence that holds a key block, and the block's first row in it.
+
+    Example:
+      >>> column, first = place_in_page(jnp.int32(5), 16, 64)
+      >>> int(column), int(first)
+      (1, 16)
+    """
+    per_page = jnp.int32(page_size // block_kv)
+    return jax.lax.div(block, per_page), jax.lax.rem(block, per_page) * block_kv

@@ -15,7 +15,8 @@ from jaxtyping import Array
 from pallas_kernels import softmax
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Call, Inputs, Outputs, Vectors
-from pallas_kernels.pages import Pages
+from pallas_kernels.config import Tile
+from pallas_kernels.pages import CacheSizes, Pages
 from pallas_kernels.precision import wide
 from pallas_kernels.varying import vary
 from pallas_kernels.xla import tile
@@ -23,6 +24,23 @@ from pallas_kernels.xla.forward import fold_tiles
 from pallas_kernels.xla.traced_walks import Owner, for_owners
 from pallas_kernels.xla.walk_types import XlaLists, XlaPlan
 from pallas_kernels.xla.walks import head_maps, head_tests
+
+
+# The keys of a block: each step of the loop has a fixed cost.
+KEYS = 512
+# A divisor of the length is taken if it is at least this.
+SMALL = 128
+
+
+def default_tile(sizes: CacheSizes, dtype: Any) -> Tile:
+    """All rows in one block, and a block of keys that divides pages."""
+    del dtype
+    length = max(sizes.longest, 1)
+    block = length
+    if length > KEYS:
+        divisor = max(d for d in range(1, KEYS + 1) if length % d == 0)
+        block = divisor if sizes.page_size or divisor >= SMALL else KEYS
+    return Tile(block_q=sizes.rows, block_kv=block)
 
 
 def attend(

@@ -15,8 +15,7 @@ from lowering.run_time import bias_values, plans
 from pallas_kernels import few_queries
 from pallas_kernels.call import Inputs, Vectors
 from pallas_kernels.config import Tiles
-from pallas_kernels.few_queries import Sizes
-from pallas_kernels.pages import Pages
+from pallas_kernels.pages import CacheSizes, Pages
 from pallas_kernels.precision import wide
 from pallas_kernels.shared_values import loaded_once, of_keys
 from sadsl.run import checks, merging
@@ -90,7 +89,7 @@ def _checked(
     given: Mapping[str, Any],
     setting: Setting,
     pages: Array | None,
-) -> Sizes:
+) -> CacheSizes:
     """The sizes of a call whose arrays fit together."""
     q, k, v = inputs
     what = "attend_few"
@@ -121,14 +120,14 @@ def _checked(
     if pages is None:
         if k.shape[0] != batch:
             raise ValueError(f"{what}: {batch} queries and {k.shape[0]} caches")
-        return Sizes(queries * heads // k.shape[1], k.shape[2], dim, None)
+        return CacheSizes(queries * heads // k.shape[1], k.shape[2], dim, None)
     if pages.ndim != 2 or pages.shape[0] != batch:
         raise ValueError(
             f"{what}: pages have shape {pages.shape}: they must be [{batch}, pages of "
             "a sequence]"
         )
     slots = pages.shape[1] * k.shape[2]
-    return Sizes(queries * heads // k.shape[1], slots, dim, k.shape[2])
+    return CacheSizes(queries * heads // k.shape[1], slots, dim, k.shape[2])
 
 
 def _check_supported(
@@ -168,7 +167,7 @@ def _with_choices(arrays: dict[str, Array], options: Options) -> dict[str, Any]:
 @partial(jax.jit, static_argnames=("options", "rows", "sizes"))
 def _traced(
     q: Array, k: Array, v: Array | None, arrays: Mapping[str, Any],
-    pages: Pages | None, *, options: Options, rows: Rows, sizes: Sizes,
+    pages: Pages | None, *, options: Options, rows: Rows, sizes: CacheSizes,
 ) -> tuple[Array, Array]:  # fmt: skip
     if v is None:
         v = k
@@ -192,7 +191,7 @@ def _refuse_gradient(run: Any, primals: tuple, tangents: tuple) -> Any:
 
 def _run(
     q: Array, k: Array, v: Array, arrays: Mapping[str, Any], pages: Pages | None, *,
-    options: Options, rows: Rows, sizes: Sizes,
+    options: Options, rows: Rows, sizes: CacheSizes,
 ) -> tuple[Array, Array]:  # fmt: skip
     of_rows, impl, dtype = options_of_rows(options, rows), options.setting.impl, q.dtype
     tile = few_queries.default_tile(sizes, impl, dtype)
