@@ -23,7 +23,7 @@ from sadsl.run.attend import attend
 from sadsl.run.kernels import call_vectors, kernel_call
 from sadsl.run.operands import call_arrays
 from sadsl.run.options import Options, traced_scale
-from sadsl.run.query_rows import Rows, options_of_rows
+from sadsl.run.query_rows import Rows, arrays_of_rows, options_of_rows
 from sadsl.run.query_scale import scaled
 from sadsl.run.softmax import sinks_of
 from sadsl.run.types import Outcome, Setting
@@ -197,6 +197,7 @@ def _run(
     tile = few_queries.default_tile(sizes, impl, dtype)
     tiles = of_rows.setting.config.resolve(Tiles(tile, tile, tile))
     tile, stages = tiles.forward, of_rows.stages
+    arrays = arrays_of_rows(arrays, of_rows)
     vectors = _vectors(of_rows, arrays, tiles, wide(dtype))
     block = tile.block_q, tile.block_kv
     if pages is None and not plans.is_run_time(stages):

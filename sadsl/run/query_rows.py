@@ -5,8 +5,9 @@ Query ``c`` of head ``h * group + g`` is row ``g * queries + c`` of key head ``h
 kernel then reads each key block once for all query heads of its group.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import Any, assert_never
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -95,9 +96,8 @@ def options_of_rows(options: Options, rows: Rows) -> Options:
     """The options of the same call on rows; the order of positions is kept."""
     program = options.stages["simplify"]
     every = [program.maps[m] for m in program.map_of_head]
-    term = Softmax(
-        MapOfRows(map_of_rows(every, rows)), options.term.logits_soft_cap
-    )
+    node = ir.rewrite(map_of_rows(every, rows), _with_row_axis)
+    term = Softmax(MapOfRows(node), options.term.logits_soft_cap)
     if options.score is not None:
         score = resolved(options.score, options.problem)
         term = replace(term, bias=BiasOfRows(score_of_rows(score, rows)))
@@ -130,6 +130,31 @@ def _of_group(maps: tuple[ir.Pred, ...], rows: Rows) -> ir.Pred:
             for node, mine in members.items()
         )
     )
+
+
+# The end of the name of an array that has an axis of rows; no caller's name has it.
+BY_ROW = ".row"
+
+
+def _with_row_axis(node: ir.Node) -> ir.Node | None:
+    """An operand of neither queries nor keys, such as a position, as one of each row.
+
+    A comparison of a key with it is then computed by the kernel. Without that axis, it
+    would be made outside, for every key of the cache.
+    """
+    if isinstance(node, ir.Operand) and not ir.axes(node) & {"q", "k"}:
+        return ir.Operand(node.name + BY_ROW, (*node.index, ir.Q))
+    return None
+
+
+def arrays_of_rows(arrays: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """The run-time arrays ``[batch or 1, ...]`` that the maps of rows read."""
+    found, length = dict(arrays), options.problem.q_seq_len
+    for name in ir.operand_names(options.term.map.node):
+        if name.endswith(BY_ROW):
+            x = arrays[name.removesuffix(BY_ROW)][..., None]
+            found[name] = jnp.broadcast_to(x, (*x.shape[:-1], length))
+    return found
 
 
 def score_of_rows(score: nodes.Score, rows: Rows) -> nodes.Score:
