@@ -38,9 +38,4 @@ def attend(
     Raises:
       ValueError: a block size that the backend does not support.
     """
-    if pages is not None and pages.size % mask.block_kv:
-        raise ValueError(
-            f"block_kv={mask.block_kv} does not divide a page of {pages.size} keys: "
-            "name a divisor, or leave block_kv out"
-        )
     return BACKENDS[impl].attend(inputs, vectors, mask, call, pages)

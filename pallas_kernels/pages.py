@@ -35,7 +35,16 @@ class Pages:
     size: int = field(metadata={"static": True})
 
     def present(self, block_kv: int) -> Bool[Array, "batch blocks"]:
-        """Whether each key block lies in a page; ``block_kv`` divides ``size``."""
+        """Whether each key block lies in a page.
+
+        Raises:
+          ValueError: ``block_kv`` does not divide ``size``.
+        """
+        if self.size % block_kv:
+            raise ValueError(
+                f"block_kv={block_kv} does not divide a page of {self.size} keys: name "
+                "a divisor, or leave block_kv out"
+            )
         return jnp.repeat(self.table >= 0, self.size // block_kv, axis=1)
 
     def place(self, block: Any, block_kv: int) -> tuple[Any, Any]:

@@ -20,7 +20,6 @@ from pallas_kernels.tpu.batching import foldable
 from pallas_kernels.tpu.forward import forward_rows
 from pallas_kernels.tpu.runs import LANES, SUBLANES, plan_of_rows
 
-
 # The most rows of one block, and keys of a block.
 ROWS = KEYS = 512
 

@@ -248,9 +248,7 @@ def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
     return body
 
 
-def _window(
-    x: BlockOperand | TileOperand, size: int, row: Any, block: Any
-) -> tuple:
+def _window(x: BlockOperand | TileOperand, size: int, row: Any, block: Any) -> tuple:
     """The index of what a tile reads, within one head of an operand."""
     if isinstance(x, BlockOperand):
         here = pl.ds(pl.multiple_of(block * size, size), size)
@@ -260,9 +258,7 @@ def _window(
     return jnp.asarray(plane, jnp.int32), slice(None), there
 
 
-def _in_page(
-    x: BlockOperand, head: Any, of: Launch, table: Any, block: Any
-) -> tuple:
+def _in_page(x: BlockOperand, head: Any, of: Launch, table: Any, block: Any) -> tuple:
     """The index of a block of a head whose keys lie in pages."""
     assert of.pages is not None
     size, heads = of.stream_block, jnp.int32(x.page_heads)

@@ -25,7 +25,6 @@ from pallas_kernels.xla.traced_walks import Owner, for_owners
 from pallas_kernels.xla.walk_types import XlaLists, XlaPlan
 from pallas_kernels.xla.walks import head_maps, head_tests
 
-
 # The keys of a block: each step of the loop has a fixed cost.
 KEYS = 512
 # A divisor of the length is taken if it is at least this.
@@ -153,9 +152,7 @@ def _attend(owner: Owner, *, cache: _Cache, plan: XlaPlan) -> tuple[Array, Array
 
     head_dim_v = cache.v.shape[-1]
     empty = softmax.start(rows, head_dim_v, dtype=dtype)
-    state = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (batch, heads, *x.shape)), empty
-    )
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, heads, *x.shape)), empty)
     state = vary(state, q, cache.k)
     state = jax.lax.fori_loop(ptr[owner.walk], ptr[owner.walk + 1], visit_run, state)
     found = softmax.finish(state, call.unit)

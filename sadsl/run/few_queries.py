@@ -18,7 +18,7 @@ from pallas_kernels.config import Tiles
 from pallas_kernels.pages import CacheSizes, Pages
 from pallas_kernels.precision import wide
 from pallas_kernels.shared_values import loaded_once, of_keys
-from sadsl.run import checks, merging
+from sadsl.run import merging
 from sadsl.run.attend import attend
 from sadsl.run.kernels import call_vectors, kernel_call
 from sadsl.run.operands import call_arrays
@@ -50,7 +50,7 @@ def attend_few(
         slots, dim]``. v may be None if ``term.values`` takes the values from k.
       given: the run-time arrays by name: ``q_offset`` of ``traced_offset``, segment
         ids, positions of slots, sinks, biases, the parts that selections have chosen.
-      setting: the options of the call.
+      setting: the options of the call; ``block_q`` of its config is not used.
       pages: int ``[batch, n]``: k and v are then ``[num_pages, kv_heads, page_size,
         dim]``, and page ``pages[b, j]`` has the keys from ``j * page_size`` on of
         batch entry ``b``. A negative number stands for no page: its keys do not
@@ -119,7 +119,9 @@ def _checked(
     _check_supported(given, setting, pages)
     if pages is None:
         if k.shape[0] != batch:
-            raise ValueError(f"{what}: {batch} queries and {k.shape[0]} caches")
+            raise ValueError(
+                f"{what}: {batch} batch entries of q, and {k.shape[0]} of the cache"
+            )
         return CacheSizes(queries * heads // k.shape[1], k.shape[2], dim, None)
     if pages.ndim != 2 or pages.shape[0] != batch:
         raise ValueError(
@@ -195,7 +197,8 @@ def _run(
 ) -> tuple[Array, Array]:  # fmt: skip
     of_rows, impl, dtype = options_of_rows(options, rows), options.setting.impl, q.dtype
     tile = few_queries.default_tile(sizes, impl, dtype)
-    tiles = of_rows.setting.config.resolve(Tiles(tile, tile, tile))
+    config = replace(of_rows.setting.config, block_q=None)
+    tiles = config.resolve(Tiles(tile, tile, tile))
     tile, stages = tiles.forward, of_rows.stages
     arrays = arrays_of_rows(arrays, of_rows)
     vectors = _vectors(of_rows, arrays, tiles, wide(dtype))
