@@ -174,7 +174,7 @@ def map_and_test(
     return index, index if runs.test_of_head is None else runs.test_of_head[at]
 
 
-def _blocks(runs: Any, sizes: TritonSizes, row: Any, part: Any) -> Any:
+def blocks_of_part(runs: Any, sizes: TritonSizes, row: Any, part: Any) -> Any:
     """``blocks(r)``, the range of blocks of run ``r`` that belongs to a part of a row.
 
     The parts have equally many blocks of the row, up to one.
@@ -203,7 +203,7 @@ def fold_runs(
     ``row`` counts over all maps. A run has two loops, for full and for partial blocks,
     one of which is empty. Only the blocks of ``part`` are visited.
     """
-    blocks = _blocks(runs, sizes, row, part)
+    blocks = blocks_of_part(runs, sizes, row, part)
 
     def run(r: Any, carry: Any) -> Any:
         start, stop = blocks(r)
@@ -226,7 +226,7 @@ def fold_runs_tested(
     runs: Any, sizes: TritonSizes, row: Any, partial: Any, carry: Any, part: Any = 0
 ) -> Any:
     """``fold_runs`` with every block treated as partial."""
-    blocks = _blocks(runs, sizes, row, part)
+    blocks = blocks_of_part(runs, sizes, row, part)
 
     def run(r: Any, carry: Any) -> Any:
         return jax.lax.fori_loop(*blocks(r), partial, carry)

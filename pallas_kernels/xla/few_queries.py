@@ -59,6 +59,7 @@ def attend(
     # The owners slice the arrays that they get: the cache is not one of them.
     none = jnp.zeros((batch, heads, 0, 0), inputs.k.dtype)
     run = partial(_attend, cache=cache, plan=plan)
+    vectors = jax.tree.map(jnp.asarray, vectors)
     return Outputs(*for_owners(run, Inputs(inputs.q, none, none), vectors, lists))
 
 
