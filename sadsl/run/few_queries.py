@@ -23,7 +23,7 @@ from sadsl.run.attend import attend
 from sadsl.run.kernels import call_vectors, kernel_call
 from sadsl.run.operands import call_arrays
 from sadsl.run.options import Options, traced_scale
-from sadsl.run.query_rows import Rows, arrays_of_rows, options_of_rows
+from sadsl.run.query_rows import QueryRows, arrays_of_rows, options_of_rows
 from sadsl.run.query_scale import scaled
 from sadsl.run.softmax import sinks_of
 from sadsl.run.types import Outcome, Setting
@@ -75,7 +75,7 @@ def attend_few(
     options = Options(replace(term, sink=None), problem, setting)
     operands = {name: x for name, x in given.items() if name != term.sink}
     arrays = _with_choices(call_arrays(options, operands, batch), options)
-    rows = Rows(queries, heads // k.shape[1], k.shape[1])
+    rows = QueryRows(queries, heads // k.shape[1], k.shape[1])
     table = None if pages is None else Pages(jnp.asarray(pages, jnp.int32), k.shape[2])
     out, lse = _traced(q, k, v, arrays, table, options=options, rows=rows, sizes=sizes)
     if term.sink is None:
@@ -169,7 +169,7 @@ def _with_choices(arrays: dict[str, Array], options: Options) -> dict[str, Any]:
 @partial(jax.jit, static_argnames=("options", "rows", "sizes"))
 def _traced(
     q: Array, k: Array, v: Array | None, arrays: Mapping[str, Any],
-    pages: Pages | None, *, options: Options, rows: Rows, sizes: CacheSizes,
+    pages: Pages | None, *, options: Options, rows: QueryRows, sizes: CacheSizes,
 ) -> tuple[Array, Array]:  # fmt: skip
     if v is None:
         v = k
@@ -193,7 +193,7 @@ def _refuse_gradient(run: Any, primals: tuple, tangents: tuple) -> Any:
 
 def _run(
     q: Array, k: Array, v: Array, arrays: Mapping[str, Any], pages: Pages | None, *,
-    options: Options, rows: Rows, sizes: CacheSizes,
+    options: Options, rows: QueryRows, sizes: CacheSizes,
 ) -> tuple[Array, Array]:  # fmt: skip
     of_rows, impl, dtype = options_of_rows(options, rows), options.setting.impl, q.dtype
     tile = few_queries.default_tile(sizes, impl, dtype)

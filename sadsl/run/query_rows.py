@@ -50,7 +50,7 @@ class BiasOfRows(Bias):
 
 
 @dataclass(frozen=True)
-class Rows:
+class QueryRows:
     """The numbers of queries, of query heads for each key head, and of key heads."""
 
     queries: int
@@ -92,7 +92,7 @@ class Rows:
         return o.reshape(batch, self.queries, -1, dim)
 
 
-def options_of_rows(options: Options, rows: Rows) -> Options:
+def options_of_rows(options: Options, rows: QueryRows) -> Options:
     """The options of the same call on rows; the order of positions is kept."""
     program = options.stages["simplify"]
     every = [program.maps[m] for m in program.map_of_head]
@@ -108,7 +108,7 @@ def options_of_rows(options: Options, rows: Rows) -> Options:
     return Options(term, problem, replace(setting, q_offset=0, config=config))
 
 
-def map_of_rows(every: list[ir.Pred], rows: Rows) -> ir.Pred:
+def map_of_rows(every: list[ir.Pred], rows: QueryRows) -> ir.Pred:
     """The map of rows from the resolved maps of the query heads."""
     size = rows.group
     groups = [tuple(every[i : i + size]) for i in range(0, len(every), size)]
@@ -117,7 +117,7 @@ def map_of_rows(every: list[ir.Pred], rows: Rows) -> ir.Pred:
     return terms[0] if len(of_group) == 1 else ir.ByHead(terms)
 
 
-def _of_group(maps: tuple[ir.Pred, ...], rows: Rows) -> ir.Pred:
+def _of_group(maps: tuple[ir.Pred, ...], rows: QueryRows) -> ir.Pred:
     members: dict[ir.Pred, list[int]] = {}
     for i, node in enumerate(maps):
         members.setdefault(node, []).append(i)
@@ -157,7 +157,7 @@ def arrays_of_rows(arrays: Mapping[str, Any], options: Options) -> dict[str, Any
     return found
 
 
-def score_of_rows(score: nodes.Score, rows: Rows) -> nodes.Score:
+def score_of_rows(score: nodes.Score, rows: QueryRows) -> nodes.Score:
     """The bias of rows from a resolved bias."""
 
     def change(expr: ir.Expr) -> ir.Expr:

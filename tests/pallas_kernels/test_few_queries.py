@@ -127,8 +127,11 @@ def program(impl, *, spec=NEAR, page=None, interpret=False):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])
-@pytest.mark.parametrize("page", [None, 128, 512])
-@pytest.mark.parametrize("spec", [NEAR, sa.softmax(NEAR, bias=sa.alibi())])
+@pytest.mark.parametrize(
+    ("page", "spec"),
+    [(None, NEAR), (128, NEAR), (512, sa.softmax(NEAR, bias=sa.alibi()))],
+    ids=str,
+)
 def test_tpu_code_copies_no_cache(target, page, spec):
     compiled = targets.compile_for(*program("tpu", spec=spec, page=page), target)
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * 2 * 1024 * 128 * 2
