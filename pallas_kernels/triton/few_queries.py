@@ -153,7 +153,7 @@ def _padded(
 
 
 def _specs(inputs: Inputs, pages: Pages | None) -> Inputs:
-    def keys(x: jax.Array) -> pl.BlockSpec:
+    def keys(x: jax.Array) -> Any:
         if pages is None:
             return whole(x, head_axis=1)
         shape = x.shape[0], None, *x.shape[2:]

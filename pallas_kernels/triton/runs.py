@@ -229,7 +229,8 @@ def fold_runs_tested(
     blocks = blocks_of_part(runs, sizes, row, part)
 
     def run(r: Any, carry: Any) -> Any:
-        return jax.lax.fori_loop(*blocks(r), partial, carry)
+        start, stop = blocks(r)
+        return jax.lax.fori_loop(start, stop, partial, carry)
 
     return jax.lax.fori_loop(runs.row_ptr[row], runs.row_ptr[row + 1], run, carry)
 

@@ -66,8 +66,9 @@ def attend_few(
     batch, queries, heads, _ = q.shape
     problem = Problem(queries, sizes.slots, heads, setting.q_offset)
     if setting.impl == "reference":
-        k, v = (x if x is None else jnp.swapaxes(x, 1, 2) for x in (k, v))
-        return attend(term, (q, k, k if v is None else v), given, setting)
+        keys = jnp.swapaxes(k, 1, 2)
+        values = keys if v is None else jnp.swapaxes(v, 1, 2)
+        return attend(term, (q, keys, values), given, setting)
     if term.scale is not None:
         q = scaled(q, term.scale, problem, given)
         term = replace(term, scale=None)
@@ -148,7 +149,7 @@ def _check_supported(
         )
 
 
-def _with_choices(arrays: dict[str, Array], options: Options) -> dict[str, Any]:
+def _with_choices(arrays: dict[str, Any], options: Options) -> dict[str, Any]:
     """The arrays, with the bools of choices packed as kernels read them."""
     for choice in options.selections:
         if choice.key("listed") in arrays:
