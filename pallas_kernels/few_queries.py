@@ -9,7 +9,7 @@ from typing import Any
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Call, Inputs, Outputs, Vectors
 from pallas_kernels.config import Tile
-from pallas_kernels.pages import CacheSizes, Pages
+from pallas_kernels.pages import FewSizes, Pages
 from pallas_kernels.tpu import few_queries as tpu
 from pallas_kernels.triton import few_queries as triton
 from pallas_kernels.xla import few_queries as xla
@@ -17,7 +17,7 @@ from pallas_kernels.xla import few_queries as xla
 BACKENDS: dict[str, Any] = {"xla": xla, "tpu": tpu, "triton": triton}
 
 
-def default_tile(sizes: CacheSizes, impl: str, dtype: Any) -> Tile:
+def default_tile(sizes: FewSizes, impl: str, dtype: Any) -> Tile:
     """The block sizes: as many rows as fit one block, and no block in two pages.
 
     Raises:

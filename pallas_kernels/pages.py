@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 
-class CacheSizes(NamedTuple):
+class FewSizes(NamedTuple):
     """The sizes of a call with few queries: rows, and keys with or without pages."""
 
     rows: int

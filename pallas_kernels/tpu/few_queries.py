@@ -14,7 +14,7 @@ from pallas_kernels import bits
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Call, Inputs, Outputs, Vectors
 from pallas_kernels.config import Tile, even_block
-from pallas_kernels.pages import CacheSizes, Pages
+from pallas_kernels.pages import FewSizes, Pages
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import foldable
 from pallas_kernels.tpu.forward import forward_rows
@@ -24,7 +24,7 @@ from pallas_kernels.tpu.runs import LANES, SUBLANES, plan_of_rows
 ROWS = KEYS = 512
 
 
-def default_tile(sizes: CacheSizes, dtype: Any) -> Tile:
+def default_tile(sizes: FewSizes, dtype: Any) -> Tile:
     """All rows in one block if it holds them, and a block of keys that divides pages.
 
     Raises:

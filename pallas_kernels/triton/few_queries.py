@@ -18,7 +18,7 @@ from pallas_kernels import bits
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Call, Inputs, Outputs, Vectors
 from pallas_kernels.config import Tile
-from pallas_kernels.pages import CacheSizes, Pages
+from pallas_kernels.pages import FewSizes, Pages
 from pallas_kernels.triton import tiles
 from pallas_kernels.triton.channels import padded_dim
 from pallas_kernels.triton.forward import forward_kernel
@@ -40,7 +40,7 @@ PROGRAMS = 264
 LEAST = 2
 
 
-def default_tile(sizes: CacheSizes, dtype: Any) -> Tile:
+def default_tile(sizes: FewSizes, dtype: Any) -> Tile:
     """The tile of the forward kernel for few rows; a page is a multiple of its keys.
 
     Raises:

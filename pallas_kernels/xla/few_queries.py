@@ -16,7 +16,7 @@ from pallas_kernels import softmax
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Call, Inputs, Outputs, Vectors
 from pallas_kernels.config import Tile
-from pallas_kernels.pages import CacheSizes, Pages
+from pallas_kernels.pages import FewSizes, Pages
 from pallas_kernels.precision import wide
 from pallas_kernels.varying import vary
 from pallas_kernels.xla import tile
@@ -31,7 +31,7 @@ KEYS = 512
 SMALL = 128
 
 
-def default_tile(sizes: CacheSizes, dtype: Any) -> Tile:
+def default_tile(sizes: FewSizes, dtype: Any) -> Tile:
     """All rows in one block, and a block of keys that divides pages."""
     del dtype
     length = max(sizes.longest, 1)

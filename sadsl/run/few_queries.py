@@ -15,7 +15,7 @@ from lowering.run_time import bias_values, plans
 from pallas_kernels import few_queries
 from pallas_kernels.call import Inputs, Vectors
 from pallas_kernels.config import Tiles
-from pallas_kernels.pages import CacheSizes, Pages
+from pallas_kernels.pages import FewSizes, Pages
 from pallas_kernels.precision import wide
 from pallas_kernels.shared_values import loaded_once, of_keys
 from sadsl.run import merging
@@ -90,7 +90,7 @@ def _checked(
     given: Mapping[str, Any],
     setting: Setting,
     pages: Array | None,
-) -> CacheSizes:
+) -> FewSizes:
     """The sizes of a call whose arrays fit together."""
     q, k, v = inputs
     what = "attend_few"
@@ -123,14 +123,14 @@ def _checked(
             raise ValueError(
                 f"{what}: {batch} batch entries of q, and {k.shape[0]} of the cache"
             )
-        return CacheSizes(queries * heads // k.shape[1], k.shape[2], dim, None)
+        return FewSizes(queries * heads // k.shape[1], k.shape[2], dim, None)
     if pages.ndim != 2 or pages.shape[0] != batch:
         raise ValueError(
             f"{what}: pages have shape {pages.shape}: they must be [{batch}, pages of "
             "a sequence]"
         )
     slots = pages.shape[1] * k.shape[2]
-    return CacheSizes(queries * heads // k.shape[1], slots, dim, k.shape[2])
+    return FewSizes(queries * heads // k.shape[1], slots, dim, k.shape[2])
 
 
 def _check_supported(
@@ -170,7 +170,7 @@ def _with_choices(arrays: dict[str, Any], options: Options) -> dict[str, Any]:
 @partial(jax.jit, static_argnames=("options", "rows", "sizes"))
 def _traced(
     q: Array, k: Array, v: Array | None, arrays: Mapping[str, Any],
-    pages: Pages | None, *, options: Options, rows: QueryRows, sizes: CacheSizes,
+    pages: Pages | None, *, options: Options, rows: QueryRows, sizes: FewSizes,
 ) -> tuple[Array, Array]:  # fmt: skip
     if v is None:
         v = k
@@ -194,7 +194,7 @@ def _refuse_gradient(run: Any, primals: tuple, tangents: tuple) -> Any:
 
 def _run(
     q: Array, k: Array, v: Array, arrays: Mapping[str, Any], pages: Pages | None, *,
-    options: Options, rows: QueryRows, sizes: CacheSizes,
+    options: Options, rows: QueryRows, sizes: FewSizes,
 ) -> tuple[Array, Array]:  # fmt: skip
     of_rows, impl, dtype = options_of_rows(options, rows), options.setting.impl, q.dtype
     tile = few_queries.default_tile(sizes, impl, dtype)

@@ -16,7 +16,7 @@ from pallas_kernels import few_queries, softmax
 from pallas_kernels.block_mask import blank, from_blocks
 from pallas_kernels.call import Call
 from pallas_kernels.config import Tile, Tiles
-from pallas_kernels.pages import CacheSizes
+from pallas_kernels.pages import FewSizes
 from pallas_kernels.tpu.runs import plan_of_rows
 from pallas_kernels.triton import few_queries as triton
 from pallas_kernels.triton.runs import blocks_before, blocks_of_part, plan_of
@@ -76,7 +76,7 @@ def test_merged_parts():
 
 def test_block_sizes():
     def sizes(impl, *args, dtype="bfloat16"):
-        tile = few_queries.default_tile(CacheSizes(*args), impl, dtype)
+        tile = few_queries.default_tile(FewSizes(*args), impl, dtype)
         return tile.block_q, tile.block_kv
 
     assert sizes("xla", 4, 37, 64, None) == (4, 37)
@@ -189,7 +189,7 @@ def test_kernels_visit_the_blocks_of_the_plan(impl):
         jax.effects_barrier()
         return count
 
-    sizes = CacheSizes(12, 1024, 128, None)
+    sizes = FewSizes(12, 1024, 128, None)
     block = few_queries.default_tile(sizes, impl, "float32").block_kv
     last = np.array([40, 1000]) + 2
     heads = 2
