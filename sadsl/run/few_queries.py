@@ -57,7 +57,9 @@ def attend_few(
         exist.
 
     Raises:
-      ValueError: the arrays and the term do not fit together.
+      ValueError: the arrays and the term do not fit together, or pages are smaller than
+        a block of the backend.
+      TypeError: pages are no integers.
       NotImplementedError: dropout, a traced scale, a choice that was not given or is
         given as a list, or a gradient.
     """
@@ -124,6 +126,8 @@ def _checked(
                 f"{what}: {batch} batch entries of q, and {k.shape[0]} of the cache"
             )
         return FewSizes(queries * heads // k.shape[1], k.shape[2], dim, None)
+    if not jnp.issubdtype(pages.dtype, jnp.integer):
+        raise TypeError(f"{what}: pages have dtype {pages.dtype}: pass integers")
     if pages.ndim != 2 or pages.shape[0] != batch:
         raise ValueError(
             f"{what}: pages have shape {pages.shape}: they must be [{batch}, pages of "

@@ -151,6 +151,19 @@ def test_kernels_equal_the_dense_path(name, impl):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("impl", ["xla", "triton", "tpu"])
+def test_unused_slots_may_hold_nan(impl):
+    case = Case(queries=3)
+    q, k, v = case.arrays()
+    term, given = case.term()
+    setting = Setting(0.3, impl=impl, interpret=impl != "xla")
+    used = (np.arange(37) < np.array([[8], [23]]))[:, None, :, None]
+    caches = [jnp.where(used, x, jnp.nan) for x in (k, v)]
+    expected = attend_few(term, (q, k, v), given, setting)
+    check(attend_few(term, (q, *caches), given, setting), expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype):
     case = Case(sa.causal(), slots=1301, at=(700, 1300), queries=3)
@@ -253,6 +266,7 @@ def test_what_is_refused():
         ValueError, "2 batch entries of q, and 1 of the cache", inputs=(q, k[:1], v[:1])
     )
     refused(ValueError, r"pages have shape \(1, 3\)", pages=pages[:1])
+    refused(TypeError, "float32: pass integers", pages=pages.astype("float32"))
     wide = sa.softmax(sa.causal(), values=slice(0, 9))
     refused(ValueError, "values from 8 channels", of=wide)
     refused(NotImplementedError, "no dropout", dropout_rate=0.5)
