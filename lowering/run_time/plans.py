@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from lowering import ir
 from lowering.host_first import HOST_FIRST as xp
@@ -64,9 +65,17 @@ class Owners(NamedTuple):
 
 
 def plan(
-    stages: Stages, block_q: int, block_kv: int, vectors: Vectors, by: Axis
+    stages: Stages,
+    block_q: int,
+    block_kv: int,
+    vectors: Vectors,
+    by: Axis,
+    present: Bool[Array, "batch blocks"] | None = None,
 ) -> BlockMask:
-    """The plan for given vectors and bits: the blocks that may hold a pair."""
+    """The plan for given vectors and bits: the blocks that may hold a pair.
+
+    Key blocks of a batch entry that are not ``present`` are not visited.
+    """
     program = stages["hoist"]
     static = block_mask(stages, block_q, block_kv, "q")
     capacity = static if by == "q" else block_mask(stages, block_q, block_kv, "kv")
@@ -78,6 +87,8 @@ def plan(
         mine = [h for h, i in enumerate(program.map_of_head) if i == m]
         known = _of_heads(vectors, mine)
         found = _within_static(_kinds(node, static, known), static, tables[m])
+        if present is not None:
+            found = jnp.where(present[:, None, None], found, jnp.int8(EMPTY))
         kinds.append(found.reshape(-1, *found.shape[2:]))
         batches.append(found.shape[0])
         heads.append(found.shape[1])

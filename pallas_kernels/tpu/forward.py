@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import bits, softmax
 from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Inputs, Kept, Vectors
+from pallas_kernels.pages import Pages
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.launch import BlockOperand, Launch, Step, launch
@@ -29,13 +30,24 @@ def forward(inputs: Inputs, vectors: Vectors, lists: TpuLists, call: Call) -> Ke
     q_seq_len, dtype = inputs.q.shape[2], inputs.q.dtype
     bits.check(vectors.bits, *((x.sizes.block_q, x.sizes.block_kv) for x in lists))
     vectors = operands.with_batch_and_heads(vectors)
-    run = foldable(partial(_run, call=call))
+    run = foldable(partial(forward_rows, call=call))
     found = run(operands.prepared(inputs), vectors, lists.forward)
     o, lse, total = (x[:, :, :q_seq_len] for x in found)
     return Kept(o.astype(dtype), lse, total)
 
 
-def _run(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> Arrays:
+def forward_rows(
+    arrays: Arrays,
+    vectors: Vectors,
+    plan: TpuPlan,
+    *,
+    call: Call,
+    pages: Pages | None = None,
+) -> Arrays:
+    """``o``, ``lse`` and ``total`` with the padded rows of the plan.
+
+    With ``pages``, ``k`` and ``v`` are ``[pages, kv_heads, page size, dim]``.
+    """
     q, k, v = arrays
     sizes = plan.sizes
     batch, num_heads, _, _ = q.shape
@@ -55,6 +67,11 @@ def _run(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> Arra
     def side(of: Axis, block: int) -> SideOperands:
         return operands.side_operands(vectors, of, block, (batch, num_heads), 1, by="q")
 
+    def stream(x: jax.Array) -> BlockOperand:
+        heads = None if pages is None else x.shape[1]
+        array = operands.flat(x, sizes.block_kv)
+        return BlockOperand(array, kv_head, page_heads=heads)
+
     of = Launch(
         name="sadsl_forward",
         heads=heads,
@@ -66,8 +83,8 @@ def _run(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> Arra
             side("q", sizes.block_q),
         ),
         streams=(
-            BlockOperand(operands.flat(k, sizes.block_kv), kv_head),
-            operands.value_operand(v, sizes.block_kv, kv_head, call),
+            stream(k),
+            None if call.values else stream(v),
             side("kv", sizes.block_kv),
         ),
         tiles=pair_operands(vectors, sizes, (batch, num_heads), 1, by="q"),
@@ -78,6 +95,7 @@ def _run(arrays: Arrays, vectors: Vectors, plan: TpuPlan, *, call: Call) -> Arra
         ),
         scratch=((sizes.block_q, head_dim_v), statistics, statistics),
         interpret=call.interpret,
+        pages=pages,
     )
     added = added_scores(vectors.scores, call, sizes, "q")
     test = pair_test(vectors, call, sizes, "q")

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.pages import Pages
 from pallas_kernels.tpu.runs import TpuPlan
 
 HeadOf = Callable[[Any, Any], Any]
@@ -29,12 +30,15 @@ class BlockOperand(NamedTuple):
     """An array ``[heads, seq, dim]`` (``axis=1``) or ``[heads, n, seq]`` (``axis=2``).
 
     A kernel sees a block of it, ``[block, dim]`` or ``[n, block]``. ``head_of(head,
-    member)`` is the head that a grid step reads.
+    member)`` is the head that a grid step reads. With ``page_heads``, the array is
+    ``[pages * page_heads, page size, dim]``, and ``Launch.pages`` has the page of each
+    block of a head.
     """
 
     array: Any
     head_of: HeadOf
     axis: int = 1
+    page_heads: int | None = None
 
     def block_shape(self, block: int) -> tuple[int, int]:
         """The shape of one block of the sequence."""
@@ -81,6 +85,8 @@ class Launch:
     outs: tuple[BlockOperand, ...]
     scratch: tuple[tuple[int, int], ...]
     interpret: Any
+    # The pages of each batch entry; heads are those of all entries, one by one.
+    pages: Pages | None = None
 
 
 def _is_operand(x: Any) -> bool:
@@ -141,6 +147,10 @@ def launch(
         shape = (None, *plan.table.shape[1:])
         spec = pl.BlockSpec(shape, table_index, memory_space=pltpu.SMEM)
         tables, table_specs = (plan.table,), (spec,)
+    pages, page_specs = (), ()
+    if of.pages is not None:
+        table = of.pages.table[:, None]
+        pages, page_specs = (table,), (_page_spec(table, of),)
     moving = jax.tree.leaves((of.streams, of.tiles), is_leaf=_is_operand)
     buffers = tuple(
         pltpu.VMEM((2, *x.block_shape(of.stream_block)), x.array.dtype) for x in moving
@@ -150,6 +160,7 @@ def launch(
         grid=(of.heads, plan.sizes.num_rows, of.members),
         in_specs=[
             table_specs,
+            page_specs,
             jax.tree.map(row_spec, of.rows, is_leaf=_is_operand),
             tuple(pl.BlockSpec(memory_space=pl.ANY) for _ in moving),
         ],
@@ -172,10 +183,23 @@ def launch(
     )(
         scalars,
         tables,
+        pages,
         jax.tree.map(lambda x: x.array, of.rows, is_leaf=_is_operand),
         tuple(x.array for x in moving),
     )
     return out
+
+
+def _page_spec(table: jax.Array, of: Launch) -> pl.BlockSpec:
+    """The pages of one batch entry ``[1, pages of a sequence]``, in scalar memory."""
+    heads_of_entry = of.heads // table.shape[0]
+
+    def index(h: Any, i: Any, g: Any, scalars: _Scalars) -> tuple:
+        del i, g, scalars
+        return block_index(lax.div(h, jnp.int32(heads_of_entry)), 0, 0)
+
+    shape = (None, 1, table.shape[2])
+    return pl.BlockSpec(shape, index, memory_space=pltpu.SMEM)
 
 
 def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
@@ -183,8 +207,8 @@ def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
     size = of.stream_block
 
     def body(
-        scalars: _Scalars, tables: tuple, rows: tuple, moving: tuple, outs: tuple,
-        scratch: tuple, buffers: tuple, semaphores: Any,
+        scalars: _Scalars, tables: tuple, pages: tuple, rows: tuple, moving: tuple,
+        outs: tuple, scratch: tuple, buffers: tuple, semaphores: Any,
     ) -> None:  # fmt: skip
         head, row, member = (pl.program_id(axis) for axis in range(3))
         query_head = head * of.members + member
@@ -192,12 +216,15 @@ def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
         begin, end, run_at = _row_runs(scalars, tables, at, row)
         heads = [x.head_of(head, member) for x in operands]
 
+        def place(x: BlockOperand | TileOperand, at: Any, block: Any) -> tuple:
+            if isinstance(x, BlockOperand) and x.page_heads:
+                return _in_page(x, at, of, pages[0], block)
+            return at, *_window(x, size, row, block)
+
         def copies(block: Any, slot: Any) -> list:
             sources = [
-                ref.at[at, *window]
-                for ref, at, window in zip(
-                    moving, heads, _windows(operands, size, row, block), strict=True
-                )
+                ref.at[*place(x, at, block)]
+                for ref, x, at in zip(moving, operands, heads, strict=True)
             ]
             return [
                 pltpu.make_async_copy(
@@ -221,20 +248,24 @@ def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
     return body
 
 
-def _windows(
-    operands: list[BlockOperand | TileOperand], size: int, row: Any, block: Any
-) -> list[tuple]:
-    """The index of what a tile reads, within one head of each operand."""
-    here = pl.ds(pl.multiple_of(block * size, size), size)
+def _window(x: BlockOperand | TileOperand, size: int, row: Any, block: Any) -> tuple:
+    """The index of what a tile reads, within one head of an operand."""
+    if isinstance(x, BlockOperand):
+        here = pl.ds(pl.multiple_of(block * size, size), size)
+        return (here, slice(None)) if x.axis == 1 else (slice(None), here)
+    plane, start = x.window_of(row, block)
+    there = pl.ds(pl.multiple_of(start, x.step), x.width)
+    return jnp.asarray(plane, jnp.int32), slice(None), there
 
-    def window(x: BlockOperand | TileOperand) -> tuple:
-        if isinstance(x, BlockOperand):
-            return (here, slice(None)) if x.axis == 1 else (slice(None), here)
-        plane, start = x.window_of(row, block)
-        there = pl.ds(pl.multiple_of(start, x.step), x.width)
-        return jnp.asarray(plane, jnp.int32), slice(None), there
 
-    return [window(x) for x in operands]
+def _in_page(x: BlockOperand, head: Any, of: Launch, table: Any, block: Any) -> tuple:
+    """The index of a block of a head whose keys lie in pages."""
+    assert of.pages is not None
+    size, heads = of.stream_block, jnp.int32(x.page_heads)
+    column, first = of.pages.place(block, size)
+    page = table[0, column]
+    here = pl.ds(pl.multiple_of(first, size), size)
+    return page * heads + lax.rem(head, heads), here, slice(None)
 
 
 def _row_runs(

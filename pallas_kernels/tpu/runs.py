@@ -1,6 +1,6 @@
 """Converts block masks to the run lists that TPU kernels read from scalar memory."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,8 @@ from pallas_kernels.call import Call, Masks
 SCALAR_BYTES = 900_000
 # The lanes of a vector register. On the chip, a block is a multiple of this.
 LANES = 128
+# The rows of a tile of 16-bit numbers. A block of all rows is a multiple of this.
+SUBLANES = 16
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,19 @@ def prepare(masks: Masks, call: Call) -> TpuLists:
         for name, mask in masks._asdict().items():
             _check_blocks(name, mask)
     return TpuLists(*(_plan(mask) for mask in masks))
+
+
+def plan_of_rows(mask: BlockMask, call: Call) -> TpuPlan:
+    """The plan of a forward kernel whose rows may be one block of fewer than LANES.
+
+    Raises:
+      ValueError: a block size that the chip does not support.
+      NotImplementedError: the runs of one row do not fit scalar memory.
+    """
+    if call.interpret is False:
+        one = mask.num_rows == 1 and mask.block_q % SUBLANES == 0
+        _check_blocks("forward", replace(mask, block_q=LANES) if one else mask)
+    return _plan(mask)
 
 
 def _check_blocks(name: str, mask: BlockMask) -> None:

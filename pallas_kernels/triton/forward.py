@@ -32,6 +32,7 @@ from pallas_kernels.triton.runs import (
     along,
     bit_tiles,
     block_ids,
+    columns_of,
     first_of_batch,
     fold_runs,
     fold_runs_tested,
@@ -44,22 +45,29 @@ from pallas_kernels.varying import shape_like
 
 
 def forward_kernel(
-    runs: Runs, inputs: Inputs, vectors: Vectors, o_ref: Any, lse_ref: Any,
-    total_ref: Any, *, sizes: TritonSizes, call: Call, num_heads: int,
+    runs: Runs, inputs: Inputs, vectors: Vectors, pages: Any, o_ref: Any,
+    lse_ref: Any, total_ref: Any, *, sizes: TritonSizes, call: Call, num_heads: int,
 ) -> None:  # fmt: skip
     """Writes one query block of ``o``, ``lse`` and ``total``.
 
     The refs have one batch entry and head: ``q [padded_q, head_dim]``, ``k [padded_kv,
     head_dim]``, ``v [padded_kv, head_dim_v]`` (None if it is in ``k``), ``o [padded_q,
-    head_dim_v]``, and f32 ``lse`` and ``total [padded_q]``.
+    head_dim_v]``, and f32 ``lse`` and ``total [padded_q]``. With pages, ``k`` and ``v``
+    have the axes ``[pages, page size]`` instead of ``padded_kv``. Each of several parts
+    of a row has its own results, ``[parts * padded_q]``.
     """
     q_ref, k_ref, v_ref = inputs
-    assert q_ref.shape[0] == o_ref.shape[0] == sizes.padded_q
-    assert k_ref.shape == (sizes.padded_kv, q_ref.shape[1])
-    assert call.values or v_ref.shape == (sizes.padded_kv, o_ref.shape[1])
-    assert lse_ref.shape == total_ref.shape == (sizes.padded_q,)
+    assert q_ref.shape[0] == sizes.padded_q
+    assert o_ref.shape[0] == sizes.parts * sizes.padded_q
+    assert sizes.page_size or k_ref.shape == (sizes.padded_kv, q_ref.shape[1])
+    assert call.values or v_ref.shape == (*k_ref.shape[:-1], o_ref.shape[1])
+    assert lse_ref.shape == total_ref.shape == o_ref.shape[:1]
     block_q, block_kv = sizes.block_q, sizes.block_kv
-    row = runs.order[pl.program_id(0)]
+    part, row = jnp.int32(0), pl.program_id(0)
+    if sizes.parts > 1:
+        part = jax.lax.rem(row, jnp.int32(sizes.parts))
+        row = jax.lax.div(row, jnp.int32(sizes.parts))
+    row = runs.order[row]
     first = first_of_batch(runs, sizes, num_heads)
     index, test = map_and_test(runs, sizes, pl.program_id(1), first)
     rows = pl.ds(row * block_q, block_q)
@@ -74,13 +82,14 @@ def forward_kernel(
         block: Any, carry: softmax.Carry, pairs: jax.Array | None, careful: bool
     ) -> softmax.Carry:
         columns = pl.ds(block * block_kv, block_kv)
+        keys = columns_of(block, sizes, pages)
         # The scale is applied in f32: rounding a scaled q to bf16 loses accuracy.
-        k = channels.load(k_ref, (columns,), call.values)
+        k = channels.load(k_ref, keys, call.values)
         s = channels.products(q, k) * call.scale
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         added = added_scores(vectors.scores, here(block, columns), sizes, call)
         s = s if added is None else s + added
-        v = k[0] if call.values else v_ref[columns, :]
+        v = k[0] if call.values else v_ref[*keys, slice(None)]
         s = softmax.mask(s, not_removed(vectors.scores, added, pairs))
         if careful:
             v = rows_kept(v, jnp.squeeze(softmax.seen(s, 0), 0))
@@ -103,14 +112,17 @@ def forward_kernel(
 
     start = softmax.start(block_q, o_ref.shape[-1])
     row_of_map = index * sizes.num_rows + row
-    carry = fold_runs(runs, sizes, row_of_map, full=full, partial=partial_, carry=start)
+    carry = fold_runs(
+        runs, sizes, row_of_map, full=full, partial=partial_, carry=start, part=part
+    )
     careful = partial(partial_, careful=True)
     carry = jax.lax.cond(
         softmax.all_finite(carry.acc),
         lambda: carry,
-        lambda: fold_runs_tested(runs, sizes, row_of_map, careful, start),
+        lambda: fold_runs_tested(runs, sizes, row_of_map, careful, start, part),
     )
     found = softmax.finish(carry, call.unit)
+    rows = pl.ds((part * sizes.num_rows + row) * block_q, block_q)
     o_ref[rows, :] = found.o.astype(o_ref.dtype)
     lse_ref[rows] = jnp.squeeze(found.lse, 1)
     total_ref[rows] = jnp.squeeze(found.total, 1)
@@ -136,11 +148,12 @@ def forward(inputs: Inputs, vectors: Vectors, lists: TritonLists, call: Call) ->
             jax.tree.map(everything, plan.runs),
             input_specs(padded),
             vector_specs(vectors),
+            None,
         ],
         out_specs=[whole(o), whole(lse), whole(lse)],
         out_shape=[o, lse, lse],
         compiler_params=compiler_params(tile),
         interpret=call.interpret,
-    )(plan.runs, padded, vectors)
+    )(plan.runs, padded, vectors, None)
     lse, total = (x[:, :, :q_seq_len] for x in statistics)
     return Kept(heads_first(o, q_seq_len, head_dim_v), lse, total)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int32
 from pallas_kernels import bits
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Call, Masks, PairBits, Vectors
+from pallas_kernels.pages import place_in_page
 from pallas_kernels.triton import tiles
 
 Int32s = Array | np.ndarray
@@ -29,6 +30,8 @@ class Runs(NamedTuple):
     order: Int32[Int32s, " rows"]
     # None if the test of a head is the number of its map, or is known statically.
     test_of_head: Int32[Int32s, " heads"] | None = None
+    # The number of blocks in all runs before a run; only if programs share a row.
+    before: Int32[Int32s, " runs_plus_1"] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class TritonSizes:
     has_partial: bool
     # The test that all heads share, if it is static. None: see Runs.test_of_head.
     test: int | None = None
+    # The programs that share a row, and the keys of a page if keys lie in pages.
+    parts: int = 1
+    page_size: int | None = None
 
     @property
     def padded_q(self) -> int:
@@ -84,10 +90,11 @@ def prepare(masks: Masks, call: Call) -> TritonLists:
     chosen = call.tiles.forward, call.tiles.dq, call.tiles.dkv
     for mask, tile in zip(masks, chosen, strict=True):
         tiles.check(mask, tile)
-    return TritonLists(*(_plan(mask) for mask in masks))
+    return TritonLists(*(plan_of(mask) for mask in masks))
 
 
-def _plan(mask: BlockMask) -> TritonPlan:
+def plan_of(mask: BlockMask) -> TritonPlan:
+    """The runs and sizes of a plan."""
     host = all(isinstance(x, np.ndarray) for x in jax.tree.leaves(mask))
     np_or_jnp = np if host else jnp
     count = mask.run_start.shape[0]
@@ -133,12 +140,17 @@ def _single_test(mask: BlockMask) -> int | None:
 def _order(mask: BlockMask, np_or_jnp: Any) -> Int32s:
     """The rows, sorted by their number of blocks over all maps, largest first."""
     # Programs start in this order, so the short rows fill the GPU at the end.
-    start = np_or_jnp.zeros(1, np.int32)
-    length = mask.run_stop - mask.run_start
-    before = np_or_jnp.concatenate([start, np_or_jnp.cumsum(length, dtype=np.int32)])
+    before = blocks_before(mask, np_or_jnp)
     total = before[mask.row_ptr[1:]] - before[mask.row_ptr[:-1]]
     blocks = total.reshape(mask.num_maps, mask.num_rows).sum(axis=0, dtype=np.int32)
     return np_or_jnp.argsort(-blocks, stable=True).astype(np.int32)
+
+
+def blocks_before(mask: BlockMask, np_or_jnp: Any) -> Int32s:
+    """The number of blocks in all runs before each run, and in all of them."""
+    start = np_or_jnp.zeros(1, np.int32)
+    length = mask.run_stop - mask.run_start
+    return np_or_jnp.concatenate([start, np_or_jnp.cumsum(length, dtype=np.int32)])
 
 
 def first_of_batch(runs: Any, sizes: TritonSizes, num_heads: int) -> Any:
@@ -162,17 +174,39 @@ def map_and_test(
     return index, index if runs.test_of_head is None else runs.test_of_head[at]
 
 
+def blocks_of_part(runs: Any, sizes: TritonSizes, row: Any, part: Any) -> Any:
+    """``blocks(r)``, the range of blocks of run ``r`` that belongs to a part of a row.
+
+    The parts have equally many blocks of the row, up to one.
+    """
+    if sizes.parts == 1:
+        return lambda r: (runs.start[r], runs.stop[r])
+    first = runs.before[runs.row_ptr[row]]
+    total = runs.before[runs.row_ptr[row + 1]] - first
+    begin = first + jax.lax.div(total * part, jnp.int32(sizes.parts))
+    end = first + jax.lax.div(total * (part + 1), jnp.int32(sizes.parts))
+
+    def blocks(r: Any) -> tuple[Any, Any]:
+        start, stop = runs.start[r], runs.stop[r]
+        here = start - runs.before[r]
+        return jnp.maximum(start, here + begin), jnp.minimum(stop, here + end)
+
+    return blocks
+
+
 def fold_runs(
-    runs: Any, sizes: TritonSizes, row: Any, *, full: Any, partial: Any, carry: Any
-) -> Any:
+    runs: Any, sizes: TritonSizes, row: Any, *, full: Any, partial: Any, carry: Any,
+    part: Any = 0,
+) -> Any:  # fmt: skip
     """Computes ``carry = full(block, carry)``, or ``partial``, for each block of a row.
 
     ``row`` counts over all maps. A run has two loops, for full and for partial blocks,
-    one of which is empty.
+    one of which is empty. Only the blocks of ``part`` are visited.
     """
+    blocks = blocks_of_part(runs, sizes, row, part)
 
     def run(r: Any, carry: Any) -> Any:
-        start, stop = runs.start[r], runs.stop[r]
+        start, stop = blocks(r)
         if not sizes.has_partial:
             middle = stop
         elif not sizes.has_full:
@@ -189,14 +223,25 @@ def fold_runs(
 
 
 def fold_runs_tested(
-    runs: Any, sizes: TritonSizes, row: Any, partial: Any, carry: Any
+    runs: Any, sizes: TritonSizes, row: Any, partial: Any, carry: Any, part: Any = 0
 ) -> Any:
     """``fold_runs`` with every block treated as partial."""
+    blocks = blocks_of_part(runs, sizes, row, part)
 
     def run(r: Any, carry: Any) -> Any:
-        return jax.lax.fori_loop(runs.start[r], runs.stop[r], partial, carry)
+        start, stop = blocks(r)
+        return jax.lax.fori_loop(start, stop, partial, carry)
 
     return jax.lax.fori_loop(runs.row_ptr[row], runs.row_ptr[row + 1], run, carry)
+
+
+def columns_of(block: Any, sizes: TritonSizes, pages: Any) -> tuple:
+    """Where the keys of a block lie: their rows, after the page if there are pages."""
+    size = sizes.block_kv
+    if sizes.page_size is None:
+        return (pl.ds(block * size, size),)
+    column, first = place_in_page(block, size, sizes.page_size)
+    return pages[column], pl.ds(first, size)
 
 
 def block_ids(block: Any, size: int, axis: int) -> jax.Array:

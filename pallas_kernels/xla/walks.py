@@ -33,9 +33,7 @@ def prepare(masks: Masks, call: Call) -> XlaLists:
     forward = plan(masks.forward)
     backward = forward if masks.dq is masks.forward else plan(masks.dq)
     maps = head_maps(masks.forward)
-    tests = masks.forward.test_of_map
-    tests = range(masks.forward.num_maps) if tests is None else np.asarray(tests)
-    return XlaLists(forward, backward, maps, tuple(int(t) for t in tests))
+    return XlaLists(forward, backward, maps, head_tests(masks.forward))
 
 
 def head_maps(mask: BlockMask) -> tuple[int, ...]:
@@ -53,6 +51,13 @@ def head_maps(mask: BlockMask) -> tuple[int, ...]:
             "the call is traced; pass a NumPy array"
         )
     return tuple(np.asarray(mask.map_of_head).tolist())
+
+
+def head_tests(mask: BlockMask) -> tuple[int, ...]:
+    """The number of the predicate's test of every map."""
+    tests = mask.test_of_map
+    tests = range(mask.num_maps) if tests is None else np.asarray(tests)
+    return tuple(int(t) for t in tests)
 
 
 def plan(mask: BlockMask) -> XlaPlan:
