@@ -14,9 +14,12 @@ from sadsl.decode.layout import by_key, by_query
 from sadsl.maps.base import IndexMap
 from sadsl.run import merging, traced_offset
 from sadsl.run.attend import attend
+from sadsl.run.few_queries import attend_few
 from sadsl.run.heads import slices
+from sadsl.run.latent import absorbed_form
 from sadsl.run.mixtures import gates_of, weighed
 from sadsl.run.types import QKV, Outcome, Setting
+from sadsl.selections.base import selections_of
 from sadsl.terms.base import Spec, Term, read_by
 from sadsl.terms.heads import Heads
 from sadsl.terms.latent import Latent
@@ -30,6 +33,8 @@ from sadsl.terms.softmax import Softmax
 # caller.
 SLOT = "slot.position"
 AT_SLOT = ir.Operand(SLOT, (ir.K,))
+# The most queries that run as rows of one block; more run as a prompt does.
+FEW = 16
 
 
 @dataclass(frozen=True)
@@ -81,29 +86,57 @@ def _(term: IndexMap, state: None, new: NewTokens) -> tuple[Outcome, None]:
 
 
 @advance.register(Softmax)
-@advance.register(Latent)
 @advance.register(LocalLinear)
-def _(term: Term, state: None, new: NewTokens) -> tuple[Outcome, None]:
+def _(term: Softmax | LocalLinear, state: None, new: NewTokens) -> tuple[Outcome, None]:
     """Attention over the keys of the cache."""
     if new.first:
         return attend(term, new.inputs, new.of(term), new.setting), state
+    assert new.seen is not None
+    placed, given = _placed(term, new)
+    q, k, v = new.inputs[0], new.seen.rows[K], new.seen.rows.get(V)
+    few = q.shape[1] <= FEW and not selections_of(term)
+    if few and isinstance(placed, Softmax):
+        return attend_few(placed, (q, k, v), given, new.setting), state
+    k, v = (jnp.swapaxes(x, 1, 2) for x in (k, k if v is None else v))
+    # The slots of a cache keep their order.
+    config = replace(new.setting.config, relayout=False)
+    setting = replace(new.setting, config=config)
+    return attend(placed, (q, k, v), given, setting), state
+
+
+def _placed(term: Term, new: NewTokens) -> tuple[Term, dict[str, Any]]:
+    """The term at the positions of the new queries and of the slots, and its arrays."""
     seen = new.seen
     assert seen is not None
     shared = frozenset(set(by_key(term)) & by_query(term))
     places = PairPlaces(length=new.max_len, queries=shared)
-    given = {OFFSET: new.count}
+    given: dict[str, Any] = {OFFSET: new.count}
     if seen.position is not None:
         places = replace(places, k=AT_SLOT, held=ir.Le(ir.Const(0), AT_SLOT))
         given[SLOT] = seen.position
     given |= {of_queries(name): new.given[name] for name in shared}
     placed = traced_offset.moved(term, new.given, places)
-    given = read_by(placed, {**new.given, **seen.rows, **given})
-    k = jnp.swapaxes(seen.rows[K], 1, 2)
-    v = jnp.swapaxes(seen.rows[V], 1, 2) if V in seen.rows else k
-    # The slots of a cache keep their order.
-    config = replace(new.setting.config, relayout=False)
-    setting = replace(new.setting, config=config)
-    return attend(placed, (new.inputs[0], k, v), given, setting), state
+    return placed, read_by(placed, {**new.given, **seen.rows, **given})
+
+
+@advance.register
+def _(term: Latent, state: None, new: NewTokens) -> tuple[Outcome, None]:
+    """The absorbed form: all heads read the cached row, and values are part of it."""
+    if new.first:
+        return attend(term, new.inputs, new.of(term), new.setting), state
+    q, k, _ = new.inputs
+    turned, back, rank = absorbed_form(term, new.given, (q, k))
+    part = replace(term.softmax, values=(0, rank))
+    own = replace(new, inputs=(turned, k, k), seen=_without_values(new.seen))
+    found, state = advance(part, state, own)
+    return Outcome(back(found.out), found.lse), state
+
+
+def _without_values(seen: Seen | None) -> Seen | None:
+    """The cached keys, whose channels are the values too."""
+    if seen is None:
+        return None
+    return seen._replace(rows={n: x for n, x in seen.rows.items() if n != V})
 
 
 @advance.register

@@ -1,6 +1,6 @@
 """Runs ``latent``, expanded or absorbed, whichever takes fewer operations."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -50,12 +50,29 @@ def _(term: Latent, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> 
     if _form(term, sizes, (q, k), mine, setting) == "expanded":
         keys, values = expanded(k, up, sizes)
         return attend(term.softmax, (q, keys, values), mine, setting)
-    part = replace(term.softmax, values=(0, sizes.rank))
-    turned = absorbed(q, up, sizes)
+    turned, back, rank = absorbed_form(term, given, (q, k))
+    part = replace(term.softmax, values=(0, rank))
     # The scale is that of the call, not of the absorbed head_dim.
     found = attend(part, (turned, k, k), mine, setting)
-    out = _product("bqhr,hvr->bqhv", found.out, up[:, sizes.key :])
-    return Outcome(out, found.lse)
+    return Outcome(back(found.out), found.lse)
+
+
+def absorbed_form(
+    term: Latent, given: Mapping[str, Any], inputs: tuple[Array, Array]
+) -> tuple[Array, Callable[[Array], Array], int]:
+    """The queries of the cached rows, what expands outputs, and the rank of a latent.
+
+    Raises:
+      ValueError: the weights are missing, or sizes do not fit together.
+    """
+    q, k = inputs
+    up = _weights(term, given, inputs)
+    sizes = _sizes(term, up, q, k)
+
+    def back(out: Array) -> Array:
+        return _product("bqhr,hvr->bqhv", out, up[:, sizes.key :])
+
+    return absorbed(q, up, sizes), back, sizes.rank
 
 
 @choose.register
