@@ -109,8 +109,8 @@ class State(NamedTuple):
 class Compiled(NamedTuple):
     """The compiled functions of a run, its first state, and the memory they need.
 
-    A step returns the state after it, and the loss and the norm of the gradient before
-    it, ``[2]``.
+    A step returns the new state and three numbers: the loss, the norm of the gradient,
+    and the norm of the new parameters.
     """
 
     step: Callable[[State, np.ndarray], tuple[State, jax.Array]]
@@ -207,7 +207,8 @@ def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled
         )
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        numbers = jnp.stack([bits, optax.global_norm(gradient)])
+        norms = optax.global_norm(gradient), optax.global_norm(params)
+        numbers = jnp.stack([bits, *norms])
         return State(params, moments, others), numbers
 
     def valid(params: Any, others: Any, batch: jax.Array) -> jax.Array:
@@ -248,9 +249,8 @@ def train(
     ``around(step)`` surrounds each step.
 
     Raises:
-      NotFinite: a loss or the norm of a gradient is not finite. It is raised before
-        ``keep`` gets the state, so the last checkpoint is one whose model has a finite
-        loss.
+      NotFinite: a loss, or the norm of the gradient or of the new parameters, is not
+        finite. ``keep`` does not get that state.
     """
     state = compiled.state if state is None else jax.device_put(state)
     for step in range(history.step, config.steps):
@@ -262,38 +262,29 @@ def train(
         with around(done):
             start = time.perf_counter()
             state, numbers = compiled.step(state, batch)
-            bits, norm = np.asarray(numbers).tolist()
+            bits, norm, size = np.asarray(numbers).tolist()
             seconds = time.perf_counter() - start
         check_finite(done, "the loss", bits)
         check_finite(done, "the gradient norm", norm)
+        check_finite(done, "the parameter norm", size)
         history.train.append(bits)
         history.grad_norm.append(norm)
         history.seconds.append(seconds)
-        last = done == config.steps
-        kept = done % config.checkpoint_every == 0 or last
-        if done % config.valid_every == 0 or last:
+        if done % config.valid_every == 0 or done == config.steps:
             bits = validate(compiled, state, config, corpus)
             check_finite(done, "the validation loss", bits)
             history.valid.append([done, bits])
-        elif kept:
-            # One batch tells whether this state is worth a checkpoint.
-            bits = validate(compiled, state, config, corpus, num_batches=1)
-            check_finite(done, "the validation loss", bits)
-        if kept:
+        if done % config.checkpoint_every == 0 or done == config.steps:
             keep(state, history)
         tell(history)
 
 
 def validate(
-    compiled: Compiled,
-    state: State,
-    config: TrainConfig,
-    corpus: data.Corpus,
-    num_batches: int | None = None,
+    compiled: Compiled, state: State, config: TrainConfig, corpus: data.Corpus
 ) -> float:
-    """Mean bits per byte over windows of the validation part; None: all batches."""
+    """Mean bits per byte over the windows of the validation part."""
     batches = data.valid_batches(
-        corpus, num_batches=num_batches or config.valid_batches,
+        corpus, num_batches=config.valid_batches,
         batch_size=config.batch_size, seq_len=config.seq_len,
     )  # fmt: skip
     model = state.params, state.others
