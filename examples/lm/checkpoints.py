@@ -68,9 +68,7 @@ class Checkpoints:
         self.folder = folder.resolve()
         if identity is None:
             self.identity = None
-            options = ocp.CheckpointManagerOptions(
-                read_only=True, create=False, save_interval_steps=0
-            )
+            options = ocp.CheckpointManagerOptions(create=False)
         else:
             self.identity = {name: str(value) for name, value in identity.items()}
             # Written before save() returns: a kill at any moment leaves the last one
@@ -280,9 +278,7 @@ def _named_arrays(state: Any) -> dict[str, np.ndarray]:
 def _filled(like: State, arrays: Mapping[str, np.ndarray]) -> State:
     """A state in the form of ``like`` with the numbers of ``arrays``."""
     leaves = [
-        jax.random.wrap_key_data(arrays[name], impl=jax.random.key_impl(leaf))
-        if _is_key(leaf)
-        else arrays[name]
+        jax.random.wrap_key_data(arrays[name]) if _is_key(leaf) else arrays[name]
         for name, leaf in _named(like).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

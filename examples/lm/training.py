@@ -207,7 +207,7 @@ def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled
         )
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        norms = optax.global_norm(gradient), optax.global_norm(params)
+        norms = optax.tree.norm(gradient), optax.tree.norm(params)
         numbers = jnp.stack([bits, *norms])
         return State(params, moments, others), numbers
 
