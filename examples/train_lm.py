@@ -285,7 +285,7 @@ def main(argv: Sequence[str]) -> int:
     except NotFinite as error:
         console.print(f"stopped: {error}", style="red", highlight=False, markup=False)
         return 1
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False)
         return 2
     except KeyboardInterrupt:

@@ -172,9 +172,16 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         load_model(tmp_path / "dense")
 
 
+@pytest.fixture
+def standard():
+    """Flax's norms and optax's AdamW need what the tests forbid elsewhere."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["dropout", "routing"])
-def test_dropout_and_centroids_go_on_bitwise(case, tmp_path):
+def test_dropout_and_centroids_go_on_bitwise(case, tmp_path, standard):
     """Stopped after the checkpoint of step 3 and continued, or not stopped at all."""
     spec = routing_for(CONFIG.seq_len) if case == "routing" else SPEC
     sizes = replace(SIZES, dropout_rate=0.5 if case == "dropout" else 0.0)

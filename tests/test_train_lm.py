@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import train_lm
 from lm import data
+from lm.checkpoints import load_model
 from train_runs import (
     SPEC,
     TINY,
@@ -161,6 +162,36 @@ def test_what_content_decides_is_trained_by_name(texts, tmp_path):
     assert not any(row["num_pairs"] for row in rows)
     assert "by content" in (tmp_path / "train_lm.md").read_text()
     assert len({tuple(x) for x in losses(tmp_path)}) == 3
+
+
+@pytest.mark.slow
+def test_the_flags_reach_the_run(texts, tmp_path):
+    """Accumulation, dropout and bfloat16 in one command, and its model read back."""
+    flags = {"accumulate": 2, "dropout_rate": 0.2, "dtype": "bfloat16", "steps": 6}
+    done = run(texts, tmp_path, **flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = record(tmp_path)["setting"]
+    assert {name: found[name] for name in flags} == flags
+    spec, sizes, _ = load_model(tmp_path / "checkpoints" / "sparse")
+    assert repr(spec) == SPEC
+    assert (sizes.dtype, sizes.dropout_rate, sizes.d_model) == ("bfloat16", 0.2, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"profile": -1}, "flag --profile=-1"),
+        ({"dtype": "float16"}, "flag --dtype=float16"),
+        ({"accumulate": 3}, "error: --accumulate=3 must divide --batch_size=2"),
+    ],
+)
+def test_wrong_flags_end_without_a_trace(flags, message, texts, tmp_path):
+    done = run(texts, tmp_path, **flags)
+    assert done.returncode in (1, 2)
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow

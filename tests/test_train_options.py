@@ -34,6 +34,13 @@ CORPUS = Corpus("bytes", BYTES[:700], BYTES[700:])
 SPEC = sa.parse("causal() & window(5)")
 
 
+@pytest.fixture
+def standard():
+    """Flax's norms and optax's AdamW need what the tests forbid elsewhere."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def trained(sizes, config):
     """The history of a run without checkpoints, its last state, and its program."""
     compiled, history, last = compile_run(SPEC, sizes, config), History(), []
@@ -67,7 +74,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(parts):
 
 
 @pytest.mark.slow
-def test_a_run_in_parts_is_that_of_the_whole_batch_in_less_memory():
+def test_a_run_in_parts_is_that_of_the_whole_batch_in_less_memory(standard):
     # Steps of Adam that rounding does not turn around: no rate is near its peak.
     config = replace(CONFIG, learning_rate=1e-3)
     whole, _, large = trained(SIZES, config)
@@ -83,7 +90,7 @@ def test_a_run_in_parts_is_that_of_the_whole_batch_in_less_memory():
     ("dtype", "spec"),
     [("float32", SPEC), ("bfloat16", SPEC), ("bfloat16", routing_for(37))],
 )
-def test_activations_have_the_dtype_and_the_rest_is_float32(dtype, spec):
+def test_activations_have_the_dtype_and_the_rest_is_float32(dtype, spec, standard):
     sizes = replace(SIZES, dtype=dtype)
     model = nnx.eval_shape(lambda: LanguageModel(sizes, spec, nnx.Rngs(0)))
     graph, params, others = nnx.split(model, nnx.Param, ...)
@@ -97,8 +104,7 @@ def test_activations_have_the_dtype_and_the_rest_is_float32(dtype, spec):
         inner = block.attention(block.attention_norm(x)), block.up(block.mlp_norm(x))
         return (x, *inner, block(x)), (model.logits(x), bits_per_byte(model, tokens))
 
-    with jax.numpy_dtype_promotion("standard"):  # Flax's norms need it
-        activations, exact = jax.eval_shape(passed, params, others, tokens)
+    activations, exact = jax.eval_shape(passed, params, others, tokens)
     assert {x.dtype for x in activations} == {jnp.dtype(dtype)}
     floats = [
         x
@@ -109,10 +115,9 @@ def test_activations_have_the_dtype_and_the_rest_is_float32(dtype, spec):
 
 
 @pytest.mark.slow
-def test_bfloat16_learns_as_float32_does():
+def test_bfloat16_learns_as_float32_does(standard):
     exact, _, _ = trained(SIZES, CONFIG)
-    with jax.numpy_dtype_promotion("standard"):  # Flax's norms need it
-        rounded, state, _ = trained(replace(SIZES, dtype="bfloat16"), CONFIG)
+    rounded, state, _ = trained(replace(SIZES, dtype="bfloat16"), CONFIG)
     assert exact.train != rounded.train
     np.testing.assert_allclose(rounded.train, exact.train, rtol=0.01)
     np.testing.assert_allclose(rounded.grad_norm, exact.grad_norm, rtol=0.1)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from rich.table import Table
 
 import sadsl as sa
@@ -195,17 +196,23 @@ def draw_steps(results: Sequence[Result], config: TrainConfig) -> Figure:
             steps, result.history.grad_norm, color=colour, alpha=0.8, linewidth=1,
             label=result.spec,
         )  # fmt: skip
-    norms.axhline(config.clip_norm, color="black", linestyle=":", linewidth=1)
+    said = None
+    if np.isfinite(config.clip_norm):
+        norms.axhline(config.clip_norm, color="black", linestyle=":", linewidth=1)
+        said = f"dotted: larger gradients are scaled down to {config.clip_norm:g}"
     norms.set_yscale("log")
+    # Plain numbers, and few of them where the axis is long.
+    norms.yaxis.set_major_formatter(LogFormatter())
+    norms.yaxis.set_minor_formatter(LogFormatter())
     rates.plot(steps, config.rates(), color="black", linewidth=1.5)
     rates.set_ylim(bottom=0)
     _label(norms, "step", "norm of the gradient")
     _label(rates, "step", "learning rate")
-    _legend(figure, norms, f"dotted: larger ones are cut to {config.clip_norm:g}")
+    _legend(figure, norms, said)
     return figure
 
 
-def _legend(figure: Figure, axes: Axes, title: str) -> None:
+def _legend(figure: Figure, axes: Axes, title: str | None) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center",
