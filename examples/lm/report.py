@@ -202,7 +202,7 @@ def draw_steps(results: Sequence[Result], config: TrainConfig) -> Figure:
         said = f"dotted: larger gradients are scaled down to {config.clip_norm:g}"
     norms.set_yscale("log")
     # Plain numbers, and few of them where the axis is long.
-    norms.yaxis.set_major_formatter(LogFormatter())
+    norms.yaxis.set_major_formatter("{x:g}")
     norms.yaxis.set_minor_formatter(LogFormatter())
     rates.plot(steps, config.rates(), color="black", linewidth=1.5)
     rates.set_ylim(bottom=0)
