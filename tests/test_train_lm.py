@@ -129,7 +129,8 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(texts, tmp
     said = " ".join(done.stdout.split())
     assert "stopped: dense: the parameter norm of step 2 is inf" in said
     newest = tmp_path / "checkpoints" / "dense" / "1"
-    assert f"The last good checkpoint is {newest}." in said.replace(" /", "/")
+    kept = f"The last good checkpoint is {newest}."
+    assert kept.replace(" ", "") in said.replace(" ", "")  # lines are broken anywhere
     assert "a smaller --learning_rate (now 1e+30)" in said
     assert "or a smaller --clip_norm (now 0.5)" in said
     assert newest.is_dir()

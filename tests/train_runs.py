@@ -53,10 +53,12 @@ class Metrics(train_lm.Metrics):
         if history.step == 23:
             kill()
 
-def save(self, directory, item=None, args=None, real=JsonCheckpointHandler.save):
+save = JsonCheckpointHandler.async_save
+
+async def async_save(self, directory, item=None, args=None):
     if args.item["history"]["train"][31:]:
         kill()
-    real(self, directory, item, args)
+    return await save(self, directory, item, args)
 
 def main(argv):
     asked = flags.FLAGS
@@ -67,7 +69,7 @@ def main(argv):
     if WHERE == "between checkpoints":
         train_lm.Metrics = Metrics
     else:
-        JsonCheckpointHandler.save = save
+        JsonCheckpointHandler.async_save = async_save
     return train_lm.main(argv)
 
 app.run(main)
