@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.table import Table
 
 import sadsl as sa
@@ -201,9 +201,9 @@ def draw_steps(results: Sequence[Result], config: TrainConfig) -> Figure:
         norms.axhline(config.clip_norm, color="black", linestyle=":", linewidth=1)
         said = f"dotted: larger gradients are scaled down to {config.clip_norm:g}"
     norms.set_yscale("log")
-    # Plain numbers, and few of them where the axis is long.
+    norms.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     norms.yaxis.set_major_formatter("{x:g}")
-    norms.yaxis.set_minor_formatter(LogFormatter())
+    norms.yaxis.set_minor_formatter(NullFormatter())
     rates.plot(steps, config.rates(), color="black", linewidth=1.5)
     rates.set_ylim(bottom=0)
     _label(norms, "step", "norm of the gradient")
