@@ -9,7 +9,9 @@ The first run is always dense, ``causal()``. Each ``--spec`` is trained beside i
 the same weights on the same batches. The data are the sources of Python's standard
 library, or any file or folder. To go on with a killed run, give the same command again:
 it starts from the last checkpoint and ends with the losses it would have had. The table
-and the pictures are written to ``--out``.
+and the pictures are written to ``--out``, and the numbers of each step to
+``dense.jsonl`` and ``sparse.jsonl`` while a run goes on. A run whose loss or gradient
+is not finite stops with exit status 1.
 """
 
 import os
@@ -23,7 +25,10 @@ import jax
 from absl import app, flags, logging
 from lm import data, report
 from lm.checkpoints import Checkpoints, History, forget
-from lm.model import ROUTING, ModelConfig, Spec, routing_for, text_of
+from lm.finite import NotFinite
+from lm.metrics import Metrics
+from lm.model import DTYPES, ROUTING, ModelConfig, Spec, routing_for, text_of
+from lm.profiling import Profile
 from lm.training import Result, TrainConfig, compile_run, identity, train
 from rich.console import Console
 from rich.markup import escape
@@ -58,10 +63,20 @@ _RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak of the schedule.")
 _WARMUP = flags.DEFINE_integer("warmup_steps", None, "None: a tenth of the steps.")
 _DECAY = flags.DEFINE_float("weight_decay", 0.1, "Of AdamW.")
 _CLIP = flags.DEFINE_float("clip_norm", 1.0, "Largest norm of a gradient.")
-_SEED = flags.DEFINE_integer("seed", 0, "Decides on weights and batches.")
+_ACCUMULATE = flags.DEFINE_integer(
+    "accumulate", 1, "Parts of a batch that run in turn, to need less memory."
+)
+_DROPOUT = flags.DEFINE_float("dropout_rate", 0.0, "Of the attention weights.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", DTYPES, "Of activations; the rest is float32."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Decides on weights, batches, dropout.")
 _VALID = flags.DEFINE_integer("valid_every", 26, "Steps between validations.")
 _VALID_BATCHES = flags.DEFINE_integer("valid_batches", 8, "Batches of a validation.")
 _KEEP = flags.DEFINE_integer("checkpoint_every", 26, "Steps between checkpoints.")
+_PROFILE = flags.DEFINE_integer(
+    "profile", 0, "Steps of each run to trace into --out.", lower_bound=0
+)
 
 
 def settings() -> tuple[ModelConfig, TrainConfig]:
@@ -72,6 +87,8 @@ def settings() -> tuple[ModelConfig, TrainConfig]:
         num_kv_heads=_HEADS.value if _KV_HEADS.value is None else _KV_HEADS.value,
         d_model=_WIDTH.value,
         d_hidden=4 * _WIDTH.value if _HIDDEN.value is None else _HIDDEN.value,
+        dropout_rate=_DROPOUT.value,
+        dtype=_DTYPE.value,
     )
     warmup = _STEPS.value // 10 if _WARMUP.value is None else _WARMUP.value
     config = TrainConfig(
@@ -86,6 +103,7 @@ def settings() -> tuple[ModelConfig, TrainConfig]:
         valid_batches=_VALID_BATCHES.value,
         valid_every=_VALID.value,
         checkpoint_every=_KEEP.value,
+        accumulate=_ACCUMULATE.value,
     )
     return model, config
 
@@ -132,6 +150,28 @@ def open_checkpoints(name: str, spec: Spec, corpus: data.Corpus) -> Checkpoints:
     return Checkpoints(folder, identity(spec, *settings(), corpus))
 
 
+def advice(name: str, error: NotFinite, checkpoints: Checkpoints) -> str:
+    """What to say of a run that diverged."""
+    model, config = settings()
+    newest = checkpoints.newest
+    kept = (
+        "There is no checkpoint from before it."
+        if newest is None
+        else f"The last good checkpoint is {newest}."
+    )
+    tries = [
+        f"a smaller --learning_rate (now {config.learning_rate:g})",
+        f"more --warmup_steps (now {config.warmup_steps})",
+        f"a smaller --clip_norm (now {config.clip_norm:g})",
+    ]
+    if model.dtype != "float32":
+        tries.append(f"--dtype=float32 (now {model.dtype})")
+    return (
+        f"{name}: {error}. {kept} The same command would stop at the same step: try "
+        f"{', '.join(tries[:-1])} or {tries[-1]}, with another --out or with --fresh"
+    )
+
+
 def run_one(name: str, spec: Spec, corpus: data.Corpus, console: Console) -> Result:
     """Trains one model, or continues training it, and prints its progress."""
     sizes, config = settings()
@@ -143,17 +183,21 @@ def run_one(name: str, spec: Spec, corpus: data.Corpus, console: Console) -> Res
         BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
+    metrics = Metrics(Path(_OUT.value) / f"{name}.jsonl", config)
     with (
         open_checkpoints(name, spec, corpus) as checkpoints,
         Progress(*columns, console=console, transient=True) as progress,
+        Profile(Path(_OUT.value) / "profile" / name, _PROFILE.value) as profile,
     ):
         state, history = checkpoints.restore(compiled.state) or (None, History())
         if history.step:
             say = f"  going on from step {history.step:,} of {config.steps:,}"
             progress.console.print(say, highlight=False)
+        metrics.start(history)
         task = progress.add_task("", total=config.steps, completed=history.step, now="")
 
         def tell(history: History) -> None:
+            metrics.append(history)
             now = (
                 f"{history.train[-1]:.3f} bits/byte  "
                 f"{config.tokens_per_step / history.seconds[-1]:,.0f} tokens/s"
@@ -167,7 +211,15 @@ def run_one(name: str, spec: Spec, corpus: data.Corpus, console: Console) -> Res
                 )
                 progress.console.print(say, highlight=False)
 
-        train(compiled, state, history, config, corpus, checkpoints.save, tell)
+        try:
+            train(
+                compiled, state, history, config, corpus,
+                keep=checkpoints.save, tell=tell, around=profile.step,
+            )  # fmt: skip
+        except NotFinite as error:
+            raise NotFinite(advice(name, error, checkpoints)) from error
+    if _PROFILE.value:
+        console.print(f"  {profile.said}", highlight=False, soft_wrap=True)
     return Result(text_of(spec), history, compiled.num_params, compiled.memory_bytes)
 
 
@@ -217,7 +269,7 @@ def compare(console: Console) -> None:
     console.print()
     console.print(report.table(rows))
     said = setting(corpus, results[0])
-    for path in report.write(Path(_OUT.value), results, rows, said):
+    for path in report.write(Path(_OUT.value), results, rows, said, config):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
@@ -230,6 +282,9 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         compare(console)
+    except NotFinite as error:
+        console.print(f"stopped: {error}", style="red", highlight=False, markup=False)
+        return 1
     except (ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False)
         return 2

@@ -1,82 +1,57 @@
 """The training example at tiny sizes: its files; a killed run loses nothing."""
 
-import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import train_lm
 from lm import data
-from lm.checkpoints import Checkpoints, History
-
-SCRIPT = Path(__file__).parent.parent / "examples" / "train_lm.py"
-SPEC = "causal() & (window(8) | sinks(2))"
-TINY = {
-    "steps": 60, "seq_len": 48, "batch_size": 2, "num_layers": 1, "num_heads": 2,
-    "d_model": 16, "valid_batches": 2, "valid_every": 20, "checkpoint_every": 4,
-    "learning_rate": 0.01,
-}  # fmt: skip
+from lm.checkpoints import load_model
+from train_runs import (
+    SPEC,
+    TINY,
+    losses,
+    metrics,
+    record,
+    run,
+    run_killed,
+    write_texts,
+)
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """A folder of files, one of them with bytes that are no text."""
-    folder = tmp_path_factory.mktemp("texts")
-    rng = np.random.default_rng(0)
-    for i in range(30):
-        words = rng.choice(["while", "return", "yield", "lambda"], 60)
-        (folder / f"{i}.txt").write_text(" ".join(words))
-    (folder / "deep").mkdir()
-    (folder / "deep" / "noise.bin").write_bytes(rng.bytes(200))
-    (folder / "empty").write_bytes(b"")
-    return folder
+    return write_texts(tmp_path_factory.mktemp("data") / "texts")
 
 
-def command(texts, out, *more, **changes):
-    flags = {"data": texts, "out": out, "spec": SPEC, **TINY, **changes}
-    return [
-        sys.executable, str(SCRIPT), *(f"--{k}={v}" for k, v in flags.items()), *more
-    ]  # fmt: skip
-
-
-def run(*args, **changes):
-    return subprocess.run(
-        command(*args, **changes),
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def killed(texts, out, where, last):
+    """A run that was killed after the line ``last``: one checkpoint is left."""
+    done = run_killed(texts, out, where)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    assert [line["step"] for line in metrics(out, "dense")] == list(range(1, last + 1))
+    folder = out / "checkpoints" / "dense"
+    assert [x.name for x in folder.iterdir() if x.name.isdigit()] == ["16"]
 
 
 @pytest.fixture(scope="module")
 def finished(texts, tmp_path_factory):
-    """A run that nothing interrupted: its folder and what it printed."""
+    """A run that was killed and went on: its folder, and what it printed at last."""
     out = tmp_path_factory.mktemp("finished")
-    done = run(texts, out)
+    killed(texts, out, "between checkpoints", last=23)
+    done = run(texts, out, profile=2)
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
 
 
-def losses(out):
-    record = json.loads((out / "train_lm.json").read_text())
-    return [run["history"]["train"] for run in record["runs"]]
-
-
 def test_a_run_writes_its_table_and_pictures(finished):
     out, printed = finished
-    record = json.loads((out / "train_lm.json").read_text())
-    dense, sparse = record["rows"]
+    found = record(out)
+    dense, sparse = found["rows"]
     assert (dense["spec"], sparse["spec"]) == ("causal()", SPEC)
     assert dense["num_pairs"] == 48 * 49 // 2 > sparse["num_pairs"]
-    assert record["runs"][0]["num_params"] == record["runs"][1]["num_params"]
-    for name in ("loss.png", "pattern.png"):
+    assert found["runs"][0]["num_params"] == found["runs"][1]["num_params"]
+    for name in ("loss.png", "steps.png", "pattern.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     text = (out / "train_lm.md").read_text()
     assert len({len(line) for line in text.splitlines()[:4]}) == 1
@@ -92,23 +67,75 @@ def test_both_models_start_alike_and_learn(finished):
     assert np.mean(sparse[-5:]) < 5
 
 
+def check_went_on(out, printed):
+    """The first run, which was killed, against the one that nothing disturbed."""
+    assert "going on from step 16 of 40" in printed
+    lines, whole = metrics(out, "dense"), metrics(out / "undisturbed", "dense")
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    for key in ("step", "loss", "lr", "grad_norm", "valid_loss"):
+        assert [x.get(key) for x in lines] == [x.get(key) for x in whole]
+    assert [x["loss"] for x in lines] == losses(out)[0]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished):
+    check_went_on(*finished)
+
+
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(texts, finished, tmp_path):
-    process = subprocess.Popen(
-        command(texts, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    folder, deadline = tmp_path / "checkpoints" / "dense", time.monotonic() + 120
-    while not any(path.name.isdigit() for path in folder.glob("*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "train_lm.json").exists()
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(texts, tmp_path):
+    killed(texts, tmp_path, "while it writes a checkpoint", last=31)
+    assert any("tmp" in x.name for x in (tmp_path / "checkpoints/dense").iterdir())
     again = run(texts, tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "going on from step" in again.stdout
-    np.testing.assert_allclose(losses(tmp_path), losses(finished[0]), rtol=1e-6)
+    check_went_on(tmp_path, again.stdout)
+    assert not any("tmp" in x.name for x in (tmp_path / "checkpoints/dense").iterdir())
+
+
+def test_a_profile_is_written_and_named(finished):
+    """Two steps of each run, after the first that this process made."""
+    out, printed = finished
+    for name, steps in (("dense", "18 to 19"), ("sparse", "2 to 3")):
+        folder = out / "profile" / name
+        assert f"profile of steps {steps}: {folder}" in printed
+        traces = [*folder.rglob("*.xplane.pb")]
+        assert len(traces) == 1
+        assert traces[0].stat().st_size
+
+
+def test_metrics_say_what_each_step_did(finished):
+    out, _ = finished
+    lines = metrics(out, "sparse")
+    names = ["step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"]
+    for line in lines:
+        validated = line["step"] in (20, 40)
+        assert list(line) == names + ["valid_loss"] * validated
+        speed = line["tokens_per_second"] * line["seconds"]
+        assert speed == pytest.approx(TINY["batch_size"] * TINY["seq_len"])
+    # Warm-up to the peak in a tenth of the steps, then down to a tenth of it.
+    rates = [line["lr"] for line in lines]
+    assert rates[:5] == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01])
+    assert sorted(rates[4:], reverse=True) == rates[4:]
+    assert rates[-1] == pytest.approx(0.001, rel=0.02)
+    assert [x["loss"] for x in lines] == losses(out)[1]
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(texts, tmp_path):
+    """The first rate of the warm-up is 0, the second one is far too large."""
+    flags = {"learning_rate": 1e30, "checkpoint_every": 1, "clip_norm": 0.5}
+    done = run(texts, tmp_path, **flags)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    said = " ".join(done.stdout.split())
+    assert "stopped: dense: the parameter norm of step 2 is inf" in said
+    newest = tmp_path / "checkpoints" / "dense" / "1"
+    kept = f"The last good checkpoint is {newest}."
+    assert kept.replace(" ", "") in said.replace(" ", "")  # lines are broken anywhere
+    assert "a smaller --learning_rate (now 1e+30)" in said
+    assert "or a smaller --clip_norm (now 0.5)" in said
+    assert newest.is_dir()
+    assert not newest.with_name("2").exists()
+    assert [line["step"] for line in metrics(tmp_path, "dense")] == [1]
 
 
 @pytest.mark.slow
@@ -124,64 +151,13 @@ def test_a_checkpoint_of_another_run_is_refused(texts, finished):
     assert "--fresh" in said
 
 
-STATE = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.int32(3)}
-
-
-def saved(folder, steps=2, identity=None):
-    with Checkpoints(folder, identity or {"spec": "causal()", "d_model": 8}) as kept:
-        for step in range(1, steps + 1):
-            kept.save(STATE, History([8.0] * step, [0.1] * step, [[step, 7.5]]))
-    return folder
-
-
-def restored(folder, identity=None):
-    with Checkpoints(folder, identity or {"spec": "causal()", "d_model": 8}) as kept:
-        kept.check()
-        return kept.restore(STATE)
-
-
-def test_a_checkpoint_comes_back_whole(tmp_path):
-    assert restored(tmp_path) is None
-    state, history = restored(saved(tmp_path))
-    assert history == History([8.0] * 2, [0.1] * 2, [[2, 7.5]])
-    jax.tree.map(np.testing.assert_array_equal, state, STATE)
-
-
-def test_half_a_checkpoint_is_not_seen(tmp_path):
-    saved(tmp_path, steps=1)
-    part = tmp_path / "2.orbax-checkpoint-tmp"
-    (part / "state").mkdir(parents=True)
-    assert restored(tmp_path)[1].step == 1
-
-
-@pytest.mark.parametrize("part", ["state", "run"])
-@pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_a_damaged_checkpoint_is_named(tmp_path, part, damage):
-    saved(tmp_path)
-    for file in (tmp_path / "2" / part).rglob("*"):
-        if file.is_file() and (content := file.read_bytes()):
-            half = len(content) // 2
-            cut, flipped = content[:half], bytes(b ^ 0x55 for b in content)
-            file.write_bytes(cut if damage == "cut" else flipped)
-    with pytest.raises(ValueError, match=r"2 is damaged .*--fresh") as error:
-        restored(tmp_path)
-    assert str(tmp_path / "2") in str(error.value)
-
-
-def test_a_foreign_checkpoint_says_what_differs(tmp_path):
-    saved(tmp_path)
-    with pytest.raises(ValueError, match=r"another run:\n  d_model: 8 there, 9 here\n"):
-        restored(tmp_path, {"spec": "causal()", "d_model": 9})
-
-
 @pytest.mark.slow
 def test_what_content_decides_is_trained_by_name(texts, tmp_path):
     """Routing, with its centroids in the checkpoint, and blocks chosen by a query."""
     best = "causal() & topk(2, block=8, eligible=causal())"
     done = run(texts, tmp_path, f"--spec={best}", spec="routing", steps=6)
     assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((tmp_path / "train_lm.json").read_text())
-    dense, *rows = record["rows"]
+    dense, *rows = record(tmp_path)["rows"]
     assert [row["spec"] for row in rows] == ["routing", best]
     assert dense["num_pairs"]
     assert not any(row["num_pairs"] for row in rows)
@@ -190,14 +166,44 @@ def test_what_content_decides_is_trained_by_name(texts, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_flags_reach_the_run(texts, tmp_path):
+    """Accumulation, dropout and bfloat16 in one command, and its model read back."""
+    flags = {"accumulate": 2, "dropout_rate": 0.2, "dtype": "bfloat16", "steps": 6}
+    done = run(texts, tmp_path, **flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = record(tmp_path)["setting"]
+    assert {name: found[name] for name in flags} == flags
+    spec, sizes, _ = load_model(tmp_path / "checkpoints" / "sparse")
+    assert repr(spec) == SPEC
+    assert (sizes.dtype, sizes.dropout_rate, sizes.d_model) == ("bfloat16", 0.2, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"profile": -1}, "flag --profile=-1"),
+        ({"dtype": "float16"}, "flag --dtype=float16"),
+        ({"accumulate": 3}, "error: --accumulate=3 must divide --batch_size=2"),
+    ],
+)
+def test_wrong_flags_end_without_a_trace(flags, message, texts, tmp_path):
+    done = run(texts, tmp_path, **flags)
+    assert done.returncode in (1, 2)
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
 def test_centroids_come_back_from_a_checkpoint(texts, tmp_path):
     for _ in range(2):
-        done = run(texts, tmp_path, spec="routing", steps=8)
+        done = run(texts, tmp_path, spec="routing", steps=8, checkpoint_every=4)
         assert done.returncode == 0, done.stdout + done.stderr
     last = tmp_path / "checkpoints" / "sparse"
     shutil.rmtree(last / "8")
     before = losses(tmp_path)
-    done = run(texts, tmp_path, spec="routing", steps=8)
+    done = run(texts, tmp_path, spec="routing", steps=8, checkpoint_every=4)
     assert "going on from step 4" in done.stdout
     assert losses(tmp_path) == before
 

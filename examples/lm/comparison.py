@@ -2,9 +2,8 @@
 
 import json
 import math
-import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
 from lm.checkpoints import History
+from lm.files import replace_file
 
 CONFIDENCE = 0.95
 START, END = "<!-- compare:start -->", "<!-- compare:end -->"
@@ -144,14 +144,6 @@ class Kept:
 
 def _texts(identity: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in identity.items()}
-
-
-def replace_file(path: Path, writer: Callable[[Path], object]) -> None:
-    """Writes a whole file, or leaves the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    writer(part)
-    os.replace(part, path)
 
 
 def run_record(run: Run) -> dict[str, Any]:

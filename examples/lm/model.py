@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+import sadsl as sa
 from sadsl.layers.nnx import RoutingAttention, SparseAttention
 from sadsl.layers.routing import Routing
 from sadsl.terms.base import Spec as MapOrTerm
@@ -20,29 +21,44 @@ Spec: TypeAlias = MapOrTerm | Routing
 ROUTING = "routing"
 
 NUM_BYTES = 256
+DTYPES = ("float32", "bfloat16")
 BITS_PER_NAT = 1.4426950408889634
 ZEROS = nnx.initializers.zeros_init()
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model, without what a spec learns of its own."""
+    """Sizes of the model, without what a spec learns of its own.
+
+    ``dtype`` is that of activations: "float32" or "bfloat16". Parameters, logits and
+    the loss are float32 always. ``dropout_rate`` is the share of the attention weights
+    that is dropped in training.
+    """
 
     num_layers: int
     num_heads: int
     num_kv_heads: int
     d_model: int
     d_hidden: int
+    dropout_rate: float = 0.0
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        counts = "num_layers", "num_heads", "num_kv_heads", "d_model", "d_hidden"
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.d_model % (2 * self.num_heads):
             raise ValueError(
                 f"d_model={self.d_model} must be a multiple of 2 * num_heads="
                 f"{2 * self.num_heads}: rotary positions turn pairs of features"
             )
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(
+                f"dropout_rate={self.dropout_rate} must be at least 0 and less than 1"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} must be one of {DTYPES}")
 
 
 def rotary(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -72,6 +88,12 @@ def routing_for(seq_len: int) -> Routing:
     return Routing(num_clusters=clusters, window=window, local_window=window)
 
 
+def spec_of(text: str, seq_len: int) -> Spec:
+    """The spec whose ``repr`` is ``text``, in a model trained on ``seq_len`` bytes."""
+    routing = routing_for(seq_len)
+    return routing if text == repr(routing) else sa.parse(text)
+
+
 def text_of(spec: Spec) -> str:
     """The text of a spec, or its name."""
     return ROUTING if isinstance(spec, Routing) else repr(spec)
@@ -81,21 +103,27 @@ def attention_layer(config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> nnx.Modu
     """The layer of a spec, with rotary positions but for heads that cluster by content.
 
     Raises:
-      ValueError: routing with fewer key heads than query heads.
+      ValueError: routing with fewer key heads than query heads, or with dropout.
     """
     if not isinstance(spec, Routing):
         return SparseAttention(
             spec, config.num_heads, config.d_model,
-            num_kv_heads=config.num_kv_heads, transform_qk=rotary, rngs=rngs,
+            num_kv_heads=config.num_kv_heads, dtype=config.dtype, transform_qk=rotary,
+            dropout_rate=config.dropout_rate, rngs=rngs,
         )  # fmt: skip
     if config.num_kv_heads != config.num_heads:
         raise ValueError(
             f"num_kv_heads={config.num_kv_heads}: in routing attention every query "
             f"head has its keys, so leave it out, or set it to {config.num_heads}"
         )
+    if config.dropout_rate:
+        raise ValueError(
+            f"dropout_rate={config.dropout_rate}: routing attention drops no "
+            "weights, so leave it out"
+        )
     return RoutingAttention(
         config.num_heads, config.d_model,
-        routing=spec, transform_qk=rotary, rngs=rngs,
+        routing=spec, dtype=config.dtype, transform_qk=rotary, rngs=rngs,
     )  # fmt: skip
 
 
@@ -103,15 +131,14 @@ class Block(nnx.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
     def __init__(self, config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> None:
-        self.attention_norm = nnx.RMSNorm(config.d_model, rngs=rngs)
+        norm = partial(nnx.RMSNorm, config.d_model, dtype=config.dtype, rngs=rngs)
+        linear = partial(nnx.Linear, use_bias=False, dtype=config.dtype, rngs=rngs)
+        self.attention_norm = norm()
         self.attention = attention_layer(config, spec, rngs)
-        self.mlp_norm = nnx.RMSNorm(config.d_model, rngs=rngs)
-        self.up = nnx.Linear(config.d_model, config.d_hidden, use_bias=False, rngs=rngs)
+        self.mlp_norm = norm()
+        self.up = linear(config.d_model, config.d_hidden)
         # Blocks that add nothing at first leave the embedding readable.
-        self.down = nnx.Linear(
-            config.d_hidden, config.d_model, use_bias=False,
-            kernel_init=ZEROS, rngs=rngs,
-        )  # fmt: skip
+        self.down = linear(config.d_hidden, config.d_model, kernel_init=ZEROS)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[batch, seq, d_model]`` to the same shape."""
@@ -128,18 +155,18 @@ class LanguageModel(nnx.Module):
         # Embeds a byte and the byte before it. So pairs of bytes, which a small model
         # takes long to find by attention, are known from the start.
         embed = partial(
-            nnx.Embed, NUM_BYTES, config.d_model,
+            nnx.Embed, NUM_BYTES, config.d_model, dtype=config.dtype,
             embedding_init=nnx.initializers.normal(1.0), rngs=rngs,
         )  # fmt: skip
         self.embed, self.embed_before = embed(), embed()
         self.blocks = nnx.List(
             Block(config, spec, rngs) for _ in range(config.num_layers)
         )
-        self.norm = nnx.RMSNorm(config.d_model, rngs=rngs)
-        # A head of zeros starts at exactly eight bits a byte.
+        self.norm = nnx.RMSNorm(config.d_model, dtype=config.dtype, rngs=rngs)
+        # A head of zeros starts at exactly eight bits a byte. Its sums stay float32.
         self.head = nnx.Linear(
-            config.d_model, NUM_BYTES, use_bias=False,
-            kernel_init=ZEROS, rngs=rngs,
+            config.d_model, NUM_BYTES, use_bias=False, dtype=config.dtype,
+            preferred_element_type=jnp.float32, kernel_init=ZEROS, rngs=rngs,
         )  # fmt: skip
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -155,7 +182,7 @@ class LanguageModel(nnx.Module):
         """Maps ``[batch, seq, d_model]`` to logits ``[batch, seq, 256]``, float32."""
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x)).astype(jnp.float32)
+        return self.head(self.norm(x))
 
 
 def bits_per_byte(model: LanguageModel, batch: jax.Array) -> jax.Array:

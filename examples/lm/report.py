@@ -1,7 +1,6 @@
-"""Reports runs side by side: a table, JSON, Markdown, and two pictures."""
+"""Reports runs side by side: a table, JSON, Markdown, and three pictures."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.table import Table
 
 import sadsl as sa
+from lm.files import replace_file
 from lm.model import ROUTING, ModelConfig
 from lm.training import Result, TrainConfig
 
@@ -131,7 +132,11 @@ def markdown(rows: Sequence[Row], setting: str) -> str:
 
 
 def write(
-    out: Path, results: Sequence[Result], rows: Sequence[Row], setting: dict[str, Any]
+    out: Path,
+    results: Sequence[Result],
+    rows: Sequence[Row],
+    setting: dict[str, Any],
+    config: TrainConfig,
 ) -> list[Path]:
     """Writes table and pictures, each whole or not at all, and returns the paths."""
     record = {
@@ -143,20 +148,17 @@ def write(
     text = markdown(rows, f"Measured with {said}.")
     specs = [result.spec for result in results]
     curves, patterns = draw_curves(results), draw_patterns(specs, setting)
+    steps = draw_steps(results, config)
     writers: dict[str, Callable[[Path], object]] = {
         "train_lm.json": lambda p: p.write_text(json.dumps(record, indent=1)),
         "train_lm.md": lambda p: p.write_text(text),
         "loss.png": lambda p: curves.savefig(p, dpi=150, format="png"),
+        "steps.png": lambda p: steps.savefig(p, dpi=150, format="png"),
         "pattern.png": lambda p: patterns.savefig(p, dpi=150, format="png"),
     }
-    paths = []
     for name, writer in writers.items():
-        path = out / name
-        part = path.with_name(f".{name}.part")
-        writer(part)
-        os.replace(part, path)
-        paths.append(path)
-    return paths
+        replace_file(out / name, writer)
+    return [out / name for name in writers]
 
 
 def draw_curves(results: Sequence[Result]) -> Figure:
@@ -178,13 +180,45 @@ def draw_curves(results: Sequence[Result]) -> Figure:
             )  # fmt: skip
     _label(by_step, "step", "bits per byte")
     _label(by_time, "seconds spent in steps", "")
-    figure.legend(
-        *by_step.get_legend_handles_labels(), loc="outside lower center",
-        ncols=1 if len(results) > 2 else len(results), frameon=False, fontsize=9,
-        title=f"dots: validation, thin: training, mean of {width} steps",
-        title_fontsize=9,
-    )  # fmt: skip
+    said = f"dots: validation, thin: training, mean of {width} steps"
+    _legend(figure, by_step, said)
     return figure
+
+
+def draw_steps(results: Sequence[Result], config: TrainConfig) -> Figure:
+    """Draws the norm of the gradient and the learning rate by step."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    norms, rates = figure.subplots(1, 2)
+    steps = np.arange(1, config.steps + 1)
+    for index, result in enumerate(results):
+        colour = COLOURS[index % len(COLOURS)]
+        norms.plot(
+            steps, result.history.grad_norm, color=colour, alpha=0.8, linewidth=1,
+            label=result.spec,
+        )  # fmt: skip
+    said = None
+    if np.isfinite(config.clip_norm):
+        norms.axhline(config.clip_norm, color="black", linestyle=":", linewidth=1)
+        said = f"dotted: larger gradients are scaled down to {config.clip_norm:g}"
+    norms.set_yscale("log")
+    norms.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    norms.yaxis.set_major_formatter("{x:g}")
+    norms.yaxis.set_minor_formatter(NullFormatter())
+    rates.plot(steps, config.rates(), color="black", linewidth=1.5)
+    rates.set_ylim(bottom=0)
+    _label(norms, "step", "norm of the gradient")
+    _label(rates, "step", "learning rate")
+    _legend(figure, norms, said)
+    return figure
+
+
+def _legend(figure: Figure, axes: Axes, title: str | None) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center",
+        ncols=1 if len(labels) > 2 else len(labels), frameon=False, fontsize=9,
+        title=title, title_fontsize=9,
+    )  # fmt: skip
 
 
 def _label(axes: Axes, x: str, y: str) -> None:

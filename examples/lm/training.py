@@ -1,24 +1,33 @@
 """Trains one model: compiles a step, runs it, measures it, keeps checkpoints."""
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
 from lm import data
 from lm.checkpoints import History
+from lm.finite import check_finite
 from lm.model import LanguageModel, ModelConfig, Spec, bits_per_byte
 from sadsl.layers.nnx import commitment_loss
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length of training, batch size and learning rate."""
+    """Length of training, batch size and learning rate.
+
+    A step takes the ``accumulate`` parts of its batch one after the other, and needs
+    the activations of one part at a time.
+    """
 
     steps: int
     batch_size: int
@@ -31,10 +40,11 @@ class TrainConfig:
     valid_batches: int
     valid_every: int
     checkpoint_every: int
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "seq_len", "valid_batches")
-        for name in (*counts, "valid_every", "checkpoint_every"):
+        for name in (*counts, "valid_every", "checkpoint_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.warmup_steps < self.steps:
@@ -42,24 +52,47 @@ class TrainConfig:
                 f"--warmup_steps={self.warmup_steps} must be at least 0 and less than "
                 f"--steps={self.steps}"
             )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"--accumulate={self.accumulate} must divide --batch_size="
+                f"{self.batch_size}: it is the number of equal parts of a batch"
+            )
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name}={getattr(self, name)} must be positive")
+        if not math.isfinite(self.learning_rate):
+            raise ValueError(f"--learning_rate={self.learning_rate} must be finite")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"--weight_decay={self.weight_decay} must be at least 0 and finite"
+            )
+        if self.seed < 0:
+            raise ValueError(f"--seed={self.seed} must be at least 0")
 
     @property
     def tokens_per_step(self) -> int:
         """Bytes that a step learns to predict."""
         return self.batch_size * self.seq_len
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW behind a clipped gradient; linear warm-up, then a cosine to a tenth."""
-        schedule = optax.warmup_cosine_decay_schedule(
+    def schedule(self) -> optax.Schedule:
+        """The learning rate by step: linear warm-up, then a cosine to a tenth."""
+        return optax.warmup_cosine_decay_schedule(
             0.0,
             self.learning_rate,
             self.warmup_steps,
             self.steps,
             self.learning_rate / 10,
         )
+
+    def rates(self) -> np.ndarray:
+        """The learning rates of all steps, ``[steps]``, float32."""
+        return np.asarray(jax.vmap(self.schedule())(jnp.arange(self.steps)))
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW behind a clipped gradient."""
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(schedule, b2=0.95, weight_decay=self.weight_decay),
+            optax.adamw(self.schedule(), b2=0.95, weight_decay=self.weight_decay),
         )
 
 
@@ -68,12 +101,17 @@ class State(NamedTuple):
 
     params: Any
     optimizer: Any
-    # Changed in a step without a gradient: centroids of routing layers.
+    # Changed in a step without a gradient: centroids of routing layers, keys
+    # and counters of dropout.
     others: Any
 
 
 class Compiled(NamedTuple):
-    """The compiled functions of a run, its first state, and the memory they need."""
+    """The compiled functions of a run, its first state, and the memory they need.
+
+    A step returns the new state and three numbers: the loss, the norm of the gradient,
+    and the norm of the new parameters.
+    """
 
     step: Callable[[State, np.ndarray], tuple[State, jax.Array]]
     valid: Callable[[Any, Any, np.ndarray], jax.Array]
@@ -120,6 +158,36 @@ def first_state(
     return graph, State(params, config.optimizer().init(params), others)
 
 
+def _parts(batch: jax.Array, config: TrainConfig) -> jax.Array:
+    """The batch as ``[accumulate, batch_size // accumulate, seq_len + 1]``."""
+    return batch.reshape(config.accumulate, -1, batch.shape[-1])
+
+
+def accumulated(
+    descend: Callable[[Any, Any, jax.Array], tuple[Any, tuple[jax.Array, Any]]],
+    params: Any,
+    others: Any,
+    parts: jax.Array,
+) -> tuple[Any, tuple[jax.Array, Any]]:
+    """The mean gradient and the mean loss of parts that are run in turn.
+
+    ``descend(params, others, part)`` returns ``gradient, (loss, others)``. Each part
+    goes on with the ``others`` of the part before it: centroids move with each part.
+    """
+    if len(parts) == 1:
+        return descend(params, others, parts[0])
+
+    def add(total: Any, part: jax.Array) -> tuple[Any, None]:
+        gradient, (loss, others) = total
+        more, (cost, others) = descend(params, others, part)
+        return (jax.tree.map(jnp.add, gradient, more), (loss + cost, others)), None
+
+    start = jax.tree.map(jnp.zeros_like, params), (jnp.zeros(()), others)
+    (gradient, (loss, others)), _ = jax.lax.scan(add, start, parts)
+    mean = partial(jax.tree.map, lambda x: x / len(parts))
+    return mean(gradient), (mean(loss), others)
+
+
 def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled:
     """Makes the model and compiles its steps, for use with every seed."""
     graph, state = first_state(spec, sizes, config)
@@ -134,15 +202,22 @@ def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled
 
     def step(state: State, batch: jax.Array) -> tuple[State, jax.Array]:
         descend = jax.grad(cost, has_aux=True)
-        gradient, (bits, others) = descend(state.params, state.others, batch)
+        gradient, (bits, others) = accumulated(
+            descend, state.params, state.others, _parts(batch, config)
+        )
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return State(params, moments, others), bits
+        norms = optax.tree.norm(gradient), optax.tree.norm(params)
+        numbers = jnp.stack([bits, *norms])
+        return State(params, moments, others), numbers
 
     def valid(params: Any, others: Any, batch: jax.Array) -> jax.Array:
         model = nnx.merge(graph, params, others, copy=True)
-        model.eval()  # centroids stay where they are
-        return bits_per_byte(model, batch)
+        model.eval()  # centroids stay where they are, and nothing is dropped
+        parts = _parts(batch, config)
+        if len(parts) == 1:
+            return bits_per_byte(model, parts[0])
+        return jax.lax.map(partial(bits_per_byte, model), parts).mean()
 
     batch = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), np.uint8)
     compiled_step = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
@@ -166,10 +241,16 @@ def train(
     corpus: data.Corpus,
     keep: Callable[[State, History], None],
     tell: Callable[[History], None],
+    around: Callable[[int], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Continues from ``state``, or from the first one if None, and adds to ``history``.
 
     It calls ``tell`` after each step, and ``keep`` after each step with a checkpoint.
+    ``around(step)`` surrounds each step.
+
+    Raises:
+      NotFinite: a loss, or the norm of the gradient or of the new parameters, is not
+        finite. ``keep`` does not get that state.
     """
     state = compiled.state if state is None else jax.device_put(state)
     for step in range(history.step, config.steps):
@@ -177,13 +258,22 @@ def train(
             corpus, seed=config.seed, step=step,
             batch_size=config.batch_size, seq_len=config.seq_len,
         )  # fmt: skip
-        start = time.perf_counter()
-        state, bits = compiled.step(state, batch)
-        history.train.append(float(bits))
-        history.seconds.append(time.perf_counter() - start)
         done = step + 1
+        with around(done):
+            start = time.perf_counter()
+            state, numbers = compiled.step(state, batch)
+            bits, norm, size = np.asarray(numbers).tolist()
+            seconds = time.perf_counter() - start
+        check_finite(done, "the loss", bits)
+        check_finite(done, "the gradient norm", norm)
+        check_finite(done, "the parameter norm", size)
+        history.train.append(bits)
+        history.grad_norm.append(norm)
+        history.seconds.append(seconds)
         if done % config.valid_every == 0 or done == config.steps:
-            history.valid.append([done, validate(compiled, state, config, corpus)])
+            bits = validate(compiled, state, config, corpus)
+            check_finite(done, "the validation loss", bits)
+            history.valid.append([done, bits])
         if done % config.checkpoint_every == 0 or done == config.steps:
             keep(state, history)
         tell(history)
