@@ -57,11 +57,11 @@ def attend_few(
         exist.
 
     Raises:
-      ValueError: the arrays and the term do not fit together, or pages are smaller than
-        a block of the backend.
+      ValueError: the arrays and the term do not fit together, a choice was not given,
+        or pages are smaller than a block of the backend.
       TypeError: pages are no integers.
-      NotImplementedError: dropout, a traced scale, a choice that was not given or is
-        given as a list, or a gradient.
+      NotImplementedError: dropout, a traced scale, a choice that is given as a list,
+        pages with impl="reference", or a gradient.
     """
     sizes = _checked(term, inputs, given, setting, pages)
     q, k, v = inputs
