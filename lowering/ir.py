@@ -343,15 +343,6 @@ def at_positions(node: Node, q: Expr, k: Expr) -> Node:
     return rewrite(node, rule)
 
 
-def without_extents(node: Pred) -> Pred:
-    """``node`` without the sizes that its positions must fill."""
-
-    def rule(part: Node) -> Node | None:
-        return rewrite(part.expr, rule) if isinstance(part, Within) else None
-
-    return rewrite(node, rule)
-
-
 def transpose(node: Pred) -> Pred:
     """``node`` with the roles of queries and keys exchanged."""
     return substitute(node, {"q": K, "k": Q})

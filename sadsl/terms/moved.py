@@ -45,7 +45,7 @@ class PairPlaces:
         """A condition on positions, by indices."""
         known = ir.substitute(node, self._lengths)
         if self.length is not None:
-            known = ir.without_extents(known)
+            known = _without_extents(known)
         named = ir.rewrite(known, self._renamed)
         found = ir.at_positions(named, self.q, self.k)
         return found if self.held is None else ir.And((found, self.held))
@@ -62,6 +62,15 @@ class PairPlaces:
 
 
 FROM_OFFSET = PairPlaces()
+
+
+def _without_extents(node: ir.Pred) -> ir.Pred:
+    """``node`` without the sizes that its positions must fill."""
+
+    def rule(part: ir.Node) -> ir.Node | None:
+        return ir.rewrite(part.expr, rule) if isinstance(part, ir.Within) else None
+
+    return ir.rewrite(node, rule)
 
 
 def of_queries(name: str) -> str:
