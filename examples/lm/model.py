@@ -61,20 +61,23 @@ class ModelConfig:
             raise ValueError(f"dtype={self.dtype!r} must be one of {DTYPES}")
 
 
-def rotary(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotary(
+    q: jax.Array, k: jax.Array, positions: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Rotates pairs of features by angles that grow with the position.
 
     Scores then depend on the distance alone (Su et al., RoFormer, 2021, section 3.2).
-    Both arrays are ``[batch, seq, heads, head_dim]``.
+    Both arrays are ``[batch, seq, heads, head_dim]``. Positions ``[seq]`` count from 0
+    if None.
     """
-    return _rotate(q), _rotate(k)
+    at = jnp.arange(q.shape[1]) if positions is None else positions
+    return _rotate(q, at), _rotate(k, at)
 
 
-def _rotate(x: jax.Array) -> jax.Array:
-    _, seq_len, _, head_dim = x.shape
-    half = head_dim // 2
+def _rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    half = x.shape[-1] // 2
     frequency = 10_000.0 ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(seq_len, dtype=jnp.float32)[:, None] * frequency[None, :]
+    angle = positions.astype(jnp.float32)[:, None] * frequency[None, :]
     cos, sin = (f(angle)[None, :, None, :] for f in (jnp.cos, jnp.sin))
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
@@ -142,7 +145,17 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[batch, seq, d_model]`` to the same shape."""
-        x = x + self.attention(self.attention_norm(x))
+        return self.after(x + self.attention(self.attention_norm(x)))
+
+    def decode(
+        self, x: jax.Array, cache: sa.DecodingCache
+    ) -> tuple[jax.Array, sa.DecodingCache]:
+        """The same for new positions behind those of the cache."""
+        found, cache = self.attention.decode(self.attention_norm(x), cache)
+        return self.after(x + found), cache
+
+    def after(self, x: jax.Array) -> jax.Array:
+        """What follows the attention."""
         # Squared ReLU (So et al., Primer, 2021): cheap on a CPU, and learns fast.
         hidden = jnp.square(nnx.relu(self.up(self.mlp_norm(x))))
         return x + self.down(hidden)
@@ -173,9 +186,15 @@ class LanguageModel(nnx.Module):
         """Maps integers ``[batch, seq]`` to logits ``[batch, seq, 256]``, float32."""
         return self.logits(self.embedded(tokens))
 
-    def embedded(self, tokens: jax.Array) -> jax.Array:
-        """Maps integers ``[batch, seq]`` to the input of the first block."""
-        before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+    def embedded(
+        self, tokens: jax.Array, last: jax.Array | None = None
+    ) -> jax.Array:
+        """Maps integers ``[batch, seq]`` to the input of the first block.
+
+        ``last`` is the byte before the first one, ``[batch]``; 0 if None.
+        """
+        first = jnp.zeros_like(tokens[:, 0]) if last is None else last
+        before = jnp.concatenate([first[:, None], tokens[:, :-1]], axis=1)
         return self.embed(tokens) + self.embed_before(before)
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -183,6 +202,25 @@ class LanguageModel(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
+
+    def init_caches(self, batch: int, max_len: int) -> tuple[sa.DecodingCache, ...]:
+        """The empty caches of all blocks."""
+        return tuple(
+            block.attention.init_cache(batch, max_len) for block in self.blocks
+        )
+
+    def decode(
+        self, tokens: jax.Array, last: jax.Array, caches: tuple[sa.DecodingCache, ...]
+    ) -> tuple[jax.Array, tuple[sa.DecodingCache, ...]]:
+        """The logits of new tokens ``[batch, seq]`` behind those of the caches.
+
+        ``last`` is the byte before the first of them, ``[batch]``.
+        """
+        x, after = self.embedded(tokens, last), []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, cache = block.decode(x, cache)
+            after.append(cache)
+        return self.head(self.norm(x)), tuple(after)
 
 
 def bits_per_byte(model: LanguageModel, batch: jax.Array) -> jax.Array:
