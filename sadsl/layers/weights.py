@@ -14,7 +14,12 @@ from sadsl.layers import linen as sparse_linen
 from sadsl.layers import nnx as sparse_nnx
 from sadsl.layers.drop_in import attention_fn
 from sadsl.layers.stack import Specs, of_layer
-from sadsl.layers.transforms import HeadTransforms, QKNorm
+from sadsl.layers.transforms import (
+    PROJECTIONS,
+    HeadTransforms,
+    QKNorm,
+    with_bias,
+)
 from sadsl.maps.named import full
 from sadsl.terms.base import LayerSizes, Term
 from sadsl.terms.softmax import softmax
@@ -61,6 +66,7 @@ def from_flax(
       >>> bool(jax.jit(same)(jnp.ones((1, 6, 8))) < 1e-6)
       True
     """
+    mine: dict[str, Any]
     match attention:
         case nnx.MultiHeadAttention():
             own = nnx.dot_product_attention
@@ -141,10 +147,11 @@ def _to_nnx(
     layer: sparse_nnx.SparseAttention, options: dict[str, Any]
 ) -> nnx.MultiHeadAttention:
     sizes, query = layer.sizes, layer.query
-    biased = {getattr(layer, name).use_bias for name in ("query", "key", "out")}
+    projections = layer.query, layer.key, layer.value, layer.out
+    biased = {each.use_bias for each in projections if each is not None}
     _check_sparse(layer, layer.term, sizes, biased)
     rngs = options.pop("rngs", nnx.Rngs(0))
-    mine = {
+    mine: dict[str, Any] = {
         "qkv_features": sizes.num_q_heads * sizes.head_dim,
         "out_features": layer.out.out_features[0],
         "num_kv_heads": sizes.num_kv_heads,
@@ -177,17 +184,19 @@ def _to_linen(
             "queries; nnx.MultiHeadAttention may have fewer"
         )
     sizes = LayerSizes(heads, keys, dim or 1, dim or 1)
-    biased = {layer.use_bias} if isinstance(layer.use_bias, bool) else {True, False}
+    names = with_bias(layer.use_bias, around)
+    biased = {name in names for name in PROJECTIONS}
     _check_sparse(layer, term, sizes, biased)
-    mine = {
+    mine: dict[str, Any] = {
         "qkv_features": None if dim is None else heads * dim,
         "normalize_qk": around == FLAX_NORM,
         "attention_fn": _function(term, linen.dot_product_attention),
     }
     shared = (
         "out_features", "dtype", "param_dtype", "dropout_rate", "deterministic",
-        "kernel_init", "out_kernel_init", "bias_init", "out_bias_init", "use_bias",
+        "kernel_init", "out_kernel_init", "bias_init", "out_bias_init",
     )  # fmt: skip
+    mine["use_bias"] = bool(names)
     mine |= {name: getattr(layer, name) for name in shared}
     return linen.MultiHeadDotProductAttention(heads, **{**mine, **options})
 
