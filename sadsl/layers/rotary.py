@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.precision import widened
 from sadsl.layers.linear_gates import Parameter, constant
+from sadsl.layers.rotary_scaling import Scaling, rates_of
 
 STRETCH = "rotary_stretch"
 
@@ -28,6 +31,7 @@ class Rotary:
       theta: see above.
       learned: whether the logarithm of a factor of each frequency is learned, the
         parameter "rotary_stretch".
+      scaling: of the frequencies, for long contexts; None for none.
 
     Raises:
       ValueError: ``channels`` is odd or below 2.
@@ -45,6 +49,7 @@ class Rotary:
     side: Literal["first", "last"] = "first"
     theta: float = 10000.0
     learned: bool = False
+    scaling: Scaling | None = None
 
     def __post_init__(self) -> None:
         if self.channels < 2 or self.channels % 2:
@@ -52,6 +57,13 @@ class Rotary:
                 f"Rotary: channels={self.channels} must be even and at least 2: they "
                 "turn in pairs"
             )
+        self.rates()
+
+    def rates(self) -> np.ndarray:
+        """The angle of each pair in one position, without what is learned."""
+        if self.scaling is None:
+            return rates_of(self.theta, self.channels)
+        return self.scaling.rates(self.theta, self.channels)
 
     def parameters(self) -> dict[str, Parameter]:
         """The learned factors, if any."""
@@ -62,12 +74,14 @@ class Rotary:
     def __call__(
         self,
         x: Float[Array, "batch seq *heads dim"],
-        position: Int[Array, " seq"] | Float[Array, " seq"],
+        position: Int[Array, "*batch seq"] | Float[Array, "*batch seq"],
         params: Mapping[str, Array],
         *,
         back: bool = False,
     ) -> Float[Array, "batch seq *heads dim"]:
-        """``x`` turned, or turned back.
+        """``x`` turned, or turned back: the inverse.
+
+        ``position`` is ``[seq]``, or ``[batch or 1, seq]``.
 
         Raises:
           ValueError: ``x`` has fewer channels than turn.
@@ -80,12 +94,17 @@ class Rotary:
             )
         first = 0 if self.side == "first" else dim - self.channels
         turned = widened(x[..., first : first + self.channels])
-        rate = self.theta ** (-jnp.arange(pairs, dtype=turned.dtype) / pairs)
+        rate = jnp.asarray(self.rates(), turned.dtype)
         if self.learned:
             rate = rate * jnp.exp(params[STRETCH].astype(turned.dtype))
-        angle = position.astype(turned.dtype)[:, None] * rate[None]
-        angle = angle.reshape(1, -1, *[1] * (x.ndim - 3), pairs)
+        angle = position.astype(turned.dtype)[..., None] * rate[*[None] * position.ndim]
+        batch = position.shape[0] if position.ndim > 1 else 1
+        angle = angle.reshape(batch, -1, *[1] * (x.ndim - 3), pairs)
         cos, sin = jnp.cos(angle), jnp.sin(-angle if back else angle)
+        if self.scaling is not None:
+            magnitude = self.scaling.magnitude
+            grown = 1 / magnitude if back else magnitude
+            cos, sin = cos * grown, sin * grown
         shape = (*x.shape[:-1], *self._pair_axes(pairs))
         a, b = jnp.moveaxis(turned.reshape(shape), self._axis, 0)
         both = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=self._axis)
@@ -100,3 +119,18 @@ class Rotary:
 
     def _pair_axes(self, pairs: int) -> tuple[int, int]:
         return (2, pairs) if self.layout == "half" else (pairs, 2)
+
+
+def document_positions(segment_ids: Any) -> Int[Array, "*batch seq"]:
+    """Positions within each document: they restart where the segment id changes.
+
+    Example:
+      >>> import numpy as np
+      >>> document_positions(np.array([[7, 7, 7, 2, 2]])).tolist()
+      [[0, 1, 2, 0, 1]]
+    """
+    changes = jnp.asarray(segment_ids[..., 1:] != segment_ids[..., :-1])
+    begins = jnp.pad(changes, [(0, 0)] * (changes.ndim - 1) + [(1, 0)])
+    axis = begins.ndim - 1
+    at = jax.lax.broadcasted_iota(jnp.int32, begins.shape, axis)
+    return at - jax.lax.cummax(jnp.where(begins, at, 0), axis=axis)
