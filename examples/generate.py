@@ -3,9 +3,9 @@
     python examples/generate.py --checkpoint=out/checkpoints/sparse
     python examples/generate.py --prompt="def main(" --count=400 --temperature=0.8
 
-The text is written as it is made; the speed is on the last line. The caches follow from
-the spec of the model: with a window they do not grow. ``--temperature=0`` takes the most
-likely byte; with a higher one, ``--seed`` decides what is drawn.
+The text is written as it is made; the speed is on the last line. The caches follow
+from the spec of the model: with a window they do not grow. ``--temperature=0`` takes
+the most likely byte; with a higher one, ``--seed`` decides what is drawn.
 """
 
 import codecs

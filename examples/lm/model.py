@@ -186,9 +186,7 @@ class LanguageModel(nnx.Module):
         """Maps integers ``[batch, seq]`` to logits ``[batch, seq, 256]``, float32."""
         return self.logits(self.embedded(tokens))
 
-    def embedded(
-        self, tokens: jax.Array, last: jax.Array | None = None
-    ) -> jax.Array:
+    def embedded(self, tokens: jax.Array, last: jax.Array | None = None) -> jax.Array:
         """Maps integers ``[batch, seq]`` to the input of the first block.
 
         ``last`` is the byte before the first one, ``[batch]``; 0 if None.
