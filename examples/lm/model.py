@@ -202,10 +202,18 @@ class LanguageModel(nnx.Module):
         return self.head(self.norm(x))
 
     def init_caches(self, batch: int, max_len: int) -> tuple[sa.DecodingCache, ...]:
-        """The empty caches of all blocks."""
-        return tuple(
-            block.attention.init_cache(batch, max_len) for block in self.blocks
-        )
+        """The empty caches of all blocks.
+
+        Raises:
+          NotImplementedError: routing layers have no cache.
+        """
+        layers = [block.attention for block in self.blocks]
+        if not all(isinstance(layer, SparseAttention) for layer in layers):
+            raise NotImplementedError(
+                "routing attention has no cache: clusters are made of the whole "
+                "sequence; continue a model of another spec"
+            )
+        return tuple(layer.init_cache(batch, max_len) for layer in layers)
 
     def decode(
         self, tokens: jax.Array, last: jax.Array, caches: tuple[sa.DecodingCache, ...]

@@ -1,4 +1,4 @@
-"""``SparseAttention`` of Flax NNX: projections around any spec, trained and decoded."""
+"""``SparseAttention`` of Flax NNX: projections around any spec."""
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial

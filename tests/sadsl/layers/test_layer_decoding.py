@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import sadsl as sa
+from sadsl.layers import linen as linen_layers
 from sadsl.layers.nnx import SparseAttention
 from sadsl.layers.norms import RowNorm
 from sadsl.layers.rotary import Rotary
@@ -71,3 +72,23 @@ def test_a_function_of_queries_and_keys_gets_positions():
     np.testing.assert_allclose(found, layer(x), rtol=2e-5, atol=2e-5)
     with pytest.raises(ValueError, match="holds 7 tokens, and 1 more"):
         layer.decode(x[:, :1], cache)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("name", ["rotary", "learned", "gated"])
+def test_linen_decodes_as_it_computes(name):
+    spec, transforms = LAYERS[name]
+    layer = linen_layers.SparseAttention(spec, 4, num_kv_heads=2, transforms=transforms)
+    x = jax.random.normal(jax.random.key(1), (2, N, FEATURES))
+    expected, variables = layer.init_with_output(jax.random.key(0), x)
+    cache = layer.init_cache(2, N, FEATURES)
+    decode = jax.jit(lambda x, cache: layer.apply(variables, x, cache=cache))
+    found, at = [], 0
+    for size in (9, *[1] * (N - 9)):
+        y, cache = decode(x[:, at : at + size], cache)
+        found.append(y)
+        at += size
+    found = jnp.concatenate(found, axis=1)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+    with pytest.raises(ValueError, match="kv, positions"):
+        layer.apply(variables, x, x, cache=cache)
