@@ -62,7 +62,8 @@ table, and `tests/sadsl/selections/test_content.py`, compare these on every back
 The `"tpu"` and `"triton"` kernels are tested in Pallas' interpreter; none has run on a
 TPU or a GPU yet. Their second derivatives go through a dense twin, in quadratic memory.
 `tests/sadsl/run/test_jvp.py` holds J and 2 for maps, run-time plans and sorted
-positions against finite differences and against `"reference"`.
+positions against finite differences and against `"reference"`. {doc}`decoding` says
+which rows decode, and what their caches keep.
 """
 
 

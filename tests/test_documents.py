@@ -4,6 +4,7 @@ import doctest
 import re
 from pathlib import Path
 
+import decoding
 import jax
 import pytest
 import support_matrix
@@ -69,6 +70,11 @@ def test_files_that_the_text_names_exist(path):
 
 def test_the_support_matrix_is_current():
     assert support_matrix.current(), "run python docs/support_matrix.py"
+
+
+@pytest.mark.slow
+def test_the_page_of_decoding_is_current():
+    assert decoding.PAGE.read_text() == decoding.page(), "run python docs/decoding.py"
 
 
 FEW = "causal", "segments", "linear", "longformer", "moba"
