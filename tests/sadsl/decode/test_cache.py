@@ -232,3 +232,23 @@ def test_what_is_refused():
     recurrent = sa.init_cache(sa.linear(), 1, 8, 1, 4, ragged=True)
     with pytest.raises(NotImplementedError, match="tokens that do not exist"):
         sa.prefill(recurrent, *[x[:, :2]] * 3, lengths=jnp.array([1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", ["tpu", "triton"])
+@pytest.mark.parametrize("name", ["ring", "latent", "indexer"])
+def test_on_kernels_of_chips(name, impl):
+    inputs, given = made(name)
+    cache = new_cache(name, inputs, given)
+    found, at = [], 0
+    for size in (9, 1, 3):
+        ids, rest = split({n: part_of(n, x, at, at + size) for n, x in given.items()})
+        new = (x[:, at : at + size] for x in inputs)
+        cache, out = sa.prefill(
+            cache, *new, operands=rest, impl=impl, interpret=True, **ids
+        )
+        found.append(out)
+        at += size
+    expected = whole(SPECS[name], inputs, given)[:, :at]
+    found = jnp.concatenate(found, axis=1)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
