@@ -15,6 +15,7 @@ from sadsl.decode.keys import K, KeyStore, V, empty
 from sadsl.decode.layout import (
     CacheLayout,
     by_key,
+    ranks_of,
     reads_in_order,
     slots_of,
     token_maps,
@@ -138,8 +139,9 @@ def _empty_cache(term: Term, sizes: CacheSizes, *, ragged: bool) -> DecodingCach
     keys = None
     if slots is not None:
         known = {**sizes.arrays, **_parts(term, sizes)}
+        ranks = ranks_of(term)
         arrays = {
-            name: _by_slot(name, axis, known, slots, sizes.batch)
+            name: _by_slot(name, (axis, ranks[name]), known, slots, sizes.batch)
             for name, axis in axes.items()
         }
         dims = {K: sizes.head_dim}
@@ -247,19 +249,26 @@ def _kept(term: Term, given: Mapping[str, Any]) -> dict[str, int]:
 
 def _floats(term: Any) -> set[str]:
     """The arrays of floats that the biases of a term read."""
-    own = term.bias.operands if isinstance(term, Softmax) and term.bias else {}
+    has_bias = isinstance(term, Softmax) and term.bias is not None
+    own = term.bias.operands if has_bias else {}
     parts = term.parts if isinstance(term, Term) else ()
     return set(own).union(*map(_floats, parts))
 
 
 def _by_slot(
-    name: str, axis: int, given: Mapping[str, Any], slots: CacheSlots, batch: int
-) -> Array:
-    """An array for each slot, without tokens yet."""
+    name: str, place: tuple[int, int], given: Mapping[str, Any], slots: CacheSlots,
+    batch: int,
+) -> Array:  # fmt: skip
+    """An array for each slot, without tokens yet.
+
+    ``place`` has the axis of the keys and the number of axes, without the batch.
+    """
+    axis, rank = place
     like = given.get(name, jax.ShapeDtypeStruct((batch, 1), jnp.int32))
     if not hasattr(like, "shape"):
         like = np.asarray(like)
-    shape = [batch, *like.shape[1:]]
+    own = like.shape[len(like.shape) - rank :]  # without a batch axis
+    shape = [batch, *own]
     shape[axis + 1] = slots.size
     return jnp.zeros(shape, like.dtype)
 

@@ -116,6 +116,12 @@ def by_key(value: Any) -> dict[str, int]:
     return found
 
 
+def ranks_of(term: Term) -> dict[str, int]:
+    """The numbers of axes, without the batch, of the arrays that a spec reads."""
+    found = {n: r for s in selections_of(term) for n, r in s.operands.items()}
+    return found | {name: len(index) for name, index in _looked_up(term)}
+
+
 def by_query(value: Any) -> set[str]:
     """The arrays that the maps of a spec index by the query."""
     looked_up = _looked_up(value, biases=False)

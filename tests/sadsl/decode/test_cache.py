@@ -162,6 +162,26 @@ def test_a_chunk_may_be_longer_than_the_ring():
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
+def test_arrays_by_key_need_no_batch_axis():
+    (q, k, v), _ = made("ring")
+    c = jax.random.normal(jax.random.key(0), (4, N))
+    spec = sa.softmax(RING, bias=sa.bias(lambda q, k, h: sa.weights("c")[h, k]))
+    cache = sa.init_cache(
+        spec, 3, N, 2, 8, num_heads=4, head_dim_v=5, operands={"c": c}
+    )
+    expected = sa.attention(q, k, v, spec, operands={"c": c})
+    found = []
+    for start, stop in ((0, 30), (30, N)):
+        own = (x[:, start:stop] for x in (q, k, v))
+        cache, out = sa.prefill(cache, *own, operands={"c": c[:, start:stop]})
+        found.append(out)
+    found = jnp.concatenate(found, axis=1)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+    flat = sa.softmax(sa.causal(), bias=sa.bias(lambda q, k: sa.weights("x")[k]))
+    with pytest.raises(ValueError, match="'x' at the key"):
+        sa.init_cache(flat, 1, 8, 1, 4)
+
+
 def test_its_size_is_what_properties_promise():
     for name in ("ring", "heads", "strided"):
         inputs, given = made(name)
