@@ -63,7 +63,8 @@ HEAD_PARTS = {
 }
 
 
-def test_nnx_annotations_shard_the_heads():
+@pytest.mark.slow
+def test_nnx_runs_with_sharded_heads():
     x, mesh = normal(BATCH, SEQ, FEATURES), a_mesh()
 
     def make():
@@ -100,15 +101,24 @@ def test_nnx_annotations_shard_the_heads():
     np.testing.assert_allclose(found, called(plain, x), atol=2e-6)
 
 
-def test_linen_annotations_shard_the_heads():
+def test_annotations_shard_the_heads():
     x = normal(BATCH, SEQ, FEATURES)
     layer = linen_layers.SparseAttention(
         SPEC, HEADS, transforms=BY_HEAD, **annotated(linen)
     )
     boxed = jax.eval_shape(layer.init, jax.random.key(0), x)
-    specs = linen.get_partition_spec(boxed)["params"]
-    for (module, name), wanted in HEAD_PARTS.items():
-        assert specs[module][name] == wanted, (module, name)
+    of_linen = linen.get_partition_spec(boxed)["params"]
+    make = lambda: nnx.state(
+        nnx_layers.SparseAttention(
+            SPEC, HEADS, FEATURES, transforms=BY_HEAD, rngs=nnx.Rngs(1),
+            **annotated(nnx),
+        )
+    )  # fmt: skip
+    with jax.set_mesh(a_mesh()):
+        of_nnx = nnx.get_partition_spec(nnx.eval_shape(make))
+    for specs in (of_linen, nnx.to_pure_dict(of_nnx)):
+        for (module, name), wanted in HEAD_PARTS.items():
+            assert specs[module][name] == wanted, (module, name)
 
 
 @pytest.mark.slow
@@ -226,9 +236,11 @@ def test_weights_of_nnx_and_back(normalize_qk):
     found, wanted = called(layer, x, kv), called(flax, x, kv)
     np.testing.assert_allclose(found, wanted, atol=2e-6)
     back = to_flax(layer, decode=False)
-    np.testing.assert_array_equal(called(back, x, kv), wanted)
-    names = lambda m: jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(m, nnx.Param)))
-    assert names(layer) == names(flax) == names(back)
+    assert back.attention_fn is nnx.dot_product_attention
+    assert back.normalize_qk == normalize_qk
+    of = lambda m: nnx.to_pure_dict(nnx.state(m, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, of(back), of(flax))
+    jax.tree.map(np.testing.assert_array_equal, of(layer), of(flax))
 
 
 @pytest.mark.sample(1)
@@ -245,7 +257,10 @@ def test_weights_of_linen_and_back(normalize_qk):
     shapes = lambda m: jax.eval_shape(m.init, jax.random.key(0), x)
     assert shapes(layer) == shapes(flax)
     back = to_flax(layer)
-    np.testing.assert_array_equal(jax.jit(back.apply)(variables, x), wanted)
+    assert back.attention_fn is linen.dot_product_attention
+    same = "num_heads", "qkv_features", "out_features", "normalize_qk", "use_bias"
+    assert [getattr(back, n) for n in same] == [getattr(flax, n) for n in same]
+    assert shapes(back) == shapes(flax)
 
 
 def test_flax_layers_of_a_sparse_spec_keep_it():

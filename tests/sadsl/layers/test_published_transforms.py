@@ -38,15 +38,17 @@ def test_the_gated_output_of_qwen3_next():
     layer = nnx_layers.SparseAttention(
         options["map"], 4, x.shape[-1], num_kv_heads=2, head_dim=8, out_features=32,
         transforms=HeadTransforms(scale=options["scale"], gate=OutputGate()),
-        rngs=nnx.Rngs(0),
+        kernel_init=jax.nn.initializers.zeros, rngs=nnx.Rngs(0),
     )  # fmt: skip
     projections, first = (layer.query, layer.key, layer.value, layer.gate), 0
     for linear in projections:
         shape = linear.kernel.shape
         width = shape[1] * shape[2]
-        copy = jnp.eye(shape[0], width, -first)
-        linear.kernel[...], first = copy.reshape(shape), first + width
-    layer.out.kernel[...] = jnp.eye(32).reshape(4, 8, 32)
+        copy = np.eye(shape[0], width, -first, dtype=np.float32)
+        linear.kernel[...] = jnp.asarray(copy.reshape(shape))
+        first += width
+    copy = np.eye(32, dtype=np.float32).reshape(4, 8, 32)
+    layer.out.kernel[...] = jnp.asarray(copy)
     assert_agrees(called(layer, x), given["gated_out"], "gated_out")
 
 
