@@ -171,6 +171,8 @@ def _to_nnx(
         "use_bias": query.use_bias,
         "normalize_qk": layer.transforms == FLAX_NORM,
         "attention_fn": _function(layer.term, nnx.dot_product_attention),
+        # All parameters are replaced.
+        "kernel_init": nnx.initializers.zeros_init(),
     }
     found = nnx.MultiHeadAttention(
         sizes.num_q_heads, layer.in_features, rngs=rngs, **{**mine, **options}

@@ -232,7 +232,7 @@ def test_weights_of_nnx_and_back(normalize_qk):
     )  # fmt: skip
     if normalize_qk:
         flax.query_ln.scale[...] = normal(8, seed=4)
-    layer = from_flax(flax, "full()")
+    layer = from_flax(flax, "full()", kernel_init=jax.nn.initializers.zeros)
     found, wanted = called(layer, x, kv), called(flax, x, kv)
     np.testing.assert_allclose(found, wanted, atol=2e-6)
     back = to_flax(layer, decode=False)

@@ -338,6 +338,7 @@ def test_packed_documents_are_documents_by_themselves():
     np.testing.assert_array_equal(packed, called(layer, x, positions=at, **ids))
 
 
+@pytest.mark.slow
 def test_positions_of_a_continued_sequence():
     """Queries at a traced offset give the rows of the whole sequence."""
     layer, x = made("nnx", CASES["deepseek_v4"]._replace(spec="full()")), inputs()
