@@ -50,8 +50,11 @@ LAYERS = {
     "sadsl.layers.indexers": ("Indexer", "PooledKeys"),
     "sadsl.layers.indexed_loss": ("choice_loss",),
     "sadsl.layers.indexer": ("indexer_loss", "causal_lists"),
-    "sadsl.layers.rotary": ("Rotary",),
+    "sadsl.layers.transforms": ("HeadTransforms", "QKNorm", "OutputGate"),
+    "sadsl.layers.rotary": ("Rotary", "document_positions"),
+    "sadsl.layers.rotary_scaling": ("LinearScaling", "NtkScaling", "YarnScaling"),
     "sadsl.layers.norms": ("RowNorm",),
+    "sadsl.layers.weights": ("from_flax", "to_flax"),
     "sadsl.layers.combiner": (
         "Combiner", "RowKeys", "CombinerAttention", "LinenCombinerAttention",
     ),

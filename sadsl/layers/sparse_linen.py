@@ -19,9 +19,9 @@ from sadsl.layers.linear_gates import Parameter
 from sadsl.layers.stack import Specs, check_heads, of_layer
 from sadsl.layers.transforms import (
     HeadTransforms,
-    Places,
+    TokenPositions,
     Transforms,
-    places,
+    token_positions,
     with_bias,
 )
 from sadsl.run.call import attention
@@ -112,7 +112,7 @@ class SparseAttention(linen.Module):
         """
         other = self.transform_qk
         if cache is None:
-            at = places(
+            at = token_positions(
                 (x.shape, None if kv is None else kv.shape), positions, kv_positions,
                 (q_segment_ids, kv_segment_ids),
             )  # fmt: skip
@@ -129,8 +129,8 @@ class SparseAttention(linen.Module):
         return made if cache is None else (made, cache)
 
     def _run(
-        self, x: Array, kv: Array, at: Places, other: Any, cache: DecodingCache | None,
-        options: dict[str, Any],
+        self, x: Array, kv: Array, at: TokenPositions, other: Any,
+        cache: DecodingCache | None, options: dict[str, Any],
     ) -> tuple[Array, DecodingCache | None]:  # fmt: skip
         """The output and the cache of a call; ``options`` are of what it calls."""
         sizes, around = self._sizes(x.shape[-1]), self._around
@@ -241,7 +241,7 @@ class SparseAttention(linen.Module):
 
 def _behind(
     cache: DecodingCache, x: Array, other: Any, refused: tuple[Any, ...]
-) -> tuple[Places, Any]:
+) -> tuple[TokenPositions, Any]:
     """The positions of new tokens, and the function of queries and keys at them.
 
     Raises:
@@ -253,7 +253,9 @@ def _behind(
             "are behind those of the cache; leave them out"
         )
     at = positions_of(jnp.asarray(cache.length), x.shape[1])
-    return Places(at, at), None if other is None else partial(other, positions=at)
+    return TokenPositions(at, at), None if other is None else partial(
+        other, positions=at
+    )
 
 
 def _unannotated(init: Callable[..., Any]) -> Callable[..., Array]:

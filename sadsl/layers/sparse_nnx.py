@@ -24,10 +24,10 @@ from sadsl.layers.nnx_parts import (
 )
 from sadsl.layers.stack import Specs, check_heads, of_layer
 from sadsl.layers.transforms import (
-    Places,
     QueryKeyFunction,
+    TokenPositions,
     Transforms,
-    places,
+    token_positions,
     with_bias,
 )
 from sadsl.run.call import attention
@@ -175,7 +175,7 @@ class SparseAttention(nnx.Module):
         Raises:
           ValueError: positions have another shape, or are no integers.
         """
-        at = places(
+        at = token_positions(
             (x.shape, None if kv is None else kv.shape), positions, kv_positions,
             (q_segment_ids, kv_segment_ids),
         )  # fmt: skip
@@ -244,13 +244,13 @@ class SparseAttention(nnx.Module):
         turned: Any = self.transform_qk
         if turned is not None:
             turned = partial(turned, positions=at)
-        q, k, v = self._before(x, x, Places(at, at), turned)
+        q, k, v = self._before(x, x, TokenPositions(at, at), turned)
         cache, out = prefill(
             cache, q, k, v, operands={**self._given(x), **(operands or {})},
             sm_scale=self.transforms.scale, impl=self.impl, config=self.config,
             **options,
         )  # fmt: skip
-        return self._after(x, out, Places(at, at)), cache
+        return self._after(x, out, TokenPositions(at, at)), cache
 
     @property
     def spec(self) -> Term:
@@ -261,17 +261,17 @@ class SparseAttention(nnx.Module):
         """What a call gets for ``x``, without functions."""
         at = jnp.zeros(x.shape[1], jnp.int32)
         given = {n: y for n, y in self._given(x).items() if not callable(y)}
-        return *self._before(x, x, Places(at, at), None), given
+        return *self._before(x, x, TokenPositions(at, at), None), given
 
     def _before(
-        self, x: Array, kv: Array, at: Places, turned: QueryKeyFunction | None
+        self, x: Array, kv: Array, at: TokenPositions, turned: QueryKeyFunction | None
     ) -> tuple[Array, Array, Array]:
         """Queries, keys and values, projected and transformed."""
         v = None if self.value is None else self.value(kv)
         qkv = self.query(x), self.key(kv), v
         return self.transforms.before(self._groups(), qkv, at, turned)
 
-    def _after(self, x: Array, out: Array, at: Places) -> Array:
+    def _after(self, x: Array, out: Array, at: TokenPositions) -> Array:
         """The output of the layer, from that of the heads."""
         logits = None if self.gate is None else self.gate(x)
         return self.out(self.transforms.after(self._groups(), out, logits, at))

@@ -79,7 +79,7 @@ class OutputGate:
         return (widened(out) * gate).astype(out.dtype)
 
 
-class Places(NamedTuple):
+class TokenPositions(NamedTuple):
     """The positions of queries and keys, ``[seq]`` or ``[batch or 1, seq]``."""
 
     q: Array
@@ -179,7 +179,7 @@ class HeadTransforms:
         self,
         params: Groups,
         qkv: tuple[Array, Array, Array | None],
-        at: Places,
+        at: TokenPositions,
         other: QueryKeyFunction | None = None,
     ) -> tuple[Array, Array, Array]:
         """The arrays of the call, from what the layer projects.
@@ -205,7 +205,7 @@ class HeadTransforms:
         return q, k, k if self.share_kv == "final" else v
 
     def after(
-        self, params: Groups, out: Array, logits: Array | None, at: Places
+        self, params: Groups, out: Array, logits: Array | None, at: TokenPositions
     ) -> Float[Array, "batch seq heads dim"]:
         """What the output projection reads; ``logits`` are those of the gate."""
         if self.share_kv == "final" and self.rotary is not None:
@@ -228,12 +228,12 @@ class HeadTransforms:
 Transforms: TypeAlias = HeadTransforms | Sequence[HeadTransforms] | None
 
 
-def places(
+def token_positions(
     shapes: tuple[Sequence[int], Sequence[int] | None],
     positions: Integer[Array, "..."] | None,
     kv_positions: Integer[Array, "..."] | None,
     ids: tuple[Any, Any] = (None, None),
-) -> Places:
+) -> TokenPositions:
     """The positions of queries and keys.
 
     Without ``positions`` they count from 0, and restart where a segment id changes.
@@ -249,8 +249,8 @@ def places(
     """
     q = _given("positions", positions, shapes[0], ids[0])
     if shapes[1] is None and kv_positions is None:
-        return Places(q, q)
-    return Places(
+        return TokenPositions(q, q)
+    return TokenPositions(
         q, _given("kv_positions", kv_positions, shapes[1] or shapes[0], ids[1])
     )
 

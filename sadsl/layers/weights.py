@@ -33,6 +33,8 @@ PRODUCTS = (
     "attn_weights_value_einsum_cls",
 )  # fmt: skip
 
+INITS = "kernel_init", "out_kernel_init", "bias_init", "out_bias_init"
+
 
 def from_flax(
     attention: nnx.MultiHeadAttention | linen.MultiHeadDotProductAttention,
@@ -66,45 +68,17 @@ def from_flax(
       >>> bool(jax.jit(same)(jnp.ones((1, 6, 8))) < 1e-6)
       True
     """
-    mine: dict[str, Any]
     match attention:
         case nnx.MultiHeadAttention():
-            own = nnx.dot_product_attention
-            mine = {
-                "in_features": attention.in_features,
-                "in_kv_features": attention.in_kv_features,
-                "num_kv_heads": attention.num_kv_heads,
-                "head_dim": attention.head_dim,
-            }
+            _check_flax(attention, nnx.dot_product_attention)
+            return _from_nnx(attention, spec, options)
         case linen.MultiHeadDotProductAttention():
-            own = linen.dot_product_attention
-            width = attention.qkv_features
-            mine = {
-                "head_dim": None if width is None else width // attention.num_heads,
-                "kernel_init": attention.kernel_init,
-                "out_kernel_init": attention.out_kernel_init,
-                "bias_init": attention.bias_init,
-                "out_bias_init": attention.out_bias_init,
-                "deterministic": attention.deterministic,
-            }
-        case _:
-            raise TypeError(
-                f"from_flax takes nnx.MultiHeadAttention or "
-                f"linen.MultiHeadDotProductAttention, not {type(attention).__name__}"
-            )
-    _check_flax(attention, own)
-    shared = "out_features", "use_bias", "dtype", "param_dtype", "dropout_rate"
-    mine |= {name: getattr(attention, name) for name in shared}
-    mine["transforms"] = FLAX_NORM if attention.normalize_qk else HeadTransforms()
-    every = {**mine, **options}
-    if isinstance(attention, linen.MultiHeadDotProductAttention):
-        return sparse_linen.SparseAttention(spec, attention.num_heads, **every)
-    rngs = every.pop("rngs", nnx.Rngs(0))
-    layer = sparse_nnx.SparseAttention(spec, attention.num_heads, rngs=rngs, **every)
-    nnx.update(layer, nnx.state(attention, nnx.Param))
-    if attention.deterministic is not None:
-        layer.deterministic = attention.deterministic
-    return layer
+            _check_flax(attention, linen.dot_product_attention)
+            return _from_linen(attention, spec, options)
+    raise TypeError(
+        "from_flax takes nnx.MultiHeadAttention or linen.MultiHeadDotProductAttention, "
+        f"not {type(attention).__name__}"
+    )
 
 
 def to_flax(
@@ -143,6 +117,40 @@ def to_flax(
     raise TypeError(f"to_flax takes SparseAttention, not {type(layer).__name__}")
 
 
+def _from_nnx(
+    attention: nnx.MultiHeadAttention, spec: Specs, options: dict[str, Any]
+) -> sparse_nnx.SparseAttention:
+    names = "in_features", "in_kv_features", "num_kv_heads", "head_dim"
+    mine = {name: getattr(attention, name) for name in names} | _shared(attention)
+    rngs = options.pop("rngs", nnx.Rngs(0))
+    layer = sparse_nnx.SparseAttention(
+        spec, attention.num_heads, rngs=rngs, **{**mine, **options}
+    )
+    nnx.update(layer, nnx.state(attention, nnx.Param))
+    if attention.deterministic is not None:
+        layer.deterministic = attention.deterministic
+    return layer
+
+
+def _from_linen(
+    attention: linen.MultiHeadDotProductAttention, spec: Specs, options: dict[str, Any]
+) -> sparse_linen.SparseAttention:
+    width, heads = attention.qkv_features, attention.num_heads
+    names = *INITS, "deterministic"
+    mine = {name: getattr(attention, name) for name in names} | _shared(attention)
+    mine["head_dim"] = None if width is None else width // heads
+    return sparse_linen.SparseAttention(spec, heads, **{**mine, **options})
+
+
+def _shared(attention: Any) -> dict[str, Any]:
+    """The arguments that both APIs have."""
+    names = "out_features", "use_bias", "dtype", "param_dtype", "dropout_rate"
+    transforms = FLAX_NORM if attention.normalize_qk else HeadTransforms()
+    return {name: getattr(attention, name) for name in names} | {
+        "transforms": transforms
+    }
+
+
 def _to_nnx(
     layer: sparse_nnx.SparseAttention, options: dict[str, Any]
 ) -> nnx.MultiHeadAttention:
@@ -163,6 +171,8 @@ def _to_nnx(
         "use_bias": query.use_bias,
         "normalize_qk": layer.transforms == FLAX_NORM,
         "attention_fn": _function(layer.term, nnx.dot_product_attention),
+        # All parameters are replaced.
+        "kernel_init": nnx.initializers.zeros_init(),
     }
     found = nnx.MultiHeadAttention(
         sizes.num_q_heads, layer.in_features, rngs=rngs, **{**mine, **options}
@@ -192,12 +202,9 @@ def _to_linen(
         "normalize_qk": around == FLAX_NORM,
         "attention_fn": _function(term, linen.dot_product_attention),
     }
-    shared = (
-        "out_features", "dtype", "param_dtype", "dropout_rate", "deterministic",
-        "kernel_init", "out_kernel_init", "bias_init", "out_bias_init",
-    )  # fmt: skip
+    shared = "out_features", "dtype", "param_dtype", "dropout_rate", "deterministic"
     mine["use_bias"] = bool(names)
-    mine |= {name: getattr(layer, name) for name in shared}
+    mine |= {name: getattr(layer, name) for name in (*shared, *INITS)}
     return linen.MultiHeadDotProductAttention(heads, **{**mine, **options})
 
 
