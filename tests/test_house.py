@@ -20,7 +20,7 @@ FLOORS = "sadsl", "lowering", "pallas_kernels"
 # Flax has two APIs, and layers bear one name in both.
 TWINS = {
     Path("sadsl/layers") / f"{prefix}{api}.py"
-    for prefix in ("", "linear_", "indexed_")
+    for prefix in ("", "sparse_", "linear_", "indexed_")
     for api in ("linen", "nnx")
 }
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_KERNEL = 400, 60, 120
