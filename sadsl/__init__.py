@@ -34,6 +34,7 @@ from sadsl.analysis.properties import Properties as Properties
 from sadsl.analysis.properties import properties as properties
 from sadsl.decode.cache import DecodingCache as DecodingCache
 from sadsl.decode.cache import init_cache as init_cache
+from sadsl.decode.release import release as release
 from sadsl.decode.step import prefill as prefill
 from sadsl.decode.step import step as step
 from sadsl.maps.base import IndexMap as IndexMap
@@ -199,6 +200,7 @@ __all__ = [
     "query_distance_bias",
     "read_head_plan",
     "regions",
+    "release",
     "rowmajor",
     "rows",
     "save",

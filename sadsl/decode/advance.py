@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from lowering import ir
-from sadsl.decode.keys import K, Seen, V
+from sadsl.decode.keys import Axes, K, Seen, V, in_order
 from sadsl.decode.layout import by_key, by_query
 from sadsl.maps.base import IndexMap
 from sadsl.run import merging, traced_offset
@@ -44,6 +44,7 @@ class NewTokens:
     Attributes:
       inputs: q, k and v of the new tokens, ``[batch, seq, heads, dim]``.
       seen: the keys that they may see, None if no part of the spec keeps keys.
+      axes: the axis of the keys in each array of ``seen``.
       given: the arrays of the call.
       count: the number of earlier tokens, a scalar or ``[batch]``.
       valid: how many of the new tokens exist, an integer or ``[batch]``.
@@ -54,6 +55,7 @@ class NewTokens:
 
     inputs: QKV
     seen: Seen | None
+    axes: Axes
     given: Mapping[str, Any]
     count: Int[Array, "*batch"]
     valid: Int[Array, " batch"] | int
@@ -88,15 +90,23 @@ def _(term: IndexMap, state: None, new: NewTokens) -> tuple[Outcome, None]:
 @advance.register(Softmax)
 @advance.register(LocalLinear)
 def _(term: Softmax | LocalLinear, state: None, new: NewTokens) -> tuple[Outcome, None]:
-    """Attention over the keys of the cache."""
+    """Attention over the keys of the cache.
+
+    Few queries read a paged cache where it lies. More queries, choices and ``impl=
+    "reference"`` read a copy of it, with the keys of each sequence side by side.
+    """
     if new.first:
         return attend(term, new.inputs, new.of(term), new.setting), state
     assert new.seen is not None
-    placed, given = _placed(term, new)
-    q, k, v = new.inputs[0], new.seen.rows[K], new.seen.rows.get(V)
-    few = q.shape[1] <= FEW and not selections_of(term)
+    q, seen = new.inputs[0], new.seen
+    few = q.shape[1] <= FEW and not selections_of(term) and isinstance(term, Softmax)
+    if not few or new.setting.impl == "reference":
+        seen = in_order(seen, new.max_len, new.axes)
+    placed, given = _placed(term, replace(new, seen=seen))
+    k, v = seen.rows[K], seen.rows.get(V)
     if few and isinstance(placed, Softmax):
-        return attend_few(placed, (q, k, v), given, new.setting), state
+        table = None if seen.pages is None else seen.pages.table
+        return attend_few(placed, (q, k, v), given, new.setting, table), state
     k, v = (jnp.swapaxes(x, 1, 2) for x in (k, k if v is None else v))
     # The slots of a cache keep their order.
     config = replace(new.setting.config, relayout=False)

@@ -20,6 +20,7 @@ from sadsl.decode.layout import (
     slots_of,
     token_maps,
 )
+from sadsl.decode.pages import Paging, paging_of
 from sadsl.decode.slots import CacheSlots
 from sadsl.decode.states import CacheSizes, start
 from sadsl.maps.base import IndexMap, at_least
@@ -66,6 +67,9 @@ class DecodingCache:
         if slots is not None:
             held = f"the first {slots.pinned:,} for good and a ring of {slots.ring:,}"
             parts.append("all keys" if slots.hold_all else held)
+        if self.keys is not None and self.keys.pages is not None:
+            pages = self.keys.pages
+            parts.append(f"{len(pages.free):,} pages of {pages.size:,}")
         return ", ".join((*parts, f"{self.nbytes:,} bytes"))
 
 
@@ -82,14 +86,16 @@ def init_cache(
     head_dim_v: int | None = None,
     operands: Mapping[str, Any] | None = None,
     ragged: bool = False,
+    page_size: int | None = None,
+    num_pages: int | None = None,
 ) -> DecodingCache:
     """The cache of a spec before the first token; its layout follows from the maps.
 
     Where the expression proves that only some keys are seen again, as for
     ``causal() & (window(512) | sinks(4))``, the cache has that many slots (see
-    ``sadsl.cache``): the first keys for good, and a ring. Else it has ``max_len``.
-    ``linear`` and ``delta`` keep a state, ``compressed`` keeps its blocks and the last
-    tokens. Arrays that maps index by the key are kept as keys are.
+    ``sadsl.cache``): the first keys for good, and a ring. Else it has ``max_len``, or
+    pages. ``linear`` and ``delta`` keep a state, ``compressed`` its blocks and the last
+    tokens. Arrays that maps index by the key are kept as keys are, but never in pages.
 
     Args:
       spec: an index map, a term, or text; causal.
@@ -101,10 +107,12 @@ def init_cache(
         index keys: the array of a prompt, or its ``jax.ShapeDtypeStruct``. Decays and
         feature maps too, if their shapes do not follow from the other sizes.
       ragged: whether each sequence has a length of its own.
+      page_size: the tokens of a page; a multiple of 128 for "tpu", of 16 for "triton".
+        Ignored by rings and states: they are no longer than the spec needs.
+      num_pages: for all sequences; enough for ``max_len`` of each if None.
 
     Raises:
-      ValueError: the spec is not causal, or a size is below 1, or an array of floats
-        that is kept is missing.
+      ValueError: the spec is not causal, a size is below 1, or a kept array is missing.
       NotImplementedError: a part of the spec has no cache, or the keys of a query
         depend on how many tokens follow.
 
@@ -123,14 +131,21 @@ def init_cache(
         head_dim, head_dim if head_dim_v is None else head_dim_v,
         dtype, dict(operands or {}),
     )  # fmt: skip
-    return _empty_cache(any_term(spec), sizes, ragged=ragged)
+    paging = paging_of(page_size, num_pages)
+    return _empty_cache(any_term(spec), sizes, paging, ragged=ragged)
 
 
-def _empty_cache(term: Term, sizes: CacheSizes, *, ragged: bool) -> DecodingCache:
+def _empty_cache(
+    term: Term, sizes: CacheSizes, paging: Paging | None, *, ragged: bool
+) -> DecodingCache:
     max_len, heads = sizes.max_len, sizes.num_heads
     maps = tuple(token_maps(term))
     in_order = reads_in_order(term)
     slots = slots_of(maps, max_len, heads, in_order=in_order) if maps else None
+    if slots is not None and paging is not None:
+        # A ring is no longer than the spec needs, so pages would save nothing.
+        paging = paging if slots.hold_all else None
+        slots = slots if paging is None else paging.padded(slots)
     _check_choices(term, sizes.arrays)
     resolved = _resolved(term, Problem(max_len, max_len, heads))
     axes = {} if slots is None else _kept(term, sizes.arrays)
@@ -147,8 +162,11 @@ def _empty_cache(term: Term, sizes: CacheSizes, *, ragged: bool) -> DecodingCach
         dims = {K: sizes.head_dim}
         if not _shares_values(term):
             dims[V] = sizes.head_dim_v
+        pages = None if paging is None else paging.table(sizes.batch, slots)
         shape = sizes.batch, sizes.num_kv_heads, slots.size
-        keys = KeyStore({**empty(shape, dims, sizes.dtype), **arrays})
+        if pages is not None:
+            shape = len(pages.free), sizes.num_kv_heads, pages.size
+        keys = KeyStore({**empty(shape, dims, sizes.dtype), **arrays}, pages)
     # A NumPy array, so that a call knows that there are no earlier tokens.
     length = np.zeros((sizes.batch,) if ragged else (), np.int32)
     return DecodingCache(cast(Any, length), keys, start(resolved, sizes), layout)

@@ -24,6 +24,7 @@ from sadsl.decode.keys import (
     written,
 )
 from sadsl.decode.layout import of_one_length, token_maps
+from sadsl.decode.pages import check_room
 from sadsl.run import checks
 from sadsl.run.backends import choose_impl
 from sadsl.run.call import given_arrays
@@ -50,7 +51,8 @@ def prefill(
     Call it once with a whole prompt, or several times with pieces of it. The outputs
     are the rows of ``attention`` over all tokens. One compiled call serves every
     position. The first call makes its plan while it is traced, if it is known then that
-    the cache is empty: outside of ``jit``, or where ``init_cache`` is inside of it.
+    the cache is empty: outside of ``jit``, or where ``init_cache`` is inside of it. It
+    reads no cache. Later calls with over 16 tokens copy the pages of a paged cache.
 
     Args:
       cache: of ``init_cache``, or of an earlier call.
@@ -64,8 +66,9 @@ def prefill(
       sm_scale, impl, interpret, config: as in ``attention``.
 
     Raises:
-      ValueError: the cache is too short, or arrays do not fit it. If the length is
-        traced, the outputs of tokens beyond the cache are NaN instead.
+      ValueError: the cache is too short, or has too few free pages, or arrays do not
+        fit it. If the length is traced, the outputs of tokens beyond the cache are NaN
+        instead; and if a sequence found no page, all of its outputs until ``release``.
       NotImplementedError: a part of the spec cannot be continued like this.
 
     Example:
@@ -101,11 +104,12 @@ def _advanced(
     given |= _token_parts(cache, (q, k), given, length)
     keys, visible = _with_keys(cache, (k, v), given, valid)
     new = NewTokens(
-        inputs, visible, given, length, valid, layout.max_len, first, setting
-    )
+        inputs, visible, cache.axes, given, length, valid, layout.max_len, first,
+        setting,
+    )  # fmt: skip
     found, states = advance(layout.term, cache.states, new)
-    out = _where_held(found.out, length, cache)
-    return replace(cache, length=length + valid, keys=keys, states=states), out
+    after = replace(cache, length=length + valid, keys=keys, states=states)
+    return after, _where_held(found.out, length, after)
 
 
 def step(
@@ -180,10 +184,14 @@ def _check(
         )
     if cache.keys is None:
         return
+    pages = cache.keys.pages
+    if pages is not None:
+        check_room(pages, cache.length, count if lengths is None else lengths)
+    batch = len(cache.keys.k if pages is None else pages.table)
     for name, x, kept in (("k", k, cache.keys.k), ("v", v, cache.keys.v)):
         if kept is None:
             continue
-        wanted = kept.shape[0], count, kept.shape[1], kept.shape[3]
+        wanted = batch, count, kept.shape[1], kept.shape[3]
         if x.shape != wanted or x.dtype != kept.dtype:
             raise ValueError(
                 f"{name} has shape {x.shape} and dtype {x.dtype}: this cache takes "
@@ -244,8 +252,10 @@ def _new_entries(name: str, kept: Array, given: Mapping[str, Any], count: int) -
     return x if x.ndim == kept.ndim else x[None]
 
 
-def _where_held(out: Array, length: Array, cache: DecodingCache) -> Array:
-    """The outputs, NaN for tokens beyond the cache."""
+def _where_held(out: Array, length: Array, after: DecodingCache) -> Array:
+    """The outputs, NaN for tokens beyond the cache, or if the sequence lacks a page."""
     at = positions_of(length, out.shape[1])
-    held = jnp.atleast_2d(at < cache.layout.max_len)[:, :, None, None]
-    return jnp.where(held, out, jnp.nan).astype(out.dtype)
+    held = jnp.atleast_2d(at < after.layout.max_len)
+    if after.keys is not None and after.keys.pages is not None:
+        held &= after.keys.pages.complete(after.length)[:, None]
+    return jnp.where(held[:, :, None, None], out, jnp.nan).astype(out.dtype)
