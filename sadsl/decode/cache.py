@@ -108,7 +108,7 @@ def init_cache(
         feature maps too, if their shapes do not follow from the other sizes.
       ragged: whether each sequence has a length of its own.
       page_size: the tokens of a page; a multiple of 128 for "tpu", of 16 for "triton".
-        Ignored by rings and states: they are no longer than the spec needs.
+        Ignored by states, and by rings of at most half of ``max_len``: they are small.
       num_pages: for all sequences; enough for ``max_len`` of each if None.
 
     Raises:
@@ -143,9 +143,7 @@ def _empty_cache(
     in_order = reads_in_order(term)
     slots = slots_of(maps, max_len, heads, in_order=in_order) if maps else None
     if slots is not None and paging is not None:
-        # A ring is no longer than the spec needs, so pages would save nothing.
-        paging = paging if slots.hold_all else None
-        slots = slots if paging is None else paging.padded(slots)
+        slots, paging = paging.fitted(slots)
     _check_choices(term, sizes.arrays)
     resolved = _resolved(term, Problem(max_len, max_len, heads))
     axes = {} if slots is None else _kept(term, sizes.arrays)
@@ -288,7 +286,7 @@ def _by_slot(
     own = like.shape[len(like.shape) - rank :]  # without a batch axis
     shape = [batch, *own]
     shape[axis + 1] = slots.size
-    return jnp.zeros(shape, like.dtype)
+    return jnp.zeros(shape, jax.dtypes.canonicalize_dtype(like.dtype))
 
 
 def _shares_values(term: Any) -> bool:

@@ -24,10 +24,17 @@ class Paging(NamedTuple):
     page_size: int
     num_pages: int | None
 
-    def padded(self, slots: CacheSlots) -> CacheSlots:
-        """The slots of whole pages that hold as many tokens."""
+    def fitted(self, slots: CacheSlots) -> tuple[CacheSlots, "Paging | None"]:
+        """The slots of whole pages for all tokens, or a ring and None.
+
+        A ring of at most half of the tokens stays: it needs no table, and sequences
+        longer than it would need more pages. That of a map such as ``strided`` is
+        nearly as long as the cache.
+        """
+        if 2 * slots.size <= slots.length:
+            return slots, None
         count = -(-slots.length // self.page_size)
-        return replace(slots, ring=count * self.page_size)
+        return CacheSlots(0, count * self.page_size, slots.length), self
 
     def table(self, batch: int, slots: CacheSlots) -> "PageTable":
         """The table before the first token, as NumPy arrays.

@@ -373,9 +373,10 @@ def test_rings_and_states_are_not_paged():
         found = sa.init_cache(spec, 2, 1000, 2, 8, page_size=16, num_pages=3)
         assert found.nbytes == sa.init_cache(spec, 2, 1000, 2, 8).nbytes
         assert found.keys is None or found.keys.pages is None
-    # The ring of a short cache is all of it, so it is paged.
-    short = sa.init_cache(NEAR, 2, 6, 2, 8, page_size=4)
-    assert short.keys.k.shape == (4, 2, 4, 8)
+    # Eight slots are over half of 15, so all of those are paged.
+    assert sa.init_cache(NEAR, 2, 20, 2, 8, page_size=4).keys.k.shape == (2, 2, 8, 8)
+    short = sa.init_cache(NEAR, 2, 15, 2, 8, page_size=4)
+    assert short.keys.k.shape == (8, 2, 4, 8)
 
 
 def test_what_is_refused():
