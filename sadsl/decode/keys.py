@@ -115,14 +115,12 @@ def _written_by_slot(
     else:
         counts, valids = new.by_sequence(len(next(iter(rows.values()))))
         where = jax.vmap(lambda c, n: slots.written(c, new.size, n))(counts, valids)
+        row = jnp.arange(len(counts), dtype=jnp.int32)[:, None]
 
         def write(old: Array, x: Array, axis: int) -> Array:
-            def of_entry(old: Array, x: Array, at: Array) -> Array:
-                entries = jnp.moveaxis(x, axis - 1, 0)
-                front = jnp.moveaxis(old, axis - 1, 0).at[at].set(entries, mode="drop")
-                return jnp.moveaxis(front, 0, axis - 1)
-
-            return jax.vmap(of_entry)(old, x, where)
+            # No axis of the cache moves, so that the write is in place.
+            at = (row, *[slice(None)] * (axis - 1), where)
+            return old.at[at].set(jnp.moveaxis(x, axis, 1), mode="drop")
 
     return _each(write, rows, new, axes)
 
