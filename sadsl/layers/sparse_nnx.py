@@ -197,13 +197,14 @@ class SparseAttention(nnx.Module):
         max_len: int,
         *,
         operands: Mapping[str, Any] | None = None,
-        ragged: bool = False,
+        **options: Any,
     ) -> DecodingCache:
         """The empty cache of the layer, for ``decode``; see ``sadsl.init_cache``.
 
         Args:
-          batch, max_len, operands, ragged: as there. What the layer learned or
-            projects need not be in ``operands``.
+          batch, max_len, operands: as there. What the layer learned or projects need
+            not be in ``operands``.
+          **options: ``ragged``, ``page_size`` and ``num_pages``, as there.
 
         Raises:
           ValueError, NotImplementedError: as there.
@@ -214,7 +215,7 @@ class SparseAttention(nnx.Module):
         return init_cache(
             self.spec, batch, max_len, k.shape[2], k.shape[3], k.dtype,
             num_heads=q.shape[2], num_v_heads=v.shape[2], head_dim_v=v.shape[3],
-            operands={**functions, **given, **(operands or {})}, ragged=ragged,
+            operands={**functions, **given, **(operands or {})}, **options,
         )  # fmt: skip
 
     def decode(
