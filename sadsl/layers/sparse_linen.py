@@ -165,7 +165,7 @@ class SparseAttention(linen.Module):
         Args:
           batch, max_len: as there.
           in_features: features of the inputs.
-          **options: ``operands``, ``ragged``, ``page_size`` and ``num_pages``, as there.
+          **options: ``operands``, ``ragged``, ``page_size``, ``num_pages``: as there.
 
         Raises:
           ValueError, NotImplementedError: as there.
