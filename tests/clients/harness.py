@@ -36,6 +36,17 @@ def edited(cls: type, start: str, stop: str, line: str, **names: Any) -> Any:
     return space[cls.__name__]
 
 
+def drawn(params: Any) -> Any:
+    """Weights at random: where all begin as 0 or 1, a difference may not show."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    draws = [
+        0.1 * jax.random.normal(key, x.shape, x.dtype) + (x == 1)
+        for key, x in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, draws)
+
+
 def step_of(forward: Callable[..., jax.Array], seed: int = 0) -> Callable[..., Any]:
     """Output and gradients of a model, for random cotangents."""
 
@@ -72,17 +83,21 @@ def check_equal(what: str, plain: Any, ours: Any, tolerance: float = TOLERANCE) 
     print(f"equal   {what} ({found:.0e} apart)")
 
 
-def measured(function: Callable[..., Any], *args: Any) -> tuple[float, float]:
-    """Seconds of a call (the best of three), and MiB of temporary memory."""
-    compiled = jax.jit(function).lower(*args).compile()
-    memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    jax.block_until_ready(compiled(*args))
-    times = []
+def measured(functions: Sequence[Callable[..., Any]], args: tuple) -> list:
+    """Seconds of a call of each function, and MiB of temporary memory.
+
+    The best of three rounds, in which the functions take turns, so that a busy host is
+    busy for all of them.
+    """
+    compiled = [jax.jit(function).lower(*args).compile() for function in functions]
+    seconds = [float("inf")] * len(compiled)
     for _ in range(3):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        times.append(time.perf_counter() - start)
-    return min(times), memory
+        for i, call in enumerate(compiled):
+            start = time.perf_counter()
+            jax.block_until_ready(call(*args))
+            seconds[i] = min(seconds[i], time.perf_counter() - start)
+    memory = [x.memory_analysis().temp_size_in_bytes / 2**20 for x in compiled]
+    return list(zip(seconds, memory, strict=True))
 
 
 def gains(
@@ -102,6 +117,6 @@ def gains(
     print(f"{'MiB before':>12}{'MiB after':>11}{'less':>7}")
     for length in lengths:
         plain, ours, args = make(length)
-        (t0, m0), (t1, m1) = measured(plain, *args), measured(ours, *args)
+        (t0, m0), (t1, m1) = measured((plain, ours), args)
         print(f"{length:>8}{t0:>10.2f}{t1:>10.2f}{t0 / t1:>7.1f}x", end="")
         print(f"{m0:>12.0f}{m1:>11.0f}{m0 / m1:>6.1f}x", flush=True)

@@ -7,6 +7,7 @@ softmax and products. Without a cache the spec says the window and the documents
 mask is not read. With a cache, which is a ring, the mask says the pairs.
 """
 
+import os
 import sys
 from pathlib import Path
 from unittest import mock
@@ -105,7 +106,8 @@ def main():
     folder = Path(modules.__file__).parent
     names = "modules_test.py", "griffin_test.py", "sampler_test.py"
     with swapped():
-        failed = pytest.main(["-q", *(str(folder / name) for name in names)])
+        options = "-q", "-c", os.devnull, "-p", "no:cacheprovider"
+        failed = pytest.main([*options, *(str(folder / name) for name in names)])
     assert not failed, "recurrentgemma's own tests"
     if "--gains" in sys.argv:
         gains("LocalAttentionBlock, 4 heads of 64, window 2,048", step_of_length)
