@@ -50,7 +50,7 @@ for module in (gemma4, qwen3):  # the two lines of their imports
 def qwen(**options):
     """A small Qwen 3: 4 heads on 2 of keys and values."""
     config = qwen3.ModelConfig(
-        num_layers=2, vocab_size=64, embed_dim=32, hidden_dim=48, num_heads=4,
+        num_layers=1, vocab_size=64, embed_dim=32, hidden_dim=48, num_heads=4,
         head_dim=8, num_kv_heads=2, rope_theta=10_000, norm_eps=1e-6,
         use_tied_embedding=True, **options,
     )  # fmt: skip
