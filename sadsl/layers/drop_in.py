@@ -25,8 +25,9 @@ from sadsl.terms.scatter_mean import ScatterMean
 from sadsl.terms.softmax import Softmax
 from sadsl.text.specs import any_term
 
-# What a mask of Flax means: what the spec says already, padding, or any pairs.
-MaskMeaning = Literal["implied", "padding"]
+# What a mask of Flax means: what the spec says already, padding, the slots of a cache,
+# or any pairs.
+MaskMeaning = Literal["implied", "padding", "cache"]
 MASK, QUERIES, BIAS = "mask", "mask_of_queries", "bias"
 IDS = "q_segment_ids", "kv_segment_ids"
 
@@ -143,7 +144,7 @@ class AttentionFn:
         found = Limited(self.term, {})
         if is_causal:
             found = found.and_pairs("is_causal=True", causal())
-        if MASK in dense and _is_cached(sizes):
+        if MASK in dense and (self.mask == "cache" or _is_cached(sizes)):
             found = _cached(found, dense[MASK], sizes)
         elif MASK in dense and self.mask == "implied":
             if self.check_mask:
@@ -186,11 +187,12 @@ def _is_cached(sizes: PairSizes) -> bool:
 
 
 def _cached(call: Limited, mask: Array, sizes: PairSizes) -> Limited:
-    """The call of a query that stands at the last slot that its mask shows."""
+    """The call where the last query stands at the last slot that its mask shows."""
     slots = jnp.arange(mask.shape[3], dtype=jnp.int32)
-    last = jnp.max(jnp.where(mask.astype(bool), slots, 0), axis=(1, 2, 3))
-    at = jnp.broadcast_to(last, (sizes.batch,))
-    return _masked(replace(call, q_offset=at), mask, None, sizes)
+    shown = jnp.where(mask[:, :, -1:].astype(bool), slots, 0)
+    last = jnp.broadcast_to(jnp.max(shown, axis=(1, 2, 3)), (sizes.batch,))
+    first = jnp.maximum(last - (sizes.q_seq - 1), 0)
+    return _masked(replace(call, q_offset=first), mask, None, sizes)
 
 
 def _masked(
@@ -303,6 +305,8 @@ def attention_fn(
     - ``mask="implied"``: the spec says it already, so it is not read.
     - ``mask="padding"``: a key counts where some query sees it, a query where it sees
       some key. Both are vectors, and blocks of padding are skipped.
+    - ``mask="cache"``: any pairs, and the last query of a call stands at the last slot
+      that the mask shows it, the others before it: for steps of several queries.
     - None: any pairs. The mask is an operand as large as it is passed, of a byte for
       each entry, and is packed to bits; blocks without a pair are skipped.
 

@@ -43,7 +43,7 @@ def lm_block(**options):
     )  # fmt: skip
 
 
-def attended(layer, cache, mask, rngs):
+def attended(layer, mask, rngs):
     """The attention function of a call of gemma's layer, and what it passes."""
     pairs = sa.causal()
     if layer.attn_type == gemma.AttentionType.LOCAL_SLIDING:
@@ -57,7 +57,7 @@ def attended(layer, cache, mask, rngs):
 
 GEMMA = edited(
     ATTENTION, "use_gqa = self.num_heads", "attn_output = self.attn_vec_einsum(",
-    "ours, given = attended(self, cache, attn_mask, rngs); "
+    "ours, given = attended(self, attn_mask, rngs); "
     "encoded = ours(query_scaled, key_proj, value_proj, **given)", attended=attended,
 )  # fmt: skip
 
@@ -164,7 +164,7 @@ def step_of_length(length):
     for cls in (ATTENTION, GEMMA):
         layer = cls(
             4, 2, 256, 64, 0.125, gemma.AttentionType.LOCAL_SLIDING, rngs=nnx.Rngs(0),
-            sliding_window_size=512, shd_config=transformer.TransformerConfig.shd_config,
+            sliding_window_size=512, shd_config=gemma.ShardingConfig.no_sharding(),
         )  # fmt: skip
         graph, params, rest = nnx.split(layer, nnx.Param, ...)
 

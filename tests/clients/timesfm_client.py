@@ -19,7 +19,8 @@ from timesfm.flax import transformer, util
 from sadsl.layers import attention_fn
 
 PADDING = attention_fn("causal()", mask="padding")
-ANY = attention_fn("full()")  # with a cache: the mask says all
+ANY = attention_fn("full()")
+CACHED = attention_fn("causal()", mask="cache")
 
 
 def layer(ours=None, width=32, heads=4):
@@ -68,7 +69,7 @@ def check_layer():
         steps = (forward_of(g, pad) for g in (graph, layer(ours)[0]))
         plain, ours = (jax.jit(step_of(f))(params, x) for f in steps)
         check_equal(f"output and gradients of a layer, {what}", plain, ours)
-    rows = [forecast(g, params, x, pad) for g in (graph, layer(ANY)[0])]
+    rows = [forecast(g, params, x, pad) for g in (graph, layer(CACHED)[0])]
     check_equal("a prompt, and steps of 4 patches with its cache", *rows)
 
 

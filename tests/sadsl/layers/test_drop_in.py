@@ -146,6 +146,18 @@ def test_the_cache_of_nnx(mask):
     close(jnp.concatenate(found, axis=1), expected)
 
 
+def test_steps_of_several_queries():
+    """The mask says where they stand, one place for each batch entry."""
+    q, k, v = qkv()
+    fn, slots = attention_fn(SPEC, mask="cache"), np.arange(SEQ)
+    at = np.array([5, 9])[:, None] + np.arange(4)
+    mask = (slots <= at[..., None]) & (slots != 3)
+    now = jnp.take_along_axis(q, at[..., None, None], axis=1)
+    found = jax.jit(lambda *xs: fn(*xs[:3], mask=xs[3]))(now, k, v, mask[:, None])
+    pairs = sa.parse(SPEC).dense(SEQ, SEQ)[0][at] & mask
+    close(found, nnx.dot_product_attention(now, k, v, mask=pairs[:, None]))
+
+
 @pytest.mark.slow
 def test_the_cache_of_linen():
     x = normal(BATCH, SEQ, FEATURES)
