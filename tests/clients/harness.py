@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-TOLERANCE = 2e-5  # of a number in float32, relative to the largest of its array
+TOLERANCE = 1e-5  # of a number in float32, relative to the largest of its array
 LENGTHS = 2048, 4096
 
 
