@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What `test-clients` installs stays out of the environment of the tests.
+CLIENTS := $(VENV)/clients
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test test-slow test-clients check notebooks docs wheel clean
@@ -24,6 +26,15 @@ $(VENV)/.docs: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
+$(CLIENTS)/.done: pyproject.toml
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --upgrade pip
+	$(CLIENTS)/bin/python -m pip install --quiet --editable ".[flax]" \
+	  "recurrentgemma>=1.0.1" "pytest>=8.3"
+	$(CLIENTS)/bin/python -m pip install --quiet --no-deps \
+	  "google-tunix>=0.1.7" "timesfm>=3.0.2"
+	touch $@
+
 demo: $(VENV)/.train  ## trains a dense and a sparse model on real text; pictures in out/
 	$(BIN)/python examples/train_lm.py --out out
 
@@ -33,8 +44,10 @@ test: $(VENV)/.test  ## all tests but the slow ones
 test-slow: $(VENV)/.test  ## the rest: each case on every backend, laws on all examples
 	SADSL_WHOLE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-test-clients: $(VENV)/.test  ## Flax's own attention tests, from the package index
+test-clients: $(VENV)/.test $(CLIENTS)/.done  ## code of others with one line swapped
 	$(BIN)/python tests/clients/flax_suite.py
+	for c in timesfm flax_lm1b flax_gemma tunix recurrentgemma; do \
+	  $(CLIENTS)/bin/python tests/clients/$${c}_client.py || exit 1; done
 
 check: $(VENV)/.test  ## lint, types, import arrows
 	$(BIN)/ruff check .
