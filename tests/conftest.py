@@ -21,6 +21,9 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("ci")
 
+# Scripts with environments of their own: `make test-clients`.
+collect_ignore = ["clients"]
+
 SLOW = frozenset(Path(__file__).with_name("slow_cases.txt").read_text().splitlines())
 # Examples in docstrings, which have no fixture, compile quickly as well.
 jax.config.update("jax_disable_most_optimizations", not WHOLE)
