@@ -29,6 +29,7 @@ from sadsl.run import checks
 from sadsl.run.backends import choose_impl
 from sadsl.run.call import given_arrays
 from sadsl.run.types import QKV, Setting
+from sadsl.terms.base import reads
 
 
 def prefill(
@@ -86,6 +87,7 @@ def prefill(
     setting = Setting(scale, 0, impl, interpret, config or KernelConfig())
     checks.problem(q, k, v, 0, cache.layout.term)
     checks.precision(q.dtype, impl)
+    _check_arrays(cache, given, lengths, len(q))
     _check(cache, (q, k, v), lengths)
     return _advanced(cache, (q, k, v), given, lengths, setting)
 
@@ -150,6 +152,63 @@ def _is_known(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
+def _check_arrays(
+    cache: DecodingCache, given: Mapping[str, Any], lengths: Any, batch: int
+) -> None:
+    """Checks the arrays beside the new tokens.
+
+    Raises:
+      ValueError: nothing reads one, or lengths have no meaning or another shape.
+    """
+    for name in given:
+        if not reads(cache.layout.term, name):
+            raise ValueError(
+                f"{name!r} was given, but {cache.layout.term!r} does not read it: drop "
+                "it"
+            )
+    if lengths is None:
+        return
+    if not np.ndim(cache.length):
+        raise ValueError(
+            "lengths were given, but the cache has one length for all sequences: pass "
+            "ragged=True to init_cache"
+        )
+    if jnp.shape(lengths) != (batch,) or not jnp.issubdtype(
+        jnp.result_type(lengths), jnp.integer
+    ):
+        raise ValueError(
+            f"lengths have shape {jnp.shape(lengths)} and dtype "
+            f"{jnp.result_type(lengths)}: pass an integer for each of the {batch} "
+            "sequences"
+        )
+
+
+def _check_length(cache: DecodingCache, lengths: Any, count: int) -> None:
+    """Checks that new tokens do not exceed the cache, as far as lengths are known.
+
+    Raises:
+      ValueError: they do.
+    """
+    max_len = cache.layout.max_len
+    if count > max_len:
+        raise ValueError(
+            f"{count} tokens do not fit a cache of max_len={max_len}: make it longer"
+        )
+    if lengths is not None and not _is_known(lengths):
+        return
+    new = np.asarray(count if lengths is None else lengths)
+    if np.any((new > count) | (new < 0)):
+        raise ValueError(f"lengths={new} must be from 0 to the {count} tokens given")
+    if not _is_known(cache.length):
+        return
+    held = np.asarray(cache.length)
+    if np.any(held + new > max_len):
+        raise ValueError(
+            f"the cache holds {held.max()} tokens, and {new.max()} more exceed its "
+            f"max_len={max_len}: make it longer"
+        )
+
+
 def _check(
     cache: DecodingCache, inputs: tuple[Array, Array, Array], lengths: Any
 ) -> None:
@@ -160,27 +219,11 @@ def _check(
     """
     q, k, v = inputs
     layout, count = cache.layout, q.shape[1]
-    if count > layout.max_len:
-        raise ValueError(
-            f"{count} tokens do not fit a cache of max_len={layout.max_len}: make it "
-            "longer"
-        )
-    if _is_known(cache.length):
-        most = int(np.max(np.asarray(cache.length)))
-        if most + count > layout.max_len and lengths is None:
-            raise ValueError(
-                f"the cache holds {most} tokens, and {count} more exceed its max_len="
-                f"{layout.max_len}: make it longer"
-            )
+    _check_length(cache, lengths, count)
     if q.shape[2] != layout.num_heads:
         raise ValueError(
             f"q has {q.shape[2]} heads, and the cache is for num_heads="
             f"{layout.num_heads}: pass num_heads to init_cache"
-        )
-    if lengths is not None and not np.ndim(cache.length):
-        raise ValueError(
-            "lengths were given, but the cache has one length for all sequences: pass "
-            "ragged=True to init_cache"
         )
     if cache.keys is None:
         return
