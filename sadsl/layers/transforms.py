@@ -32,8 +32,9 @@ NORMS = {"query_ln": "num_q_heads", "key_ln": "num_kv_heads"}
 class QKNorm(RowNorm):
     """A norm of queries and of keys; each has its own weight.
 
+    The other attributes are those of ``RowNorm``.
+
     Attributes:
-      kind, eps, plus_one, weight, bias: as in ``RowNorm``.
       over: the norm is over the channels of one head, which all heads share, or over
         those of all heads together (OLMo 2, 2024).
       after_rotary: whether it follows the rotation (Llama 4, 2025).
