@@ -82,11 +82,13 @@ def run(console: Console) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
-    each = times[-1] - times[0]
-    speed = f"{(len(times) - 1) / each:,.0f}" if len(times) > 1 else "-"
+    # The first byte waits for a program for the prompt, the second for one for a token.
+    ready = times[1:]
+    some = len(ready) > 1
+    speed = f"{(len(ready) - 1) / (ready[-1] - ready[0]):,.0f}" if some else "-"
     console.print(
         f"{len(prompt):,} bytes of prompt, {len(times):,} written, {speed} tokens/s "
-        f"after the first: {spec}",
+        f"once compiled: {spec}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
