@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from lowering import ir
 from sadsl.decode.keys import Axes, K, Seen, V, in_order
-from sadsl.decode.layout import by_key, by_query
+from sadsl.decode.layout import by_query
 from sadsl.maps.base import IndexMap
 from sadsl.run import merging, traced_offset
 from sadsl.run.attend import attend
@@ -118,7 +118,7 @@ def _placed(term: Term, new: NewTokens) -> tuple[Term, dict[str, Any]]:
     """The term at the positions of the new queries and of the slots, and its arrays."""
     seen = new.seen
     assert seen is not None
-    shared = frozenset(set(by_key(term)) & by_query(term))
+    shared = frozenset(by_query(term) & seen.rows.keys())
     places = PairPlaces(length=new.max_len, queries=shared)
     given: dict[str, Any] = {OFFSET: new.count}
     if seen.position is not None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from lowering import ir
 from lowering.problem import Problem
 from sadsl.decode.choices import token_parts
 from sadsl.decode.keys import K, KeyStore, V, empty
@@ -19,6 +20,7 @@ from sadsl.decode.layout import (
     reads_in_order,
     slots_of,
     token_maps,
+    weights_of,
 )
 from sadsl.decode.pages import Paging, paging_of
 from sadsl.decode.slots import CacheSlots
@@ -139,9 +141,9 @@ def _empty_cache(
     term: Term, sizes: CacheSizes, paging: Paging | None, *, ragged: bool
 ) -> DecodingCache:
     max_len, heads = sizes.max_len, sizes.num_heads
-    maps = tuple(token_maps(term))
+    maps = tuple(token_maps(term, heads))
     in_order = reads_in_order(term)
-    slots = slots_of(maps, max_len, heads, in_order=in_order) if maps else None
+    slots = slots_of(maps, max_len, in_order=in_order) if maps else None
     if slots is not None and paging is not None:
         slots, paging = paging.fitted(slots)
     _check_choices(term, sizes.arrays)
@@ -248,11 +250,19 @@ def _kept(term: Term, given: Mapping[str, Any]) -> dict[str, int]:
 
     Raises:
       ValueError: the shape of one is not known.
+      NotImplementedError: floats are read at the query and at the key.
     """
     found, chosen = by_key(term), selections_of(term)
+    floats = {x.name for x in weights_of(term)}
+    at_query = {x.name for x in weights_of(term) if ir.Q in x.index and not x.running}
+    for name in sorted(at_query & found.keys()):
+        raise NotImplementedError(
+            f"decoding {term!r}: it reads the floats {name!r} at the query and at the "
+            "key: give the two uses different names, and pass the array under both"
+        )
     for name, axis in found.items():
         made = any(s.owns(name) for s in chosen)
-        if not made and name not in given and (axis or name in _floats(term)):
+        if not made and name not in given and (axis or name in floats):
             raise ValueError(
                 f"init_cache: {term!r} reads {name!r} at the key, and a cache keeps it "
                 f"for later queries: pass operands={{{name!r}: array}}, or its "
@@ -261,14 +271,6 @@ def _kept(term: Term, given: Mapping[str, Any]) -> dict[str, int]:
     compared = (s for s in selections_of(term) if not s.by_token)
     of_choices = {n: a for s in compared for n, a in s.of_keys.items()}
     return found | {n: a for n, a in of_choices.items() if n in given}
-
-
-def _floats(term: Any) -> set[str]:
-    """The arrays of floats that the biases of a term read."""
-    has_bias = isinstance(term, Softmax) and term.bias is not None
-    own = term.bias.operands if has_bias else {}
-    parts = term.parts if isinstance(term, Term) else ()
-    return set(own).union(*map(_floats, parts))
 
 
 def _by_slot(

@@ -2,21 +2,22 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache, reduce
-from operator import or_
+from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from lowering import ir
 from lowering.bias import nodes
 from lowering.expr.assume import envelope
-from sadsl.analysis.cache import cache_of, length_note
+from sadsl.analysis.cache import cache_of, length_note, ring
 from sadsl.decode.slots import CacheSlots
 from sadsl.maps.base import IndexMap
-from sadsl.maps.named import Where
 from sadsl.selections.base import selections_of, widest
 from sadsl.terms.base import Spec, Term
 from sadsl.terms.biases import Bias
 from sadsl.terms.compressed import Compressed
+from sadsl.terms.heads import Heads
 from sadsl.terms.over import Over
 from sadsl.terms.recurrent import Recurrent
 from sadsl.terms.softmax import Softmax
@@ -49,18 +50,21 @@ def of_one_length(maps: Iterable[IndexMap]) -> bool:
     return any(isinstance(x, ir.Within) or x == ir.Var("n") for x in every)
 
 
-def token_maps(spec: Spec) -> Iterator[IndexMap]:
-    """The maps of the parts of a spec that keep the keys of tokens."""
+def token_maps(spec: Spec, num_heads: int) -> Iterator[tuple[IndexMap, int]]:
+    """The maps of the parts that keep the keys of tokens, and their heads."""
     if isinstance(spec, IndexMap):
-        yield spec
+        yield spec, num_heads
+    elif isinstance(spec, Heads):
+        for part, count in spec.shares:
+            yield from token_maps(part, count)
     elif not isinstance(spec, Recurrent | Over | Compressed | Summaries):
         for part in spec.parts:
-            yield from token_maps(part)
+            yield from token_maps(part, num_heads)
 
 
 @lru_cache(maxsize=256)
 def slots_of(
-    maps: tuple[IndexMap, ...], max_len: int, num_heads: int, *, in_order: bool
+    maps: tuple[tuple[IndexMap, int], ...], max_len: int, *, in_order: bool
 ) -> CacheSlots:
     """The slots that all of the maps need; one for each position if ``in_order``.
 
@@ -68,14 +72,15 @@ def slots_of(
       ValueError: a map is not causal, or is made for another length.
       NotImplementedError: the keys of a query depend on how many tokens follow.
     """
-    node = reduce(or_, maps).node if len(maps) > 1 else maps[0].node
-    every = envelope(widest(Where(node)), lambda _: True)
-    for part in maps:
+    last_use = []
+    for part, num_heads in maps:
         _check_length(part, max_len, num_heads)
-    found = cache_of(every, max_len, num_heads)
-    if in_order or found.pinned + found.slots >= max_len:
+        every = envelope(widest(part), lambda _: True)
+        last_use.append(cache_of(every, max_len, num_heads).last_use)
+    pinned, slots = ring(np.max(last_use, axis=0))
+    if in_order or pinned + slots >= max_len:
         return CacheSlots(0, max_len, max_len)
-    return CacheSlots(found.pinned, found.slots, max_len)
+    return CacheSlots(pinned, slots, max_len)
 
 
 def _check_length(map: IndexMap, max_len: int, num_heads: int) -> None:
@@ -99,12 +104,18 @@ def reads_in_order(term: Term) -> bool:
 
 def _running(term: Any) -> set[str]:
     """The arrays of which a bias takes running sums."""
-    found: set[str] = set()
-    if isinstance(term, Softmax) and term.bias is not None:
-        looked_up = nodes.weights(term.bias.score(1))
-        found |= {part.name for part in looked_up if part.running is not None}
-    parts = term.parts if isinstance(term, Term) else ()
-    return found.union(*map(_running, parts))
+    return {x.name for x in weights_of(term) if x.running is not None}
+
+
+def weights_of(term: Any) -> Iterator[nodes.Weights]:
+    """The look-ups of floats in the biases and scales of a spec."""
+    if isinstance(term, Softmax):
+        for part in (term.bias, term.scale):
+            if part is not None:
+                yield from nodes.weights(part.score(1))
+    if isinstance(term, Term):
+        for part in term.parts:
+            yield from weights_of(part)
 
 
 def by_key(value: Any) -> dict[str, int]:
@@ -123,14 +134,11 @@ def ranks_of(term: Term) -> dict[str, int]:
 
 
 def by_query(value: Any) -> set[str]:
-    """The arrays that the maps of a spec index by the query."""
-    looked_up = _looked_up(value, biases=False)
-    return {name for name, index in looked_up if ir.Q in index}
+    """The arrays that the maps and biases of a spec index by the query."""
+    return {name for name, index in _looked_up(value) if ir.Q in index}
 
 
-def _looked_up(
-    value: Any, *, biases: bool = True
-) -> Iterator[tuple[str, tuple[ir.Expr, ...]]]:
+def _looked_up(value: Any) -> Iterator[tuple[str, tuple[ir.Expr, ...]]]:
     """The run-time arrays of a spec with their indices.
 
     Those of choices are left out, unless their parts belong to tokens.
@@ -143,14 +151,12 @@ def _looked_up(
             if not any(s.owns(part.name) for s in chosen):
                 yield part.name, part.index
     elif isinstance(value, Bias):
-        if not biases:
-            return
         score = value.score(1)
         for part in (*nodes.weights(score), *nodes.integer_operands(score)):
             yield part.name, part.index
     elif isinstance(value, tuple):
         for part in value:
-            yield from _looked_up(part, biases=biases)
+            yield from _looked_up(part)
     elif is_dataclass(value):
         for each in fields(value):
-            yield from _looked_up(getattr(value, each.name), biases=biases)
+            yield from _looked_up(getattr(value, each.name))

@@ -102,7 +102,8 @@ def _advanced(
     length = jnp.asarray(cache.length, jnp.int32)
     layout = cache.layout
     first = _is_known(cache.length) and not np.any(np.asarray(cache.length))
-    first = first and not of_one_length(token_maps(layout.term))
+    maps = token_maps(layout.term, layout.num_heads)
+    first = first and not of_one_length(a for a, _ in maps)
     given |= _token_parts(cache, (q, k), given, length)
     keys, visible = _with_keys(cache, (k, v), given, valid)
     new = NewTokens(
@@ -257,8 +258,7 @@ def _with_keys(
     k, v = (jnp.swapaxes(x, 1, 2) for x in new)
     size = k.shape[2]
     others = {
-        name: _new_entries(name, cache.keys.rows[name], given, size)
-        for name, _ in cache.layout.axes
+        name: _new_entries(name, cache, given, size) for name, _ in cache.layout.axes
     }
     length = jnp.asarray(cache.length, jnp.int32)
     added = NewEntries({K: k, V: v, **others}, size, length, valid)
@@ -280,7 +280,9 @@ def _token_parts(
     return {name: x for name, x in made.items() if name not in given}
 
 
-def _new_entries(name: str, kept: Array, given: Mapping[str, Any], count: int) -> Array:
+def _new_entries(
+    name: str, cache: DecodingCache, given: Mapping[str, Any], count: int
+) -> Array:
     """The entries of new tokens of an array that is kept.
 
     Raises:
@@ -291,8 +293,16 @@ def _new_entries(name: str, kept: Array, given: Mapping[str, Any], count: int) -
             f"the cache keeps {name!r}, which was not given: pass its entries for the "
             f"{count} new tokens"
         )
-    x = jnp.asarray(given[name])
-    return x if x.ndim == kept.ndim else x[None]
+    assert cache.keys is not None
+    kept, axis, x = cache.keys.rows[name], cache.axes[name], jnp.asarray(given[name])
+    x = x if x.ndim == kept.ndim else x[None]
+    wanted = (*kept.shape[:axis], count, *kept.shape[axis + 1 :])
+    if x.shape not in (wanted, (1, *wanted[1:])):
+        raise ValueError(
+            f"operand {name!r} has shape {x.shape}: the cache keeps it, and needs its "
+            f"entries for the new tokens, {wanted}"
+        )
+    return x
 
 
 def _where_held(out: Array, length: Array, after: DecodingCache) -> Array:

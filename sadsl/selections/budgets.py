@@ -134,6 +134,13 @@ class TopK(Cells):
             count = count - jnp.sum(rest.forced, axis=-1, dtype=jnp.int32)
         return ranking.top(values, competing, jnp.maximum(count, 0))
 
+    @property
+    @override
+    def by_position(self) -> bool:
+        # A share of all columns depends on how many keys there are.
+        by_length = isinstance(self.k, Share) and self.k.of != "eligible"
+        return super().by_position and not by_length
+
     @override
     def list_shape(self, problem: Problem) -> ListShape | None:
         found = self._listed(problem)

@@ -24,6 +24,8 @@ EVERY_PAIR = ("max", "attention")
 NORMALISE = ("none", "softmax", "whole_softmax", "minmax")
 # The number of scores, or of pairs, that are in memory at a time.
 LIMIT = 1 << 18
+# A traced position is below this.
+LAST_POSITION = 1 << 30
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,7 +109,7 @@ class CellSides:
     """How the queries and the keys of a call are divided into rows and columns.
 
     ``first`` is the position of the first of ``num_queries`` queries. If it is traced,
-    ``problem`` holds all positions that it may have.
+    ``problem`` has all positions that it may have.
     """
 
     rows: Partition
@@ -124,7 +126,7 @@ def cell_sides(rows: Partition, columns: Partition, content: Content) -> CellSid
     if content.position is None:
         problem = Problem(queries, keys, heads, offset)
         return CellSides(rows, columns, problem, offset, queries)
-    problem = Problem(max(queries, keys), keys, heads)
+    problem = Problem(LAST_POSITION, keys, heads)
     return CellSides(rows, columns, problem, content.first, queries)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from typing_extensions import override
 
+from lowering import ir
 from lowering.problem import Problem
 from lowering.run_time.packed import PackedBools, words_of
 from sadsl.maps.base import IndexMap, at_least
@@ -151,7 +152,10 @@ class Cells(Selection):
     @override
     def by_position(self) -> bool:
         plain = self.rows == 1 and isinstance(self.block, int)
-        return plain and self.scope in BY_ROW and not self.score.is_operand
+        alone = self.scope in BY_ROW and self.rules.otherwise == "forced"
+        maps = [a for a in (self.eligible, self.forced) if a is not None]
+        fixed = not any(_of_one_length(a) for a in maps)
+        return plain and alone and fixed and not self.score.is_operand
 
     @override
     def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
@@ -357,11 +361,19 @@ def _weights(normalise: str, values: Array, sets: Mapping[str, Array]) -> Array:
     return jnp.where(valid, found, jnp.nan)
 
 
+def _of_one_length(a: IndexMap) -> bool:
+    """Whether a map is made for one number of keys, or reads it."""
+    return any(isinstance(n, ir.Within) or n == ir.Var("n") for n in ir.walk(a.node))
+
+
 @lru_cache(maxsize=256)
 def _leak(cells: Cells) -> Leak:
     """The leak, found on the cells of a short sequence; "all" if it is not certain."""
     rows, columns, eligible = cells.rows, cells.block, cells.eligible
     if cells.scope not in BY_ROW or eligible is None or isinstance(columns, GridTiles):
+        return "all"
+    if cells.rules.otherwise == "eligible":
+        # What a batch entry keeps then depends on the choices of all its rows.
         return "all"
     if isinstance(rows, GridTiles):
         return "all"

@@ -27,8 +27,8 @@ class PairPlaces:
       held: a condition on indices beside the map, such as "this slot has a key".
       length: the number of keys that the map counts, for which it was verified; None:
         those of the call.
-      queries: arrays that maps index by query and by key. In place of the query's index
-        they are read under another name: ``of_queries(name)``.
+      queries: arrays of integers that have an entry for each key of a cache. At the
+        query they are read under another name: ``of_queries(name)``.
     """
 
     q: ir.Expr = AFTER_OFFSET
@@ -39,7 +39,8 @@ class PairPlaces:
 
     def expr(self, node: ir.Expr) -> ir.Expr:
         """An integer of positions, by indices."""
-        return ir.at_positions(ir.substitute(node, self._lengths), self.q, self.k)
+        named = ir.rewrite(ir.substitute(node, self._lengths), self._renamed)
+        return ir.at_positions(named, self.q, self.k)
 
     def pred(self, node: ir.Pred) -> ir.Pred:
         """A condition on positions, by indices."""

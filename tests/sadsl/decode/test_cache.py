@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import sadsl as sa
+from sadsl.selections import rules, share
 from sadsl.terms.base import read_by
 
 N = 37
@@ -182,6 +183,31 @@ def test_arrays_by_key_need_no_batch_axis():
         sa.init_cache(flat, 1, 8, 1, 4)
 
 
+def test_an_array_of_queries_in_one_part_and_of_keys_in_another():
+    (q, k, v), given = made("images")
+    image = given["image"]
+    same = sa.where(lambda q, k: sa.operand("image")[k] == 1)
+    own = sa.where(lambda q, k: sa.operand("image")[q] == 1)
+    spec = sa.average(RING & same, sa.softmax(RING & own))
+    cache = sa.init_cache(spec, 3, N, 2, 8, num_heads=4, head_dim_v=5)
+    expected = sa.attention(q, k, v, spec, operands={"image": image})
+    found = []
+    for start, stop in ((0, 9), (9, 10), (10, N)):
+        new = (x[:, start:stop] for x in (q, k, v))
+        own = {"image": image[:, start:stop]}
+        cache, out = sa.prefill(cache, *new, operands=own)
+        found.append(out)
+    found = jnp.concatenate(found, axis=1)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_maps_by_head_within_a_share_of_the_heads():
+    three = sa.per_head(*[sa.causal() & sa.window(n) for n in (2, 3, 4)])
+    spec = sa.heads((three, 3), (sa.causal() & sa.sinks(2), 1))
+    cache = sa.init_cache(spec, 1, N, 4, 8)
+    assert cache.keys.k.shape[2] == 2 + 5
+
+
 def test_its_size_is_what_properties_promise():
     for name in ("ring", "heads", "strided"):
         inputs, given = made(name)
@@ -228,6 +254,18 @@ def test_what_is_refused():
         sa.causal() & sa.topk(1, block=2, block_q=1, eligible=sa.causal()),
     )
     refused(NotImplementedError, "several queries", sa.causal() & sa.topk(1, block=2))
+    single = {"block": 1, "block_q": 1, "eligible": sa.causal()}
+    columns = sa.causal() & sa.topk(share(0.5), **single)
+    refused(NotImplementedError, "depends on the length", columns)
+    late = sa.where(lambda q, k, h, n: (k <= q) & (k >= n // 2))
+    by_length = sa.causal() & sa.topk(1, **{**single, "eligible": late})
+    refused(NotImplementedError, "depends on the length", by_length)
+    everywhere = sa.causal() & sa.topk(1, **single, rules=rules(otherwise="eligible"))
+    refused(NotImplementedError, "depends on the length", everywhere)
+    twice = sa.bias(lambda q, k: sa.weights("x")[q] + sa.weights("x")[k])
+    floats = {"operands": {"x": jnp.ones(8)}}
+    both = sa.softmax(sa.causal(), bias=twice)
+    refused(NotImplementedError, "at the query and at the key", both, **floats)
     refused(
         ValueError, "'c' at the key", sa.softmax(sa.causal(), bias=sa.key_bias("c"))
     )
@@ -254,6 +292,11 @@ def test_what_is_refused():
     misfit("from 0 to the 2 tokens", cache=ragged, lengths=np.array([3]))
     documents = sa.init_cache(sa.causal() & sa.segments(), 1, 8, 1, 4)
     misfit("keeps 'kv_segment_ids', which was not given", cache=documents)
+    ids = {
+        "q_segment_ids": jnp.ones((1, 2), int),
+        "kv_segment_ids": jnp.ones((1, 1), int),
+    }
+    misfit("entries for the new tokens, \\(1, 2\\)", cache=documents, **ids)
     recurrent = sa.init_cache(sa.linear(), 1, 8, 1, 4, ragged=True)
     with pytest.raises(NotImplementedError, match="tokens that do not exist"):
         sa.prefill(recurrent, *[x[:, :2]] * 3, lengths=jnp.array([1]))

@@ -51,6 +51,22 @@ def test_an_array_is_the_same_as_an_integer(name):
             np.testing.assert_allclose(run(given), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("lists", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_choices_of_each_query_follow_a_position(lists):
+    """Also beyond the keys, where a window of eligible keys is partly gone."""
+    q, k, v = arrays()
+    near = sa.causal() & sa.window(12)
+    spec = near & sa.topk(3, block=2, block_q=1, eligible=near)
+    options = {"config": sa.KernelConfig(lists=lists)}
+    run = jax.jit(lambda at: sa.attention(q, k, v, spec, q_offset=at, **options))
+    for at in (0, 9, KEYS - QUERIES, KEYS + 4):
+        expected = sa.attention(q, k, v, spec, q_offset=at, **options)
+        np.testing.assert_allclose(run(jnp.int32(at)), expected, atol=1e-6)
+    each = run(jnp.array([9, KEYS + 4]))
+    alone = [sa.attention(q, k, v, spec, q_offset=x)[i] for i, x in enumerate((9, 41))]
+    np.testing.assert_allclose(each, jnp.stack(alone), atol=1e-6)
+
+
 def test_each_batch_entry_has_its_own_position():
     q, k, v = arrays()
     spec = SPECS["window and sinks"]
