@@ -260,7 +260,7 @@ class Backend(Protocol):
         """The default block sizes for ``lengths`` (queries, keys) and head sizes."""
         ...
 
-    def prepare(self, masks: Masks, call: Call) -> Any:
+    def prepare(self, masks: Masks, call: Call, inputs: Inputs) -> Any:
         """Converts the block masks to the lists of this backend, a pytree of arrays.
 
         It runs outside of differentiation, and on host arrays if the plan is static.

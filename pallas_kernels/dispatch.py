@@ -52,12 +52,12 @@ def attend(
     if call.values is not None:
         # Passes in plain JAX read v: all of them on a CPU, and the gradient of scores.
         inputs = inputs._replace(v=of_keys(inputs.k, call.values))
-    lists = BACKENDS[impl].prepare(masks, call)
+    lists = BACKENDS[impl].prepare(masks, call, inputs)
     tests = masks.forward.test_of_head
     if impl == "xla":
         found = primitive.attend(call, *alike((inputs, vectors, tests, lists)))
         return found.outputs
-    scores = xla.prepare(masks, call) if call.learned_scores else None
+    scores = xla.prepare(masks, call, inputs) if call.learned_scores else None
     every = CallLists(lists, tests, scores)
     return _attend(impl, call, *alike((inputs, vectors, every))).outputs
 

@@ -20,9 +20,9 @@ from pallas_kernels.linear.chunk import ChunkKeys, State, advance, of_chunk, wri
 from pallas_kernels.linear.inverse import kernel_solve
 from pallas_kernels.linear.marks import Marks, Pair
 from pallas_kernels.linear.products import Ops, kernel_dot, plain_dot, swapped_halves
-from pallas_kernels.tpu.launch import block_index
 from pallas_kernels.tpu.operands import to_column, to_row
 from pallas_kernels.tpu.runs import LANES
+from pallas_kernels.tpu.walk import block_index
 from pallas_kernels.varying import shape_like
 
 SUBLANES = 8

@@ -5,6 +5,7 @@ which the TPU lowering does not support.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -76,11 +77,9 @@ def _fold_plan(
     first_row = of_heads(plan.first_row, batched.first_row)
     test_of_head = of_heads(plan.test_of_head, batched.test_of_head)
     offset = jnp.arange(size, dtype=jnp.int32)[:, None] * table.shape[1]
-    return TpuPlan(
-        test_of_head.reshape(-1),
-        (first_row + offset).reshape(-1),
-        None,
-        None,
-        _fold(table),
-        plan.sizes,
+    return replace(
+        plan,
+        test_of_head=test_of_head.reshape(-1),
+        first_row=(first_row + offset).reshape(-1),
+        table=_fold(table),
     )

@@ -17,11 +17,13 @@ from pallas_kernels.call import Call, Inputs, Kept, Vectors
 from pallas_kernels.pages import Pages
 from pallas_kernels.tpu import operands
 from pallas_kernels.tpu.batching import Arrays, foldable
-from pallas_kernels.tpu.launch import BlockOperand, Launch, Step, launch
+from pallas_kernels.tpu.launch import Launch, launch
 from pallas_kernels.tpu.operands import PairOperands, SideOperands
 from pallas_kernels.tpu.pair_test import PairTest, pair_test
-from pallas_kernels.tpu.runs import LANES, TpuLists, TpuPlan
+from pallas_kernels.tpu.plans import TpuLists
+from pallas_kernels.tpu.runs import LANES, TpuPlan
 from pallas_kernels.tpu.scores import AddedScores, added_scores, pair_operands
+from pallas_kernels.tpu.walk import BlockOperand, Step
 from pallas_kernels.varying import shape_like
 
 
@@ -75,7 +77,6 @@ def forward_rows(
     of = Launch(
         name="sadsl_forward",
         heads=heads,
-        members=1,
         row_block=sizes.block_q,
         stream_block=sizes.block_kv,
         rows=(

@@ -11,8 +11,8 @@ from pallas_kernels import dropout
 from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Inputs, PairBits, Vectors
 from pallas_kernels.tpu import bit_tiles, bit_words
-from pallas_kernels.tpu.launch import BlockOperand, HeadOf, TileOperand
 from pallas_kernels.tpu.runs import TpuSizes
+from pallas_kernels.tpu.walk import BlockOperand, HeadOf, TileOperand
 
 
 class SideOperands(NamedTuple):

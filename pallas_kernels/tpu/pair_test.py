@@ -10,10 +10,10 @@ from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Vectors
 from pallas_kernels.tpu import bit_tiles, bit_words, operands, packed_test
 from pallas_kernels.tpu.bit_tiles import BitForm
-from pallas_kernels.tpu.launch import Step
 from pallas_kernels.tpu.operands import SideOperands
 from pallas_kernels.tpu.packed_test import Packed, Position
 from pallas_kernels.tpu.runs import TpuSizes
+from pallas_kernels.tpu.walk import Step
 
 
 @dataclass(frozen=True)

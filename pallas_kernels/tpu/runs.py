@@ -1,14 +1,14 @@
 """Converts block masks to the run lists that TPU kernels read from scalar memory."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.block_mask import BlockMask
-from pallas_kernels.call import Call, Masks
+from pallas_kernels.call import Call
 
 # The bytes of scalar memory that one plan may use. Every TPU so far has 1 MiB.
 SCALAR_BYTES = 900_000
@@ -55,27 +55,6 @@ class TpuPlan:
     sizes: TpuSizes = field(metadata={"static": True})
 
 
-class TpuLists(NamedTuple):
-    """The plans of the three kernels."""
-
-    forward: TpuPlan
-    dq: TpuPlan
-    dkv: TpuPlan
-
-
-def prepare(masks: Masks, call: Call) -> TpuLists:
-    """The plans of the three kernels. A traced plan has the form of a table.
-
-    Raises:
-      ValueError: a block size that the chip does not support, or no ``max_runs``.
-      NotImplementedError: the runs of one row do not fit scalar memory.
-    """
-    if call.interpret is False:
-        for name, mask in masks._asdict().items():
-            _check_blocks(name, mask)
-    return TpuLists(*(_plan(mask) for mask in masks))
-
-
 def plan_of_rows(mask: BlockMask, call: Call) -> TpuPlan:
     """The plan of a forward kernel whose rows may be one block of fewer than LANES.
 
@@ -85,11 +64,16 @@ def plan_of_rows(mask: BlockMask, call: Call) -> TpuPlan:
     """
     if call.interpret is False:
         one = mask.num_rows == 1 and mask.block_q % SUBLANES == 0
-        _check_blocks("forward", replace(mask, block_q=LANES) if one else mask)
-    return _plan(mask)
+        check_blocks("forward", replace(mask, block_q=LANES) if one else mask)
+    return plan(mask)
 
 
-def _check_blocks(name: str, mask: BlockMask) -> None:
+def check_blocks(name: str, mask: BlockMask) -> None:
+    """Refuses blocks that are not whole registers.
+
+    Raises:
+      ValueError: a block size that the chip does not support.
+    """
     for axis, size in {"block_q": mask.block_q, "block_kv": mask.block_kv}.items():
         if size % LANES:
             raise ValueError(
@@ -99,25 +83,62 @@ def _check_blocks(name: str, mask: BlockMask) -> None:
             )
 
 
-def _plan(mask: BlockMask) -> TpuPlan:
-    sizes = TpuSizes(
+def sizes_of(mask: BlockMask) -> TpuSizes:
+    """The static sizes of a mask."""
+    return TpuSizes(
         mask.q_seq_len, mask.kv_seq_len, mask.block_q, mask.block_kv, mask.num_rows
     )
+
+
+def is_static(mask: BlockMask) -> bool:
+    """Whether all arrays of a mask are known when the call is traced."""
     arrays = (mask.row_ptr, mask.run_start, mask.run_stop, mask.run_full)
-    static = all(isinstance(x, np.ndarray) for x in (*arrays, mask.map_of_head))
-    xp: Any = np if static else jnp
-    test_of_head = xp.asarray(mask.test_of_head, np.int32)
-    first_row = xp.asarray(mask.map_of_head, np.int32) * np.int32(mask.num_rows)
-    run_start, run_stop, run_full = (xp.asarray(x, np.int32) for x in arrays[1:])
-    first = run_start * 2 + (run_full != 0).astype(np.int32)
-    words = xp.stack([first, run_stop], axis=-1)
+    return all(isinstance(x, np.ndarray) for x in (*arrays, mask.map_of_head))
+
+
+def plan(mask: BlockMask) -> TpuPlan:
+    """The plan of a kernel with the rows of ``mask``. A traced plan is a table.
+
+    Raises:
+      ValueError: a traced mask without ``max_runs``.
+      NotImplementedError: the runs of one row do not fit scalar memory.
+    """
+    xp: Any = np if is_static(mask) else jnp
+    test_of_head, first_row = _heads(mask, xp)
+    words = _words(mask, xp)
     ptr = xp.asarray(mask.row_ptr, np.int32)
-    if static and ptr.nbytes + words.nbytes + 2 * first_row.nbytes <= SCALAR_BYTES:
-        # An array in scalar memory cannot be empty.
-        runs = words.reshape(-1) if words.size else np.zeros(2, np.int32)
-        return TpuPlan(test_of_head, first_row, ptr, runs, None, sizes)
-    table = _table(mask, ptr, words, xp)
-    return TpuPlan(test_of_head, first_row, None, None, table, sizes)
+    size = ptr.nbytes + words.nbytes + 2 * first_row.nbytes
+    if not is_static(mask) or size > SCALAR_BYTES:
+        return table_plan(mask)
+    # An array in scalar memory cannot be empty.
+    runs = words.reshape(-1) if words.size else np.zeros(2, np.int32)
+    return TpuPlan(test_of_head, first_row, ptr, runs, None, sizes_of(mask))
+
+
+def table_plan(mask: BlockMask) -> TpuPlan:
+    """``plan`` as a table.
+
+    Raises:
+      ValueError, NotImplementedError: as ``plan``.
+    """
+    xp: Any = np if is_static(mask) else jnp
+    ptr = xp.asarray(mask.row_ptr, np.int32)
+    table = _table(mask, ptr, _words(mask, xp), xp)
+    return TpuPlan(*_heads(mask, xp), None, None, table, sizes_of(mask))
+
+
+def _heads(mask: BlockMask, xp: Any) -> tuple[Any, Any]:
+    """``TpuPlan.test_of_head`` and ``first_row``."""
+    first_row = xp.asarray(mask.map_of_head, np.int32) * np.int32(mask.num_rows)
+    return xp.asarray(mask.test_of_head, np.int32), first_row
+
+
+def _words(mask: BlockMask, xp: Any) -> Any:
+    """The two words of each run, ``[runs, 2]``."""
+    arrays = (mask.run_start, mask.run_stop, mask.run_full)
+    run_start, run_stop, run_full = (xp.asarray(x, np.int32) for x in arrays)
+    first = run_start * 2 + (run_full != 0).astype(np.int32)
+    return xp.stack([first, run_stop], axis=-1)
 
 
 def _table(mask: BlockMask, ptr: Any, words: Any, xp: Any) -> Any:

@@ -11,9 +11,9 @@ from pallas_kernels import pair_values
 from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, PairValues, ScoreValues, Vectors
 from pallas_kernels.tpu import operands
-from pallas_kernels.tpu.launch import Step, TileOperand
 from pallas_kernels.tpu.operands import PairOperands
 from pallas_kernels.tpu.runs import TpuSizes
+from pallas_kernels.tpu.walk import Step, TileOperand
 
 # The rows (sublanes) of a vector register, and the number of shifted copies of a strip.
 SUBLANES = 8

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int32
 
 from pallas_kernels import bits
 from pallas_kernels.block_mask import BlockMask
-from pallas_kernels.call import Call, Masks, PairBits, Vectors
+from pallas_kernels.call import Call, Inputs, Masks, PairBits, Vectors
 from pallas_kernels.pages import place_in_page
 from pallas_kernels.triton import tiles
 
@@ -81,12 +81,13 @@ class TritonLists(NamedTuple):
     dkv: TritonPlan
 
 
-def prepare(masks: Masks, call: Call) -> TritonLists:
+def prepare(masks: Masks, call: Call, inputs: Inputs) -> TritonLists:
     """The plans of the three kernels; traced run lists are used unchanged.
 
     Raises:
       ValueError: a block size or number of warps that Triton does not support.
     """
+    del inputs
     chosen = call.tiles.forward, call.tiles.dq, call.tiles.dkv
     for mask, tile in zip(masks, chosen, strict=True):
         tiles.check(mask, tile)

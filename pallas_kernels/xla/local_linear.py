@@ -47,7 +47,7 @@ from pallas_kernels.xla.local_linear_rows import (
 )
 from pallas_kernels.xla.rows import Blocks, each_row
 from pallas_kernels.xla.walk_types import XlaLists, XlaPlan
-from pallas_kernels.xla.walks import prepare
+from pallas_kernels.xla.walks import lists_of
 
 
 class Points(NamedTuple):
@@ -93,7 +93,7 @@ def attend(
     The first two have gradients, in reverse mode. It works under ``jit``, ``vmap``,
     ``jax.checkpoint`` and ``shard_map``.
     """
-    lists, tests = prepare(masks, call), masks.forward.test_of_head
+    lists, tests = lists_of(masks), masks.forward.test_of_head
     args = alike((points, of_pairs, tests, lists))
     return _attend(call, accuracy, *args)[:3]
 

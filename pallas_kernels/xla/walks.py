@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from pallas_kernels.block_mask import BlockMask
-from pallas_kernels.call import Call, Masks
+from pallas_kernels.call import Call, Inputs, Masks
 from pallas_kernels.xla.walk_types import Chunks, Long, Short, Walk, XlaLists, XlaPlan
 
 # The number of keys that one step processes. A row of up to SHORT keys takes one
@@ -27,9 +27,14 @@ MOST_LOOPS = 3
 CHUNK_OVERHEAD = 6
 
 
-def prepare(masks: Masks, call: Call) -> XlaLists:
-    """The plans of a call. The backward pass takes the rows of ``masks.dq``."""
-    del call
+def prepare(masks: Masks, call: Call, inputs: Inputs) -> XlaLists:
+    """The plans of a call, which depend on its masks alone."""
+    del call, inputs
+    return lists_of(masks)
+
+
+def lists_of(masks: Masks) -> XlaLists:
+    """The plans of some masks. The backward pass takes the rows of ``masks.dq``."""
     forward = plan(masks.forward)
     backward = forward if masks.dq is masks.forward else plan(masks.dq)
     maps = head_maps(masks.forward)

@@ -67,7 +67,7 @@ def test_values_and_gradients(case):
     ids=str,
 )
 def test_rows_of_several_shapes(case):
-    lists = xla.prepare(case.masks(), case.call())
+    lists = xla.lists_of(case.masks())
     assert len(lists.forward.walks[0].short) > 1
     case.check("xla")
 
@@ -80,7 +80,7 @@ def test_rows_of_several_shapes(case):
 def test_long_rows(pattern):
     cap = 3.0 if pattern.name == "sinks" else None
     case = Case(pattern=pattern, q_heads=4, dim_v=24, soft_cap=cap)
-    lists = xla.prepare(case.masks(), case.call())
+    lists = xla.lists_of(case.masks())
     assert all(walk.long and not walk.short for walk in lists.forward.walks)
     case.check("xla")
 

@@ -1,0 +1,36 @@
+"""The TPU that code is traced for, and its sizes."""
+
+import jax
+
+# The bytes of vector memory of a core, by device kind. The kernels of an unknown chip
+# use no more than a quarter of the least.
+_MIB = 1 << 20
+VMEM_BYTES = {
+    "TPU v4": 16 * _MIB,
+    "TPU v5 lite": 128 * _MIB,
+    "TPU v5e": 128 * _MIB,
+    "TPU v5": 64 * _MIB,
+    "TPU v5p": 64 * _MIB,
+    "TPU v6 lite": 128 * _MIB,
+    "TPU v6e": 128 * _MIB,
+    "TPU7x": 64 * _MIB,
+}
+
+
+def device_kind() -> str | None:
+    """The kind of the TPU that code is traced for; None if it is not known.
+
+    It is that of the abstract mesh that is set (``sa.lower`` sets one), or that of the
+    default device.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.device_kind
+    if jax.default_backend() == "tpu":
+        return jax.devices()[0].device_kind
+    return None
+
+
+def vmem_bytes() -> int:
+    """The bytes of vector memory of the chip; 64 MiB if the chip is not known."""
+    return VMEM_BYTES.get(device_kind() or "", 64 * _MIB)
