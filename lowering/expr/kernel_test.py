@@ -9,6 +9,7 @@ from jax import lax
 
 from lowering import ir
 from lowering.expr.evaluate import Jax, evaluate
+from lowering.expr.sides import sides_apart
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,16 @@ class KernelPredicate:
         bits: tuple = (),
     ) -> Any:
         """Bools that broadcast over ``q_ids`` and ``k_ids``: see ``call.Predicate``."""
-        vectors = (*q_vectors, *kv_vectors)
+        vectors, maps = (*q_vectors, *kv_vectors), _apart(self.maps)
         at = Jax(
             q_ids, k_ids, map_index,
             q_vectors=q_vectors, kv_vectors=kv_vectors, bits=bits,
         )  # fmt: skip
-        if len(self.maps) == 1:
-            return evaluate(self.maps[0], at)
+        if len(maps) == 1:
+            return evaluate(maps[0], at)
         if isinstance(map_index, int):
-            return evaluate(self.maps[map_index], at)
-        joined = join(self.maps)
+            return evaluate(maps[map_index], at)
+        joined = join(maps)
         if joined is not None:
             return evaluate(joined, at)
         shape = jnp.broadcast_shapes(
@@ -53,7 +54,12 @@ class KernelPredicate:
             held = lambda: jnp.broadcast_to(evaluate(node, at), shape)
             return lambda: held().astype(jnp.int32)
 
-        return lax.switch(map_index, [branch(node) for node in self.maps]) != 0
+        return lax.switch(map_index, [branch(node) for node in maps]) != 0
+
+
+@lru_cache(maxsize=256)
+def _apart(maps: tuple[ir.Pred, ...]) -> tuple[ir.Pred, ...]:
+    return tuple(map(sides_apart, maps))
 
 
 @lru_cache(maxsize=256)

@@ -45,7 +45,7 @@ def simplify(node: ir.Pred) -> ir.Pred:
 
 def integer(node: ir.Expr) -> ir.Expr:
     """An equal expression in normal form."""
-    return _build(*sum_of(node))
+    return build(*sum_of(node))
 
 
 def sum_of(node: ir.Expr) -> tuple[Sum, int]:
@@ -103,7 +103,7 @@ def _floor_div(a: tuple[Sum, int], n: int) -> tuple[Sum, int]:
     outside = whole, a[1] // n
     if not rest:
         return outside
-    inner = _build(rest, a[1] % n)
+    inner = build(rest, a[1] % n)
     quotient: tuple[Sum, int]
     low, high = span(inner)
     if low is not None and high is not None and low // n == high // n:
@@ -126,7 +126,7 @@ def _mod(a: tuple[Sum, int], n: int) -> tuple[Sum, int]:
     rest = {x: (f - n if f > n // 2 else f) for x, f in rest.items()}
     if not rest:
         return {}, a[1] % n
-    inner = _build(rest, a[1] % n)
+    inner = build(rest, a[1] % n)
     low, high = span(inner)
     if low is not None and high is not None and low // n == high // n:
         return _plus(sum_of(inner), ({}, -n * (low // n)))
@@ -144,12 +144,12 @@ def _pick(
     if not difference:
         first_is_smaller = constant <= 0
         return a if first_is_smaller == (kind is ir.Min) else b
-    low, high = span(_build(difference, constant))
+    low, high = span(build(difference, constant))
     if high is not None and high <= 0:
         return a if kind is ir.Min else b
     if low is not None and low >= 0:
         return b if kind is ir.Min else a
-    return {kind(_build(*a), _build(*b)): 1}, 0
+    return {kind(build(*a), build(*b)): 1}, 0
 
 
 def _key(atom: ir.Expr) -> tuple[bool, str]:
@@ -167,7 +167,7 @@ def _short_table(node: ir.Node) -> ir.Node | None:
     return None
 
 
-def _build(total: Sum, constant: int) -> ir.Expr:
+def build(total: Sum, constant: int) -> ir.Expr:
     """The sum as an expression: positive factors first, then by name."""
     order = sorted(total.items(), key=lambda xf: (xf[1] < 0, _key(xf[0])))
     parts = [x if f == 1 else ir.Mul(x, f) for x, f in order]
@@ -192,7 +192,7 @@ def _le(a: ir.Expr, b: ir.Expr) -> ir.Pred:
     common = gcd(*total.values())
     total = {x: f // common for x, f in total.items()}
     bound = -constant // common
-    low, high = span(_build(total, 0))
+    low, high = span(build(total, 0))
     if high is not None and high <= bound:
         return ir.Bool(True)
     if low is not None and low > bound:
@@ -202,7 +202,7 @@ def _le(a: ir.Expr, b: ir.Expr) -> ir.Pred:
             return _le(e, ir.Const(bound * n + n - 1))
         case [(ir.FloorDiv(e, n), -1)]:  # e // n >= -b  iff  e >= -b n
             return _le(ir.Const(-bound * n), e)
-    return ir.Le(_build(total, 0), ir.Const(bound))
+    return ir.Le(build(total, 0), ir.Const(bound))
 
 
 # a == b  iff  a - b == 0
@@ -219,7 +219,7 @@ def _eq(a: ir.Expr, b: ir.Expr) -> ir.Pred:
     # One of the two signs, so that equal conditions are equal nodes.
     sign = -1 if total[min(total, key=_key)] < 0 else 1
     total = {x: f * sign for x, f in total.items()}
-    left, right = _build(total, 0), sign * -constant // common
+    left, right = build(total, 0), sign * -constant // common
     low, high = span(left)
     if (low is not None and right < low) or (high is not None and right > high):
         return ir.Bool(False)
@@ -254,7 +254,7 @@ def _in(a: ir.Expr, values: tuple[int, ...]) -> ir.Pred:
         return ir.Bool(0 in shifted)
     if not shifted:
         return ir.Bool(False)
-    expr = _build(total, 0)
+    expr = build(total, 0)
     if len(shifted) == 1:
         return _eq(expr, ir.Const(shifted[0]))
     if shifted[-1] - shifted[0] == len(shifted) - 1:
@@ -366,7 +366,7 @@ def _opposed(terms: tuple[ir.Pred, ...], *, neutral: bool) -> bool:
 
 
 def _minus(expr: ir.Expr) -> ir.Expr:
-    return _build(*_scale(sum_of(expr), -1))
+    return build(*_scale(sum_of(expr), -1))
 
 
 def _facts(terms: tuple[ir.Pred, ...], *, neutral: bool) -> dict[ir.Expr, int]:
