@@ -70,8 +70,8 @@ def bench(asked: flags.FlagValues, spec: Spec) -> CommandResult:
             _check_memory(side, needed)
     difference = None
     if baseline.same:
-        both = (ready[PASSES[0], side](*inputs) for side in (OURS, DENSE))
-        difference = _difference(*both, baseline.mask)
+        ours, dense = (ready[PASSES[0], side](*inputs) for side in (OURS, DENSE))
+        difference = _difference(ours, dense, baseline.mask)
     passes = []
     for name in PASSES:
         runs = {side: ready[name, side] for side in (OURS, DENSE)}
@@ -180,7 +180,7 @@ def _difference(ours: Any, dense: Any, mask: np.ndarray | None) -> float:
     apart = np.abs(np.asarray(ours, np.float64) - np.asarray(dense, np.float64))
     if mask is None:
         return float(apart.max())
-    sees = mask.any(axis=-1).transpose(0, 2, 1)[..., None]
+    sees = np.moveaxis(np.asarray(mask.any(axis=-1)), 1, 2)[..., None]
     return float(np.max(np.where(sees, apart, 0)))
 
 

@@ -1,7 +1,8 @@
 """The spec, the arrays and the lowered call that the words and flags describe."""
 
+import os
 import re
-import textwrap
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from pallas_kernels.config import KernelConfig
 from sadsl.analysis.lowered import Lowered, lower
 from sadsl.terms.base import Spec
 from sadsl.text.files import from_json
-from sadsl.text.parsing import parse
+from sadsl.text.parsing import CALLS, parse
 from sadsl.text.specs import any_term
 
 SEGMENT_IDS = "q_segment_ids", "kv_segment_ids"
-ARRAY = re.compile(r"(?P<name>.+)=(?P<dtype>[a-z]+\d+)\[(?P<shape>[\d, ]*)\]")
+ARRAY = re.compile(r"(?P<name>.+)=(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d, ]*)\]")
+UNKNOWN = re.compile(r"(?P<what>.* unknown name '(?P<name>\w+)'); known are ")
 
 
 def read_spec(word: str) -> Spec:
@@ -31,8 +33,16 @@ def read_spec(word: str) -> Spec:
         return from_json(text, word) if text.lstrip().startswith("{") else parse(text)
     except ValueError as error:
         # The other lines repeat the text, which the user has just written.
-        first = str(error).splitlines()[0]
-        raise ValueError(textwrap.shorten(first, 160, placeholder=" ...")) from error
+        raise ValueError(_with_near_name(str(error).splitlines()[0])) from error
+
+
+def _with_near_name(line: str) -> str:
+    """``line``, with the nearest known name instead of the list of all names."""
+    match = UNKNOWN.match(line)
+    if match is None:
+        return line
+    near = get_close_matches(match["name"], CALLS, n=1)
+    return f"{match['what']}" + (f": did you mean {near[0]!r}?" if near else "")
 
 
 def _content(path: Path) -> str:
@@ -73,7 +83,7 @@ def lowered(spec: Spec, asked: flags.FlagValues, *, gradient: bool = False) -> L
     Raises:
       ValueError, NotImplementedError: as ``sadsl.lower``.
     """
-    if asked.target and jax.config.jax_platforms is None:
+    if asked.target and not os.environ.get("JAX_PLATFORMS"):
         # Nothing runs, and starting a TPU that is not there prints warnings.
         jax.config.update("jax_platforms", "cpu")
     q, k, v = arrays(asked)

@@ -106,7 +106,7 @@ def _code(target: str, found: dict[str, str | None]) -> str | None:
 
 def _caches() -> dict[str, str | None]:
     """Where compiled programs are kept, by who keeps them; None keeps none."""
-    return {"jax": jax.config.jax_compilation_cache_dir}
+    return {"jax": jax.config.jax_compilation_cache_dir}  # type: ignore[missing-attribute]
 
 
 def _text(values: dict[str, Any]) -> str:

@@ -141,6 +141,8 @@ COMMANDS = {
     )
 }  # fmt: skip
 HELP = {"--help", "-h"}
+# As shells have it: 128, and 2 for the signal.
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(name, error, 2)
     except RuntimeError as error:
         return _failed(name, error, 1)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
 
 
@@ -183,7 +187,7 @@ def _output(args: list[str]) -> str:
     asked, words = command.parse(rest)
     found = command.run(asked, *_specs(command, words))
     if asked.json:
-        return json.dumps(found.values, indent=2, default=_plain)
+        return json.dumps(found.values, indent=2)
     return found.text
 
 
@@ -198,11 +202,6 @@ def _specs(command: Command, words: list[str]) -> list[Any]:
         f"unexpected {words[wanted]!r}: "
         + ("write the SPEC in quotes" if wanted else "this command takes flags only")
     )
-
-
-def _plain(value: Any) -> Any:
-    """A NumPy scalar as a number of Python."""
-    return value.item()
 
 
 def _help() -> str:

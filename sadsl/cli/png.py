@@ -8,7 +8,7 @@ from sadsl.run.plans import plan
 
 # Up to so many positions the picture shows pairs, beyond them blocks, so many a side.
 MOST_PAIRS, BLOCKS = 512, 512
-DOTS_PER_INCH = 150
+INCHES, DOTS_PER_INCH = (4.2, 4.2), 150
 
 
 def save(
@@ -21,11 +21,11 @@ def save(
         spec, *lengths, num_heads=num_heads, block_q=block, block_kv=block,
         exact=True, relayout=False,
     )  # fmt: skip
+    figure, ax = plt.subplots(figsize=INCHES, layout="constrained")
     if block == 1 and not found.operands:
-        axes = plot.pattern(spec, *lengths, head=head, num_heads=num_heads)
+        plot.pattern(spec, *lengths, head=head, num_heads=num_heads, ax=ax)
     else:
-        axes = plot.blocks(found, map_index=int(found.mask.map_of_head[head]))
-    figure = axes.get_figure(root=True)
+        plot.blocks(found, map_index=int(found.mask.map_of_head[head]), ax=ax)
     try:
         figure.savefig(path, dpi=DOTS_PER_INCH)
     finally:

@@ -42,7 +42,7 @@ def show(asked: flags.FlagValues, spec: Spec) -> CommandResult:
             block_q=block, block_kv=block, exact=True, relayout=False,
         )  # fmt: skip
     kinds = expand(found.mask)[int(found.mask.map_of_head[asked.head])]
-    rows = ["".join(CHARACTERS[kind] for kind in row) for row in kinds]
+    rows: list[str] = ["".join(CHARACTERS[kind] for kind in row) for row in kinds]
     values = {
         "spec": repr(spec),
         "q_seq_len": asked.seq_len,
