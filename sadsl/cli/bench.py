@@ -6,7 +6,7 @@ the two times of one round.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,25 +59,16 @@ def bench(asked: flags.FlagValues, spec: Spec) -> CommandResult:
         baseline = _baseline(spec, asked, ids)
     inputs = _inputs(asked, baseline)
     sides = _sides(spec, asked, baseline, ids)
-    ready = {}
-    for number, name in enumerate(PASSES):
-        for side, functions in sides.items():
-            with progress(f"compiling {side}, {name}"):
-                ready[name, side] = functions[number].lower(*inputs).compile()
-    temporary = {key: _temporary(f) for key, f in ready.items()}
-    if jax.default_backend() == "cpu":
-        for (_, side), needed in temporary.items():
-            _check_memory(side, needed)
+    ready = {side: _compiled(side, f, inputs) for side, f in sides.items()}
     difference = None
     if baseline.same:
-        ours, dense = (ready[PASSES[0], side](*inputs) for side in (OURS, DENSE))
+        ours, dense = (ready[side][0](*inputs) for side in (OURS, DENSE))
         difference = _difference(ours, dense, baseline.mask)
     passes = []
-    for name in PASSES:
-        runs = {side: ready[name, side] for side in (OURS, DENSE)}
+    for number, name in enumerate(PASSES):
+        runs = {side: of[number] for side, of in ready.items()}
         ms = _alternating(runs, inputs, asked.rounds, name)
-        held = {side: temporary[name, side] for side in runs}
-        passes.append(_figures(name, ms, held))
+        passes.append(_figures(name, ms, {s: _temporary(f) for s, f in runs.items()}))
     values = {
         "machine": {"cpu": machine.cpu(), "devices": machine.devices()},
         "jax": jax.__version__,
@@ -155,7 +146,23 @@ def _sides(
         # What a side does not read is no argument of the compiled program.
         return jax.jit(forward), jax.jit(gradient)
 
-    return {OURS: passes(ours), DENSE: passes(dense)}
+    # Dense attention comes first, since it is what may not fit into memory.
+    return {DENSE: passes(dense), OURS: passes(ours)}
+
+
+def _compiled(side: str, functions: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    """The passes of a side as compiled programs.
+
+    Raises:
+      ValueError: one needs more memory than is free.
+    """
+    found = []
+    for name, function in zip(PASSES, functions, strict=True):
+        with progress(f"compiling {side}, {name}"):
+            found.append(function.lower(*inputs).compile())
+        if jax.default_backend() == "cpu":
+            _check_memory(side, _temporary(found[-1]))
+    return found
 
 
 def _temporary(compiled: Any) -> int:

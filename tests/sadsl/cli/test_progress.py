@@ -3,6 +3,8 @@
 import io
 import time
 
+import pytest
+
 from sadsl.cli.progress import progress
 
 
@@ -37,9 +39,9 @@ def test_a_file_gets_nothing():
 
 def test_an_error_passes_and_the_line_goes():
     out = Terminal()
-    try:
-        with progress("planning", stream=out, patience=10.0):
-            raise ValueError("refused")
-    except ValueError as error:
-        assert str(error) == "refused"
+    with (
+        pytest.raises(ValueError, match="refused"),
+        progress("planning", stream=out, patience=10.0),
+    ):
+        raise ValueError("refused")
     assert out.getvalue() == ""
