@@ -22,33 +22,33 @@ CUDA_PLUGINS = "jax-cuda13-plugin", "jax-cuda12-plugin"
 
 
 @dataclass(frozen=True)
-class Part:
-    """Something to install: ``gives`` says what for, ``command`` how."""
+class Tool:
+    """A package or a program: ``gives`` says what it is for, ``command`` adds it."""
 
     name: str
     gives: str
     command: str
-    # Distributions of which one is enough; for tools, see ``_tool``.
+    # Distributions of which one is enough; empty for a program of CUDA.
     packages: tuple[str, ...] = ()
 
     @property
     def found(self) -> str | None:
-        """The version of the package or the path of the tool; None if it is absent."""
+        """The version of the package or the path of the program, if it is here."""
         if not self.packages:
             return _tool(self.name)
         return next(filter(None, map(_version, self.packages)), None)
 
 
-PARTS = (
-    Part("sadsl", "", "", ("sadsl",)),
-    Part("jax", "", "", ("jax",)),
-    Part("jaxlib", "", "", ("jaxlib",)),
-    Part("flax", "sadsl.layers", "pip install flax", ("flax",)),
-    Part("matplotlib", "pictures, --png", "pip install matplotlib", ("matplotlib",)),
-    Part("libtpu", "code of TPUs", "pip install libtpu", ("libtpu",)),
-    Part("CUDA plugin", "NVIDIA GPUs, PTX", "pip install 'jax[cuda13]'", CUDA_PLUGINS),
-    Part("ptxas", "registers, spills", "pip install nvidia-cuda-nvcc"),
-    Part("nvdisasm", "SASS", "pip install nvidia-cuda-nvdisasm"),
+TOOLS = (
+    Tool("sadsl", "", "", ("sadsl",)),
+    Tool("jax", "", "", ("jax",)),
+    Tool("jaxlib", "", "", ("jaxlib",)),
+    Tool("flax", "sadsl.layers", "pip install flax", ("flax",)),
+    Tool("matplotlib", "pictures, --png", "pip install matplotlib", ("matplotlib",)),
+    Tool("libtpu", "code of TPUs", "pip install libtpu", ("libtpu",)),
+    Tool("CUDA plugin", "NVIDIA GPUs, PTX", "pip install 'jax[cuda13]'", CUDA_PLUGINS),
+    Tool("ptxas", "registers, spills", "pip install nvidia-cuda-nvcc"),
+    Tool("nvdisasm", "SASS", "pip install nvidia-cuda-nvdisasm"),
 )
 
 
@@ -60,7 +60,7 @@ def _version(package: str) -> str | None:
 
 
 def _tool(name: str) -> str | None:
-    """The path of a tool of CUDA: on the path, or in a wheel of NVIDIA."""
+    """The path of a program of CUDA: where the shell looks, or in a wheel."""
     on_path = shutil.which(name)
     if on_path:
         return on_path
@@ -73,7 +73,7 @@ def _tool(name: str) -> str | None:
 def doctor(asked: flags.FlagValues) -> CommandResult:
     """Lists what is here, and for what is missing the command that adds it."""
     del asked
-    found = {part.name: part.found for part in PARTS}
+    found = {tool.name: tool.found for tool in TOOLS}
     with progress("starting the devices"):
         try:
             devices = machine.devices()
@@ -83,13 +83,13 @@ def doctor(asked: flags.FlagValues) -> CommandResult:
         "python": platform.python_version(),
         "cpu": machine.cpu(),
         "devices": devices,
-        "parts": found,
+        "tools": found,
         "targets": {name: _code(name, found) for name in ("cpu", *TARGETS)},
         "caches": _caches(),
         "missing": [
-            {"name": part.name, "gives": part.gives, "command": part.command}
-            for part in PARTS
-            if found[part.name] is None
+            {"name": tool.name, "gives": tool.gives, "command": tool.command}
+            for tool in TOOLS
+            if found[tool.name] is None
         ],
     }
     return CommandResult(_text(values), values)
@@ -125,14 +125,14 @@ def _text(values: dict[str, Any]) -> str:
     ]
     sections = [
         _columns(facts),
-        _columns([(p.name, values["parts"][p.name] or ABSENT, p.gives) for p in PARTS]),
+        _columns([(t.name, values["tools"][t.name] or ABSENT, t.gives) for t in TOOLS]),
         "code that `sadsl asm` shows here\n" + _columns(codes),
         "caches of compiled programs\n" + _columns(caches),
     ]
     if values["missing"]:
         rows = [
-            (part["command"], f"{part['name']}: {part['gives']}")
-            for part in values["missing"]
+            (tool["command"], f"{tool['name']}: {tool['gives']}")
+            for tool in values["missing"]
         ]
         sections.append("what is missing, and what adds it\n" + _columns(rows))
     return "\n\n".join(sections)
