@@ -96,7 +96,7 @@ def _baseline(
             words = f"is_causal={simple == causal()}"
             return Baseline(words, simple == causal(), None, True)
     if not plain:
-        words = "is_causal=True over all earlier keys, which is another function"
+        words = "is_causal=True, which is another function"
         return Baseline(words, True, None, False)
     _check_memory("the mask", asked.heads * asked.seq_len * kv_seq_len(asked))
     mask = seen.dense(asked.seq_len, kv_seq_len(asked), asked.heads, operands=ids)

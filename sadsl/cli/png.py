@@ -1,5 +1,7 @@
 """The picture of ``sadsl show --png``. Needs matplotlib (the ``viz`` extra)."""
 
+import textwrap
+
 import matplotlib.pyplot as plt
 
 from sadsl import plot
@@ -8,6 +10,7 @@ from sadsl.run.plans import plan
 
 # Up to so many positions the picture shows pairs, beyond them blocks, so many a side.
 MOST_PAIRS, BLOCKS = 512, 512
+MOST_CHARACTERS = 60
 INCHES, DOTS_PER_INCH = (4.2, 4.2), 150
 
 
@@ -21,11 +24,14 @@ def save(
         spec, *lengths, num_heads=num_heads, block_q=block, block_kv=block,
         exact=True, relayout=False,
     )  # fmt: skip
-    figure, ax = plt.subplots(figsize=INCHES, layout="constrained")
+    figure, ax = plt.subplots(figsize=MOST_CHARACTERS = 60
+INCHES, layout="constrained")
     if block == 1 and not found.operands:
         plot.pattern(spec, *lengths, head=head, num_heads=num_heads, ax=ax)
     else:
         plot.blocks(found, map_index=int(found.mask.map_of_head[head]), ax=ax)
+        text = textwrap.shorten(repr(spec), MOST_CHARACTERS, placeholder=" ...")
+        figure.suptitle(text, fontsize=9)
     try:
         figure.savefig(path, dpi=DOTS_PER_INCH)
     finally:

@@ -7,7 +7,7 @@ import numpy as np
 from absl import flags
 
 from lowering.facts.plan_counts import Plan
-from pallas_kernels.block_mask import expand
+from pallas_kernels.block_mask import PARTIAL, expand
 from sadsl.cli.call import kv_seq_len
 from sadsl.cli.command import CommandResult
 from sadsl.cli.progress import progress
@@ -53,22 +53,25 @@ def show(asked: flags.FlagValues, spec: Spec) -> CommandResult:
         "rows": rows,
         "png": asked.png,
     }
-    lines = [repr(spec), _legend(found, kinds, block), "", *_picture(rows, block)]
+    lines = [repr(spec), *_legend(found, kinds, block), "", *_picture(rows, block)]
     if asked.png:
         _save_png(asked, map_of(spec))
         lines += ["", f"written to {asked.png}"]
     return CommandResult("\n".join(lines), values)
 
 
-def _legend(found: Plan, kinds: np.ndarray, block: int) -> str:
+def _legend(found: Plan, kinds: np.ndarray, block: int) -> tuple[str, str]:
+    """The sizes, and what the characters mean."""
     q, kv = found.mask.q_seq_len, found.mask.kv_seq_len
-    text = f"{q:,} queries (down) x {kv:,} keys (across)"
-    waiting = f"decided at run time by {', '.join(found.operands)}"
+    sizes = f"{q:,} queries (down) x {kv:,} keys (across)"
+    names = ", ".join(name.removesuffix(".chosen") for name in found.operands)
+    waiting = f"decided at run time by {names}"
     if block == 1:
-        partial = f", + {waiting}" if (kinds == 1).any() else ""
-        return f"{text}: # sees{partial}, . does not see"
+        partial = f"+ {waiting}, " if (kinds == PARTIAL).any() else ""
+        return sizes, f"# sees, {partial}. does not see"
     partial = f"some, or {waiting}" if found.operands else "some"
-    return f"{text}, cells of {block:,} x {block:,}: # all pairs, + {partial}, . none"
+    cells = f", cells of {block:,} x {block:,}"
+    return sizes + cells, f"# all pairs, + {partial}, . none"
 
 
 def _picture(rows: list[str], block: int) -> list[str]:

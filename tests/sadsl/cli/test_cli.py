@@ -149,7 +149,7 @@ def test_as_a_program():
     done = subprocess.run([*program, "show", SPEC, "--seq_len", "5"],
                           capture_output=True, text=True, check=True)  # fmt: skip
     assert done.stderr == ""
-    shown = [line[2:].replace(" ", "") for line in done.stdout.splitlines()[4:]]
+    shown = [line[2:].replace(" ", "") for line in done.stdout.splitlines()[5:]]
     assert "\n".join(shown) == sa.parse(SPEC).picture(5)
     done = subprocess.run([*program, "plan"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -105,12 +105,12 @@ def test_show_draws_the_pairs(run, values):
     rows = values("show", SPEC, "--seq_len", "13", "--kv_seq_len", "17")["rows"]
     assert "\n".join(rows) == spec.picture(13, 17)
     lines = run("show", SPEC, "--seq_len", "13", "--kv_seq_len", "17").splitlines()
-    assert lines[:2] == [
-        SPEC, "13 queries (down) x 17 keys (across): # sees, . does not see",
+    assert lines[:3] == [
+        SPEC, "13 queries (down) x 17 keys (across)", "# sees, . does not see",
     ]  # fmt: skip
-    assert lines[3] == "   0       4       8       12      16"
-    assert [line[:2].strip() for line in lines[4:]][::4] == ["0", "4", "8", "12"]
-    assert [line[3:].replace(" ", "") for line in lines[4:]] == rows
+    assert lines[4] == "   0       4       8       12      16"
+    assert [line[:2].strip() for line in lines[5:]][::4] == ["0", "4", "8", "12"]
+    assert [line[3:].replace(" ", "") for line in lines[5:]] == rows
 
 
 def test_show_draws_long_maps_in_cells(values):
@@ -130,8 +130,8 @@ def test_show_draws_one_head(values):
 
 def test_show_marks_what_runs_decide(run):
     text = run("show", "causal() & segments()", "--seq_len", "3")
-    assert "+ decided at run time by kv_segment_ids, q_segment_ids" in text
-    assert [line[2:] for line in text.splitlines()[4:]] == ["+ . .", "+ + .", "+ + +"]
+    assert "# sees, + decided at run time by kv_segment_ids, q_segment_ids, ." in text
+    assert [line[2:] for line in text.splitlines()[5:]] == ["+ . .", "+ + .", "+ + +"]
 
 
 @pytest.mark.parametrize(
