@@ -24,8 +24,7 @@ def save(
         spec, *lengths, num_heads=num_heads, block_q=block, block_kv=block,
         exact=True, relayout=False,
     )  # fmt: skip
-    figure, ax = plt.subplots(figsize=MOST_CHARACTERS = 60
-INCHES, layout="constrained")
+    figure, ax = plt.subplots(figsize=INCHES, layout="constrained")
     if block == 1 and not found.operands:
         plot.pattern(spec, *lengths, head=head, num_heads=num_heads, ax=ax)
     else:

@@ -1,8 +1,11 @@
 """The command line: help, words, files, and bad input in one line."""
 
+import importlib
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import command_line
 import pytest
@@ -141,6 +144,13 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch):
 
 
 # --- as a program ---
+
+
+def test_the_package_installs_the_program():
+    project = Path(command_line.__file__).parent.parent / "pyproject.toml"
+    scripts = tomllib.loads(project.read_text())["project"]["scripts"]
+    module, name = scripts["sadsl"].split(":")
+    assert getattr(importlib.import_module(module), name) is main
 
 
 @pytest.mark.slow
