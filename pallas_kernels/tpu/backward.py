@@ -11,6 +11,7 @@ operand, and no tile is transposed.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from pallas_kernels import softmax
 from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Cotangents, Inputs, Vectors
 from pallas_kernels.tpu import operands
-from pallas_kernels.tpu.backward_launch import BackwardLaunch, Sums, launch
+from pallas_kernels.tpu.backward_launch import BackwardLaunch, BackwardSums, launch
 from pallas_kernels.tpu.batching import Arrays, foldable
 from pallas_kernels.tpu.operands import PairOperands, SideOperands
 from pallas_kernels.tpu.pair_test import PairTest, pair_test
@@ -78,10 +79,10 @@ def _run(arrays: Arrays, vectors: Vectors, plan: BackwardPlan, *, call: Call) ->
     heads, group = (batch, num_heads), num_heads // num_kv_heads
     assert group == parts.group
 
-    def own(h: jax.Array, _: jax.Array) -> jax.Array:
+    def own(h: Any, _: Any) -> Any:
         return h
 
-    def query_head(h: jax.Array, member: jax.Array) -> jax.Array:
+    def query_head(h: Any, member: Any) -> Any:
         return h * group + member
 
     def side(of: Axis, block: int) -> SideOperands:
@@ -137,7 +138,7 @@ def _run(arrays: Arrays, vectors: Vectors, plan: BackwardPlan, *, call: Call) ->
 def _kernel(
     step: Step,
     rows: tuple,
-    sums: Sums,
+    sums: BackwardSums,
     *,
     call: Call,
     added_scores: AddedScores,

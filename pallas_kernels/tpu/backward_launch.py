@@ -21,11 +21,11 @@ from pallas_kernels.tpu.backward_results import Dq, DqScratch, KeyScratch, OfKey
 from pallas_kernels.tpu.segments import BackwardPlan
 from pallas_kernels.tpu.walk import (
     BlockOperand,
+    BlockRun,
     Buffers,
-    Run,
-    Runs,
+    RowWalk,
+    RunsOfRow,
     Step,
-    Walk,
     block_index,
     buffers,
     is_operand,
@@ -55,7 +55,7 @@ class BackwardLaunch:
     interpret: Any
 
 
-class Sums(NamedTuple):
+class BackwardSums(NamedTuple):
     """The refs to which the backward kernel adds, and the keys of the row."""
 
     dq_of: Callable[[Any], Any]  # the ref of a query block, f32 [head_dim, block_q]
@@ -64,7 +64,7 @@ class Sums(NamedTuple):
     new_keys: Any  # bool: the kernel has to set them
 
 
-class _Scalars(NamedTuple):
+class _BackwardScalars(NamedTuple):
     test_of_head: Any
     first_row: Any
     first_place: Any
@@ -83,7 +83,7 @@ class _Scratch(NamedTuple):
 
 
 def launch(
-    kernel: Callable[[Step, tuple, Sums], None],
+    kernel: Callable[[Step, tuple, BackwardSums], None],
     of: BackwardLaunch,
     plan: BackwardPlan,
 ) -> tuple[jax.Array, ...]:
@@ -92,17 +92,17 @@ def launch(
     Returns the arrays ``(of.dq, *of.of_keys)``.
     """
     sizes, parts = plan.sizes, plan.segments
-    scalars = _Scalars(
+    scalars = _BackwardScalars(
         plan.test_of_head, plan.first_row, plan.first_place, plan.places,
         plan.row_runs, plan.runs,
     )  # fmt: skip
 
-    def at(scalars: _Scalars, h: Any, i: Any, g: Any) -> tuple[Any, Any]:
+    def at(scalars: _BackwardScalars, h: Any, i: Any, g: Any) -> tuple[Any, Any]:
         place = segments.place_of(plan, scalars, h, i)
         return place.column, place.chunk * jnp.int32(parts.members) + g
 
     def row_spec(x: BlockOperand) -> pl.BlockSpec:
-        def index(h: Any, i: Any, g: Any, scalars: _Scalars) -> tuple:
+        def index(h: Any, i: Any, g: Any, scalars: _BackwardScalars) -> tuple:
             column, member = at(scalars, h, i, g)
             own = x.head_of(h, member)
             if x.axis == 1:
@@ -111,7 +111,7 @@ def launch(
 
         return pl.BlockSpec((None, *x.block_shape(sizes.block_kv)), index)
 
-    def table_index(h: Any, i: Any, g: Any, scalars: _Scalars) -> tuple:
+    def table_index(h: Any, i: Any, g: Any, scalars: _BackwardScalars) -> tuple:
         column, member = at(scalars, h, i, g)
         head = _period(scalars.test_of_head, h * parts.group + member)
         return block_index(scalars.first_row[head] + column, 0, 0)
@@ -174,8 +174,8 @@ def _body(
     operands, tree = jax.tree.flatten((of.streams, of.tiles), is_leaf=is_operand)
 
     def body(
-        scalars: _Scalars, tables: tuple, rows: tuple, moving: tuple, outs: tuple,
-        scratch: _Scratch,
+        scalars: _BackwardScalars, tables: tuple, rows: tuple, moving: tuple,
+        outs: tuple, scratch: _Scratch,
     ) -> None:  # fmt: skip
         head, row, part = (pl.program_id(axis) for axis in range(3))
         place = segments.place_of(plan, scalars, head, row)
@@ -209,9 +209,9 @@ def _body(
 
         test = scalars.test_of_head[_period(scalars.test_of_head, query_head)]
         runs = _row_runs(plan, scalars, tables, query_head, row, dq.first_block)
-        walk = Walk(runs, sources, scratch.moving, tree)
+        walk = RowWalk(runs, sources, scratch.moving, tree)
         step = Step(place.column, test, walk.visit_blocks)
-        sums = Sums(dq.of_block, scratch.of_keys.sums, scratch.keys, first)
+        sums = BackwardSums(dq.of_block, scratch.of_keys.sums, scratch.keys, first)
         kernel(step, rows, sums)
 
         @pl.when(last & place.writes)
@@ -230,31 +230,31 @@ def _body(
 
 
 def _row_runs(
-    plan: BackwardPlan, scalars: _Scalars, tables: tuple, query_head: Any, row: Any,
-    begin: Any,
-) -> Runs:  # fmt: skip
+    plan: BackwardPlan, scalars: _BackwardScalars, tables: tuple, query_head: Any,
+    row: Any, begin: Any,
+) -> RunsOfRow:  # fmt: skip
     """The runs of a row. Those of a table are cut at the borders of the segment."""
     first = scalars.first_row[_period(scalars.first_row, query_head)]
     if not tables:
 
-        def in_list(j: Any) -> Run:
+        def in_list(j: Any) -> BlockRun:
             return run_of_words(lambda i: scalars.runs[i], j)
 
         at = 2 * (first + row)
-        return Runs(scalars.row_runs[at], scalars.row_runs[at + 1], in_list)
+        return RunsOfRow(scalars.row_runs[at], scalars.row_runs[at + 1], in_list)
     words = tables[0]
 
-    def in_table(j: Any) -> Run:
+    def in_table(j: Any) -> BlockRun:
         return run_of_words(lambda i: words[0, i + 1], j)
 
     count = words[0, 0]
     if plan.segments.of_head == 1:
-        return Runs(jnp.int32(0), count, in_table)
+        return RunsOfRow(jnp.int32(0), count, in_table)
     end = begin + plan.segments.blocks
 
-    def cut(j: Any) -> Run:
+    def cut(j: Any) -> BlockRun:
         start, stop, full = in_table(j)
-        return Run(jnp.maximum(start, begin), jnp.minimum(stop, end), full)
+        return BlockRun(jnp.maximum(start, begin), jnp.minimum(stop, end), full)
 
     def counted(j: Any, found: tuple) -> tuple:
         start, stop, _ = in_table(j)
@@ -262,4 +262,5 @@ def _row_runs(
         return before + (stop <= begin), until + (start < end)
 
     zero = jnp.int32(0)
-    return Runs(*lax.fori_loop(zero, count, counted, (zero, zero)), cut)
+    first_run, last_run = lax.fori_loop(zero, count, counted, (zero, zero))
+    return RunsOfRow(first_run, last_run, cut)

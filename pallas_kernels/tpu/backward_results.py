@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.segments import BackwardPlan, Segments
+from pallas_kernels.tpu.segments import BackwardPlan, QuerySegments
 
 
 class DqScratch(NamedTuple):
@@ -57,7 +57,7 @@ class Dq(NamedTuple):
     """dq of one query head in a segment."""
 
     scratch: DqScratch
-    segments: Segments
+    segments: QuerySegments
     scale: float
     segment: Any  # of the query head
     part: Any  # index of the query head in the segment

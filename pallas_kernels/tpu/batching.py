@@ -6,7 +6,7 @@ which the TPU lowering does not support.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,15 @@ from jax.custom_batching import custom_vmap
 
 from pallas_kernels.call import Vectors
 from pallas_kernels.tpu.runs import TpuPlan
+from pallas_kernels.tpu.segments import BackwardPlan
 
 Arrays = tuple[jax.Array, ...]
+PlanOf = TypeVar("PlanOf", TpuPlan, BackwardPlan)
 
 
 def foldable(
-    run: Callable[[Arrays, Vectors, TpuPlan], Arrays],
-) -> Callable[[Arrays, Vectors, TpuPlan], Arrays]:
+    run: Callable[[Arrays, Vectors, PlanOf], Arrays],
+) -> Callable[[Arrays, Vectors, PlanOf], Arrays]:
     """``run(arrays, vectors, plan)`` with a ``vmap`` rule.
 
     All arrays are ``[batch, heads, ...]``, and the first one has the query heads.
@@ -29,7 +31,7 @@ def foldable(
 
     @mapped.def_vmap
     def rule(
-        axis_size: int, in_batched: Any, arrays: Arrays, vectors: Vectors, plan: TpuPlan
+        axis_size: int, in_batched: Any, arrays: Arrays, vectors: Vectors, plan: Any
     ) -> tuple[Arrays, Any]:
         in_arrays, in_vectors, in_plan = in_batched
         batch, num_heads = arrays[0].shape[1:3] if in_arrays[0] else arrays[0].shape[:2]
@@ -62,8 +64,8 @@ def _fold_vector(x: jax.Array, batched: bool, size: int, batch: int) -> jax.Arra
 
 
 def _fold_plan(
-    plan: TpuPlan, batched: TpuPlan, size: int, batch_and_heads: tuple[int, int]
-) -> TpuPlan:
+    plan: PlanOf, batched: PlanOf, size: int, batch_and_heads: tuple[int, int]
+) -> PlanOf:
     """The plans of all examples as one: their tables, one after the other."""
     # Only traced plans differ between examples, and those are tables.
     assert plan.table is not None

@@ -5,6 +5,7 @@ that the plan lists, as in block-sparse FlashAttention (Dao et al., 2022, sectio
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,10 +61,10 @@ def forward_rows(
     # interpreter allows).
     statistics = (sizes.block_q, 1 if sizes.block_kv % LANES else LANES)
 
-    def own(h: jax.Array, _: jax.Array) -> jax.Array:
+    def own(h: Any, _: Any) -> Any:
         return h
 
-    def kv_head(h: jax.Array, _: jax.Array) -> jax.Array:
+    def kv_head(h: Any, _: Any) -> Any:
         return lax.div(h, jnp.int32(group))
 
     def side(of: Axis, block: int) -> SideOperands:

@@ -14,12 +14,12 @@ from pallas_kernels.pages import Pages
 from pallas_kernels.tpu.runs import TpuPlan
 from pallas_kernels.tpu.walk import (
     BlockOperand,
+    BlockRun,
     Buffers,
-    Run,
-    Runs,
+    RowWalk,
+    RunsOfRow,
     Step,
     TileOperand,
-    Walk,
     block_index,
     buffers,
     is_operand,
@@ -159,7 +159,7 @@ def _body(kernel: Callable, of: Launch) -> Callable[..., None]:
                 for ref, x, at in zip(moving, operands, heads, strict=True)
             ]
 
-        walk = Walk(_row_runs(scalars, tables, at, row), sources, held, tree)
+        walk = RowWalk(_row_runs(scalars, tables, at, row), sources, held, tree)
         step = Step(row, scalars.test_of_head[at], walk.visit_blocks)
         kernel(step, rows, outs, scratch)
 
@@ -176,17 +176,17 @@ def _in_page(x: BlockOperand, head: Any, of: Launch, table: Any, block: Any) -> 
     return page * heads + lax.rem(head, heads), here, slice(None)
 
 
-def _row_runs(scalars: _Scalars, tables: tuple, at: Any, row: Any) -> Runs:
+def _row_runs(scalars: _Scalars, tables: tuple, at: Any, row: Any) -> RunsOfRow:
     if tables:
         words = tables[0]
 
-        def in_table(j: Any) -> Run:
+        def in_table(j: Any) -> BlockRun:
             return run_of_words(lambda i: words[0, i + 1], j)
 
-        return Runs(jnp.int32(0), words[0, 0], in_table)
+        return RunsOfRow(jnp.int32(0), words[0, 0], in_table)
 
-    def in_list(j: Any) -> Run:
+    def in_list(j: Any) -> BlockRun:
         return run_of_words(lambda i: scalars.runs[i], j)
 
     here = scalars.first_row[at] + row
-    return Runs(scalars.row_ptr[here], scalars.row_ptr[here + 1], in_list)
+    return RunsOfRow(scalars.row_ptr[here], scalars.row_ptr[here + 1], in_list)

@@ -24,7 +24,7 @@ OPENS, CLOSES, ADDS, WRITES = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
-class Segments:
+class QuerySegments:
     """How the queries of the heads that share keys are divided into segments.
 
     A segment has ``blocks`` query blocks of ``members`` query heads. A query head has
@@ -68,7 +68,7 @@ class BackwardPlan:
     runs: Any  # [2 * runs] or None
     table: Any  # [key blocks, 1, 1 + 2 * max_runs] or None
     sizes: TpuSizes = field(metadata={"static": True})
-    segments: Segments = field(metadata={"static": True})
+    segments: QuerySegments = field(metadata={"static": True})
     num_rows: int = field(metadata={"static": True})
 
 
@@ -113,30 +113,35 @@ def plan_of(mask: BlockMask, group: int, head_dim: int) -> BackwardPlan:
     block_bytes = 4 * mask.block_q * (-(-head_dim // 8) * 8)
     most = max(1, chips.vmem_bytes() // 4 // block_bytes)
     resident = min(most, max(1, RESIDENT_BYTES // block_bytes))
-    while True:
-        segments = _segments(resident, mask, group)
-        listed = _listed(mask, segments) if runs.is_static(mask) else None
-        if listed is not None or resident == most:
+    while runs.is_static(mask):
+        listed = _listed(mask, _segments(resident, mask, group))
+        if listed is not None:
+            return listed
+        if resident == most:
             break
-        if not runs.is_static(mask):
-            resident = most
         resident = min(2 * resident, most)
-    if listed is not None:
-        return listed
-    found = runs.table_plan(mask)
+    found, segments = runs.table_plan(mask), _segments(most, mask, group)
     return BackwardPlan(
-        found.test_of_head, found.first_row, None, None, None, None, found.table,
-        found.sizes, segments, segments.count * found.sizes.num_rows,
-    )  # fmt: skip
+        test_of_head=found.test_of_head,
+        first_row=found.first_row,
+        first_place=None,
+        places=None,
+        row_runs=None,
+        runs=None,
+        table=found.table,
+        sizes=found.sizes,
+        segments=segments,
+        num_rows=segments.count * found.sizes.num_rows,
+    )
 
 
-def _segments(resident: int, mask: BlockMask, group: int) -> Segments:
+def _segments(resident: int, mask: BlockMask, group: int) -> QuerySegments:
     """Segments of at most ``resident`` blocks: of all heads of a group if possible."""
     divisors = (m for m in range(1, group + 1) if group % m == 0 and m <= resident)
     members = max(divisors)
     num_blocks = max(1, mask.num_q_blocks)
     of_head = -(-num_blocks // min(num_blocks, resident // members))
-    return Segments(-(-num_blocks // of_head), of_head, members, group)
+    return QuerySegments(-(-num_blocks // of_head), of_head, members, group)
 
 
 class _Pieces(NamedTuple):
@@ -149,7 +154,7 @@ class _Pieces(NamedTuple):
     words: np.ndarray  # [pieces, 2]
 
 
-def _listed(mask: BlockMask, segments: Segments) -> BackwardPlan | None:
+def _listed(mask: BlockMask, segments: QuerySegments) -> BackwardPlan | None:
     """The plan as a list; None if it does not fit scalar memory."""
     pieces = _pieces(mask, segments.blocks, segments.of_head)
     maps = np.asarray(mask.map_of_head)
@@ -168,21 +173,30 @@ def _listed(mask: BlockMask, segments: Segments) -> BackwardPlan | None:
             first_row[number, own] = num_rows * len(row_runs)
             row_runs.append(_ranges(pieces, keys, own, mask, segments, num_rows))
     words = pieces.words if len(pieces.words) else np.zeros((1, 2), np.int64)
-    arrays = [np.concatenate(places), np.concatenate(row_runs), words]
     class_of = class_of.reshape(-1)
     rows = [
         first_row[number, own]
         for number, maps_of_key_head in zip(class_of, of_head, strict=True)
         for own in maps_of_key_head
     ]
-    arrays = [np.asarray(x, np.int32).reshape(-1) for x in arrays]
-    heads = np.asarray(rows, np.int32), (class_of * num_rows).astype(np.int32)
-    tests = np.resize(np.asarray(mask.test_of_head, np.int32), num_heads)
-    if sum(x.nbytes for x in (*arrays, *heads, tests)) > runs.SCALAR_BYTES:
-        return None
-    return BackwardPlan(
-        tests, *heads, *arrays, None, runs.sizes_of(mask), segments, num_rows
+    found = BackwardPlan(
+        test_of_head=np.resize(np.asarray(mask.test_of_head, np.int32), num_heads),
+        first_row=np.asarray(rows, np.int32),
+        first_place=(class_of * num_rows).astype(np.int32),
+        places=_flat(np.concatenate(places)),
+        row_runs=_flat(np.concatenate(row_runs)),
+        runs=_flat(words),
+        table=None,
+        sizes=runs.sizes_of(mask),
+        segments=segments,
+        num_rows=num_rows,
     )
+    size = sum(x.nbytes for x in jax.tree.leaves(found))
+    return found if size <= runs.SCALAR_BYTES else None
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.int32).reshape(-1)
 
 
 def _pieces(mask: BlockMask, size: int, count: int) -> _Pieces:
@@ -204,7 +218,7 @@ def _pieces(mask: BlockMask, size: int, count: int) -> _Pieces:
 
 
 def _rows_of(
-    maps: np.ndarray, pieces: _Pieces, mask: BlockMask, segments: Segments
+    maps: np.ndarray, pieces: _Pieces, mask: BlockMask, segments: QuerySegments
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """The rows of a key head whose query heads have these maps.
 
@@ -243,8 +257,8 @@ def _keys_of_map(pieces: _Pieces, own: int, size: int) -> np.ndarray:
 
 
 def _ranges(
-    pieces: _Pieces, keys: np.ndarray, own: int, mask: BlockMask, segments: Segments,
-    num_rows: int,
+    pieces: _Pieces, keys: np.ndarray, own: int, mask: BlockMask,
+    segments: QuerySegments, num_rows: int,
 ) -> np.ndarray:  # fmt: skip
     """The ranges of ``pieces`` of each row in one map, int ``[num_rows, 2]``."""
     keys = keys + own * segments.of_head * mask.num_rows

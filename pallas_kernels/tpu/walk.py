@@ -88,7 +88,7 @@ def buffers(moving: Sequence[Any], block: int) -> Buffers:
     return Buffers(slots, pltpu.SemaphoreType.DMA((2, max(1, len(moving)))))
 
 
-class Run(NamedTuple):
+class BlockRun(NamedTuple):
     """Blocks ``start : stop``, all full or all partial; int32 scalars."""
 
     start: Any
@@ -96,19 +96,19 @@ class Run(NamedTuple):
     full: Any
 
 
-class Runs(NamedTuple):
+class RunsOfRow(NamedTuple):
     """The runs ``begin : end`` of a row. ``at(j)`` is run ``j``."""
 
     begin: Any
     end: Any
-    at: Callable[[Any], Run]
+    at: Callable[[Any], BlockRun]
 
 
-def run_of_words(word: Callable[[Any], Any], j: Any) -> Run:
-    """Run ``j`` of a list with the words ``(2 * start + full, stop)`` of each run."""
+def run_of_words(word: Callable[[Any], Any], j: Any) -> BlockRun:
+    """Run ``j`` of a list, whose runs have the words ``(2 * start + full, stop)``."""
     first = word(2 * j)
     start = lax.shift_right_logical(first, jnp.int32(1))
-    return Run(start, word(2 * j + 1), first & 1)
+    return BlockRun(start, word(2 * j + 1), first & 1)
 
 
 class Step(NamedTuple):
@@ -116,17 +116,17 @@ class Step(NamedTuple):
 
     row: Any  # index of the block of the row
     test: Any  # number of the predicate's test
-    visit_blocks: Callable[..., None]  # Walk.visit_blocks
+    visit_blocks: Callable[..., None]  # RowWalk.visit_blocks
 
 
-class Walk(NamedTuple):
+class RowWalk(NamedTuple):
     """The blocks that a grid step visits.
 
     ``sources(block)`` are the parts of the moving arrays that belong to a block.
     ``tree`` is the structure of the operands, ``(streams, tiles)``.
     """
 
-    runs: Runs
+    runs: RunsOfRow
     sources: Callable[[Any], list]
     buffers: Buffers
     tree: Any
@@ -143,7 +143,8 @@ class Walk(NamedTuple):
 
         def at_slot(block: Any, slot: Any, full: bool) -> None:
             held = [x.at[slot] for x in self.buffers.slots]
-            visit(block, *jax.tree.unflatten(self.tree, held), full)
+            refs, tiles = jax.tree.unflatten(self.tree, held)
+            visit(block, refs, tiles, full)
 
         _visit_runs(self.runs, self._copies, at_slot, test_all)
 
@@ -159,7 +160,7 @@ class Walk(NamedTuple):
 
 
 def _visit_runs(
-    runs: Runs,
+    runs: RunsOfRow,
     copies: Callable[[Any, Any], list],
     visit: Callable[[Any, Any, bool], None],
     test_all: bool,

@@ -22,7 +22,13 @@ def kernel_text(rows):
 
 def test_loops_of_tiles():
     # A loop over full tiles: five bundles, one of which only waits.
-    whole = [("LB", 2, PUSH), ("", 2, MATMUL), ("", 2, SPILL), ("", 0, ""), ("", 2, ADD)]
+    whole = [
+        ("LB", 2, PUSH),
+        ("", 2, MATMUL),
+        ("", 2, SPILL),
+        ("", 0, ""),
+        ("", 2, ADD),
+    ]
     tested = [("LB", 2, MATMUL), ("", 2, f"{MATMUL}  ;;  {SPILL}"), ("", 2, MATMUL)]
     # A copy of rows, deeper than the products.
     copy = [("LB", 2, ADD), ("LB", 3, ADD), ("PF", 1, ADD), ("", 0, ADD)]
