@@ -259,7 +259,8 @@ def _row_runs(
     def counted(j: Any, found: tuple) -> tuple:
         start, stop, _ = in_table(j)
         before, until = found
-        return before + (stop <= begin), until + (start < end)
+        ends, begins = stop <= begin, start < end
+        return before + ends.astype(jnp.int32), until + begins.astype(jnp.int32)
 
     zero = jnp.int32(0)
     first_run, last_run = lax.fori_loop(zero, count, counted, (zero, zero))
