@@ -1,7 +1,7 @@
 """The arguments and results of a kernel call: the contract of every backend."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -149,10 +149,14 @@ class Call:
     # Channels (start, stop) of k that are the values: the v of a caller is then not
     # read, and dk has the gradients of both (``shared_values``).
     values: tuple[int, int] | None = None
+    # Scores are the products, see ``with_raw_scores``.
+    raw_scores: bool = False
 
     @property
     def unit(self) -> float:
         """The factor from natural scores to the scores in kernels (``softmax``)."""
+        if self.raw_scores:
+            return 1 / self.sm_scale
         return LOG2_E if self.scores is None else 1.0
 
     @property
@@ -162,7 +166,21 @@ class Call:
         A scaled ``q`` would be rounded to bf16. That changes a score by a relative
         error of up to 2^-9, and its weight by that error times the score.
         """
-        return self.sm_scale * self.unit
+        return 1.0 if self.raw_scores else self.sm_scale * self.unit
+
+    def with_raw_scores(self) -> "Call":
+        """The call with ``q k^T`` as scores, if nothing else is added to them.
+
+        The factor is then applied to differences of scores. On TPUs this shortens the
+        first phase of a tile, which waits for the matrix unit: 9 % fewer bundles in a
+        full tile of the forward kernel (512 x 1024, v6e).
+        """
+        plain = self.scores is None and self.logits_soft_cap is None
+        return replace(self, raw_scores=plain and self.sm_scale > 0)
+
+    def scaled(self, products: jax.Array) -> jax.Array:
+        """The scores of ``q k^T``, before the cap."""
+        return products if self.scale == 1.0 else products * self.scale
 
 
 class Inputs(NamedTuple):

@@ -40,7 +40,7 @@ def backward(
     call: Call,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """``dq, dk, dv`` over the blocks of ``lists.backward``."""
-    vectors = operands.with_batch_and_heads(vectors)
+    call, vectors = call.with_raw_scores(), operands.with_batch_and_heads(vectors)
     q, k, v = operands.prepared(inputs)
     do = cotangents.do.astype(q.dtype)
     lse = softmax.lse_for_backward(cotangents.lse, call.unit)
@@ -167,7 +167,7 @@ def _kernel(
         q_ref, do_ref, statistics_ref, q_side_refs = refs
         q, do, statistics = q_ref[...], do_ref[...], statistics_ref[...]
         q_side = operands.values_of(q_side_refs)
-        s = softmax.dot(k_ref[...], q, contract=(1, 0)) * call.scale
+        s = call.scaled(softmax.dot(k_ref[...], q, contract=(1, 0)))
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         dp = softmax.dot(operands.tile_values(k_ref, v_ref, call), do, contract=(1, 0))
         pairs = None

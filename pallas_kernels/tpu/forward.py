@@ -33,7 +33,7 @@ def forward(inputs: Inputs, vectors: Vectors, lists: TpuLists, call: Call) -> Ke
     q_seq_len, dtype = inputs.q.shape[2], inputs.q.dtype
     bits.check(vectors.bits, *((x.sizes.block_q, x.sizes.block_kv) for x in lists))
     vectors = operands.with_batch_and_heads(vectors)
-    run = foldable(partial(forward_rows, call=call))
+    run = foldable(partial(forward_rows, call=call.with_raw_scores()))
     found = run(operands.prepared(inputs), vectors, lists.forward)
     o, lse, total = (x[:, :, :q_seq_len] for x in found)
     return Kept(o.astype(dtype), lse, total)
@@ -141,7 +141,7 @@ def _kernel(
         k_ref, v_ref, kv_side_refs = refs
         k, kv_side = k_ref[...], operands.values_of(kv_side_refs)
         v = operands.tile_values(k, v_ref, call)
-        s = softmax.dot(q_ref[...], k, contract=(1, 1)) * call.scale
+        s = call.scaled(softmax.dot(q_ref[...], k, contract=(1, 1)))
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         pairs = None
         if not full:
