@@ -155,7 +155,7 @@ def _kernel(
     k_ref, v_ref, kv_side_refs = rows
     dk_ref, *dv_refs = sums.of_keys
     dv_ref = dv_refs[0] if dv_refs else dk_ref.at[slice(*call.values)]
-    kv_side = operands.columns_of(kv_side_refs)
+    kv_columns = operands.columns_of(kv_side_refs)
 
     @pl.when(sums.new_keys)
     def _() -> None:
@@ -167,6 +167,7 @@ def _kernel(
         q_ref, do_ref, statistics_ref, q_side_refs = refs
         q, do, statistics = q_ref[...], do_ref[...], statistics_ref[...]
         q_side = operands.values_of(q_side_refs)
+        kv_side = operands.across(kv_columns, q.shape[1])
         s = call.scaled(softmax.dot(k_ref[...], q, contract=(1, 0)))
         s = softmax.cap(s, call.logits_soft_cap, call.unit)
         dp = softmax.dot(operands.tile_values(k_ref, v_ref, call), do, contract=(1, 0))

@@ -33,7 +33,7 @@ def forward(inputs: Inputs, vectors: Vectors, lists: TpuLists, call: Call) -> Ke
     q_seq_len, dtype = inputs.q.shape[2], inputs.q.dtype
     bits.check(vectors.bits, *((x.sizes.block_q, x.sizes.block_kv) for x in lists))
     vectors = operands.with_batch_and_heads(vectors)
-    run = foldable(partial(forward_rows, call=call.with_raw_scores()))
+    run = foldable(partial(forward_rows, call=call))
     found = run(operands.prepared(inputs), vectors, lists.forward)
     o, lse, total = (x[:, :, :q_seq_len] for x in found)
     return Kept(o.astype(dtype), lse, total)
@@ -51,7 +51,7 @@ def forward_rows(
 
     With ``pages``, ``k`` and ``v`` are ``[pages, kv_heads, page size, dim]``.
     """
-    q, k, v = arrays
+    (q, k, v), call = arrays, call.with_raw_scores()
     sizes = plan.sizes
     batch, num_heads, _, _ = q.shape
     heads, group, head_dim_v = batch * num_heads, num_heads // k.shape[1], v.shape[3]
@@ -129,7 +129,7 @@ def _kernel(
     assert q_ref.shape[0] == sizes.block_q
     assert o_ref.shape == scratch[0].shape
     assert lse_ref.shape == total_ref.shape == (1, sizes.block_q)
-    q_side = operands.columns_of(q_side_refs)
+    q_columns = operands.columns_of(q_side_refs)
 
     def store(carry: softmax.Carry) -> None:
         for ref, value in zip(scratch, carry, strict=True):
@@ -140,6 +140,7 @@ def _kernel(
     ) -> None:
         k_ref, v_ref, kv_side_refs = refs
         k, kv_side = k_ref[...], operands.values_of(kv_side_refs)
+        q_side = operands.across(q_columns, k.shape[0])
         v = operands.tile_values(k, v_ref, call)
         s = call.scaled(softmax.dot(q_ref[...], k, contract=(1, 1)))
         s = softmax.cap(s, call.logits_soft_cap, call.unit)

@@ -11,7 +11,7 @@ from pallas_kernels import dropout
 from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Inputs, PairBits, Vectors
 from pallas_kernels.tpu import bit_tiles, bit_words
-from pallas_kernels.tpu.runs import TpuSizes
+from pallas_kernels.tpu.runs import LANES, TpuSizes
 from pallas_kernels.tpu.walk import BlockOperand, HeadOf, TileOperand
 
 
@@ -67,8 +67,29 @@ def values_of(refs: SideOperands) -> SideOperands:
 
 
 def columns_of(refs: SideOperands) -> SideOperands:
-    """The values of a block as columns, ``[block, 1]``."""
-    return jax.tree.map(lambda ref: to_column(ref[...]), refs)
+    """The values of a block as columns ``[block, LANES]``, the same in all lanes.
+
+    They are made once for all tiles of a row: to spread a value over the lanes costs as
+    much as to compare it.
+    """
+
+    def column(ref: Any) -> jax.Array:
+        row = ref[...]
+        return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+    return jax.tree.map(column, refs)
+
+
+def across(columns: SideOperands, width: int) -> SideOperands:
+    """The values of ``columns_of`` over a tile of ``width`` lanes.
+
+    A tile of whole registers repeats them, which moves nothing.
+    """
+    if width % LANES:
+        return jax.tree.map(lambda x: x[:, :1], columns)
+    return jax.tree.map(
+        lambda x: jnp.concatenate([x] * (width // LANES), axis=1), columns
+    )
 
 
 def prepared(inputs: Inputs) -> Inputs:
