@@ -178,7 +178,8 @@ def _kernel(
         added, pairs = added_scores(step, block, values, tiles.scores, pairs)
         factor = operands.dropout_factor(call, q_side.seeds, kv_side.seeds)
         lse, delta = statistics[0:1], statistics[1:2]
-        total = softmax.mask(s if added is None else s + added, pairs)
+        added = s if added is None else s + added
+        total = test_pairs.masked(added, pairs, careful)
         slope = softmax.cap_slope(s, call.logits_soft_cap, call.unit)
         p, ds = softmax.score_gradient(
             total, lse, dp, delta,

@@ -151,7 +151,7 @@ def _kernel(
         values = q_side.scores, kv_side.scores
         added, pairs = added_scores(step, block, values, tiles.scores, pairs)
         s = s if added is None else s + added
-        s = softmax.mask(s, pairs)
+        s = test_pairs.masked(s, pairs, careful)
         if careful:
             v = operands.rows_kept(v, operands.to_column(softmax.seen(s, 0)))
         factor = operands.dropout_factor(call, q_side.seeds, kv_side.seeds)

@@ -1,11 +1,14 @@
 """Tests the pairs of a partial tile in a TPU kernel."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels import bits
+from pallas_kernels import bits, softmax
 from pallas_kernels.block_mask import Axis
 from pallas_kernels.call import Call, Vectors
 from pallas_kernels.tpu import bit_tiles, bit_words, operands, packed_test
@@ -27,6 +30,7 @@ class PairTest:
     sizes: TpuSizes
     by: Axis
     forms: tuple[BitForm, ...]  # of each of Vectors.bits
+    num_vectors: tuple[int, int]  # of queries and of keys
 
     def __call__(
         self,
@@ -61,6 +65,31 @@ class PairTest:
         args = (step.test, *ids, *vectors, held)
         return packed_test.evaluate(lambda x: self.asked(*x), (args,), packing)
 
+    def masked(
+        self, s: jax.Array, allowed: jax.Array | None, careful: bool
+    ) -> jax.Array:
+        """``s`` with ``-inf`` where ``allowed`` is false; None allows all.
+
+        A test of several comparisons is ready long before its score. The chip keeps
+        bools of a register in few places, and moving them is dear, so a bound for each
+        score waits instead: a partial tile of ``causal() & segments()`` then has 9 %
+        fewer bundles (512 x 512, v6e). A score that is not a number stays one, which
+        ``careful`` does not allow.
+        """
+        if allowed is None or careful or not self.several:
+            return softmax.mask(s, allowed)
+        return jnp.minimum(s, jnp.where(allowed, jnp.inf, softmax.MASKED))
+
+    @cached_property
+    def several(self) -> bool:
+        """Whether the predicate joins comparisons and reads no bits."""
+        if self.forms:
+            return False
+        args = (np.int32(0), *(np.zeros((1, 1), np.int32),) * 2)
+        sides = ((np.zeros((1, 1), np.int32),) * n for n in self.num_vectors)
+        jaxpr = jax.make_jaxpr(self.call.predicate)(*args, *sides, ())
+        return any(x.primitive.name in ("and", "or") for x in jaxpr.jaxpr.eqns)
+
     def held(self, words: Any, numbers: Any, form: BitForm, key_block: Any) -> Any:
         """The bits of one of ``Vectors.bits``: ``Packed``, or a bool tile."""
         if self.by == "q":
@@ -88,4 +117,5 @@ class PairTest:
 def pair_test(vectors: Vectors, call: Call, sizes: TpuSizes, by: Axis) -> PairTest:
     """The ``PairTest`` of a kernel with rows ``by`` "q" or "kv"."""
     forms = tuple(bit_tiles.form_of(x) for x in vectors.bits)
-    return PairTest(call, sizes, by, forms)
+    num_vectors = len(vectors.q), len(vectors.kv)
+    return PairTest(call, sizes, by, forms, num_vectors)
