@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from lowering import pipeline
-from lowering.cost import cost, targets
+from lowering.cost import cost
+from lowering.targets.chips import TARGETS, Target
 from lowering.cost.cost import CallSizes, Cost, Work
 from lowering.cost.rooflines import PEAKS, Time, predict
 from lowering.facts.plan_counts import Plan
@@ -300,7 +301,7 @@ def _chips(lowered: Any) -> ReportTable:
     """A table of predicted times on every chip, with the kernels of its platform."""
     of_impl: dict[str, tuple[Cost, Cost]] = {}
     rows = []
-    for target in targets.TARGETS.values():
+    for target in TARGETS.values():
         there = _on(lowered, target)
         impl = there.options.setting.impl
         if impl not in of_impl:
@@ -320,11 +321,11 @@ def _chips(lowered: Any) -> ReportTable:
     )
 
 
-def _on(lowered: Any, target: targets.Target) -> Any:
+def _on(lowered: Any, target: Target) -> Any:
     """The call lowered for another chip."""
     platform = {"cuda": "gpu"}.get(target.platform, target.platform)
-    here = lowered.target in targets.TARGETS
-    if here and targets.TARGETS[lowered.target].platform == target.platform:
+    here = lowered.target in TARGETS
+    if here and TARGETS[lowered.target].platform == target.platform:
         return replace(lowered, target=target.name)
     setting = replace(
         lowered.options.setting,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lowering import pipeline
-from lowering.cost import inspect_code, targets
+from lowering.targets import compiling, triton_ir
 from lowering.facts.plan_counts import Plan
 from pallas_kernels.call import Masks
 from pallas_kernels.config import KernelConfig, Tiles
@@ -90,7 +90,7 @@ class Lowered:
         """The jaxpr of the call, with its kernels."""
         if self.target == "cpu":
             return self._jaxpr()
-        with targets.abstract_mesh(self.target):
+        with compiling.abstract_mesh(self.target):
             return self._jaxpr()
 
     def _jaxpr(self) -> str:
@@ -103,7 +103,7 @@ class Lowered:
         """The lowered module: StableHLO for CPUs and TPUs, Triton IR for GPUs."""
         lowered = self._jax_lowered()
         if self._platform == "cuda":
-            return inspect_code.triton_ir(lowered)
+            return triton_ir.triton_ir(lowered)
         return lowered.as_text()
 
     def explain(self) -> Explanation:
@@ -120,7 +120,7 @@ class Lowered:
             return Compiled(self, None)
         if self._platform == "cpu":
             return Compiled(self, self._jax_lowered().compile())
-        compiled = targets.compile_for(self.run, self.arguments, self.target)
+        compiled = compiling.compile_for(self.run, self.arguments, self.target)
         return Compiled(self, compiled)
 
     @property
@@ -130,7 +130,7 @@ class Lowered:
     def _jax_lowered(self) -> jax.stages.Lowered:
         if self.target == "cpu":
             return jax.jit(self.run).lower(*self.arguments)
-        return targets.lower_for(self.run, self.arguments, self.target)
+        return compiling.lower_for(self.run, self.arguments, self.target)
 
     def __str__(self) -> str:
         q, k, v, _ = self.arguments

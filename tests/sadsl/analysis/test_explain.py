@@ -13,7 +13,7 @@ from laws import few
 
 import sadsl as sa
 from lowering.cost import rooflines
-from lowering.cost.targets import TARGETS
+from lowering.targets.chips import TARGETS
 from sadsl.analysis import explain
 
 WINDOW = "causal() & window(100)"
