@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from lowering.cost.cost import Cost
 from lowering.targets.chips import TARGETS, Peak
 
-
 # Public figures of one chip; ``lowering.targets.chips`` has their sources.
 PEAKS: Mapping[str, Peak] = {name: chip.peak for name, chip in TARGETS.items()}
 

@@ -1,8 +1,8 @@
 """The process that compiles for a chip which is not there.
 
-``python -m lowering.targets.child FOLDER`` reads ``request.json`` and ``program`` in the
-folder, and writes ``result.json`` and ``program.hlo``, or ``error.txt``. Compilers read
-their flags once in a process, so each program has a process of its own.
+``python -m lowering.targets.child FOLDER`` reads ``request.json`` and ``program`` in
+the folder, and writes ``result.json`` and ``program.hlo``, or ``error.txt``. Compilers
+read their flags once in a process, so each program has a process of its own.
 """
 
 import json

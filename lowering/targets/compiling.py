@@ -75,8 +75,8 @@ def compile_for(
     """``jax.jit(fn)`` compiled to the machine code of ``target``, a TPU."""
     if find(target).platform != "tpu":
         raise NotImplementedError(
-            f"target={target!r}: in this process only TPUs are compiled for; lower_for "
-            "needs no compiler, and lowering.targets.outside compiles in another process"
+            f"target={target!r}: in this process only TPUs are compiled for: "
+            "lower_for needs no compiler, and lowering.targets.outside has another"
         )
     place = SingleDeviceSharding(tpu_device(target))
 

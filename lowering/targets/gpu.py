@@ -1,7 +1,7 @@
 """Reads PTX and SASS of GPU kernels, and runs the tools that make SASS of PTX.
 
-XLA writes PTX with ``--xla_dump_to``. ``ptxas`` assembles it and tells registers, spills
-and memory; ``nvdisasm`` shows the assembled code. Neither needs a GPU.
+XLA writes PTX with ``--xla_dump_to``. ``ptxas`` assembles it and tells registers and
+spills; ``nvdisasm`` shows the assembled code. Neither needs a GPU.
 """
 
 import re
@@ -159,9 +159,7 @@ def _has_products(ptx: str) -> bool:
     return any(x in ptx for x in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
 
 
-def _kernel(
-    name: str, ptx: str, told: str, sass: str, shared: str | None
-) -> GpuKernel:
+def _kernel(name: str, ptx: str, told: str, sass: str, shared: str | None) -> GpuKernel:
     spilled, registers = SPILLS.search(told), REGISTERS.search(told)
     lines = sass.splitlines()
     return GpuKernel(

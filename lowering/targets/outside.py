@@ -130,15 +130,15 @@ def _run(folder: Path, chip: Target, timeout: float) -> None:
     )
     try:
         _, said = process.communicate(timeout=timeout)
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise RuntimeError(
-                f"target={chip.name!r}: the compiler took more than {timeout:g} s and "
-                "was stopped: pass a larger timeout=, or make the call smaller"
-            ) from None
-        raise
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(
+            f"target={chip.name!r}: the compiler took more than {timeout:g} s and was "
+            "stopped: pass a larger timeout=, or make the call smaller"
+        ) from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
     if process.returncode:
         error = folder / "error.txt"
         whole = error.read_text() if error.exists() else said

@@ -51,9 +51,10 @@ def save(key: str, value: Any) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Another process must never read half of a file.
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".new", delete=False) as new:
+        made, name = tempfile.mkstemp(dir=folder, suffix=".new")
+        with os.fdopen(made, "wb") as new:
             new.write(data)
-        Path(new.name).replace(folder / f"{key}.json.gz")
+        Path(name).replace(folder / f"{key}.json.gz")
         _shrink(folder)
     except OSError:
         return
