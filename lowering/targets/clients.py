@@ -17,7 +17,7 @@ from jaxlib.mlir import ir
 
 
 @dataclass(frozen=True)
-class Program:
+class CompiledProgram:
     """A compiled program: its optimised HLO, and bytes of memory by what needs them."""
 
     hlo: str
@@ -32,7 +32,7 @@ def program_bytes(lowered: jax.stages.Lowered) -> bytes:
     return found.getvalue()
 
 
-def compile_bytes(program: bytes, device: Any) -> Program:
+def compile_bytes(program: bytes, device: Any) -> CompiledProgram:
     """Compiles the bytes of a program of one device; ``device`` is of a topology."""
     options = xla_client.CompileOptions()
     options.num_replicas = options.num_partitions = 1
@@ -45,7 +45,7 @@ def compile_bytes(program: bytes, device: Any) -> Program:
             compile_options=options,
         )
     hlo = "\n".join(module.to_string() for module in made.hlo_modules())
-    return Program(hlo, memory_of(made.get_compiled_memory_stats()))
+    return CompiledProgram(hlo, memory_of(made.get_compiled_memory_stats()))
 
 
 def memory_of(stats: Any) -> dict[str, int]:

@@ -74,11 +74,11 @@ class TpuKernel:
     spills: int
     vmem: int
     smem: int
-    busy: "Slots" = field(repr=False)
+    busy: "UnitSlots" = field(repr=False)
 
 
 @dataclass(frozen=True)
-class Slots:
+class UnitSlots:
     """How many instructions of each unit a bundle can hold, and how many it has.
 
     ``used`` has one row for each bundle and one column for each of ``units``.
@@ -180,15 +180,15 @@ def allocated(converted: str) -> dict[str, int]:
     return used
 
 
-def busy_slots(utilization: str) -> Slots:
+def busy_slots(utilization: str) -> UnitSlots:
     """Reads the file "final_hlo-static-per-bundle-utilization" of a kernel."""
     lines = utilization.splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith("==")]
     if len(starts) != 2:
-        return Slots()
+        return UnitSlots()
     units, capacity = lines[starts[0] + 1 : starts[0] + 3]
     rows = (line.split() for line in lines[starts[1] + 1 :])
-    return Slots(
+    return UnitSlots(
         tuple(x.strip() for x in units.split(",")),
         tuple(int(x) for x in capacity.split()),
         tuple(tuple(int(x) for x in row) for row in rows if row),

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from lowering.targets import chips, compiling, figures, gpu, tpu, triton_ir
-from lowering.targets.clients import Program
+from lowering.targets.clients import CompiledProgram
 from lowering.targets.outside import CompilerOutput
 from lowering.targets.report import KernelFigures, Report
 
@@ -22,7 +22,7 @@ class Compiled:
     """
 
     lowered: Any
-    made: CompilerOutput | Program | None = field(repr=False)
+    made: CompilerOutput | CompiledProgram | None = field(repr=False)
 
     def asm(self, *, hot: bool = False) -> str:
         """The code of the kernels, with a margin that names the loop of each line.
@@ -34,8 +34,11 @@ class Compiled:
           hot: show the loops with products only.
         """
         parts = [kernel.marked(hot=hot) for kernel in self._kernels]
-        if self.made is not None and self.lowered.target != "cpu" and not hot:
-            parts.append(f"-- HLO around the kernels\n{self.made.hlo}")
+        if self.lowered.target != "cpu" and not hot:
+            if self.made is not None:
+                parts.append(f"-- HLO around the kernels\n{self.made.hlo}")
+            elif not parts:
+                parts.append(self.lowered.module)
         return "\n\n".join(parts)
 
     def memory(self) -> dict[str, int]:

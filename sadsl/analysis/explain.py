@@ -15,7 +15,7 @@ from lowering.targets.report import ReportTable, html_page
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Masks
 from pallas_kernels.config import KernelConfig
-from sadsl.analysis.parts import Part
+from sadsl.analysis.parts import SoftmaxPart
 from sadsl.run.backends import DEFAULT_IMPL
 from sadsl.run.lists import ListForm, form_of, possible_form
 from sadsl.run.options import Options
@@ -61,8 +61,8 @@ class Explanation:
         return html_page(self.facts, self.tables)
 
 
-def explain(part: Part) -> Explanation:
-    """Counts blocks, pairs, FLOPs and bytes of a ``Part`` of a call, predicts times.
+def explain(part: SoftmaxPart) -> Explanation:
+    """Counts blocks, pairs, FLOPs and bytes of a ``SoftmaxPart`` of a call, predicts times.
 
     Blocks and FLOPs are exact, over whole blocks as the kernels visit them. Bytes and
     times follow the model of ``lowering.cost``. Users call ``Lowered.explain()``.
@@ -80,7 +80,7 @@ def explain(part: Part) -> Explanation:
 
 
 def explain_parts(
-    term: Term, target: str, arguments: tuple, parts: tuple[Part, ...]
+    term: Term, target: str, arguments: tuple, parts: tuple[SoftmaxPart, ...]
 ) -> Explanation:
     """Explains a call whose term has several softmaxes, or none.
 
@@ -102,7 +102,7 @@ def explain_parts(
     costs = tuple(_cost(part, _sizes(part)) for part in parts)
     header = "", "spec", "blocks", "full", "partial", "FLOPs", "bytes", "time"
 
-    def row(at: int, part: Part, of: Cost) -> tuple[str, ...]:
+    def row(at: int, part: SoftmaxPart, of: Cost) -> tuple[str, ...]:
         tile, known = part.tiles.forward, target in PEAKS
         return (
             f"part {at + 1}",
@@ -126,7 +126,7 @@ def _shortened(text: str, most: int = 48) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def compared(part: Part) -> dict[str, Cost]:
+def compared(part: SoftmaxPart) -> dict[str, Cost]:
     """Costs by name: the call, the call in the given order, and dense attention."""
     sizes, problem = _sizes(part), part.options.problem
     columns = {THIS: _cost(part, sizes)}
@@ -139,18 +139,18 @@ def compared(part: Part) -> dict[str, Cost]:
     return columns
 
 
-def _dense(part: Part, sizes: CallSizes) -> Cost:
+def _dense(part: SoftmaxPart, sizes: CallSizes) -> Cost:
     return cost.cost(cost.dense(_lengths_as_given(part)), sizes)
 
 
-def _lengths_as_given(part: Part) -> Masks:
+def _lengths_as_given(part: SoftmaxPart) -> Masks:
     """The plans with the lengths of the call, instead of those with padding slots."""
     problem = part.options.problem
     lengths = {"q_seq_len": problem.q_seq_len, "kv_seq_len": problem.kv_seq_len}
     return Masks(*(replace(mask, **lengths) for mask in part.masks))
 
 
-def _sizes(part: Part) -> CallSizes:
+def _sizes(part: SoftmaxPart) -> CallSizes:
     q, k, v = part.arguments
     impl = part.options.setting.impl
     itemsize = np.dtype(q.dtype).itemsize
@@ -167,7 +167,7 @@ def _sizes(part: Part) -> CallSizes:
     )
 
 
-def _cost(part: Part, sizes: CallSizes) -> Cost:
+def _cost(part: SoftmaxPart, sizes: CallSizes) -> Cost:
     moved = 0
     if part.stages.layouts is not None:
         given, slots = (
@@ -178,7 +178,9 @@ def _cost(part: Part, sizes: CallSizes) -> Cost:
     return cost.cost(part.masks, sizes, moved)
 
 
-def _facts(part: Part, of: Cost, pairs: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
+def _facts(
+    part: SoftmaxPart, of: Cost, pairs: tuple[int, ...]
+) -> tuple[tuple[str, str], ...]:
     q, k, v = part.arguments
     plan, options = part.plan, part.options
     facts = [
@@ -222,7 +224,7 @@ def _form_text(form: ListForm, options: Options) -> str:
     )
 
 
-def _kernels(part: Part, of: Cost) -> ReportTable:
+def _kernels(part: SoftmaxPart, of: Cost) -> ReportTable:
     masks = part.masks
     plans: dict[str, BlockMask] = masks._asdict()
     if part.options.setting.impl == "xla":
@@ -296,7 +298,7 @@ def comparison(columns: Mapping[str, Cost], target: str) -> ReportTable:
     return ReportTable(title, ("", *columns), tuple(rows))
 
 
-def _chips(part: Part) -> ReportTable:
+def _chips(part: SoftmaxPart) -> ReportTable:
     """A table of predicted times on every chip, with the kernels of its platform."""
     of_impl: dict[str, tuple[Cost, Cost]] = {}
     rows = []
@@ -320,7 +322,7 @@ def _chips(part: Part) -> ReportTable:
     )
 
 
-def _on(part: Part, target: Target) -> Part:
+def _on(part: SoftmaxPart, target: Target) -> SoftmaxPart:
     """The call lowered for another chip."""
     platform = {"cuda": "gpu"}.get(target.platform, target.platform)
     here = part.target in TARGETS

@@ -15,7 +15,7 @@ from pallas_kernels.call import Masks
 from pallas_kernels.config import KernelConfig, Tiles
 from sadsl.analysis.compiled import Compiled
 from sadsl.analysis.explain import Explanation, explain, explain_parts
-from sadsl.analysis.parts import Part, shapes_text
+from sadsl.analysis.parts import SoftmaxPart, shapes_text
 from sadsl.run import checks
 from sadsl.run.attend import attend
 from sadsl.run.backends import PLATFORMS, choose_impl
@@ -53,13 +53,15 @@ class Lowered:
     gradient: bool = False
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[SoftmaxPart, ...]:
         """The softmax calls of the term in the order in which they run."""
         calls = softmax_calls(self._forward, *self.arguments)
-        return tuple(Part(call.options, self.target, call.shapes) for call in calls)
+        return tuple(
+            SoftmaxPart(call.options, self.target, call.shapes) for call in calls
+        )
 
     @property
-    def part(self) -> Part:
+    def part(self) -> SoftmaxPart:
         """The only softmax of the call.
 
         Raises:
@@ -137,11 +139,10 @@ class Lowered:
 
     @cached_property
     def module(self) -> str:
-        """The lowered module: StableHLO for CPUs and TPUs, Triton IR for GPUs."""
+        """The lowered module: StableHLO, or the Triton IR of the kernels for GPUs."""
         lowered = self.jax_lowered()
-        if self._platform == "cuda":
-            return triton_ir.triton_ir(lowered)
-        return lowered.as_text()
+        found = triton_ir.triton_ir(lowered) if self._platform == "cuda" else ""
+        return found or lowered.as_text()
 
     def explain(self) -> Explanation:
         """Counts, FLOPs, bytes and predicted times, compared with dense attention.
@@ -169,7 +170,7 @@ class Lowered:
         if self._platform == "cpu":
             made = self.jax_lowered().compile()
             memory = clients.memory_of(made.memory_analysis())
-            return Compiled(self, clients.Program(made.as_text() or "", memory))
+            return Compiled(self, clients.CompiledProgram(made.as_text() or "", memory))
         if self._platform == "cuda" and not gpu.has_plugin():
             return Compiled(self, None)
         made = outside.compile_outside(self.jax_lowered(), self.target, timeout=timeout)
@@ -214,7 +215,7 @@ def lower(
 
     Args:
       spec: an index map, a term, or text.
-      q, k, v: arrays or ShapeDtypeStructs ``[batch, seq, heads, head_dim]``.
+      q, k, v: arrays or ShapeDtypeStructs, as in ``attention``.
       target: "cpu", "tpu-v4", "tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu7x", "a100", "h100",
         "h200", "b200"; None is the default device.
       impl: the backend; that of the target's platform if None.
@@ -229,8 +230,7 @@ def lower(
       NotImplementedError: the backend cannot do it.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import sadsl as sa
+      >>> import jax, jax.numpy as jnp, sadsl as sa
       >>> x = jax.ShapeDtypeStruct((1, 1024, 8, 64), jnp.bfloat16)
       >>> low = sa.lower(sa.causal() & sa.window(256), x, x, x, target="h100")
       >>> print(low.stages["simplify"])
@@ -242,7 +242,7 @@ def lower(
 
       >>> low = sa.lower("average(window(64), strided(8))", x, x, x, target="tpu-v6e")
       >>> [part.plan.num_pairs for part in low.parts]
-      [127936, 131072]
+      [64480, 131072]
     """
     target = target or _default_target()
     platform = "cpu" if target == "cpu" else _platform(target)
@@ -255,15 +255,19 @@ def lower(
         config=config or KernelConfig(),
     )
     checks.precision(q.dtype, setting.impl)
-    given = dict(operands or {})
-    check_read(term, given)
-    functions = {name: x for name, x in given.items() if not hasattr(x, "dtype")}
-    arrays = {name: _shape(x) for name, x in given.items() if name not in functions}
+    check_read(term, operands or {})
+    arrays, functions = _split(operands or {})
     arguments = (*map(_shape, (q, k, v)), arrays)
     lowered = Lowered(term, setting, target, arguments, functions, gradient)
     # Every error of the call is one of this function.
     _ = lowered.parts
     return lowered
+
+
+def _split(operands: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The operands that are arrays, as ShapeDtypeStructs, and the functions."""
+    arrays = {name: _shape(x) for name, x in operands.items() if hasattr(x, "dtype")}
+    return arrays, {name: x for name, x in operands.items() if name not in arrays}
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:

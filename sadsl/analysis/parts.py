@@ -1,4 +1,4 @@
-"""``Part``: one softmax over a map in a lowered call, with its stages and plans."""
+"""``SoftmaxPart``: one softmax over a map in a lowered call, with its stages and plans."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,7 @@ from sadsl.run.plans import plan_of
 
 
 @dataclass(frozen=True)
-class Part:
+class SoftmaxPart:
     """One softmax over the pairs of a map in a lowered call; ``print`` shows its plan.
 
     Attributes:
@@ -58,7 +58,8 @@ class Part:
         q, _, v = self.arguments
         d, dv = q.shape[-1], v.shape[-1]
         passes = 2 * (6 if q.dtype.itemsize == 4 else 1)
-        forward, dq, dkv = (passes * t.block_q * t.block_kv for t in self.tiles)
+        each = self.tiles.forward, self.tiles.dq, self.tiles.dkv
+        forward, dq, dkv = (passes * t.block_q * t.block_kv for t in each)
         return {
             "forward": forward * (d + dv),
             "dq": dq * (2 * d + dv),
