@@ -28,6 +28,7 @@ from lowering.targets.clients import program_bytes
 TIMEOUT = 300.0
 # Changes whenever what is kept changes its form.
 FORM = "1"
+CHILD = sys.executable, "-m", "lowering.targets.child"
 COMPILERS = re.compile(r"^(jax|jaxlib|libtpu|jax-cuda\d+-\w+|nvidia-cuda-nv\w+)$")
 # The lines of a compiler's error that say what is wrong.
 KEY_LINES = (
@@ -120,7 +121,7 @@ def environment(dump: Path, chip: Target) -> dict[str, str]:
 def _run(folder: Path, chip: Target, timeout: float) -> None:
     """Runs the compiler's process until it ends or its time is over."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "lowering.targets.child", str(folder)],
+        [*CHILD, str(folder)],
         env=environment(folder / "dump", chip),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

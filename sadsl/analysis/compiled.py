@@ -50,7 +50,8 @@ class Compiled:
 
         TPU: bundles of each kernel, and of each of its loops over tiles; operations of
         the matrix unit; spills; bytes of VMEM and SMEM; the share of the matrix unit's
-        peak that one tile reaches, if each bundle takes one cycle. GPU: registers,
+        peak that one tile reaches, if each bundle takes one cycle (above 100 % the
+        products alone take longer). GPU: registers,
         spills, shared memory, instructions of tensor cores, and SASS by loop. CPU:
         fusions and products of the hot loops. ``notes`` say what is missing and why.
         """

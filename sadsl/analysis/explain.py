@@ -62,7 +62,7 @@ class Explanation:
 
 
 def explain(part: SoftmaxPart) -> Explanation:
-    """Counts blocks, pairs, FLOPs and bytes of a ``SoftmaxPart`` of a call, predicts times.
+    """Counts blocks, pairs, FLOPs and bytes of a softmax call, and predicts times.
 
     Blocks and FLOPs are exact, over whole blocks as the kernels visit them. Bytes and
     times follow the model of ``lowering.cost``. Users call ``Lowered.explain()``.

@@ -1,4 +1,4 @@
-"""``SoftmaxPart``: one softmax over a map in a lowered call, with its stages and plans."""
+"""``SoftmaxPart``: one softmax of a lowered call, with its stages and plans."""
 
 from dataclasses import dataclass
 from functools import cached_property
