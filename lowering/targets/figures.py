@@ -1,6 +1,7 @@
 """Reports of compiled programs: what the readers of each platform found, by name."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from lowering.targets import cpu, gpu, tpu, triton_ir
 from lowering.targets.chips import Target
@@ -50,7 +51,7 @@ def _of_tpu(
     loops = []
     names = loop_names(len(kernel.loops), one is not None)
     for name, span in zip(names, kernel.loops, strict=True):
-        figures = {
+        figures: dict[str, Any] = {
             "bundles": span.bundles,
             "matrix ops": span.matrix_ops,
             "spills": span.spills,

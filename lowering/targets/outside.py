@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
@@ -166,7 +165,7 @@ def explained(text: str, chip: Target, code: int) -> str:
     return f"target={chip.name!r}: the compiler refuses: {key.strip()[:400]}: {way}"
 
 
-def _files(dump: Path, chip: Target, timeout: float) -> Mapping[str, str]:
+def _files(dump: Path, chip: Target, timeout: float) -> dict[str, str]:
     if chip.gpu is None:
         return tpu.dump_files(dump)
     return gpu.dump_files(dump, chip.gpu.architecture, timeout)

@@ -54,7 +54,14 @@ class Lowered:
 
     @cached_property
     def parts(self) -> tuple[SoftmaxPart, ...]:
-        """The softmax calls of the term in the order in which they run."""
+        """The softmax calls of the term in the order in which they run.
+
+        >>> import jax, jax.numpy as jnp, sadsl as sa
+        >>> x = jax.ShapeDtypeStruct((1, 1024, 8, 64), jnp.bfloat16)
+        >>> low = sa.lower(sa.average(sa.window(64), sa.strided(8)), x, x, x)
+        >>> [part.plan.num_pairs for part in low.parts]
+        [64480, 131072]
+        """
         calls = softmax_calls(self._forward, *self.arguments)
         return tuple(
             SoftmaxPart(call.options, self.target, call.shapes) for call in calls
@@ -237,12 +244,6 @@ def lower(
       (k - q <= 0) & (q - k <= 256)
       >>> low.tiles.forward.block_q, low.plan.num_pairs
       (128, 230272)
-
-      A mixture has a part for each softmax:
-
-      >>> low = sa.lower("average(window(64), strided(8))", x, x, x, target="tpu-v6e")
-      >>> [part.plan.num_pairs for part in low.parts]
-      [64480, 131072]
     """
     target = target or _default_target()
     platform = "cpu" if target == "cpu" else _platform(target)
