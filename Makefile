@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CLIENTS := $(VENV)/clients
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-clients check notebooks docs wheel clean
+.PHONY: demo test test-slow test-matrix test-short test-clients check notebooks docs wheel clean
 
 $(VENV)/.train: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,20 @@ test: $(VENV)/.test  ## all tests but the slow ones
 
 test-slow: $(VENV)/.test  ## the rest: each case on every backend, laws on all examples
 	SADSL_WHOLE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# What touches jax's own interfaces: compilers, lowering, one test of each backend.
+SHORT ?= tests/lowering/targets tests/sadsl/analysis/test_lower.py \
+  tests/sadsl/analysis/test_lower_terms.py tests/sadsl/run/test_float64.py \
+  tests/pallas_kernels/test_x64.py
+PYTHON_OLD ?= python3.11
+PYTHON_NEW ?= python3.12
+
+test-matrix:  ## a short suite on Python 3.11 with jax 0.10 and on 3.12 with the newest jax
+	$(MAKE) PYTHON=$(PYTHON_OLD) VENV=$(VENV)/3.11 test-short
+	$(MAKE) PYTHON=$(PYTHON_NEW) VENV=$(VENV)/3.12 test-short
+
+test-short: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(SHORT)
 
 test-clients: $(VENV)/.test $(CLIENTS)/.done  ## code of others with one line swapped
 	$(BIN)/python tests/clients/flax_suite.py

@@ -28,7 +28,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from timing import machine, table  # noqa: E402
 
-from lowering.cost import targets  # noqa: E402
+from lowering.targets import compiling  # noqa: E402
 from pallas_kernels import linear  # noqa: E402
 
 HEADS, LENGTH = 4, 2048
@@ -75,7 +75,7 @@ def code(chips: list[str], dims: list[int], chunks: list[int]) -> str:
         for dim in dims:
             for kind in KINDS:
                 for chunk in chunks:
-                    targets.compile_for(*program(kind, dim, chunk), chip)
+                    compiling.compile_for(*program(kind, dim, chunk), chip)
                     found = [bundles(name) for name in KERNELS]
                     cells = [" / ".join(map(str, x)) for x in found]
                     forward, *backward = (x[0] / chunk for x in found)

@@ -26,8 +26,8 @@ from pallas_kernels.config import KernelConfig as KernelConfig
 from pallas_kernels.config import Tile as Tile
 from sadsl.analysis.cache import Cache as Cache
 from sadsl.analysis.cache import cache as cache
+from sadsl.analysis.compiled import Compiled as Compiled
 from sadsl.analysis.induced import induced as induced
-from sadsl.analysis.lowered import Compiled as Compiled
 from sadsl.analysis.lowered import Lowered as Lowered
 from sadsl.analysis.lowered import lower as lower
 from sadsl.analysis.properties import Properties as Properties

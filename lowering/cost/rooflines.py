@@ -11,47 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowering.cost.cost import Cost
+from lowering.targets.chips import TARGETS, Peak
 
-
-@dataclass(frozen=True)
-class Peak:
-    """The peak rates of one chip."""
-
-    half: float  # FLOP/s of dense products of 16-bit operands
-    single: float  # FLOP/s of products in float32 precision
-    bandwidth: float  # byte/s of its main memory
-    # Whether a cache in front of that memory holds what the rows of a head share.
-    cache: bool
-
-
-def _tpu(tera_flops: float, giga_bytes: float) -> Peak:
-    # Full float32 is six bf16 passes of the matrix unit. There is no cache: on-chip
-    # memory holds what the kernel itself puts there.
-    half = tera_flops * 1e12
-    return Peak(half, half / 6, giga_bytes * 1e9, cache=False)
-
-
-def _gpu(tera_flops: float, tera_flops_f32: float, giga_bytes: float) -> Peak:
-    # The kernels multiply f32 outside of the tensor cores, which would round to TF32.
-    return Peak(tera_flops * 1e12, tera_flops_f32 * 1e12, giga_bytes * 1e9, cache=True)
-
-
-# Public figures of one chip, without sparsity: bf16 TFLOP/s (GPUs: and FP32), GB/s.
-PEAKS: Mapping[str, Peak] = {
-    # Google Cloud documentation, "TPU v5e" (2023), "TPU v5p" (2023), "TPU v6e" (2024)
-    # and "TPU7x (Ironwood)" (2025): peak compute and HBM bandwidth per chip. To jax, a
-    # TPU7x chip is two devices.
-    "tpu-v5e": _tpu(197, 819),
-    "tpu-v5p": _tpu(459, 2765),
-    "tpu-v6e": _tpu(918, 1640),
-    "tpu7x": _tpu(2307, 7370),
-    # NVIDIA data sheets: A100 80GB SXM (2021), H100 SXM (2023), H200 SXM (2023),
-    # HGX B200 (2024, an eighth of the board).
-    "a100": _gpu(312, 19.5, 2039),
-    "h100": _gpu(989, 67, 3350),
-    "h200": _gpu(989, 67, 4800),
-    "b200": _gpu(2250, 75, 8000),
-}
+# Public figures of one chip; ``lowering.targets.chips`` has their sources.
+PEAKS: Mapping[str, Peak] = {name: chip.peak for name, chip in TARGETS.items()}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ of one step from below.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +20,14 @@ MATRIX_LINE = re.compile(r"vmatmul|vmatpush|vmatprep|vmatres|vpop.*mr[fb]")
 GAP, SHORTEST = 60, 100
 # What libtpu allocates, with its size and the place where it begins.
 ALLOCATION = re.compile(r"space=(vmem|smem), size = (0x\w+|\d+), offset = (0x\w+|\d+)")
-FILE = re.compile(r"^\d+-(.*)-(\d+)-(final_bundles|post-delay-converter|"
+FILE = re.compile(r"^(\d+)-(.*)-(\d+)-(final_bundles|post-delay-converter|"
                   r"schedule-analysis_final_bundles|"
                   r"final_hlo-static-per-bundle-utilization)\.txt$")  # fmt: skip
-DUMP_FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true"
+# What libtpu is told, with the folder; the stages that are read are a tenth of all.
+DUMP_FLAGS = (
+    "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true "
+    "--xla_jf_dump_llo_pass_label_regex=.*final_.*|post-delay-converter"
+)
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,11 @@ class TpuKernel:
     spills: int
     vmem: int
     smem: int
-    busy: "Slots" = field(repr=False)
+    busy: "UnitSlots" = field(repr=False)
 
 
 @dataclass(frozen=True)
-class Slots:
+class UnitSlots:
     """How many instructions of each unit a bundle can hold, and how many it has.
 
     ``used`` has one row for each bundle and one column for each of ``units``.
@@ -176,19 +180,47 @@ def allocated(converted: str) -> dict[str, int]:
     return used
 
 
-def busy_slots(utilization: str) -> Slots:
+def busy_slots(utilization: str) -> UnitSlots:
     """Reads the file "final_hlo-static-per-bundle-utilization" of a kernel."""
     lines = utilization.splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith("==")]
     if len(starts) != 2:
-        return Slots()
+        return UnitSlots()
     units, capacity = lines[starts[0] + 1 : starts[0] + 3]
     rows = (line.split() for line in lines[starts[1] + 1 :])
-    return Slots(
+    return UnitSlots(
         tuple(x.strip() for x in units.split(",")),
         tuple(int(x) for x in capacity.split()),
         tuple(tuple(int(x) for x in row) for row in rows if row),
     )
+
+
+def dump_files(dump: Path | Iterable[Path]) -> dict[str, str]:
+    """The texts that ``read_kernels`` needs, by file name, from a dump of libtpu.
+
+    ``dump`` is a folder, or those of its files that belong to one program.
+    """
+    paths = dump.iterdir() if isinstance(dump, Path) else dump
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(paths):
+        match = FILE.match(path.name)
+        if match and not match[2].startswith(("<", "TLP")):
+            found.setdefault(f"{match[1]}-{match[2]}", {})[match[4]] = path
+    texts = {}
+    for files in found.values():
+        if _multiplies(files):
+            texts |= {path.name: path.read_text() for path in files.values()}
+    return texts
+
+
+def _multiplies(files: Mapping[str, Path]) -> bool:
+    """Whether the files are of a Pallas kernel, or of a fusion with products."""
+    schedule = files.get("schedule-analysis_final_bundles")
+    if "final_bundles" not in files:
+        return False
+    if schedule and "tpu_custom_call" in schedule.read_text():
+        return True
+    return "= vmatmul" in files["final_bundles"].read_text()
 
 
 def read_kernels(dump: Path | Iterable[Path]) -> tuple[TpuKernel, ...]:
@@ -196,27 +228,24 @@ def read_kernels(dump: Path | Iterable[Path]) -> tuple[TpuKernel, ...]:
 
     They are the Pallas kernels, and those fusions of XLA that multiply matrices.
     """
-    paths = sorted(dump.iterdir()) if isinstance(dump, Path) else sorted(dump)
-    files: dict[tuple[str, str], dict[str, Path]] = {}
-    for path in paths:
-        match = FILE.match(path.name)
-        if match:
-            stamp = path.name.partition("-")[0]
-            files.setdefault((stamp, match[1]), {})[match[3]] = path
-    found = []
-    for (_, name), of in files.items():
-        if name.startswith(("<", "TLP")) or "final_bundles" not in of:
-            continue
-        code = of["final_bundles"].read_text()
-        schedule = _text(of, "schedule-analysis_final_bundles")
-        if "tpu_custom_call" in schedule or "= vmatmul" in code:
-            found.append(_kernel(name, code, of))
-    return tuple(found)
+    return kernels_of(dump_files(dump))
 
 
-def _kernel(name: str, code: str, of: dict[str, Path]) -> TpuKernel:
+def kernels_of(texts: Mapping[str, str]) -> tuple[TpuKernel, ...]:
+    """The kernels of the files that ``dump_files`` returns."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for file, text in texts.items():
+        match = FILE.match(file)
+        assert match
+        found.setdefault((match[1], match[2]), {})[match[4]] = text
+    return tuple(_kernel(name, files) for (_, name), files in sorted(found.items()))
+
+
+def _kernel(name: str, files: Mapping[str, str]) -> TpuKernel:
+    code = files["final_bundles"]
     lines = bundle_lines(code)
     whole = _span(lines, 0, len(lines) - 1)
+    used = files.get("final_hlo-static-per-bundle-utilization", "")
     return TpuKernel(
         name=name,
         code=code,
@@ -225,8 +254,8 @@ def _kernel(name: str, code: str, of: dict[str, Path]) -> TpuKernel:
         bundles=whole.bundles,
         matrix_ops=whole.matrix_ops,
         spills=whole.spills,
-        busy=busy_slots(_text(of, "final_hlo-static-per-bundle-utilization")),
-        **allocated(_text(of, "post-delay-converter")),
+        busy=busy_slots(used),
+        **allocated(files.get("post-delay-converter", "")),
     )
 
 
@@ -238,7 +267,3 @@ def _span(lines: list[str], first: int, last: int) -> Span:
         sum(len(MATRIX_OP.findall(line)) for line in inside),
         sum("spill" in line for line in inside),
     )
-
-
-def _text(files: dict[str, Path], kind: str) -> str:
-    return files[kind].read_text() if kind in files else ""

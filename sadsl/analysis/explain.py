@@ -2,50 +2,29 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from html import escape
-from typing import Any
 
 import numpy as np
 
 from lowering import pipeline
-from lowering.cost import cost, targets
+from lowering.cost import cost
 from lowering.cost.cost import CallSizes, Cost, Work
 from lowering.cost.rooflines import PEAKS, Time, predict
 from lowering.facts.plan_counts import Plan
+from lowering.targets.chips import TARGETS, Target
+from lowering.targets.report import ReportTable, html_page
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Masks
 from pallas_kernels.config import KernelConfig
+from sadsl.analysis.parts import SoftmaxPart
 from sadsl.run.backends import DEFAULT_IMPL
 from sadsl.run.lists import ListForm, form_of, possible_form
 from sadsl.run.options import Options
+from sadsl.terms.base import Term
 
 THIS = "this call"
 SIDES = {"forward": False, "backward": True}
 # A spec with more distinct maps than this is shown by their sums only.
 MOST_MAPS = 16
-
-
-@dataclass(frozen=True)
-class ReportTable:
-    """A table of text cells; the first column holds names, the others numbers."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def __str__(self) -> str:
-        lines = [self.header, *self.rows]
-        widths = [
-            max(len(cell) for cell in column) for column in zip(*lines, strict=True)
-        ]
-        text = [self.title]
-        for name, *cells in lines:
-            numbers = (
-                f"  {cell:>{width}}"
-                for cell, width in zip(cells, widths[1:], strict=True)
-            )
-            text.append(f"{name:<{widths[0]}}{''.join(numbers)}".rstrip())
-        return "\n".join(text)
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,7 +36,20 @@ class Explanation:
 
     facts: tuple[tuple[str, str], ...]
     tables: tuple[ReportTable, ...]
-    cost: Cost
+    costs: tuple[Cost, ...]
+
+    @property
+    def cost(self) -> Cost:
+        """The cost of a call with one softmax; ``costs`` has those of all parts.
+
+        Raises:
+          NotImplementedError: there are several, or none.
+        """
+        if len(self.costs) == 1:
+            return self.costs[0]
+        raise NotImplementedError(
+            f"the call has {len(self.costs)} softmax parts: take costs, one for each"
+        )
 
     def __str__(self) -> str:
         facts = "\n".join(f"{name:<22}{value}" for name, value in self.facts)
@@ -66,91 +58,101 @@ class Explanation:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        facts = "".join(
-            f"<tr>{_cell('th', name, 'left')}{_cell('td', value, 'left')}</tr>"
-            for name, value in self.facts
-        )
-        parts = [_html(facts), *map(_html_table, self.tables)]
-        return f'<div style="font-size: 90%">{"".join(parts)}</div>'
+        return html_page(self.facts, self.tables)
 
 
-# These styles inherit the colours of the page, so they work on light and dark pages.
-_TABLE = "border-collapse: collapse; margin: 0 0 0.8em 0"
-_LINE = "border-bottom: 1px solid color-mix(in srgb, currentColor 40%, transparent)"
-
-
-def _cell(tag: str, text: str, align: str, style: str = "") -> str:
-    whole = f"text-align: {align}; padding: 0.1em 0.7em; {style}".rstrip()
-    return f'<{tag} style="{whole}">{escape(text)}</{tag}>'
-
-
-def _html(rows: str, title: str = "") -> str:
-    caption = (
-        f'<caption style="text-align: left; padding: 0.2em 0.7em"><b>{escape(title)}'
-        "</b></caption>"
-        if title
-        else ""
-    )
-    return f'<table style="{_TABLE}">{caption}{rows}</table>'
-
-
-def _html_table(table: ReportTable) -> str:
-    def line(cells: tuple[str, ...], head: bool) -> str:
-        style = _LINE if head else ""
-        tag = "th" if head else "td"
-        first, *rest = cells
-        numbers = "".join(_cell(tag, cell, "right", style) for cell in rest)
-        return f"<tr>{_cell('th', first, 'left', style)}{numbers}</tr>"
-
-    rows = [line(table.header, True), *(line(row, False) for row in table.rows)]
-    return _html("".join(rows), table.title)
-
-
-def explain(lowered: Any) -> Explanation:
-    """Counts blocks, pairs, FLOPs and bytes of a ``Lowered`` call, and predicts times.
+def explain(part: SoftmaxPart) -> Explanation:
+    """Counts blocks, pairs, FLOPs and bytes of a softmax call, and predicts times.
 
     Blocks and FLOPs are exact, over whole blocks as the kernels visit them. Bytes and
     times follow the model of ``lowering.cost``. Users call ``Lowered.explain()``.
     """
-    columns = compared(lowered)
+    columns = compared(part)
     of = columns[THIS]
-    plan = lowered.plan
+    plan = part.plan
     pairs = () if plan.operands else plan.pairs_of_maps
-    tables = [_kernels(lowered, of)]
+    tables = [_kernels(part, of)]
     if 1 < plan.mask.num_maps <= MOST_MAPS:
         tables.append(_maps(plan, pairs))
-    tables.append(comparison(columns, lowered.target))
-    tables.append(_chips(lowered))
-    return Explanation(_facts(lowered, of, pairs), tuple(tables), of)
+    tables.append(comparison(columns, part.target))
+    tables.append(_chips(part))
+    return Explanation(_facts(part, of, pairs), tuple(tables), (of,))
 
 
-def compared(lowered: Any) -> dict[str, Cost]:
+def explain_parts(
+    term: Term, target: str, arguments: tuple, parts: tuple[SoftmaxPart, ...]
+) -> Explanation:
+    """Explains a call whose term has several softmaxes, or none.
+
+    Blocks, FLOPs and bytes of each softmax are those of its own kernels. What is
+    computed around them, such as pools and recurrences, is not counted.
+    """
+    facts = [
+        ("spec", repr(term)),
+        ("target", target),
+        *(
+            (name, f"{x.dtype}{list(x.shape)}")
+            for name, x in zip("qkv", arguments[:3], strict=True)
+        ),
+        ("softmax parts", str(len(parts))),
+    ]
+    if not parts:
+        text = "no softmax over pairs: no blocks to count; compile().report() has code"
+        return Explanation((*facts, ("counts", text)), (), ())
+    costs = tuple(_cost(part, _sizes(part)) for part in parts)
+    header = "", "spec", "blocks", "full", "partial", "FLOPs", "bytes", "time"
+
+    def row(at: int, part: SoftmaxPart, of: Cost) -> tuple[str, ...]:
+        tile, known = part.tiles.forward, target in PEAKS
+        return (
+            f"part {at + 1}",
+            _shortened(repr(part.options.term)),
+            f"{tile.block_q} x {tile.block_kv}",
+            *(f"{n:,}" for n in (of.forward.num_full, of.forward.num_partial)),
+            *(f"{n:,}" for n in (of.flops(), of.bytes())),
+            _time(predict(of, target)) if known else "-",
+        )
+
+    pairs = enumerate(zip(parts, costs, strict=True))
+    table = ReportTable(
+        "softmax parts, forward (low.parts[i].plan has more)",
+        header,
+        tuple(row(at, part, of) for at, (part, of) in pairs),
+    )
+    return Explanation(tuple(facts), (table,), costs)
+
+
+def _shortened(text: str, most: int = 48) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def compared(part: SoftmaxPart) -> dict[str, Cost]:
     """Costs by name: the call, the call in the given order, and dense attention."""
-    sizes, problem = _sizes(lowered), lowered.options.problem
-    columns = {THIS: _cost(lowered, sizes)}
-    if lowered.stages.layouts is not None:
-        given = pipeline.masks(lowered.options.stages, lowered.tiles)
+    sizes, problem = _sizes(part), part.options.problem
+    columns = {THIS: _cost(part, sizes)}
+    if part.stages.layouts is not None:
+        given = pipeline.masks(part.options.stages, part.tiles)
         columns["in given order"] = cost.cost(given, sizes)
-    causal = cost.dense_causal(_lengths_as_given(lowered), problem.q_offset)
-    columns["dense"] = _dense(lowered, sizes)
+    causal = cost.dense_causal(_lengths_as_given(part), problem.q_offset)
+    columns["dense"] = _dense(part, sizes)
     columns["dense causal"] = cost.cost(causal, sizes)
     return columns
 
 
-def _dense(lowered: Any, sizes: CallSizes) -> Cost:
-    return cost.cost(cost.dense(_lengths_as_given(lowered)), sizes)
+def _dense(part: SoftmaxPart, sizes: CallSizes) -> Cost:
+    return cost.cost(cost.dense(_lengths_as_given(part)), sizes)
 
 
-def _lengths_as_given(lowered: Any) -> Masks:
+def _lengths_as_given(part: SoftmaxPart) -> Masks:
     """The plans with the lengths of the call, instead of those with padding slots."""
-    problem = lowered.options.problem
+    problem = part.options.problem
     lengths = {"q_seq_len": problem.q_seq_len, "kv_seq_len": problem.kv_seq_len}
-    return Masks(*(replace(mask, **lengths) for mask in lowered.masks))
+    return Masks(*(replace(mask, **lengths) for mask in part.masks))
 
 
-def _sizes(lowered: Any) -> CallSizes:
-    q, k, v, _ = lowered.arguments
-    impl = lowered.options.setting.impl
+def _sizes(part: SoftmaxPart) -> CallSizes:
+    q, k, v = part.arguments
+    impl = part.options.setting.impl
     itemsize = np.dtype(q.dtype).itemsize
     # TPU kernels widen float16, since the chip has no arithmetic for it.
     widened = impl == "tpu" and np.dtype(q.dtype) == np.float16
@@ -165,25 +167,25 @@ def _sizes(lowered: Any) -> CallSizes:
     )
 
 
-def _cost(lowered: Any, sizes: CallSizes) -> Cost:
+def _cost(part: SoftmaxPart, sizes: CallSizes) -> Cost:
     moved = 0
-    if lowered.stages.layouts is not None:
+    if part.stages.layouts is not None:
         given, slots = (
             (problem.q_seq_len, problem.kv_seq_len)
-            for problem in (lowered.options.problem, lowered.stages.planned.problem)
+            for problem in (part.options.problem, part.stages.planned.problem)
         )
         moved = cost.permutation_bytes(sizes, given, slots)
-    return cost.cost(lowered.masks, sizes, moved)
+    return cost.cost(part.masks, sizes, moved)
 
 
 def _facts(
-    lowered: Any, of: Cost, pairs: tuple[int, ...]
+    part: SoftmaxPart, of: Cost, pairs: tuple[int, ...]
 ) -> tuple[tuple[str, str], ...]:
-    q, k, v, _ = lowered.arguments
-    plan, options = lowered.plan, lowered.options
+    q, k, v = part.arguments
+    plan, options = part.plan, part.options
     facts = [
         ("spec", repr(options.term)),
-        ("target, impl", f"{lowered.target}, {options.setting.impl}"),
+        ("target, impl", f"{part.target}, {options.setting.impl}"),
         *(
             (x, f"{y.dtype}{list(y.shape)}")
             for x, y in zip("qkv", (q, k, v), strict=True)
@@ -193,8 +195,8 @@ def _facts(
     form = possible_form(options, k.shape[2])
     if form is not None:
         facts.append(("choice", _form_text(form, options)))
-    if lowered.stages.layouts is not None:
-        q_order, kv_order = lowered.stages.layouts
+    if part.stages.layouts is not None:
+        q_order, kv_order = part.stages.layouts
         facts.append(("order of queries", str(q_order)))
         facts.append(("order of keys", str(kv_order)))
     if plan.operands:
@@ -222,10 +224,10 @@ def _form_text(form: ListForm, options: Options) -> str:
     )
 
 
-def _kernels(lowered: Any, of: Cost) -> ReportTable:
-    masks = lowered.masks
+def _kernels(part: SoftmaxPart, of: Cost) -> ReportTable:
+    masks = part.masks
     plans: dict[str, BlockMask] = masks._asdict()
-    if lowered.options.setting.impl == "xla":
+    if part.options.setting.impl == "xla":
         plans = {"forward": masks.forward, "backward": masks.dq}
 
     def row(work: Work) -> tuple[str, ...]:
@@ -296,12 +298,12 @@ def comparison(columns: Mapping[str, Cost], target: str) -> ReportTable:
     return ReportTable(title, ("", *columns), tuple(rows))
 
 
-def _chips(lowered: Any) -> ReportTable:
+def _chips(part: SoftmaxPart) -> ReportTable:
     """A table of predicted times on every chip, with the kernels of its platform."""
     of_impl: dict[str, tuple[Cost, Cost]] = {}
     rows = []
-    for target in targets.TARGETS.values():
-        there = _on(lowered, target)
+    for target in TARGETS.values():
+        there = _on(part, target)
         impl = there.options.setting.impl
         if impl not in of_impl:
             sizes = _sizes(there)
@@ -311,7 +313,7 @@ def _chips(lowered: Any) -> ReportTable:
             for of in of_impl[impl]
         )
         ratios = (_ratio(a.seconds, b.seconds) for a, b in zip(all_, here, strict=True))
-        mark = " *" if target.name == lowered.target else ""
+        mark = " *" if target.name == part.target else ""
         rows.append((f"{target.name}{mark}", impl, *map(_time, here), *ratios))
     return ReportTable(
         "predicted times at peak, with default blocks where the platform is another",
@@ -320,20 +322,20 @@ def _chips(lowered: Any) -> ReportTable:
     )
 
 
-def _on(lowered: Any, target: targets.Target) -> Any:
+def _on(part: SoftmaxPart, target: Target) -> SoftmaxPart:
     """The call lowered for another chip."""
     platform = {"cuda": "gpu"}.get(target.platform, target.platform)
-    here = lowered.target in targets.TARGETS
-    if here and targets.TARGETS[lowered.target].platform == target.platform:
-        return replace(lowered, target=target.name)
+    here = part.target in TARGETS
+    if here and TARGETS[part.target].platform == target.platform:
+        return replace(part, target=target.name)
     setting = replace(
-        lowered.options.setting,
+        part.options.setting,
         impl=DEFAULT_IMPL[platform],
         # Block sizes named for one platform may be impossible on another.
-        config=KernelConfig(relayout=lowered.options.setting.config.relayout),
+        config=KernelConfig(relayout=part.options.setting.config.relayout),
     )
-    options = replace(lowered.options, setting=setting)
-    return replace(lowered, target=target.name, options=options)
+    options = replace(part.options, setting=setting)
+    return replace(part, target=target.name, options=options)
 
 
 def _ratio(a: float, b: float) -> str:

@@ -1,6 +1,6 @@
 """``lower``: compiles a call for a chip and keeps every stage for inspection."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,21 +9,22 @@ import jax
 import jax.numpy as jnp
 
 from lowering import pipeline
-from lowering.cost import inspect_code, targets
 from lowering.facts.plan_counts import Plan
+from lowering.targets import chips, clients, compiling, gpu, outside, triton_ir
 from pallas_kernels.call import Masks
 from pallas_kernels.config import KernelConfig, Tiles
-from sadsl.analysis.explain import Explanation, explain
-from sadsl.run import checks, merging
+from sadsl.analysis.compiled import Compiled
+from sadsl.analysis.explain import Explanation, explain, explain_parts
+from sadsl.analysis.parts import SoftmaxPart, shapes_text
+from sadsl.run import checks
+from sadsl.run.attend import attend
 from sadsl.run.backends import PLATFORMS, choose_impl
-from sadsl.run.kernels import choose_tiles
-from sadsl.run.operands import check_given, operand_ranks
-from sadsl.run.options import Options, check_kernel_term
-from sadsl.run.plans import plan_of
-from sadsl.run.softmax import sinks_of, traced
+from sadsl.run.call import check_read
+from sadsl.run.observed import softmax_calls
+from sadsl.run.options import Options
 from sadsl.run.types import Setting
-from sadsl.terms.base import Spec
-from sadsl.text.specs import as_term
+from sadsl.terms.base import Spec, Term
+from sadsl.text.specs import any_term
 
 IMPL_OF_PLATFORM = {"cpu": "xla", "tpu": "tpu", "cuda": "triton"}
 
@@ -32,65 +33,110 @@ IMPL_OF_PLATFORM = {"cpu": "xla", "tpu": "tpu", "cuda": "triton"}
 class Lowered:
     """A lowered attention call; ``print`` shows every stage by name.
 
+    ``options``, ``stages``, ``tiles``, ``masks`` and ``plan`` are those of the only
+    softmax of the call. A term with several, or with none, has ``parts``.
+
     Attributes:
-      options: the static part of the call.
+      term: what is computed.
+      setting: the options of the call.
       target: the name of the chip, or "cpu".
       arguments: q, k, v and a dict of operands, as ShapeDtypeStructs.
+      functions: the operands that are functions, by name.
       gradient: whether the gradients are lowered instead of the output.
     """
 
-    options: Options
+    term: Term
+    setting: Setting
     target: str
     arguments: tuple
+    functions: Mapping[str, Callable[..., Any]]
     gradient: bool = False
+
+    @cached_property
+    def parts(self) -> tuple[SoftmaxPart, ...]:
+        """The softmax calls of the term in the order in which they run.
+
+        >>> import jax, jax.numpy as jnp, sadsl as sa
+        >>> x = jax.ShapeDtypeStruct((1, 1024, 8, 64), jnp.bfloat16)
+        >>> low = sa.lower(sa.average(sa.window(64), sa.strided(8)), x, x, x)
+        >>> [part.plan.num_pairs for part in low.parts]
+        [64480, 131072]
+        """
+        calls = softmax_calls(self._forward, *self.arguments)
+        return tuple(
+            SoftmaxPart(call.options, self.target, call.shapes) for call in calls
+        )
+
+    @property
+    def part(self) -> SoftmaxPart:
+        """The only softmax of the call.
+
+        Raises:
+          NotImplementedError: there are several, or none.
+        """
+        if len(self.parts) == 1:
+            return self.parts[0]
+        way = (
+            f"ask one of its {len(self.parts)} parts: low.parts[0].plan"
+            if self.parts
+            else "it has no plan; low.compile().report() shows its code"
+        )
+        raise NotImplementedError(
+            f"spec={self.term!r} is not one softmax over a map, so it has no stages, "
+            f"blocks and plan of its own: {way}"
+        )
+
+    @property
+    def options(self) -> Options:
+        """The static part of the only softmax."""
+        return self.part.options
 
     @property
     def stages(self) -> pipeline.Stages:
         """The stages of the map, one after each pass."""
-        return self.options.arranged(self.tiles)
+        return self.part.stages
 
-    @cached_property
+    @property
     def tiles(self) -> Tiles:
         """The block sizes of the forward, dq and dkv kernels."""
-        q, _, v, _ = self.arguments
-        return choose_tiles(self.options, q.shape[-1], v.shape[-1], q.dtype)
+        return self.part.tiles
 
-    @cached_property
+    @property
     def masks(self) -> Masks:
         """The plans of the forward, dq and dkv kernels."""
-        return pipeline.masks(self.stages, self.tiles)
+        return self.part.masks
 
-    @cached_property
+    @property
     def plan(self) -> Plan:
         """The forward plan with its counts."""
-        forward = self.tiles.forward
-        blocks = forward.block_q, forward.block_kv
-        return plan_of(self.stages, self.options.stages, *blocks)
+        return self.part.plan
+
+    def _forward(self, q: Any, k: Any, v: Any, operands: Mapping[str, Any]) -> Any:
+        given = {**self.functions, **operands}
+        out, lse, _ = attend(self.term, (q, k, v), given, self.setting)
+        return out if lse is None else (out, lse)
 
     def run(self, q: Any, k: Any, v: Any, operands: Mapping[str, Any]) -> Any:
-        """The lowered computation: ``(out, lse)``, or the gradients of ``out``."""
+        """The lowered computation: ``(out, lse)``, or the gradients of ``out``.
 
-        term = self.options.term
-        arrays = {name: x for name, x in operands.items() if name != term.sink}
-
-        def forward(q: Any, k: Any, v: Any) -> Any:
-            out, lse = traced(q, k, v, arrays, options=self.options)
-            if term.sink is None:
-                return out, lse
-            found = merging.with_sink(out, lse, sinks_of(term, operands, q))
-            return found.out, found.lse
-
+        A term without a single normaliser returns ``out`` alone.
+        """
         if not self.gradient:
-            return forward(q, k, v)
-        (out, lse), pull = jax.vjp(forward, q, k, v)
-        return pull((jnp.ones_like(out), jnp.zeros_like(lse)))
+            return self._forward(q, k, v, operands)
+
+        def output(q: Any, k: Any, v: Any) -> Any:
+            found = self._forward(q, k, v, operands)
+            return found[0] if isinstance(found, tuple) else found
+
+        out, pull = jax.vjp(output, q, k, v)
+        return pull(jnp.ones_like(out))
 
     @cached_property
     def jaxpr(self) -> str:
         """The jaxpr of the call, with its kernels."""
         if self.target == "cpu":
             return self._jaxpr()
-        with targets.abstract_mesh(self.target):
+        with compiling.abstract_mesh(self.target):
             return self._jaxpr()
 
     def _jaxpr(self) -> str:
@@ -100,91 +146,62 @@ class Lowered:
 
     @cached_property
     def module(self) -> str:
-        """The lowered module: StableHLO for CPUs and TPUs, Triton IR for GPUs."""
-        lowered = self._jax_lowered()
-        if self._platform == "cuda":
-            return inspect_code.triton_ir(lowered)
-        return lowered.as_text()
+        """The lowered module: StableHLO, or the Triton IR of the kernels for GPUs."""
+        lowered = self.jax_lowered()
+        found = triton_ir.triton_ir(lowered) if self._platform == "cuda" else ""
+        return found or lowered.as_text()
 
     def explain(self) -> Explanation:
-        """Counts, FLOPs, bytes and predicted times, compared with dense attention."""
-        return explain(self)
+        """Counts, FLOPs, bytes and predicted times, compared with dense attention.
 
-    def compile(self) -> "Compiled":
+        Of a term with several softmaxes, or with none: a line for each part.
+        """
+        if len(self.parts) == 1:
+            return explain(self.part)
+        return explain_parts(self.term, self.target, self.arguments, self.parts)
+
+    def compile(self, *, timeout: float | None = None) -> Compiled:
         """Compiles the call for the target, which need not be present.
 
+        For TPUs and GPUs a process of its own compiles. What it made is kept, by
+        content, in a folder of at most 256 MB (``$SADSL_CACHE_DIR``, else "sadsl" in
+        the user's cache; "off" keeps nothing). A GPU needs jax's CUDA plugin, ptxas and
+        nvdisasm; without them there is Triton IR, and the report says what is missing.
+
+        Args:
+          timeout: seconds after which the compiler is stopped; 300 if None.
+
         Raises:
-          RuntimeError: a TPU is the target and libtpu is not installed.
+          RuntimeError: the compiler refuses the call, takes too long, or is missing.
         """
-        if self._platform == "cuda":
-            return Compiled(self, None)
         if self._platform == "cpu":
-            return Compiled(self, self._jax_lowered().compile())
-        compiled = targets.compile_for(self.run, self.arguments, self.target)
-        return Compiled(self, compiled)
+            made = self.jax_lowered().compile()
+            memory = clients.memory_of(made.memory_analysis())
+            return Compiled(self, clients.CompiledProgram(made.as_text() or "", memory))
+        if self._platform == "cuda" and not gpu.has_plugin():
+            return Compiled(self, None)
+        made = outside.compile_outside(self.jax_lowered(), self.target, timeout=timeout)
+        return Compiled(self, made)
 
     @property
     def _platform(self) -> str:
-        return "cpu" if self.target == "cpu" else targets.find(self.target).platform
+        return "cpu" if self.target == "cpu" else chips.find(self.target).platform
 
-    def _jax_lowered(self) -> jax.stages.Lowered:
+    def jax_lowered(self) -> jax.stages.Lowered:
+        """The call as jax lowers it."""
         if self.target == "cpu":
             return jax.jit(self.run).lower(*self.arguments)
-        return targets.lower_for(self.run, self.arguments, self.target)
+        return compiling.lower_for(self.run, self.arguments, self.target)
 
     def __str__(self) -> str:
-        q, k, v, _ = self.arguments
-        shapes = ", ".join(
-            f"{name} {x.dtype}{list(x.shape)}"
-            for name, x in zip("qkv", (q, k, v), strict=True)
-        )
-        parts = [
-            f"-- spec\n{self.options.term!r}\n{shapes}, target {self.target}",
-            str(self.stages),
-            f"-- plan\n{self.plan}",
-            f"-- kernel\nimpl {self.options.setting.impl}, {_tiles_text(self.tiles)}",
-            f"-- jaxpr\n{_head(self.jaxpr, 40)}",
-        ]
-        return "\n\n".join(parts)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A compiled call: its code and the figures of the compiler.
-
-    Attributes:
-      lowered: the call.
-      executable: the compiled program; None for GPUs, where only Triton IR is made.
-    """
-
-    lowered: Lowered
-    executable: Any
-
-    def asm(self) -> str:
-        """The lowest-level code: optimised HLO (CPU, TPU) or Triton IR (GPU)."""
-        if self.executable is None:
-            return self.lowered.module
-        return self.executable.as_text()
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of arguments, outputs, temporaries and code; empty for GPUs."""
-        if self.executable is None:
-            return {}
-        found = self.executable.memory_analysis()
-        return {
-            "arguments": found.argument_size_in_bytes,
-            "outputs": found.output_size_in_bytes,
-            "temporaries": found.temp_size_in_bytes,
-            "code": found.generated_code_size_in_bytes,
-        }
-
-    def report(self) -> str:
-        """The figures of the compiler, as aligned text."""
-        rows = [("target", self.lowered.target)]
-        rows += [(f"{name} (bytes)", f"{n:,}") for name, n in self.memory().items()]
-        if self.executable is None:
-            rows.append(("lowered to", "Triton IR; machine code needs CUDA's tools"))
-        return "\n".join(f"{name:<22}{value}" for name, value in rows)
+        jaxpr = f"-- jaxpr\n{_head(self.jaxpr, 40)}"
+        if len(self.parts) == 1:
+            return f"{self.part}\n\n{jaxpr}"
+        shapes = shapes_text(self.arguments)
+        found = [f"-- spec\n{self.term!r}\n{shapes}, target {self.target}"]
+        for at, part in enumerate(self.parts):
+            found.append(f"==== part {at + 1} of {len(self.parts)}\n{part}")
+        return "\n\n".join([*found, jaxpr])
 
 
 def lower(
@@ -205,24 +222,22 @@ def lower(
 
     Args:
       spec: an index map, a term, or text.
-      q, k, v: arrays or ShapeDtypeStructs ``[batch, seq, heads, head_dim]``.
-      target: "cpu", "tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu7x", "a100", "h100", "h200",
-        "b200"; None is the default device.
+      q, k, v: arrays or ShapeDtypeStructs, as in ``attention``.
+      target: "cpu", "tpu-v4", "tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu7x", "a100", "h100",
+        "h200", "b200"; None is the default device.
       impl: the backend; that of the target's platform if None.
-      operands: run-time arrays or their ShapeDtypeStructs; segment ids are among them,
-        as "q_segment_ids" and "kv_segment_ids".
+      operands: run-time arrays or their ShapeDtypeStructs, and functions; segment ids
+        are among them, as "q_segment_ids" and "kv_segment_ids".
       sm_scale, q_offset, config: as in ``attention``.
       gradient: lower the gradients of ``sum(out)`` instead of ``(out, lse)``.
 
     Raises:
       ValueError: the target is unknown, the backend cannot run on it, or the arrays do
         not fit the spec.
-      NotImplementedError: the spec is more than one softmax, or has ``scale=`` or
-        ``values=``, which are applied before the kernel.
+      NotImplementedError: the backend cannot do it.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import sadsl as sa
+      >>> import jax, jax.numpy as jnp, sadsl as sa
       >>> x = jax.ShapeDtypeStruct((1, 1024, 8, 64), jnp.bfloat16)
       >>> low = sa.lower(sa.causal() & sa.window(256), x, x, x, target="h100")
       >>> print(low.stages["simplify"])
@@ -232,44 +247,32 @@ def lower(
     """
     target = target or _default_target()
     platform = "cpu" if target == "cpu" else _platform(target)
-    problem = checks.problem(q, k, v, q_offset)
+    term = any_term(spec)
+    problem = checks.problem(q, k, v, q_offset, term)
     setting = Setting(
         sm_scale=float(checks.scale(sm_scale, q.shape[-1])),
         q_offset=problem.q_offset,
         impl=_impl_for(impl or IMPL_OF_PLATFORM[platform], target, platform),
         config=config or KernelConfig(),
     )
-    options = Options(check_kernel_term(as_term(spec), "lower"), problem, setting)
-    fitted = _operand_shapes(options, operands or {}, q)
-    arrays = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
-    return Lowered(options, target, (*arrays, fitted), gradient)
+    checks.precision(q.dtype, setting.impl)
+    check_read(term, operands or {})
+    arrays, functions = _split(operands or {})
+    arguments = (*map(_shape, (q, k, v)), arrays)
+    lowered = Lowered(term, setting, target, arguments, functions, gradient)
+    # Every error of the call is one of this function.
+    _ = lowered.parts
+    return lowered
 
 
-def _operand_shapes(
-    options: Options, operands: Mapping[str, Any], q: Any
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """The operands of a call as checked ShapeDtypeStructs with a batch axis.
+def _split(operands: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The operands that are arrays, as ShapeDtypeStructs, and the functions."""
+    arrays = {name: _shape(x) for name, x in operands.items() if hasattr(x, "dtype")}
+    return arrays, {name: x for name, x in operands.items() if name not in arrays}
 
-    Raises:
-      ValueError: an operand is missing, unknown, or has the wrong shape.
-    """
-    sink = {} if options.term.sink is None else {options.term.sink: 1}
-    asked = options.asked | sink
-    shapes = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype if name in asked else jnp.int32)
-        for name, x in operands.items()
-    }
-    ranks = operand_ranks(options, shapes) | sink
-    fitted = {
-        name: x
-        if len(x.shape) > ranks[name]
-        else jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
-        for name, x in shapes.items()
-    }
-    if sink:
-        jax.eval_shape(lambda given: sinks_of(options.term, given, q), fitted)
-    check_given({name: x for name, x in fitted.items() if name not in sink}, options)
-    return fitted
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
 
 
 def _impl_for(impl: str, target: str, platform: str) -> str:
@@ -294,10 +297,10 @@ def _platform(target: str) -> str:
     Raises:
       ValueError: the target is unknown.
     """
-    if target not in targets.TARGETS:
-        known = ", ".join(("cpu", *targets.TARGETS))
+    if target not in chips.NAMES:
+        known = ", ".join(chips.NAMES)
         raise ValueError(f"target={target!r}: must be None or one of {known}")
-    return targets.find(target).platform
+    return chips.find(target).platform
 
 
 def _default_target() -> str:
@@ -309,18 +312,13 @@ def _default_target() -> str:
     if jax.default_backend() == "cpu":
         return "cpu"
     kind = jax.devices()[0].device_kind
-    for name, target in targets.TARGETS.items():
+    for name, target in chips.TARGETS.items():
         if target.device_kind == kind:
             return name
     raise ValueError(
         f"the default device is a {kind!r}, which is not a known target: pass target=, "
-        f"one of {', '.join(targets.TARGETS)}"
+        f"one of {', '.join(chips.TARGETS)}"
     )
-
-
-def _tiles_text(tiles: Tiles) -> str:
-    names = {"forward": tiles.forward, "dq": tiles.dq, "dkv": tiles.dkv}
-    return ", ".join(f"{n} {t.block_q} x {t.block_kv}" for n, t in names.items())
 
 
 def _head(text: str, lines: int) -> str:

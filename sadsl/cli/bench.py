@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from lowering.facts.plan_counts import Plan
-from sadsl.analysis.explain import ReportTable
+from lowering.targets.report import ReportTable
 from sadsl.cli import machine
 from sadsl.cli.call import arrays, config, kv_seq_len, segment_lengths
 from sadsl.cli.command import CommandResult

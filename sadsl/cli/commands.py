@@ -9,6 +9,7 @@ from lowering.cost.cost import Cost
 from lowering.cost.rooflines import PEAKS, predict
 from lowering.facts.plan_counts import Plan
 from sadsl.analysis.explain import SIDES, compared
+from sadsl.analysis.parts import SoftmaxPart
 from sadsl.analysis.properties import properties as properties_of
 from sadsl.cli.call import kv_seq_len, lowered
 from sadsl.cli.command import CommandResult
@@ -27,17 +28,27 @@ def explain(asked: flags.FlagValues, spec: Spec) -> CommandResult:
         for name, x in zip("qkv", low.arguments, strict=False)
     }
     values = {
-        "spec": repr(low.options.term),
+        "spec": repr(low.term),
         "target": low.target,
-        "impl": low.options.setting.impl,
+        "impl": low.setting.impl,
         "arrays": shapes,
-        "plan": _plan_values(low.plan),
+    }
+    parts = [_part_values(part) for part in low.parts]
+    values |= parts[0] if len(parts) == 1 else {"parts": parts}
+    return CommandResult(str(found), values)
+
+
+def _part_values(part: SoftmaxPart) -> dict[str, Any]:
+    """The plan of one softmax, and its cost beside that of dense attention."""
+    costs = compared(part)
+    return {
+        "softmax": repr(part.options.term),
+        "plan": _plan_values(part.plan),
         "cost": {
-            name.replace(" ", "_"): _cost_values(cost, low.target)
-            for name, cost in compared(low).items()
+            name.replace(" ", "_"): _cost_values(cost, part.target)
+            for name, cost in costs.items()
         },
     }
-    return CommandResult(str(found), values)
 
 
 def _cost_values(cost: Cost, target: str) -> dict[str, Any]:
@@ -60,13 +71,12 @@ def asm(asked: flags.FlagValues, spec: Spec) -> CommandResult:
     low = lowered(spec, asked, gradient=asked.gradient)
     with progress(f"compiling for {low.target}"):
         compiled = low.compile()
-        about = {"spec": repr(low.options.term), "target": low.target}
+        about = {"spec": repr(low.term), "target": low.target}
         if not asked.report:
             code = compiled.asm()
             return CommandResult(code, {**about, "asm": code})
-        report: Any = compiled.report()
-    held = report.as_dict() if hasattr(report, "as_dict") else str(report)
-    return CommandResult(str(report), {**about, "report": held})
+        report = compiled.report()
+    return CommandResult(str(report), {**about, "report": report.as_dict()})
 
 
 def plan(asked: flags.FlagValues, spec: Spec) -> CommandResult:

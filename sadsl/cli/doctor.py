@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from lowering.cost.targets import TARGETS
+from lowering.targets.chips import TARGETS
 from sadsl.cli import machine
 from sadsl.cli.command import CommandResult
 from sadsl.cli.progress import progress

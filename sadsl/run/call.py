@@ -122,7 +122,7 @@ def _attention(
             f"state0 or return_state with {term!r}: only linear(...) and delta(...) "
             "have a state: call attention for each part of a mixture, or leave it out"
         )
-    _check_read(term, given)
+    check_read(term, given)
     dtype = inputs[0].dtype
     checks.precision(dtype, setting.impl)
     out, lse, state = attend(term, inputs, given, setting)
@@ -157,7 +157,7 @@ def given_arrays(
     return {**(operands or {}), **named}
 
 
-def _check_read(term: Term, given: Mapping[str, Any]) -> None:
+def check_read(term: Term, given: Mapping[str, Any]) -> None:
     """Refuses arrays that no part of a mixture reads; maps check their own arrays.
 
     Raises:
@@ -215,7 +215,7 @@ def select(
     term = any_term(spec)
     problem = checks.problem(q, k, k, q_offset, term)
     given = dict(operands or {})
-    _check_read(term, given)
+    check_read(term, given)
     scale = checks.scale(sm_scale, q.shape[-1])
     config = KernelConfig(lists=lists or None)
     setting = Setting(scale, problem.q_offset, "reference", config=config)

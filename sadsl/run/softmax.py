@@ -16,7 +16,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.precision import wide, widened
 from pallas_kernels.shared_values import loaded_once
 from sadsl.maps.base import IndexMap
-from sadsl.run import dropout_seeds, lists, merging, reference
+from sadsl.run import dropout_seeds, lists, merging, observed, reference
 from sadsl.run.attend import attend, choose
 from sadsl.run.content import chosen_parts, with_parts
 from sadsl.run.kernels import choose_tiles, kernel_call, prepare
@@ -58,7 +58,8 @@ def _(
     if setting.dropout_rate:
         arrays[DROPOUT_KEY] = dropout_seeds.key_words(given[DROPOUT_KEY])
     arrays |= traced_scale(setting)
-    out, lse = traced(*inputs, arrays, options=options)
+    found = observed.noted(options, inputs)
+    out, lse = found or traced(*inputs, arrays, options=options)
     if term.sink is None:
         return Outcome(out, lse)
     return merging.with_sink(out, lse, sinks_of(term, given, inputs[0]))

@@ -11,7 +11,7 @@ import pytest
 from bit_tables import Table
 from kernel_cases import Case
 
-from lowering.cost import inspect_code, targets
+from lowering.targets import compiling, triton_ir
 from pallas_kernels import bits, dispatch
 from pallas_kernels.block_mask import (
     EMPTY,
@@ -283,7 +283,7 @@ def shapes_for(content, impl):
 @pytest.mark.slow
 def test_machine_code_for_a_tpu():
     f, args = shapes_for(replace(ON_CHIP, block_kv=256, block_q=128), "tpu")
-    compiled = targets.compile_for(f, args, "tpu-v5e")
+    compiled = compiling.compile_for(f, args, "tpu-v5e")
     assert compiled.as_text().count("tpu_custom_call") >= 3
 
 
@@ -292,6 +292,6 @@ def test_lowers_for_a_gpu():
     with warnings.catch_warnings():
         # jax 0.11 and later warn that Pallas Triton is deprecated.
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
-        lowered = targets.lower_for(f, args, "h100")
-    names = [kernel.name for kernel in inspect_code.triton_kernels(lowered)]
+        lowered = compiling.lower_for(f, args, "h100")
+    names = [kernel.name for kernel in triton_ir.triton_kernels(lowered)]
     assert names == ["forward_kernel", "dq_kernel", "dkv_kernel"]

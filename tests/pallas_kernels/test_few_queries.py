@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import sadsl as sa
-from lowering.cost import targets
+from lowering.targets import compiling
 from pallas_kernels import few_queries, softmax
 from pallas_kernels.block_mask import blank, from_blocks
 from pallas_kernels.call import Call
@@ -133,14 +133,14 @@ def program(impl, *, spec=NEAR, page=None, interpret=False):
     ids=str,
 )
 def test_tpu_code_copies_no_cache(target, page, spec):
-    compiled = targets.compile_for(*program("tpu", spec=spec, page=page), target)
+    compiled = compiling.compile_for(*program("tpu", spec=spec, page=page), target)
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * 2 * 1024 * 128 * 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [None, 16, 64])
 def test_gpu_code_copies_no_cache(page):
-    text = targets.lower_for(*program("triton", page=page), "h100").as_text()
+    text = compiling.lower_for(*program("triton", page=page), "h100").as_text()
     cache = f"{128 * 16 if page == 16 else 32}x2x{page}x128xbf16" if page else ""
     cache = cache or "2x2x1024x128xbf16"
     made = re.findall(rf"-> tensor<(?:{cache}|2x1024x2x128xbf16)>", text)

@@ -10,7 +10,7 @@ import pytest
 from kernel_cases import Case, Pattern
 
 import sadsl as sa
-from lowering.cost import targets
+from lowering.targets import compiling
 from pallas_kernels import dispatch
 from pallas_kernels.config import Tile
 from pallas_kernels.loops import repeat
@@ -63,7 +63,7 @@ def test_lowers(impl, chip):
 
     inputs, *_ = LARGE.arrays()
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), inputs)
-    run = targets.compile_for if impl == "tpu" else targets.lower_for
+    run = compiling.compile_for if impl == "tpu" else compiling.lower_for
     text = run(jax.value_and_grad(loss), (like,), chip).as_text()
     assert text.count(KERNEL[impl]) >= 3, "forward, dq and dkv"
 
@@ -80,7 +80,7 @@ def test_linear_attention_compiles(chip):
         out = sa.attention(*arrays, spec, impl="tpu", **given)
         return jnp.sum(out.astype(jnp.float32))
 
-    made = targets.compile_for(jax.value_and_grad(loss), ((x, x, x), ids), chip)
+    made = compiling.compile_for(jax.value_and_grad(loss), ((x, x, x), ids), chip)
     assert made.as_text().count(KERNEL["tpu"]) >= 2
 
 

@@ -85,8 +85,8 @@ def test_slots():
         "== CAPACITY:\nMATMUL, VALU\n    2     4\n== UTILIZATION:\n2 4\n0 2\n1 0\n"
     )
     assert slots.shares(tpu.Span(0, 1, 0, 0)) == {"MATMUL": 0.5, "VALU": 0.75}
-    assert tpu.busy_slots("") == tpu.Slots()
-    assert tpu.Slots().shares(tpu.Span(0, 1, 0, 0)) == {}
+    assert tpu.busy_slots("") == tpu.UnitSlots()
+    assert tpu.UnitSlots().shares(tpu.Span(0, 1, 0, 0)) == {}
 
 
 def test_kernels_of_a_dump(tmp_path):

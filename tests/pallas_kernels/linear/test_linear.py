@@ -12,7 +12,7 @@ import pytest
 from jax.test_util import check_grads
 from recurrence_oracle import exact, recurrence
 
-from lowering.cost import inspect_code, targets
+from lowering.targets import compiling, triton_ir
 from pallas_kernels import linear
 from pallas_kernels.linear import Recurrence, marks
 from pallas_kernels.linear import tpu as linear_tpu
@@ -345,14 +345,14 @@ CHIP = Case(600, "dsn", group=2, dim=128, dim_v=128, dtype="bfloat16", chunk=256
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["tpu-v5e", pytest.param("tpu-v6e", marks=slow)])
 def test_machine_code(target):
-    compiled = targets.compile_for(*program(CHIP, "tpu"), target)
+    compiled = compiling.compile_for(*program(CHIP, "tpu"), target)
     assert compiled.as_text().count("tpu_custom_call") >= 3
 
 
 @pytest.mark.slow
 def test_many_query_heads_of_a_key_head_fit_a_chip():
     case = replace(CHIP, seq=256, has="dn", group=32, chunk=128, batch=1, heads=1)
-    compiled = targets.compile_for(*program(case, "tpu"), "tpu-v5e")
+    compiled = compiling.compile_for(*program(case, "tpu"), "tpu-v5e")
     assert compiled.as_text().count("tpu_custom_call") >= 3
 
 
@@ -370,8 +370,8 @@ def test_lowers_for_a_gpu(has):
     case = replace(CHIP, has=has, chunk=64, dim=100, dim_v=64)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
-        lowered = targets.lower_for(*program(case, "triton"), "h200")
-    names = [kernel.name for kernel in inspect_code.triton_kernels(lowered)]
+        lowered = compiling.lower_for(*program(case, "triton"), "h200")
+    names = [kernel.name for kernel in triton_ir.triton_kernels(lowered)]
     assert set(names) == {
         "sadsl_linear_states",
         "sadsl_linear_forward",

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import sadsl as sa
-from lowering.cost import inspect_code, targets
+from lowering.targets import compiling, triton_ir
 from pallas_kernels.call import Inputs, Outputs, Vectors
 from pallas_kernels.lists import dispatch
 from pallas_kernels.lists.call import ListCall, num_blocks
@@ -329,12 +329,12 @@ def lowered(case, batched=0):
         return jax.grad(total)(inputs)
 
     f = jax.vmap(gradient) if batched else gradient
-    return targets.lower_for(f, (inputs, struct(index, "int32")), "h100")
+    return compiling.lower_for(f, (inputs, struct(index, "int32")), "h100")
 
 
 @pytest.mark.parametrize("case", sampled(LOWERED), ids=str)
 def test_lowers_for_a_gpu(case):
-    kernels = inspect_code.triton_kernels(lowered(case))
+    kernels = triton_ir.triton_kernels(lowered(case))
     assert [kernel.name for kernel in kernels] == [f"sadsl_lists_{n}" for n in NAMES]
     for kernel in kernels:
         # Loops that Triton pipelines are scf.for.
@@ -356,5 +356,5 @@ def test_lowers_for_a_gpu(case):
 @pytest.mark.slow
 def test_vmap_adds_no_loop_around_the_kernels():
     program = lowered(LOWERED[0], batched=3)
-    assert len(inspect_code.triton_kernels(program)) == 4
+    assert len(triton_ir.triton_kernels(program)) == 4
     assert "stablehlo.while" not in program.as_text()

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
 from kernel_cases import Case, Pattern
 
-from lowering.cost import targets
+from lowering.targets import compiling
 from pallas_kernels import dispatch, tpu
 from pallas_kernels.block_mask import FULL, blank, from_blocks, from_runs
 from pallas_kernels.call import Inputs, Masks, Vectors
@@ -329,7 +329,7 @@ def compile_gradient(case, target, masks=None):
         o, lse = attend(case, inputs, vectors, masks, interpret=False)
         return jnp.sum(o.astype(jnp.float32)) + jnp.sum(lse)
 
-    compiled = targets.compile_for(jax.value_and_grad(value), shapes(case), target)
+    compiled = compiling.compile_for(jax.value_and_grad(value), shapes(case), target)
     assert compiled.as_text().count("tpu_custom_call") >= 2
     return compiled
 
@@ -385,5 +385,5 @@ def test_machine_code_of_a_vmapped_table():
 
     args = shapes(case)[0], [arrays_of(m) for m in plans]
     batched = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), args)
-    compiled = targets.compile_for(jax.vmap(jax.grad(value)), batched, "tpu-v5e")
+    compiled = compiling.compile_for(jax.vmap(jax.grad(value)), batched, "tpu-v5e")
     assert " while(" not in compiled.as_text()

@@ -14,7 +14,7 @@ from jax import test_util
 from jax.sharding import PartitionSpec
 from kernel_cases import PATTERNS, Case, Pattern
 
-from lowering.cost import inspect_code, targets
+from lowering.targets import compiling, triton_ir
 from pallas_kernels import dispatch
 from pallas_kernels.block_mask import blank, check, from_runs
 from pallas_kernels.call import Call, Inputs, Masks, Outputs, Vectors
@@ -263,7 +263,7 @@ def lowered(case, target="h200"):
 def quietly_lowered(f, args, target):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", DEPRECATED)
-        return targets.lower_for(f, args, target)
+        return compiling.lower_for(f, args, target)
 
 
 LOWERED = [
@@ -293,7 +293,7 @@ def with_default_tiles(case):
 @pytest.mark.parametrize("case", LOWERED, ids=str)
 def test_lowers_for_a_gpu(case):
     case = with_default_tiles(case)
-    forward, dq, dkv = inspect_code.triton_kernels(lowered(case))
+    forward, dq, dkv = triton_ir.triton_kernels(lowered(case))
     names = [kernel.name for kernel in (forward, dq, dkv)]
     assert names == ["forward_kernel", "dq_kernel", "dkv_kernel"]
     for kernel, tile in ((forward, case.forward), (dq, case.forward), (dkv, case.dkv)):
@@ -313,12 +313,12 @@ def test_lowers_for_a_gpu(case):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.name)
 def test_predicates_lower(pattern):
     case = Case(pattern=pattern, q_len=70, kv_len=70)
-    assert len(inspect_code.triton_kernels(lowered(case, "a100"))) == 3
+    assert len(triton_ir.triton_kernels(lowered(case, "a100"))) == 3
 
 
 def test_only_needed_loops_are_there():
     def loops(case):
-        forward, *_ = inspect_code.triton_kernels(lowered(case))
+        forward, *_ = triton_ir.triton_kernels(lowered(case))
         return forward.code.count("scf.for")
 
     sizes = {"q_len": 128, "kv_len": 128}
@@ -353,11 +353,11 @@ def test_lowers_a_long_sequence():
         return jax.grad(total)(inputs)
 
     program = quietly_lowered(f, (Inputs(q, kv, kv),), "h100")
-    forward, *_ = inspect_code.triton_kernels(program)
+    forward, *_ = triton_ir.triton_kernels(program)
     assert forward.grid == (length // 128, 8, 1)
     # The plan is linear in the length: two runs per row.
     assert len(program.as_text()) < 1_000_000
-    assert "tt.dot" in inspect_code.triton_ir(program)
+    assert "tt.dot" in triton_ir.triton_ir(program)
 
 
 def test_vmap_adds_no_loop_around_the_kernel():
@@ -370,7 +370,7 @@ def test_vmap_adds_no_loop_around_the_kernel():
     program = quietly_lowered(
         lambda x: jax.vmap(lambda y: f(y, case.vectors()))(x), (batch,), "h200"
     )
-    assert len(inspect_code.triton_kernels(program)) == 1
+    assert len(triton_ir.triton_kernels(program)) == 1
     assert "stablehlo.while" not in program.as_text()
 
 

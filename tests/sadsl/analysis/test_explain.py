@@ -13,7 +13,7 @@ from laws import few
 
 import sadsl as sa
 from lowering.cost import rooflines
-from lowering.cost.targets import TARGETS
+from lowering.targets.chips import TARGETS
 from sadsl.analysis import explain
 
 WINDOW = "causal() & window(100)"
@@ -69,7 +69,7 @@ def test_ratios_are_of_times_where_they_are_known():
     of = lowered(target="h100", config=BLOCKS).explain()
     side = cells(of, "beside dense attention (ratios are of predicted times on h100)")
     assert side["ratio forward"]["this call"] == "1.00 x"
-    columns = explain.compared(lowered(target="h100", config=BLOCKS))
+    columns = explain.compared(lowered(target="h100", config=BLOCKS).part)
     for name in ("dense", "dense causal"):
         times = [rooflines.predict(columns[x], "h100") for x in (name, "this call")]
         expected = f"{times[0].seconds / times[1].seconds:.2f} x"

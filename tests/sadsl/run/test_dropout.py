@@ -11,7 +11,7 @@ import pytest
 from calls import BACKENDS, IMPLS, arrays
 
 import sadsl as sa
-from lowering.cost import targets
+from lowering.targets import compiling
 from sadsl.terms.biases import distance_bias
 
 # Compiled in a hurry: nothing here is about speed.
@@ -356,12 +356,12 @@ def test_it_lowers_for_chips(target):
         )
 
     if impl == "tpu":
-        text = targets.compile_for(slope, (shape,) * 3, target).as_text()
+        text = compiling.compile_for(slope, (shape,) * 3, target).as_text()
         names = {f"sadsl_{kernel}" for kernel in ("forward", "dq", "dkv")}
         assert set(re.findall(r"%(sadsl_\w+)\.\d+ =", text)) == names
         assert text.count("tpu_custom_call") == 3
     else:
-        text = targets.lower_for(slope, (shape,) * 3, target).as_text()
+        text = compiling.lower_for(slope, (shape,) * 3, target).as_text()
         assert text.count("@__gpu$xla.gpu.triton(") == 3
 
 

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sadsl as sa
-from lowering.cost import targets
+from lowering.targets import chips, compiling
 from sadsl.selections import kmeans, mass, topk, vertical_slash
 
 BATCH, LENGTH, HEADS, DIM = 4, 40, 4, 8
@@ -120,8 +120,8 @@ def test_dropout_and_a_replicated_axis_under_the_check():
 @pytest.mark.parametrize(("impl", "target"), [("tpu", "tpu-v5e"), ("triton", "h100")])
 def test_kernels_lower_under_the_check(name, impl, target):
     spec, operands, over = CASES[name]
-    chip = targets.find(target)
-    with targets.abstract_mesh(target):
+    chip = chips.find(target)
+    with compiling.abstract_mesh(target):
         device = jax.sharding.get_abstract_mesh().abstract_device
     names = "batch", "heads"
     mesh = AbstractMesh((2, 2), names, axis_types=AXES, abstract_device=device)

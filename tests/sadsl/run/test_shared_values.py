@@ -12,7 +12,7 @@ import oracle
 import pytest
 
 import sadsl as sa
-from lowering.cost import inspect_code, targets
+from lowering.targets import compiling, triton_ir
 from pallas_kernels.shared_values import loaded_once
 
 CAUSAL = sa.causal() & sa.window(20)
@@ -144,8 +144,8 @@ def test_a_gpu_loads_each_channel_of_a_key_once():
     def loss(q, k):
         return sa.attention(q, k, k, term, impl="triton").astype(jnp.float32).sum()
 
-    program = targets.lower_for(jax.grad(loss, (0, 1)), (q, k), "h100")
-    for kernel in inspect_code.triton_kernels(program):
+    program = compiling.lower_for(jax.grad(loss, (0, 1)), (q, k), "h100")
+    for kernel in triton_ir.triton_kernels(program):
         loads = re.findall(r"tt\.load .*tensor<\d+x(\d+)x!tt\.ptr<bf16", kernel.code)
         assert set(loads) == {"512", "64"}, kernel.name
 

@@ -46,6 +46,22 @@ def triton_ir(lowered: jax.stages.Lowered) -> str:
     return "\n".join(str(kernel) for kernel in triton_kernels(lowered))
 
 
+def loops(code: str) -> tuple[tuple[int, int, int], ...]:
+    """The innermost loops with products: first and last line, number of products."""
+    lines, found, open_ = code.splitlines(), [], []
+    for at, line in enumerate(lines):
+        indent = len(line) - len(line.lstrip())
+        if "scf.for" in line or "scf.while" in line:
+            open_.append((indent, at))
+        elif open_ and indent == open_[-1][0] and line.rstrip() == " " * indent + "}":
+            found.append((open_.pop()[1], at))
+    counts = [sum("tt.dot" in x for x in lines[a : b + 1]) for a, b in found]
+    whole = [(a, b, n) for (a, b), n in zip(found, counts, strict=True) if n]
+    return tuple(
+        sorted(x for x in whole if not any(x[0] < y[0] and y[1] < x[1] for y in whole))
+    )
+
+
 def _kernel(call: ir.Operation) -> TritonKernel:
     if "mhlo.backend_config" not in call.attributes:
         raise NotImplementedError(

@@ -1,10 +1,9 @@
-"""Targets: chips by name, and compilation for chips that this machine lacks."""
+"""Traces, lowers and compiles functions for chips that this machine lacks."""
 
 import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -16,44 +15,7 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-
-@dataclass(frozen=True)
-class Target:
-    """A kind of chip, with the names that jax uses for it."""
-
-    name: str
-    platform: Literal["tpu", "cuda"]
-    device_kind: str
-    # For a TPU the tensor cores of a device, for a GPU its streaming multiprocessors.
-    num_cores: int
-    # The smallest topology with such a chip, in the spelling of libtpu.
-    topology: str | None = None
-
-
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("tpu-v5e", "tpu", "TPU v5 lite", 1, "v5e:2x2"),
-        Target("tpu-v5p", "tpu", "TPU v5", 2, "v5p:2x2x1"),
-        Target("tpu-v6e", "tpu", "TPU v6 lite", 1, "v6e:2x2"),
-        Target("tpu7x", "tpu", "TPU7x", 1, "tpu7x:2x2x1"),
-        Target("a100", "cuda", "NVIDIA A100-SXM4-80GB", 108),
-        Target("h100", "cuda", "NVIDIA H100 80GB HBM3", 132),
-        Target("h200", "cuda", "NVIDIA H200", 132),
-        Target("b200", "cuda", "NVIDIA B200", 148),
-    )
-}
-
-
-def find(name: str) -> Target:
-    """The target of that name.
-
-    Raises:
-      ValueError: no target has that name.
-    """
-    if name not in TARGETS:
-        raise ValueError(f"target={name!r}: must be one of {', '.join(TARGETS)}")
-    return TARGETS[name]
+from lowering.targets.chips import find
 
 
 def abstract_mesh(target: str) -> use_abstract_mesh:
@@ -113,7 +75,8 @@ def compile_for(
     """``jax.jit(fn)`` compiled to the machine code of ``target``, a TPU."""
     if find(target).platform != "tpu":
         raise NotImplementedError(
-            f"target={target!r}: compiling for a GPU needs that GPU; lower_for does not"
+            f"target={target!r}: in this process only TPUs are compiled for: "
+            "lower_for needs no compiler, and lowering.targets.outside has another"
         )
     place = SingleDeviceSharding(tpu_device(target))
 
