@@ -36,7 +36,7 @@ import numpy as np
 from timing import table
 
 import sadsl as sa
-from lowering.cost import targets
+from lowering.targets import compiling as targets
 from pallas_kernels import dispatch
 from pallas_kernels.block_mask import blank
 from pallas_kernels.call import WORD, Call, Inputs, Masks, PairBits, Vectors
