@@ -1,139 +1,200 @@
 """Code of the TPU attention kernels: bundles that one tile executes.
 
     python benchmarks/tpu_static.py > results/tpu_static.txt
-    python benchmarks/tpu_static.py --against ../other/checkout
+    python benchmarks/tpu_static.py --tables specs --chips tpu-v6e
 
-A bundle is one very long instruction word, so it takes at least one cycle. A kernel has
-one innermost loop over tiles without a test (full) and one over tiles with a test
-(partial). The scheduled code of libtpu shows these loops. Every bundle of such a loop
-is counted, also those that start the next copy. A third loop, which repeats a walk
-because a sum was not finite, comes after these two and is not counted. No TPU is
-needed, and nothing is timed.
+A bundle is one very long instruction word, so it takes at least one cycle. libtpu
+compiles for chips that are not there, in a process of its own, and keeps what it made
+(``sa.lower(...).compile()``). Nothing is timed. An empty cache takes an hour.
 
-A second table has the memory that libtpu gives each kernel at 131,072 tokens when it
-reads a bit for every pair.
-
-``--against`` compiles the same cases in another checkout of this repository. It prints
-that checkout's counts before the arrow, and the change in percent of the sum of the
-three kernels.
+- ``specs``: the bundles of the loops over full and over partial tiles of 512 x 512,
+  with the copies that they start.
+- ``splash``: the regions of matrix products of our kernels and of jax's Splash
+  attention (fused backward pass), causal, in bundles for 512 x 512 pairs.
+- ``traffic``: what the backward pass moves and keeps in HBM, by the model of
+  ``lowering.cost`` and by libtpu.
+- ``bits``: the memory of kernels that read a bit for every pair, at 131,072 tokens.
 """
 
 import argparse
-import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as splash_mask,
+)
 from timing import table
 
 import sadsl as sa
-from lowering.targets import compiling as targets
+from lowering.cost import cost
+from lowering.targets import compiling, outside, tpu
 from pallas_kernels import dispatch
 from pallas_kernels.block_mask import blank
 from pallas_kernels.call import WORD, Call, Inputs, Masks, PairBits, Vectors
 from pallas_kernels.config import Tile, Tiles
 
-N = 2048
-LONG = 131072
-BLOCK = 512
+N, LONG, BLOCK = 2048, 131072, 512
 SPECS = {
     "causal": sa.causal(),
-    "window": sa.window(512),
+    "window": sa.causal() & sa.window(512),
+    "window, sinks": sa.causal() & (sa.window(512) | sa.sinks(4)),
     "documents": sa.causal() & sa.segments(),
+    "dropout": sa.causal(),
     "capped": sa.softmax(sa.causal(), logits_soft_cap=50.0),
     "ALiBi": sa.softmax(sa.causal(), bias=sa.alibi()),
+    "learned bias": sa.softmax(sa.causal(), bias=sa.distance_bias("near", left=128)),
     "top keys": sa.causal() & sa.topk(512, block=1, block_q=1),
     "top blocks": sa.causal() & sa.topk(4, block=128),
     "dense mask": sa.parse("where(lambda q, k: operand('mask')[q, k] == 1)"),
 }
-CHIPS = "tpu-v5e", "tpu-v6e"
+CHIPS = "tpu-v5e", "tpu-v6e", "tpu7x"
 HEAD_DIMS = 64, 128
-KERNELS = "forward", "dq", "dkv"
-KINDS = "full", "partial"
-# A bundle: perhaps the mark of a loop's first one, a ">" for each loop, instructions.
-BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0) +(LB|LH)?.*?: (>*) ?\{(.*)\}")
-
-# What libtpu allocates, with its size and the place where it begins.
-ALLOCATION = re.compile(r"space=(vmem|smem), size = (0x\w+|\d+), offset = (0x\w+|\d+)")
-
-# Bundles of a full and of a partial tile, of each kernel: forward, dq, dkv.
-Counts = list[int]
+SIZES = (512, 512), (512, 1024), (1024, 512), (1024, 1024)
+# Where the figures of Splash are compared: chip and head_dim.
+AGAINST = (
+    ("tpu-v6e", 128), ("tpu-v6e", 64), ("tpu7x", 128), ("tpu-v5e", 128), ("tpu-v5e", 64)
+)  # fmt: skip
 
 
-def loops(text: str) -> Counts:
-    """Bundles of the innermost loops of a kernel that multiply matrices, in order."""
-    found: list[list[str]] = []
-    depth = deepest = 1
-    for line in text.splitlines():
-        match = BUNDLE.match(line)
-        if not match:
-            continue
-        mark, nesting, instructions = match.groups()
-        # A bundle that only waits shows no nesting.
-        depth = len(nesting) if instructions.strip() else depth
-        if depth > deepest:
-            found, deepest = [], depth
-        if depth == deepest:
-            if mark:
-                found.append([])
-            found[-1].append(line)
-    return [len(x) for x in found if any("= vmatmul" in line for line in x)]
+def compiled(
+    fn: Callable[..., Any], args: tuple, chip: str
+) -> tuple[dict[str, tpu.TpuKernel], dict[str, int]]:
+    """The kernels of a compiled program by their names, and its bytes in HBM."""
+    found = outside.compile_outside(
+        compiling.lower_for(fn, args, chip), chip, timeout=900
+    )
+    kernels = tpu.kernels_of(found.files)
+    return {
+        k.name.split(".")[0].removeprefix("sadsl_"): k for k in kernels
+    }, found.memory
 
 
-def compiled(spec: str, chip: str, head_dim: int) -> None:
-    """Compiles value and gradient of one call; libtpu writes its code to the dump."""
-    x = jax.ShapeDtypeStruct((1, N, 1, head_dim), jnp.bfloat16)
-    ids = jax.ShapeDtypeStruct((1, N), jnp.int32)
+def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    """An array of a call."""
+    return jax.ShapeDtypeStruct(sizes, dtype)
 
-    mask = jax.ShapeDtypeStruct((N, N), jnp.int32)
 
-    def loss(arrays: Any, ids: Any, mask: Any) -> jax.Array:
-        given = {"config": sa.KernelConfig(block_q=BLOCK, block_kv=BLOCK)}
+def gradient(spec: str, tile: tuple[int, int]) -> Callable[..., Any]:
+    """Value and gradient of a spec with one tile for all kernels."""
+
+    def loss(arrays: Any, ids: Any, operands: Any) -> jax.Array:
+        config = sa.KernelConfig(block_q=tile[0], block_kv=tile[1])
+        given: dict[str, Any] = {"config": config}
         if spec == "documents":
             given |= {"q_segment_ids": ids, "kv_segment_ids": ids}
-        if spec == "dense mask":
-            given["operands"] = {"mask": mask}
+        if spec == "dropout":
+            given |= {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}
+        if operands:
+            given["operands"] = operands
         out = sa.attention(*arrays, SPECS[spec], impl="tpu", **given)
         return jnp.sum(out.astype(jnp.float32))
 
-    targets.compile_for(jax.value_and_grad(loss), ((x, x, x), ids, mask), chip)
+    return jax.value_and_grad(loss)
 
 
-def code_of(kernel: str, files: list[Path], end: str) -> str:
-    """What libtpu wrote about a kernel to the one file with this end of its name."""
-    (code,) = (
-        x for x in files
-        if f"-sadsl_{kernel}." in x.name
-        and x.name.endswith(end)
-        and "schedule-analysis" not in x.name
+def arguments(spec: str, n: int, heads: int, dim: int) -> tuple:
+    """The arrays of ``gradient(spec, ...)``."""
+    x = shape(1, n, heads, dim)
+    operands = {
+        "dense mask": {"mask": shape(n, n, dtype=jnp.int32)},
+        "learned bias": {"near": shape(1, 129, dtype=jnp.float32)},
+    }.get(spec, {})
+    return (x, x, x), shape(1, n, dtype=jnp.int32), operands
+
+
+def rows_of_specs(chips: list[str]) -> Iterator[list[str]]:
+    """The table ``specs``."""
+    for chip in chips:
+        for dim in HEAD_DIMS:
+            first: list[int] = []
+            for spec in SPECS:
+                args = arguments(spec, N, 1, dim)
+                kernels, _ = compiled(gradient(spec, (BLOCK, BLOCK)), args, chip)
+                both = [kernels[name].loops[:2] for name in ("forward", "backward")]
+                counts = [loop.bundles for loops in both for loop in loops]
+                first = first or counts
+                ratios = [f"{counts[i] / first[i]:.2f}" for i in (1, 3)]
+                yield [spec, chip, str(dim), *map(str, counts), *ratios]
+
+
+def splash_gradient(tile: tuple[int, int], n: int, heads: int) -> Callable[..., Any]:
+    """Value and gradient of causal Splash attention, with its fused backward pass."""
+    q, kv = tile
+    sizes = splash.BlockSizes(
+        block_q=q, block_kv=kv, block_kv_compute=kv,
+        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv,
+        use_fused_bwd_kernel=True,
     )  # fmt: skip
-    return code.read_text()
+    mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((n, n))] * heads)
+    kernel = splash.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1
+    )
+    return jax.value_and_grad(lambda x: jnp.sum(kernel(*x).astype(jnp.float32)))
 
 
-def counts(dump: Path, cases: list[tuple[str, str, int]]) -> list[Counts]:
-    """The bundles of each case, whose code libtpu writes to ``dump``."""
-    found = []
-    for case in cases:
-        before = set(dump.iterdir())
-        compiled(*case)
-        new = [x for x in dump.iterdir() if x not in before]
-        of_case: Counts = []
-        for kernel in KERNELS:
-            found_loops = loops(code_of(kernel, new, "final_bundles.txt"))
-            if len(found_loops) < len(KINDS):
-                raise RuntimeError(f"{case}, {kernel}: {len(found_loops)} loops")
-            of_case += found_loops[: len(KINDS)]
-        found.append(of_case)
-    return found
+def regions(
+    kernels: dict[str, tpu.TpuKernel], name: str, tile: tuple[int, int]
+) -> list[float]:
+    """Bundles of each region of products of a kernel, for 512 x 512 pairs."""
+    (kernel,) = (k for k in kernels.values() if name in k.name)
+    return [x.bundles * BLOCK**2 / (tile[0] * tile[1]) for x in kernel.regions]
+
+
+def rows_against_splash(chips: list[str]) -> Iterator[list[str]]:
+    """The table ``splash``; its last row of a chip has the best of all tiles."""
+    n, heads = 8192, 4
+    for chip, dim in AGAINST:
+        if chip not in chips:
+            continue
+        best = {"ours": np.inf, "theirs": np.inf}
+        for tile in SIZES:
+            args = arguments("causal", n, heads, dim)
+            ours, _ = compiled(gradient("causal", tile), args, chip)
+            flat = (shape(heads, n, dim),) * 3
+            theirs, _ = compiled(splash_gradient(tile, n, heads), (flat,), chip)
+            row = [chip, str(dim), f"{tile[0]} x {tile[1]}"]
+            for mine, other in (("forward", "fwd"), ("backward", "dkv")):
+                full, partial, *_ = regions(ours, mine, tile)
+                (peer,) = regions(theirs, f"splash_mha_{other}", tile)
+                row += [f"{x:.0f}" for x in (full, partial, peer)]
+                row += [f"{full / peer:.2f}", f"{partial / peer:.2f}"]
+            best["ours"] = min(best["ours"], full)
+            best["theirs"] = min(best["theirs"], peer)
+            yield row
+        ratio = f"{best['ours'] / best['theirs']:.2f}"
+        blank_cells = [""] * 5
+        numbers = [f"{best['ours']:.0f}", "", f"{best['theirs']:.0f}", ratio, ""]
+        yield [chip, str(dim), "best", *blank_cells, *numbers]
+
+
+def rows_of_traffic(chips: list[str]) -> Iterator[list[str]]:
+    """The table ``traffic``: one head of 128 channels, tiles of 512 x 512."""
+    chip = chips[-1]
+    for n, window in ((8192, 0), (65536, 0), (65536, 4096), (2**20, 0), (2**20, 4096)):
+        spec = sa.causal() & sa.window(window) if window else sa.causal()
+        x = shape(1, n, 1, 128)
+        config = sa.KernelConfig(block_q=BLOCK, block_kv=BLOCK)
+        low = sa.lower(spec, x, x, x, target=chip, config=config, gradient=True)
+        sizes = cost.CallSizes(
+            batch=1, num_q_heads=1, num_kv_heads=1, head_dim=128, head_dim_v=128,
+            itemsize=2, impl="tpu",
+        )  # fmt: skip
+        with compiling.abstract_mesh(chip):
+            backward = cost.cost(low.masks, sizes).backward[0]
+        memory = low.compile(timeout=900).memory()
+        moved = f"{backward.bytes / 1e6:,.0f}"
+        kept = f"{memory['temporaries'] / 1e6:,.1f}"
+        name = f"causal, window {window}" if window else "causal"
+        yield [name, f"{n:,}", moved, kept]
 
 
 def causal_and_bits(
@@ -144,25 +205,22 @@ def causal_and_bits(
     return (k - q <= 0) & bits[0]
 
 
-def compiled_with_bits(n: int, chip: str) -> int:
-    """Compiles the kernels of a run-time plan with a bit for every pair.
-
-    Returns the bytes of HBM beside arguments and results.
-    """
+def rows_of_bits(chips: list[str]) -> Iterator[list[str]]:
+    """The table ``bits``: kernels of a run-time plan with a bit for every pair."""
     tile = Tile(block_q=BLOCK, block_kv=BLOCK)
     call = Call(causal_and_bits, 1.0, Tiles(tile, tile, tile))
-    blocks, one = n // BLOCK, np.zeros(1, np.int32)
+    blocks, one = LONG // BLOCK, np.zeros(1, np.int32)
     masks = [
-        replace(blank(n, n, BLOCK, BLOCK, by), map_of_head=one, test_of_map=one)
+        replace(blank(LONG, LONG, BLOCK, BLOCK, by), map_of_head=one, test_of_map=one)
         for by in ("q", "kv")
     ]
 
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
+    def ints(*sizes: int) -> jax.ShapeDtypeStruct:
+        return shape(*sizes, dtype=jnp.int32)
 
-    words = ints(1, 1, blocks, BLOCK // WORD, n)
-    bits = PairBits(words, ints(n), BLOCK, keys_per_bit=1)
-    x = jax.ShapeDtypeStruct((1, 1, n, 128), jnp.bfloat16)
+    words = ints(1, 1, blocks, BLOCK // WORD, LONG)
+    bits = PairBits(words, ints(LONG), BLOCK, keys_per_bit=1)
+    x = shape(1, 1, LONG, 128)
     runs = {f"run_{name}": ints(blocks**2 // 2) for name in ("start", "stop", "full")}
 
     def loss(inputs: Inputs, bits: PairBits, runs: Any) -> jax.Array:
@@ -172,114 +230,62 @@ def compiled_with_bits(n: int, chip: str) -> int:
         return jnp.sum(out.o.astype(jnp.float32))
 
     args = Inputs(x, x, x), bits, runs | {"row_ptr": ints(blocks + 1)}
-    program = targets.compile_for(jax.grad(loss), args, chip)
-    return program.memory_analysis().temp_size_in_bytes
-
-
-def memory(dump: Path, chips: list[str]) -> list[list[str]]:
-    """A row of the second table for each chip."""
-    found = []
     for chip in chips:
-        before = set(dump.iterdir())
-        row = [chip, f"{compiled_with_bits(LONG, chip) / 2**20:.0f} MiB"]
-        new = [x for x in dump.iterdir() if x not in before]
-        for kernel in KERNELS:
-            code = code_of(kernel, new, "post-delay-converter.txt")
-            used = {"vmem": 0, "smem": 0}
-            for space, *numbers in ALLOCATION.findall(code):
-                end = sum(int(x, 0) for x in numbers)
-                used[space] = max(used[space], end)
-            row += [f"{x / 1024:.0f} KiB" for x in used.values()]
-        found.append(row)
-    return found
+        kernels, memory = compiled(jax.grad(loss), args, chip)
+        row = [chip, f"{memory['temporaries'] / 2**20:.0f} MiB"]
+        for name in ("forward", "backward"):
+            sizes = kernels[name].vmem, kernels[name].smem
+            row += [f"{x / 1024:.0f} KiB" for x in sizes]
+        yield row
 
 
-def measured(
-    root: Path, cases: list[tuple[str, str, int]], chips: list[str]
-) -> tuple[list[Counts], list[list[str]]]:
-    """``counts`` and ``memory`` in the checkout ``root``."""
-    # libtpu reads its flags once in a process, when it is loaded.
-    with tempfile.TemporaryDirectory(prefix="tpu_static_") as dump:
-        flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
-        env = os.environ | {
-            "LIBTPU_INIT_ARGS": f"{flags} {os.environ.get('LIBTPU_INIT_ARGS', '')}",
-            "PYTHONPATH": str(root),
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-        }
-        command = [sys.executable, __file__, "--child", dump]
-        asked = json.dumps([cases, chips])
-        run = subprocess.run(
-            command, input=asked, env=env, text=True, capture_output=True
-        )
-    if run.returncode:
-        raise RuntimeError(run.stderr)
-    found, rows = json.loads(run.stdout.splitlines()[-1])
-    return found, rows
-
-
-def cells(new: Counts, old: Counts | None) -> list[str]:
-    """Bundles of full and partial tiles of each kernel, and of all three together."""
-
-    def text(at: int) -> str:
-        return f"{new[at]}" if old is None else f"{old[at]}->{new[at]}"
-
-    found = []
-    for i in range(0, len(new), len(KINDS)):
-        found += [text(i), text(i + 1)]
-    for kind in range(len(KINDS)):
-        total = sum(new[kind :: len(KINDS)])
-        if old is None:
-            found.append(str(total))
-        else:
-            before = sum(old[kind :: len(KINDS)])
-            found.append(f"{100 * (total / before - 1):+.1f} %")
-    return found
+# Of each table: its title, its head, and the function of its rows.
+KINDS = [f"{k} {kind}" for k in ("forward", "backward") for kind in ("full", "partial")]
+TABLES: dict[str, tuple[str, list[str], Callable[..., Iterator[list[str]]]]] = {
+    "specs": (
+        f"Bundles that a tile of {BLOCK} x {BLOCK} executes, bf16; partial tiles "
+        "relative to causal()",
+        ["spec", "chip", "head_dim", *KINDS, "forward / causal", "backward / causal"],
+        rows_of_specs,
+    ),
+    "splash": (
+        "Regions of products, causal, bf16: bundles for 512 x 512 pairs",
+        ["chip", "head_dim", "tile"]
+        + [
+            f"{way} {x}"
+            for way in ("fwd", "bwd")
+            for x in ("full", "partial", "splash", "full / splash", "partial / splash")
+        ],
+        rows_against_splash,
+    ),
+    "traffic": (
+        "Backward pass of one head of 128 channels, bf16: MB that it moves (model) and "
+        "HBM beside arguments and results (libtpu, value and gradient)",
+        ["spec", "n", "MB moved", "MB kept"],
+        rows_of_traffic,
+    ),
+    "bits": (
+        f"Memory at {LONG} tokens with a bit for every pair "
+        f"({LONG**2 // 8 / 2**20:.0f} MiB), head_dim 128; HBM: temporaries of value "
+        "and gradient",
+        ["chip", "HBM"]
+        + [f"{k} {s}" for k in ("forward", "backward") for s in ("VMEM", "SMEM")],
+        rows_of_bits,
+    ),
+}
 
 
 def main() -> None:
-    """Compiles, counts, and prints a table."""
+    """Compiles, counts, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--specs", nargs="+", choices=SPECS, default=list(SPECS))
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
-    parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS))
-    parser.add_argument("--against", type=Path, help="another checkout")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        cases, chips = json.load(sys.stdin)
-        print(json.dumps([counts(args.child, cases), memory(args.child, chips)]))
-        return
-    cases = [
-        (spec, chip, dim)
-        for chip in args.chips
-        for dim in args.head_dims
-        for spec in args.specs
-    ]
-    here = Path(sa.__file__).parents[1]
-    new, used = measured(here, cases, [] if args.against else args.chips)
-    old: list[Counts] | list[None] = [None] * len(new)
-    if args.against:
-        old, _ = measured(args.against.resolve(), cases, [])
-    rows = [
-        [spec, chip, str(dim), *cells(a, b)]
-        for (spec, chip, dim), a, b in zip(cases, new, old, strict=True)
-    ]
-    head = ["spec", "chip", "head_dim"]
-    head += [f"{kernel} {kind}" for kernel in (*KERNELS, "all") for kind in KINDS]
     versions = ", ".join(f"{x} {version(x)}" for x in ("jax", "jaxlib", "libtpu"))
-    print(
-        f"python {sys.version.split()[0]}, {versions}\n\nBundles that a tile of "
-        f"{BLOCK} x {BLOCK} scores executes, bf16\n\n{table(head, rows)}"
-    )
-    if used:
-        head = ["chip", "HBM", *(f"{k} {s}" for k in KERNELS for s in ("VMEM", "SMEM"))]
-        bits = LONG**2 // 8 / 2**20
-        print(
-            f"\nMemory at {LONG} tokens with a bit for every pair ({bits:.0f} MiB), "
-            f"head_dim 128;\nHBM: temporaries of value and gradient\n\n"
-            f"{table(head, used)}"
-        )
+    print(f"python {sys.version.split()[0]}, {versions}")
+    for name in args.tables:
+        title, head, rows = TABLES[name]
+        print(f"\n{title}\n\n{table(head, list(rows(args.chips)))}", flush=True)
 
 
 if __name__ == "__main__":

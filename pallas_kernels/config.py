@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,8 @@ class KernelConfig:
     """Options of a kernel launch; ``None`` means "choose for me".
 
     ``block_q`` and ``block_kv`` apply to the forward kernel and to both backward
-    kernels, unless ``dq`` or ``dkv`` gives a tile. Only GPUs use ``num_warps`` and
+    kernels, unless ``dq`` or ``dkv`` gives a tile. A TPU has one backward kernel, with
+    the tile ``dkv``. Only GPUs use ``num_warps`` and
     ``num_stages``. A size of None depends on the lengths of the call: no block is much
     longer than its sequence. ``relayout=False`` keeps the given order of positions.
     Otherwise the compiler chooses another order if that visits enough fewer blocks.
@@ -57,6 +59,19 @@ class KernelConfig:
             dq=self.dq or replace(defaults.dq, **named),
             dkv=self.dkv or replace(defaults.dkv, **named),
         )
+
+
+class TileCounts(NamedTuple):
+    """The blocks that a call visits, over all heads with a map of their own."""
+
+    full: int
+    partial: int
+    q_rows: int  # rows of query blocks
+    kv_rows: int  # rows of key blocks
+
+
+# counter(block_q, block_kv): the blocks of that size that a call visits.
+TileCounter = Callable[[int, int], TileCounts]
 
 
 @dataclass(frozen=True)

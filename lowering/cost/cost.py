@@ -7,7 +7,7 @@ once. The lists of runs and the arrays of predicates are left out: they are smal
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from lowering import ir, planning
 from lowering.expr.simplify import simplify
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.call import Masks
+from pallas_kernels.tpu import segments
 from pallas_kernels.triton.tiles import power_of_two
 from pallas_kernels.xla.heads import head_groups
 from pallas_kernels.xla.walks import CHUNK, SHORT, chunk_slots, similar
@@ -175,7 +176,8 @@ class Cost:
 
 def cost(masks: Masks, sizes: CallSizes, permutation_bytes: int = 0) -> Cost:
     """The cost of a call with the plans ``masks``, which are NumPy arrays."""
-    forward, *backward = (_xla if sizes.impl == "xla" else _pallas)(masks, sizes)
+    works = {"xla": _xla, "tpu": _tpu, "triton": _triton}[sizes.impl]
+    forward, *backward = works(masks, sizes)
     return Cost(
         forward=forward,
         backward=tuple(backward),
@@ -184,46 +186,84 @@ def cost(masks: Masks, sizes: CallSizes, permutation_bytes: int = 0) -> Cost:
     )
 
 
-def _pallas(masks: Masks, sizes: CallSizes) -> list[Work]:
-    """The work of the kernels of "tpu" and "triton": forward, dq, dkv; head by head."""
+def _triton(masks: Masks, sizes: CallSizes) -> list[Work]:
+    """The work of the Triton kernels: forward, dq, dkv."""
     d, dv = sizes.dims
     both, item = d + dv, sizes.itemsize
-    of_row = {
-        "forward": both * item + SINGLE,  # q, o; lse
-        "dq": (d + both) * item + 2 * SINGLE,  # q, dq, do; lse, delta
-        "dkv": 2 * both * item,  # k, v, dk, dv
-    }
-    of_column = {
-        "forward": both * item,  # k, v
-        "dq": both * item,
-        "dkv": both * item + 2 * SINGLE,  # q, do; lse, delta
-    }
-    # The matrix products: s, o; s, dp, dq; s, dp, dk, dv.
-    dims = {"forward": both, "dq": d + both, "dkv": 2 * both}
-    works = []
-    for name, mask in masks._asdict().items():
-        count = blocks(mask)
-        full, partial, empty = count.of_call(sizes.batch)
-        row, column = mask.block_q, mask.block_kv
-        row_heads, column_heads = sizes.num_q_heads, sizes.num_kv_heads
-        if mask.by == "kv":
-            row, column = column, row
-            row_heads, column_heads = column_heads, row_heads
-        rows = sizes.batch * row_heads * mask.num_rows * row
-        columns = sizes.batch * column_heads * mask.num_columns * column
-        tiles = full + partial
-        own, read = rows * of_row[name], tiles * column
-        work = Work(
-            name=name,
-            num_full=full,
-            num_partial=partial,
-            num_empty=empty,
-            flops=2 * tiles * row * column * dims[name],
-            bytes=own + read * of_column[name],
-            least_bytes=own + min(read, columns) * of_column[name],
-        )
-        works.append(work)
-    return [*works, _delta(masks, sizes)]
+    return [
+        _forward(masks, sizes),
+        # q, dq, do; lse, delta. k, v. The products s, dp, dq.
+        _kernel("dq", masks.dq, sizes, (
+            (d + both) * item + 2 * SINGLE, both * item, d + both
+        )),
+        # k, v, dk, dv. q, do; lse, delta. The products s, dp, dk, dv.
+        _kernel("dkv", masks.dkv, sizes, (
+            2 * both * item, both * item + 2 * SINGLE, 2 * both
+        )),
+        _delta(masks, sizes),
+    ]  # fmt: skip
+
+
+def _tpu(masks: Masks, sizes: CallSizes) -> list[Work]:
+    """The work of the TPU kernels: forward, and one for dq, dk and dv."""
+    d, dv = sizes.dims
+    both, item = d + dv, sizes.itemsize
+    mask, group = masks.dkv, sizes.num_q_heads // sizes.num_kv_heads
+    plan = segments.plan_of(mask, group, d)
+    rows, adding = segments.count_rows(plan, sizes.num_kv_heads)
+    keys = sizes.batch * mask.block_kv * both
+    # A row reads k and v. It writes dk and dv, as f32 sums if there are several
+    # segments, and then reads the sums of earlier rows. XLA rounds the sums at last.
+    several = plan.segments.count > 1
+    own = keys * rows * (item + (SINGLE if several else item)) + keys * adding * SINGLE
+    if several:
+        own += keys * sizes.num_kv_heads * mask.num_rows * (SINGLE + item)
+    own += sizes.batch * sizes.num_q_heads * mask.num_columns * mask.block_q * d * item
+    # Of each tile: q, do; lse, delta. The products s, dp, dq, dk, dv.
+    backward = _kernel("backward", mask, sizes, (
+        0, both * item + 2 * SINGLE, d + 2 * both
+    ))  # fmt: skip
+    backward = replace(
+        backward, bytes=backward.bytes + own, least_bytes=backward.least_bytes + own
+    )
+    return [_forward(masks, sizes), backward, _delta(masks, sizes)]
+
+
+def _forward(masks: Masks, sizes: CallSizes) -> Work:
+    both, item = sum(sizes.dims), sizes.itemsize
+    # q, o; lse. k, v. The products s, o.
+    each = both * item + SINGLE, both * item, both
+    return _kernel("forward", masks.forward, sizes, each)
+
+
+def _kernel(
+    name: str, mask: BlockMask, sizes: CallSizes, each: tuple[int, int, int]
+) -> Work:
+    """The work of a kernel that walks the blocks of a mask, head by head.
+
+    ``each`` are the bytes of a position of a row, those of a position of a block along
+    the row, and the sum of the contracted lengths of the products of a tile.
+    """
+    of_row, of_column, dims = each
+    full, partial, empty = blocks(mask).of_call(sizes.batch)
+    row, column = mask.block_q, mask.block_kv
+    row_heads, column_heads = sizes.num_q_heads, sizes.num_kv_heads
+    if mask.by == "kv":
+        row, column = column, row
+        row_heads, column_heads = column_heads, row_heads
+    rows = sizes.batch * row_heads * mask.num_rows * row
+    columns = sizes.batch * column_heads * mask.num_columns * column
+    tiles = full + partial
+    own, read = rows * of_row, tiles * column
+    return Work(
+        name=name,
+        num_full=full,
+        num_partial=partial,
+        num_empty=empty,
+        flops=2 * tiles * row * column * dims,
+        bytes=own + read * of_column,
+        least_bytes=own + min(read, columns) * of_column,
+    )
 
 
 def _delta(masks: Masks, sizes: CallSizes) -> Work:

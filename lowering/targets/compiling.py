@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -25,6 +25,11 @@ def abstract_mesh(target: str) -> use_abstract_mesh:
     # The default axis type, Explicit, breaks vmapped kernels in jax 0.12.
     mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
     return use_abstract_mesh(mesh)
+
+
+def traced_for(target: str) -> AbstractContextManager[Any]:
+    """``abstract_mesh``, or nothing if ``target`` is "cpu"."""
+    return nullcontext() if target == "cpu" else abstract_mesh(target)
 
 
 @contextmanager

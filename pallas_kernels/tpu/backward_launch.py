@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import backward_results, segments
+from pallas_kernels.tpu import backward_results, chips, segments
 from pallas_kernels.tpu.backward_results import Dq, DqScratch, KeyScratch, OfKeys
 from pallas_kernels.tpu.segments import BackwardPlan
 from pallas_kernels.tpu.walk import (
@@ -140,6 +140,7 @@ def launch(
         grid_spec=spec,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=chips.vmem_limit_bytes(),
         ),
         interpret=of.interpret,
         name="sadsl_backward",

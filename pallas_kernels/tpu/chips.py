@@ -34,3 +34,12 @@ def device_kind() -> str | None:
 def vmem_bytes() -> int:
     """The bytes of vector memory of the chip; 64 MiB if the chip is not known."""
     return VMEM_BYTES.get(device_kind() or "", 64 * _MIB)
+
+
+def vmem_limit_bytes() -> int | None:
+    """What a kernel may use: half of the vector memory, if that is more than usual.
+
+    The compiler allows 16 or 32 MiB by default.
+    """
+    half = VMEM_BYTES.get(device_kind() or "", 0) // 2
+    return half if half >= 32 * _MIB else None

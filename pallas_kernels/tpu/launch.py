@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.pages import Pages
+from pallas_kernels.tpu import chips
 from pallas_kernels.tpu.runs import TpuPlan
 from pallas_kernels.tpu.walk import (
     BlockOperand,
@@ -111,7 +112,8 @@ def launch(
         out_shape=[tuple(x.array for x in of.outs)],
         grid_spec=spec,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary")
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=chips.vmem_limit_bytes(),
         ),
         interpret=of.interpret,
         name=of.name,

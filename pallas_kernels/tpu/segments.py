@@ -265,3 +265,17 @@ def _ranges(
     sides = [np.searchsorted(pieces.key, keys, side) for side in ("left", "right")]
     found = np.stack(sides, axis=1)
     return np.pad(found, ((0, num_rows - len(found)), (0, 0)))
+
+
+def count_rows(plan: BackwardPlan, num_key_heads: int) -> tuple[int, int]:
+    """The rows of all key heads of a batch entry, and how many add to earlier ones.
+
+    Rows that only fill the list of a head do not count.
+    """
+    if plan.places is None:
+        columns = plan.sizes.num_rows
+        return num_key_heads * plan.num_rows, num_key_heads * (plan.num_rows - columns)
+    flags = plan.places[1::2].reshape(-1, plan.num_rows)
+    classes = np.resize(plan.first_place // plan.num_rows, num_key_heads)
+    of_head = flags[classes]
+    return tuple(int(((of_head & flag) != 0).sum()) for flag in (WRITES, ADDS))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_mask import BlockMask
-from pallas_kernels.config import Tile, Tiles
+from pallas_kernels.config import Tile, TileCounter, Tiles
 
 # The smallest matrix size of the tensor cores.
 SMALLEST = 16
@@ -45,6 +45,7 @@ def default_tiles(
     head_dim: int,
     head_dim_v: int,
     dtype: jax.typing.DTypeLike,
+    counts: TileCounter | None = None,
 ) -> Tiles:
     """The tiles for a head size and input dtype, smaller for shorter sequences.
 
@@ -52,6 +53,7 @@ def default_tiles(
     causal attention spill no register up to head size 256 in 16 bits and 128 in 32
     bits. Their shared memory also fits an A100.
     """
+    del counts
     size = power_of_two(max(head_dim, head_dim_v))
     table = HALF if jnp.dtype(dtype).itemsize <= 2 else SINGLE
     tiles = next(tiles for limit, tiles in table if size <= limit)

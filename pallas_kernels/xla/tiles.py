@@ -2,7 +2,7 @@
 
 from jax.typing import DTypeLike
 
-from pallas_kernels.config import Tile, Tiles, even_block
+from pallas_kernels.config import Tile, TileCounter, Tiles, even_block
 
 BLOCK = 128
 # If a sequence has several blocks, their size is a multiple of this (vector registers).
@@ -10,10 +10,14 @@ MULTIPLE = 8
 
 
 def default_tiles(
-    lengths: tuple[int, int], head_dim: int, head_dim_v: int, dtype: DTypeLike
+    lengths: tuple[int, int],
+    head_dim: int,
+    head_dim_v: int,
+    dtype: DTypeLike,
+    counts: TileCounter | None = None,
 ) -> Tiles:
     """128 by 128, smaller for shorter sequences; measured as best or nearly on CPUs."""
-    del head_dim, head_dim_v, dtype
+    del head_dim, head_dim_v, dtype, counts
     tile = Tile(block_q=BLOCK, block_kv=BLOCK)
     return Tiles(tile, tile, tile).fitted(lengths, _fit)
 

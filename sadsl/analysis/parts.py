@@ -5,6 +5,7 @@ from functools import cached_property
 
 from lowering import pipeline
 from lowering.facts.plan_counts import Plan
+from lowering.targets.compiling import traced_for
 from pallas_kernels.call import Masks
 from pallas_kernels.config import Tiles
 from sadsl.run.kernels import choose_tiles
@@ -35,7 +36,9 @@ class SoftmaxPart:
     def tiles(self) -> Tiles:
         """The block sizes of the forward, dq and dkv kernels."""
         q, _, v = self.arguments
-        return choose_tiles(self.options, q.shape[-1], v.shape[-1], q.dtype)
+        # Defaults depend on the chip.
+        with traced_for(self.target):
+            return choose_tiles(self.options, q.shape[-1], v.shape[-1], q.dtype)
 
     @cached_property
     def masks(self) -> Masks:
@@ -76,7 +79,7 @@ class SoftmaxPart:
                 str(self.stages),
                 f"-- plan\n{self.plan}",
                 f"-- kernel\nimpl {self.options.setting.impl}, "
-                f"{_tiles_text(self.tiles)}",
+                f"{_tiles_text(self.tiles, self.options.setting.impl)}",
             ]
         )
 
@@ -87,6 +90,8 @@ def shapes_text(arguments: tuple) -> str:
     return ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in named)
 
 
-def _tiles_text(tiles: Tiles) -> str:
+def _tiles_text(tiles: Tiles, impl: str | None) -> str:
     names = {"forward": tiles.forward, "dq": tiles.dq, "dkv": tiles.dkv}
+    if impl == "tpu":
+        names = {"forward": tiles.forward, "backward": tiles.dkv}
     return ", ".join(f"{n} {t.block_q} x {t.block_kv}" for n, t in names.items())

@@ -2,20 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowering import pipeline
+from lowering import pipeline, planning
 from lowering.expr.kernel_test import KernelPredicate
-from lowering.pipeline import Stages
+from lowering.pipeline import Program, Stages
+from lowering.planning import BlockSizes
 from lowering.run_time import bias_values, pair_bits, plans, sort
 from lowering.run_time.vectors import vectors_of
 from pallas_kernels import dispatch
 from pallas_kernels.call import Call, Inputs, Masks, Vectors
-from pallas_kernels.config import Tiles
+from pallas_kernels.config import Tile, TileCounts, Tiles
 from sadsl.run.options import Options
+
+# The most positions on which block sizes are compared.
+COUNTED = 65536
 
 
 class Prepared(NamedTuple):
@@ -120,6 +125,31 @@ def kernel_call(
     )
 
 
+@lru_cache(maxsize=512)
+def tile_counts(program: Program, block_q: int, block_kv: int) -> TileCounts:
+    """The blocks of a size that the heads visit, in the given order of positions.
+
+    Of a long call, the first positions are counted.
+    """
+    problem = program.problem
+    lengths = problem.q_seq_len, problem.kv_seq_len
+    if lengths[0] == lengths[1]:
+        lengths = (min(COUNTED, lengths[0]),) * 2
+    sizes = BlockSizes(*lengths, block_q, block_kv)
+    mask = planning.plan(program.maps, program.map_of_head, sizes)
+    visited, partial_ = (
+        int(of_map[mask.map_of_head].sum())
+        for of_map in (mask.visited_by_map(), mask.partial_by_map())
+    )
+    num_heads = len(mask.map_of_head)
+    return TileCounts(
+        full=visited - partial_,
+        partial=partial_,
+        q_rows=num_heads * mask.num_q_blocks,
+        kv_rows=num_heads * mask.num_kv_blocks,
+    )
+
+
 def choose_tiles(options: Options, head_dim: int, head_dim_v: int, dtype: Any) -> Tiles:
     """The block sizes of a call: those of the config, else defaults of the backend.
 
@@ -130,6 +160,15 @@ def choose_tiles(options: Options, head_dim: int, head_dim_v: int, dtype: Any) -
     backend, problem = dispatch.BACKENDS[options.setting.impl], options.problem
     lengths = problem.q_seq_len, problem.kv_seq_len
     defaults = backend.default_tiles(lengths, head_dim, head_dim_v, dtype)
+    if not options.stages["hoist"].bits and options.term.bias is None:
+
+        def counts(block_q: int, block_kv: int) -> TileCounts:
+            # The order of positions depends on the blocks.
+            tile = Tile(block_q=block_q, block_kv=block_kv)
+            program = options.arranged(Tiles(tile, tile, tile)).planned
+            return tile_counts(program, block_q, block_kv)
+
+        defaults = backend.default_tiles(lengths, head_dim, head_dim_v, dtype, counts)
     if not options.stages["hoist"].bits:
         return options.setting.config.resolve(defaults)
     # Bits of pairs are packed once, for one block_kv. The smallest default is used,

@@ -167,10 +167,21 @@ def test_bytes_add_up_block_by_block(num_kv_heads):
     queries, keys = 3 * 4 * 160, 3 * num_kv_heads * 144
     assert of.forward.least_bytes == queries * (kv + 4) + keys * kv
     assert of.forward.bytes == total(masks.forward, 4, kv + 4, kv)
+    backward, delta = of.backward
+    # One segment: k, v, dk, dv and dq once.
+    once = 3 * 4 * masks.dkv.num_columns * masks.dkv.block_q * d * item
+    assert backward.bytes == once + total(
+        masks.dkv, num_kv_heads, 2 * kv, kv + statistics
+    )
+    assert delta.bytes == 3 * 4 * n * (2 * dv * item + 4)
+    assert of.flops(backward=True) == backward.flops
+    arrays = [x.astype(np.float32) for x in arrays]
+    of = cost.cost(masks, sizes_of(arrays, "triton"))
     dq, dkv, delta = of.backward
+    d, dv, item = (1 << (x - 1).bit_length() for x in (max(d, 16), max(dv, 16), 4))
+    kv = (d + dv) * item
     assert dq.bytes == total(masks.dq, 4, (2 * d + dv) * item + statistics, kv)
     assert dkv.bytes == total(masks.dkv, num_kv_heads, 2 * kv, kv + statistics)
-    assert delta.bytes == 3 * 4 * n * (2 * dv * item + 4)
     assert of.flops(backward=True) == dq.flops + dkv.flops
 
 
@@ -260,3 +271,21 @@ def test_a_permutation_reads_and_writes_what_it_moves():
     moved = cost.permutation_bytes(sizes_of(arrays, "tpu"), (100, 50), (112, 64))
     queries, keys = 6 * (100 + 112), 3 * (50 + 64)
     assert moved == 2 * (2 * (queries + keys) * (8 + 16) + 4 * queries)
+
+
+@pytest.mark.parametrize(
+    ("n", "window", "megabytes"),
+    [(8192, None, 47), (65536, None, 3003), (65536, 4096, 589), (2**20, 4096, 9719)],
+)
+def test_traffic_of_the_tpu_backward(n, window, megabytes):
+    """A head of 128 channels, bf16, tiles of 512 x 512, segments of 8192 queries."""
+    spec = sa.causal() if window is None else sa.causal() & sa.window(window)
+    x = jax.ShapeDtypeStruct((1, n, 1, 128), jnp.bfloat16)
+    config = sa.KernelConfig(block_q=512, block_kv=512)
+    low = sa.lower(spec, x, x, x, target="tpu-v6e", config=config)
+    sizes = cost.CallSizes(
+        batch=1, num_q_heads=1, num_kv_heads=1, head_dim=128, head_dim_v=128,
+        itemsize=2, impl="tpu",
+    )  # fmt: skip
+    backward, _ = cost.cost(low.masks, sizes).backward
+    assert backward.bytes / 1e6 == pytest.approx(megabytes, rel=0.01)
