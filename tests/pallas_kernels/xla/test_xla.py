@@ -60,7 +60,7 @@ def test_values_and_gradients(case):
     ids=str,
 )
 def test_rows_of_several_shapes(case, monkeypatch):
-    monkeypatch.setattr(walks, "SHORT", 96)
+    monkeypatch.setattr(walks, "SHORT", 64)
     (walk,) = xla.lists_of(case.masks()).forward.walks
     assert walk.short
     assert walk.long is not None
