@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
 from timing import machine, pin, table
 
 import sadsl as sa
@@ -74,7 +75,7 @@ def calls(name: str) -> dict[str, Callable]:
 
 def equations(jaxpr: Any) -> int:
     """The equations of a jaxpr, with those of the jaxprs inside it."""
-    inner = jax.core.jaxprs_in_params
+    inner = jaxprs_in_params
     return sum(1 + sum(map(equations, inner(e.params))) for e in jaxpr.eqns)
 
 
