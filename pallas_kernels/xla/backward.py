@@ -183,7 +183,7 @@ def add_keys(
     queries: tuple[Float[Array, "b h gq d"], ...],
     block: Int32[Array, " slots"],
 ) -> tuple[Float[Array, "b h blocks d k"], ...]:
-    """Adds ``queries^T gradients`` to the blocks of keys that ``block`` lists, in order.
+    """Adds ``queries^T gradients`` to the blocks of keys of ``block``, in order.
 
     Padding adds zeros to a block that the row visits anyway. One loop adds to all
     ``totals``: each loop is more to compile.
