@@ -22,13 +22,9 @@ def arrays(seq_len: int, heads: int, head_dim: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for _ in range(4)]
 
 
-@cache
-def flex_window(seq_len: int, heads: int, head_dim: int, window: int) -> Callable:
+def flex(pairs: Callable, seq_len: int, heads: int, head_dim: int) -> Callable:
+    """Compiled flex_attention over the pairs of a predicate."""
     q, k, v, _ = arrays(seq_len, heads, head_dim)
-
-    def pairs(b: int, h: int, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (k <= q) & (q - k <= window)
-
     mask = create_block_mask(pairs, None, None, seq_len, seq_len, device="cpu")
 
     def run() -> None:
@@ -36,6 +32,22 @@ def flex_window(seq_len: int, heads: int, head_dim: int, window: int) -> Callabl
             compiled_flex(q, k, v, block_mask=mask)
 
     return run
+
+
+@cache
+def flex_window(seq_len: int, heads: int, head_dim: int, window: int) -> Callable:
+    def pairs(b: int, h: int, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k <= q) & (q - k <= window)
+
+    return flex(pairs, seq_len, heads, head_dim)
+
+
+@cache
+def flex_causal(seq_len: int, heads: int, head_dim: int, window: int) -> Callable:
+    def pairs(b: int, h: int, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return k <= q
+
+    return flex(pairs, seq_len, heads, head_dim)
 
 
 @cache
@@ -52,7 +64,11 @@ def causal_with_gradient(
     return run
 
 
-CASES = {"flex window": flex_window, "causal with gradient": causal_with_gradient}
+CASES = {
+    "flex window": flex_window,
+    "flex causal": flex_causal,
+    "causal with gradient": causal_with_gradient,
+}
 
 
 def main() -> None:

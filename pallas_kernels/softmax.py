@@ -139,15 +139,18 @@ def fold(
     v: jax.Array,
     factor: jax.Array | None = None,
     unit: float = LOG2_E,
+    real: jax.Array | None = None,
 ) -> Carry:
     """Adds a tile of masked scores ``[rows, keys]`` and values ``v`` to the softmax.
 
     ``v`` is ``[keys, head_dim_v]``. The dropout ``factor`` multiplies the weights of
-    the values, but not the denominator.
+    the values, but not the denominator. ``real`` is 0 for a column that repeats another
+    one and does not count, and 1 for the others.
     """
     acc, m, l = carry
     m_new = jnp.maximum(m, s.max(axis=1, keepdims=True))
     p, fade = power(s - _across(m_new, s.shape[1]), unit), power(m - m_new, unit)
+    p = p if real is None else p * real
     kept = p if factor is None else p * factor
     pv = dot(kept.astype(v.dtype), v, contract=(1, 0))
     acc = acc * _across(fade, acc.shape[1]) + pv

@@ -170,10 +170,10 @@ def _xla(found, impl):
         found.report("flops", 2 * out.size * a.shape[2 + contract[0]])
         return out
 
-    def counted_fold(unit, carry, s, v):
+    def counted_fold(unit, carry, s, v, *rest):
         # One product in each fold, inside two vmaps.
         found.report("flops", 2 * s.size * v.shape[-1])
-        return fold_tiles(unit, carry, s, v)
+        return fold_tiles(unit, carry, s, v, *rest)
 
     def counted_scores(q, k, *rest):
         found.report("tiles", int(np.prod(q.shape[:3])) * k.shape[2] // area)

@@ -18,7 +18,7 @@ from pallas_kernels.call import Masks
 from pallas_kernels.tpu import segments
 from pallas_kernels.triton.tiles import power_of_two
 from pallas_kernels.xla.heads import head_groups
-from pallas_kernels.xla.walks import CHUNK, SHORT, chunk_slots, similar
+from pallas_kernels.xla.walks import CHUNK, SHORT, chunk_slots, split
 
 # Bytes of a float32: row statistics and sums of gradients have that type.
 SINGLE = 4
@@ -325,15 +325,9 @@ def _slots(mask: BlockMask) -> tuple[int, ...]:
     """Blocks that "xla" processes for each map: rows are padded to few equal shapes."""
 
     def of_map(full: np.ndarray, partial: np.ndarray) -> int:
-        total = full + partial
-        short = (total > 0) & (total <= SHORT // mask.block_kv)
-        kinds = full[short], partial[short]
-        found = sum(
-            len(at) * sum(int(kind[at].max()) for kind in kinds)
-            for at in similar(*kinds)
-        )
-        far = total > SHORT // mask.block_kv
-        for count in (full[far], partial[far]) if far.any() else ():
+        short, long = split(full, partial, mask.block_kv, (SHORT, CHUNK))
+        found = len(short) * sum(int(x[short].max(initial=0)) for x in (full, partial))
+        for count in (full[long], partial[long]) if long.size else ():
             width = chunk_slots(count, max(1, CHUNK // mask.block_kv))
             found += int((-(-count // width)).sum()) * width
         return found

@@ -109,11 +109,8 @@ def _backward(
         factor = pairs.factor(fixed.at, block, lse.dtype)
         p, ds = score_gradient(fixed, k, v, shown, factor, group, call)
         dq += tile.batched_dot(ds, k, contract=(1, 0))
-        total = total._replace(
-            dk=add_keys(total.dk, ds, fixed.q, block),
-            dv=add_keys(total.dv, p, fixed.do, block),
-        )
-        return total, dq
+        dk, dv = add_keys(total[1:], (ds, p), (fixed.q, fixed.do), block)
+        return total._replace(dk=dk, dv=dv), dq
 
     def close(fixed: GradientRow, state: Any, row: Array) -> Gradients:
         del fixed
@@ -181,24 +178,37 @@ def gradient_of_added(
 
 
 def add_keys(
-    total: Float[Array, "b h blocks d k"],
-    gradient: Float[Array, "b h gq slots_k"],
-    queries: Float[Array, "b h gq d"],
+    totals: tuple[Float[Array, "b h blocks d k"], ...],
+    gradients: tuple[Float[Array, "b h gq slots_k"], ...],
+    queries: tuple[Float[Array, "b h gq d"], ...],
     block: Int32[Array, " slots"],
-) -> Float[Array, "b h blocks d k"]:
-    """Adds ``queries^T gradient`` to the blocks of keys that ``block`` lists, in order.
+) -> tuple[Float[Array, "b h blocks d k"], ...]:
+    """Adds ``queries^T gradients`` to the blocks of keys of ``block``, in order.
 
-    Padding adds zeros to a block that the row visits anyway.
+    Padding adds zeros to a block that the row visits anyway. One loop adds to all
+    ``totals``: each loop is more to compile.
     """
-    # queries^T gradient transposes the smaller operand, unlike gradient^T queries. The
-    # barrier keeps XLA from fusing the transpose into the product, which is slower.
-    turned = jax.lax.optimization_barrier(jnp.swapaxes(queries, 2, 3))
-    tiles = tile.batched_dot(turned, gradient, contract=(1, 0))
-    size = total.shape[-1]
 
-    def add(i: Int32[Array, ""], total: jax.Array) -> jax.Array:
-        old = jax.lax.dynamic_index_in_dim(total, block[i], 2, keepdims=False)
-        new = jax.lax.dynamic_slice_in_dim(tiles, i * size, size, 3)
-        return jax.lax.dynamic_update_index_in_dim(total, old + new, block[i], 2)
+    def product(queries: jax.Array, gradient: jax.Array) -> jax.Array:
+        # queries^T gradient transposes the smaller operand, unlike gradient^T queries.
+        # The barrier keeps XLA from fusing the transpose into the product, which is
+        # slower.
+        turned = jax.lax.optimization_barrier(jnp.swapaxes(queries, 2, 3))
+        return tile.batched_dot(turned, gradient, contract=(1, 0))
 
-    return repeat(len(block), add, total)
+    tiles = tuple(map(product, queries, gradients))
+
+    def add(
+        i: Int32[Array, ""], totals: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
+        at = block[i]
+
+        def one(total: jax.Array, tiles: jax.Array) -> jax.Array:
+            size = total.shape[-1]
+            old = jax.lax.dynamic_index_in_dim(total, at, 2, keepdims=False)
+            new = jax.lax.dynamic_slice_in_dim(tiles, i * size, size, 3)
+            return jax.lax.dynamic_update_index_in_dim(total, old + new, at, 2)
+
+        return tuple(map(one, totals, tiles))
+
+    return repeat(len(block), add, totals)

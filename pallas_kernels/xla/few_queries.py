@@ -128,7 +128,7 @@ def _attend(owner: Owner, *, cache: _Cache, plan: XlaPlan) -> tuple[Array, Array
     lengths = rows, mask.kv_seq_len
     pairs = tile.pairs_of(call, owner.vectors, owner.heads, plan, lengths)
     q = owner.inputs.q.astype(dtype) * call.scale
-    every = tile.shown(jnp.ones((1, 1, 1, 1, plan.block_kv), bool), some_unseen=False)
+    every = tile.shown(jnp.ones((1, 1, 1, 1, plan.block_kv), bool), padding=True)
 
     def visit(block: Array, state: Any, *, full: bool) -> Any:
         at = block[None]

@@ -22,9 +22,17 @@ from pallas_kernels.xla.traced_walks import Owner, for_owners, is_traced
 from pallas_kernels.xla.walk_types import XlaLists, XlaPlan
 
 
-def fold_tiles(unit: float, *args: Any) -> softmax.Carry:
-    """``softmax.fold`` for each batch entry and key head."""
-    return jax.vmap(jax.vmap(partial(softmax.fold, unit=unit)))(*args)
+def fold_tiles(
+    unit: float,
+    state: softmax.Carry,
+    s: Array,
+    v: Array,
+    factor: Array | None = None,
+    real: Array | None = None,
+) -> softmax.Carry:
+    """``softmax.fold`` for each batch entry and key head; they share ``real``."""
+    fold = partial(softmax.fold, unit=unit, real=real)
+    return jax.vmap(jax.vmap(fold))(state, s, v, factor)
 
 
 def forward(inputs: Inputs, vectors: Vectors, lists: XlaLists, call: Call) -> Kept:
@@ -65,13 +73,16 @@ def _forward(
     def fold(fixed: Any, state: Any, block: Array, shown: tile.Shown) -> Any:
         q, _, row = fixed
         s = tile.scores(q, tile.gather(blocks.k, block), group, call)
-        s = tile.masked(s, shown).reshape(*q.shape[:-1], s.shape[-1])
+        # Copies do not change a maximum, so their weights may be removed later, in the
+        # loop that computes the weights: that saves one pass over the tile.
+        copies = shown.padding and shown.added is None
+        s = (s if copies else tile.masked(s, shown)).reshape(*q.shape[:-1], s.shape[-1])
         v = tile.gather(blocks.v, block, shown.seen)
         factor = pairs.factor(row, block, dtype)
-        args = (state, s, v)
         if factor is not None:
-            args = (*args, tile.for_all(factor, group, s.shape))
-        return fold_tiles(call.unit, *args)
+            factor = tile.for_all(factor, group, s.shape)
+        real = (shown.limit[0, 0, 0] > 0).astype(dtype) if copies else None
+        return fold_tiles(call.unit, state, s, v, factor, real)
 
     def close(fixed: Any, state: Any, row: Array) -> Any:
         o, lse, weights = softmax.finish(state, call.unit)

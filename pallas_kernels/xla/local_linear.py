@@ -297,11 +297,8 @@ def _add_row(
         ds = keys.p * ((g - along_y) * (1 + along_x) - b * along_x - delta)
         weights = keys.p * (1 + along_x)
         of_rows = jnp.concatenate([ds, keys.p * (g - b - along_y), weights], axis=2)
-        return (
-            dq + dot(ds, keys.k, (1, 0)),
-            add_keys(dk, of_rows, rows, keys.block),
-            add_keys(dv, weights, do, keys.block),
-        )
+        own = add_keys((dk, dv), (of_rows, weights), (rows, do), keys.block)
+        return (dq + dot(ds, keys.k, (1, 0)), *own)
 
     # The ds of a query add up to dlse, so the centre of the keys has that share in dq.
     start = dlse * row.centre, total.dk, total.dv

@@ -83,7 +83,7 @@ def row_tile(short: Short, pairs: Pairs, line: tuple[Array, ...]) -> Shown:
     full = real_keys(num_full, full_slots, pairs.block_kv)
     if full_slots == slots:
         # Padding repeats a full block.
-        return shown(full, some_unseen=False)
+        return shown(full, padding=True)
     partial = shown(pairs.real(row, block[full_slots:], num_partial))
     if not full_slots:
         return partial
@@ -104,7 +104,7 @@ def _each_long(long: Long, pairs: Pairs, run: Callable, total: Any) -> Any:
     def full(row: Array, block: Array, count: Array) -> Shown:
         del row
         real = real_keys(count, len(block), pairs.block_kv)
-        return shown(real, some_unseen=False)
+        return shown(real, padding=True)
 
     def partial(row: Array, block: Array, count: Array) -> Shown:
         return shown(pairs.real(row, block, count))

@@ -92,18 +92,24 @@ class Shown(NamedTuple):
     ``limit`` and ``added`` have the axes of a tile of scores, each of size 1 if shared.
     ``limit`` is ``inf`` for an allowed pair and ``-inf`` for any other. ``seen`` marks
     the keys that some query sees, ``[batch or 1, kv_heads or 1, k]``; None means all.
-    ``added`` has natural units.
+    ``added`` has natural units. ``padding`` says that only copies of other pairs of
+    the tile are not allowed.
     """
 
     limit: Float[Array, "..."]
     seen: Bool[Array, "..."] | None = None
     added: Float[Array, "..."] | None = None
+    padding: bool = False
 
 
-def shown(allowed: Bool[Array, "..."], *, some_unseen: bool = True) -> Shown:
-    """The ``Shown`` of a bool tile of pairs, with nothing added to the scores."""
+def shown(allowed: Bool[Array, "..."], *, padding: bool = False) -> Shown:
+    """The ``Shown`` of a bool tile of pairs, with nothing added to the scores.
+
+    With ``padding``, only copies of other pairs of the tile are not allowed.
+    """
     limit = jnp.where(allowed, jnp.float32(jnp.inf), jnp.float32(-jnp.inf))
-    return Shown(limit, allowed.any(axis=(2, 3)) if some_unseen else None)
+    seen = None if padding else allowed.any(axis=(2, 3))
+    return Shown(limit, seen, padding=padding)
 
 
 def masked(s: Float[Array, "b h g q k"], of: Shown) -> Float[Array, "b h g q k"]:

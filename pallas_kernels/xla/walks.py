@@ -1,6 +1,6 @@
 """Converts block masks to walks: on the host, or in JAX if the runs are traced."""
 
-from itertools import combinations
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,12 @@ CHUNK = 1024
 # The same for a traced row, which has more padding.
 TRACED_CHUNK = 512
 
-# Each further table of short rows is one more loop to compile. It must save at least
-# this fraction of all blocks.
+# Each loop is code to compile: a table of short rows is one loop, chunks are two, of
+# full and of partial blocks. A loop must save this fraction of all blocks.
 WORTH_A_LOOP = 0.05
-MOST_LOOPS = 3
 
 # The fixed cost of a chunk, in units of the cost of a block.
-CHUNK_OVERHEAD = 6
+CHUNK_OVERHEAD = 1
 
 
 def prepare(masks: Masks, call: Call, inputs: Inputs) -> XlaLists:
@@ -126,24 +125,64 @@ def int32(x: np.ndarray) -> Int32[np.ndarray, "..."]:
 
 def chunk_slots(count: np.ndarray, most: int) -> int:
     """The chunk size with the least cost for rows of ``count`` blocks, ``[rows]``."""
+    return _best_chunks(count, most)[1]
+
+
+def _best_chunks(count: np.ndarray, most: int) -> tuple[int, int]:
+    """The least cost of rows of ``count`` blocks in chunks, and the chunk size."""
     sizes = np.arange(1, max(1, min(most, count.max(initial=1))) + 1)
-    chunks = -(-count[:, None] // sizes)
-    return int(sizes[np.argmin(chunks.sum(axis=0) * (sizes + CHUNK_OVERHEAD))])
+    cost = (-(-count[:, None] // sizes)).sum(axis=0) * (sizes + CHUNK_OVERHEAD)
+    at = int(np.argmin(cost))
+    return int(cost[at]), int(sizes[at])
+
+
+class Split(NamedTuple):
+    """The indices of the rows in the table of short rows, and of those in chunks."""
+
+    short: np.ndarray
+    long: np.ndarray
+
+
+def split(
+    full: np.ndarray, partial: np.ndarray, block_kv: int, limits: tuple[int, int]
+) -> Split:
+    """Splits rows that visit some block, to minimise padding and the number of loops.
+
+    ``full`` and ``partial`` are the numbers of such blocks of each row, ``[rows]``, and
+    ``limits`` are the keys of the longest short row and of the longest chunk. Rows that
+    are short go into a table as wide as the longest of them, or into chunks too.
+    """
+    total = full + partial
+    some, most = total > 0, max(1, limits[1] // block_kv)
+    short = some & (total <= limits[0] // block_kv)
+    worth = WORTH_A_LOOP * float(total.sum())
+
+    def cost(short: np.ndarray) -> float:
+        long, found = some & ~short, 0.0
+        if short.any():
+            width = full[short].max() + partial[short].max()
+            found += float(short.sum() * width) + worth
+        if long.any():
+            chunks = (_best_chunks(count[long], most)[0] for count in (full, partial))
+            found += sum(chunks) + 2 * worth
+        return found
+
+    chosen = min(short, np.zeros_like(short), key=cost)
+    return Split(np.flatnonzero(chosen), np.flatnonzero(some & ~chosen))
 
 
 def host_walks(mask: BlockMask) -> tuple[Walk, ...]:
     """The walk of every map, with its rows split into short and long ones."""
     full, partial = HostBlocks(mask, full=True), HostBlocks(mask, full=False)
-    total = full.count + partial.count
-    most = SHORT // mask.block_kv
 
     def walk(index: int) -> Walk:
         rows = np.arange(mask.num_rows) + index * mask.num_rows
-        short = rows[(total[rows] > 0) & (total[rows] <= most)]
-        far = rows[total[rows] > most]
-        groups = similar(full.count[short], partial.count[short])
-        parts = tuple(short_rows(short[at], full, partial, mask) for at in groups)
-        return Walk(parts, long_rows(far, full, partial, mask) if len(far) else None)
+        near, far = split(
+            full.count[rows], partial.count[rows], mask.block_kv, (SHORT, CHUNK)
+        )
+        short = (short_rows(rows[near], full, partial, mask),) if near.size else ()
+        long = long_rows(rows[far], full, partial, mask) if far.size else None
+        return Walk(short, long)
 
     return tuple(walk(index) for index in range(mask.num_maps))
 
@@ -170,43 +209,6 @@ def long_rows(
     most = max(1, CHUNK // mask.block_kv)
     chunks = full.chunks(rows, most), partial.chunks(rows, most)
     return Long(int32(rows % mask.num_rows), *chunks)
-
-
-def similar(full: np.ndarray, partial: np.ndarray) -> list[np.ndarray]:
-    """Splits rows into few groups of similar length, to minimise padding.
-
-    ``full`` and ``partial`` are the numbers of such blocks of each row, ``[rows]``.
-    Each group is a list of row indices, and is padded to its longest row. The groups
-    are intervals of rows sorted by length; all splits into up to MOST_LOOPS intervals
-    are compared.
-    """
-    if not len(full):
-        return []
-    keys = np.stack([full + partial, full], axis=1)
-    kinds, kind_of_row, rows = np.unique(
-        keys, axis=0, return_inverse=True, return_counts=True
-    )
-    kind_of_row = kind_of_row.reshape(-1)
-    n = len(kinds)
-    cost = np.zeros((n + 1, n + 1))
-    for first in range(n):
-        tail = kinds[first:]
-        widest = np.maximum.accumulate(tail[:, 1])
-        widest += np.maximum.accumulate(tail[:, 0] - tail[:, 1])
-        cost[first, first + 1 :] = widest * np.cumsum(rows[first:])
-
-    def best(loops: int) -> tuple[float, tuple[int, ...]]:
-        cuts = [(0, *inner, n) for inner in combinations(range(1, n), loops - 1)]
-        costs = cost[np.array(cuts)[:, :-1], np.array(cuts)[:, 1:]].sum(axis=1)
-        at = int(np.argmin(costs))
-        return float(costs[at]), cuts[at]
-
-    worth = WORTH_A_LOOP * float(kinds[:, 0] @ rows)
-    choices = [best(loops) for loops in range(1, min(MOST_LOOPS, n) + 1)]
-    costs = [value + worth * i for i, (value, _) in enumerate(choices)]
-    _, cuts = choices[int(np.argmin(costs))]
-    group = np.searchsorted(np.array(cuts), kind_of_row, side="right")
-    return [np.flatnonzero(group == g) for g in range(1, len(cuts))]
 
 
 def traced_walk(mask: BlockMask, slots: int) -> Walk:

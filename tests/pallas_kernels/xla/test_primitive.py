@@ -41,12 +41,6 @@ class Product:
         return q_values[0] * (away + kv_values[0]) + pairs[0] * pairs[1]
 
 
-@pytest.fixture(autouse=True)
-def one_loop(monkeypatch):
-    """Limits short rows to one loop, to compile less."""
-    monkeypatch.setattr(walks, "MOST_LOOPS", 1)
-
-
 def attend(case, scores=None):
     """``f(inputs, scores)`` through ``dispatch.attend``."""
     masks, vectors = case.masks(), case.vectors()

@@ -22,12 +22,6 @@ SMALL = Case(pattern=Pattern("sinks"), q_len=77, kv_len=77, q_heads=4, kv_heads=
 
 
 @pytest.fixture
-def one_loop(monkeypatch):
-    """Limits short rows to one loop, to compile less."""
-    monkeypatch.setattr(walks, "MOST_LOOPS", 1)
-
-
-@pytest.fixture
 def chunked(monkeypatch):
     """Makes every row long, in chunks of at most two blocks of 32."""
     monkeypatch.setattr(walks, "SHORT", 0)
@@ -53,7 +47,6 @@ def loss(case):
 
 @pytest.mark.sample(6)
 @pytest.mark.parametrize("case", table(), ids=str)
-@pytest.mark.usefixtures("one_loop")
 def test_values_and_gradients(case):
     case.check("xla")
 
@@ -66,9 +59,11 @@ def test_values_and_gradients(case):
     ],
     ids=str,
 )
-def test_rows_of_several_shapes(case):
-    lists = xla.lists_of(case.masks())
-    assert len(lists.forward.walks[0].short) > 1
+def test_rows_of_several_shapes(case, monkeypatch):
+    monkeypatch.setattr(walks, "SHORT", 64)
+    (walk,) = xla.lists_of(case.masks()).forward.walks
+    assert walk.short
+    assert walk.long is not None
     case.check("xla")
 
 
@@ -86,7 +81,6 @@ def test_long_rows(pattern):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_loop")
 def test_heads_of_one_key_head_may_follow_different_maps():
     """Key head 0 has one query head of each map, key head 1 two of one map."""
     case = Case(pattern=Pattern("two maps", maps=2), q_heads=4, kv_heads=2, q_len=77)
@@ -163,7 +157,6 @@ def test_traced_lists_hold_every_block_once(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_loop")
 def test_traced_runs_attend():
     """Traced plans match static ones, under jit and under vmap."""
     case = replace(SMALL, batch=1)
@@ -193,13 +186,29 @@ def test_traced_map_of_head_is_refused():
         )
 
 
-def test_grouping_rows_costs_little():
-    """The first rows of a window are shorter, the others equal: two loops."""
+def test_rows_of_a_window_take_one_table():
+    """The first rows of a window are shorter, the others equal."""
     full, partial = np.minimum(np.arange(64), 3), np.where(np.arange(64) < 4, 1, 2)
-    groups = walks.similar(full, partial)
-    assert np.array_equal(np.sort(np.concatenate(groups)), np.arange(64))
-    padded = sum(len(g) * (full[g].max() + partial[g].max()) for g in groups)
-    assert padded <= 1.05 * (full + partial).sum()
+    short, long = walks.split(full, partial, 128, (2048, 1024))
+    assert np.array_equal(short, np.arange(64))
+    assert not long.size
+
+
+def test_rows_of_uneven_lengths_take_chunks():
+    """Half of the table of causal rows would be padding; empty rows are in no part."""
+    full, partial = np.arange(32), np.minimum(np.arange(32), 1)
+    short, long = walks.split(full, partial, 128, (4096, 1024))
+    assert not short.size
+    assert np.array_equal(long, np.arange(1, 32))
+
+
+def test_few_long_rows_do_not_widen_the_table():
+    """Rows of a window, and one row of all keys, as global tokens have."""
+    full, partial = np.full(64, 3), np.full(64, 2)
+    full[0], partial[0] = 64, 0
+    short, long = walks.split(full, partial, 128, (2048, 1024))
+    assert np.array_equal(short, np.arange(1, 64))
+    assert np.array_equal(long, [0])
 
 
 @dataclass(frozen=True)
@@ -268,7 +277,6 @@ def check_poison():
         oracle.assert_close(a, b, "float32", name)
 
 
-@pytest.mark.usefixtures("one_loop")
 def test_blocks_outside_of_the_runs_are_never_read():
     check_poison()
 
@@ -279,7 +287,6 @@ def test_blocks_outside_of_the_runs_are_never_read_by_long_rows():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_loop")
 def test_jit_of_vmap_and_vmap_of_grad():
     case = SMALL
     inputs, do, dlse = case.arrays()
@@ -292,7 +299,6 @@ def test_jit_of_vmap_and_vmap_of_grad():
             np.testing.assert_allclose(a[i], b, atol=2e-5)
 
 
-@pytest.mark.usefixtures("one_loop")
 def test_checkpoint_and_repeatability():
     """Neither recomputation nor a second run changes a bit."""
     case = replace(SMALL, q_len=130, kv_len=130)
@@ -306,7 +312,6 @@ def test_checkpoint_and_repeatability():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_loop")
 def test_shard_map_over_batch():
     case = replace(SMALL, batch=4)
     inputs, do, dlse = case.arrays()
@@ -322,7 +327,6 @@ def test_shard_map_over_batch():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_loop")
 def test_gradients_against_differences():
     case = Case(q_len=13, kv_len=13, batch=1, q_heads=2, kv_heads=1, dim=4, dim_v=4)
     inputs, *_ = case.arrays()
@@ -330,7 +334,6 @@ def test_gradients_against_differences():
 
 
 @pytest.mark.optimised
-@pytest.mark.usefixtures("one_loop")
 def test_memory_is_linear_in_the_length():
     def temp(n):
         case = Case(pattern=Pattern("window"), batch=1, q_len=n, kv_len=n)
