@@ -44,8 +44,19 @@ def compile_bytes(program: bytes, device: Any) -> CompiledProgram:
             executable_devices=xla_client.DeviceList((device,)),
             compile_options=options,
         )
-    hlo = "\n".join(module.to_string() for module in made.hlo_modules())
-    return CompiledProgram(hlo, memory_of(made.get_compiled_memory_stats()))
+    return CompiledProgram(_hlo(made), memory_of(made.get_compiled_memory_stats()))
+
+
+def _hlo(made: Any) -> str:
+    """The optimised program, or why it cannot be shown.
+
+    libtpu runs some gathers and scatters on the SparseCore, and jaxlib cannot read the
+    instructions that it makes of them.
+    """
+    try:
+        return "\n".join(module.to_string() for module in made.hlo_modules())
+    except jax.errors.JaxRuntimeError as error:
+        return f"// The optimised program cannot be shown: {error}"
 
 
 def memory_of(stats: Any) -> dict[str, int]:
