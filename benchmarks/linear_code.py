@@ -1,13 +1,13 @@
-"""Code of the linear kernels on TPUs: bundles and spills of each length of a chunk.
+"""Code of the linear kernels on TPUs: bundles and spills of each length of a step.
 
     python benchmarks/linear_code.py > results/linear_code.txt
 
-One chunk of one head, in bf16, of each kind: "none" and "head" are ``linear`` with a
+One grid step of one head, in bf16, of each kind: "none" and "head" are ``linear`` with a
 normaliser, without and with a decay by head; "channel" has a decay by key channel and
 no normaliser; "delta" erases; the last two do both. A bundle is one very long
 instruction word, so it takes at least one cycle. A spill is a bundle that writes a
 spilled register or reads it back. The bundles of a token are those of one grid step
-over the tokens of its chunk. The star marks the default chunk. No TPU is needed, and
+over its tokens. A step has one or more chunks. The star marks the default step. No TPU is needed, and
 nothing is timed.
 """
 
@@ -50,7 +50,7 @@ class Code(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The kernels of one kind at one length of a chunk."""
+    """The kernels of one kind at one length of a step."""
 
     chip: str
     dim: int
@@ -116,7 +116,7 @@ def rows_of(
     for chip in chips:
         for dim in dims:
             for kind in kinds:
-                default = call_of(kind, dim, None).chunk
+                default = call_of(kind, dim, None).step
                 for chunk in chunks:
                     print(chip, dim, kind, chunk, file=sys.stderr, flush=True)
                     found = kernels(kind, dim, chunk, chip)
@@ -124,7 +124,7 @@ def rows_of(
 
 
 def code(rows: Iterator[Row]) -> str:
-    """Bundles of the kernels, per chunk of one head and per token."""
+    """Bundles of the kernels, per grid step of one head and per token."""
     cells = [
         [
             row.chip, str(row.dim), row.kind, f"{row.chunk}{'*' if row.default else ''}",
@@ -134,10 +134,10 @@ def code(rows: Iterator[Row]) -> str:
         ]
         for row in rows
     ]  # fmt: skip
-    head = ["chip", "head_dim", "kind", "chunk", *KERNELS, "a token", "backward", "sum"]
+    head = ["chip", "head_dim", "kind", "step", *KERNELS, "a token", "backward", "sum"]
     note = (
         "TPU kernels in bf16: bundles / matrix operations / spills of a grid step, and "
-        "bundles of a token of one head. * is the default chunk."
+        "bundles of a token of one head. * is the default step."
     )
     return f"{note}\n\n{table(head, cells)}"
 

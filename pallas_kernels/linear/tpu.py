@@ -102,7 +102,9 @@ def backward(
         name="sadsl_linear_backward",
     )(chunks, states, cotangent)
     fine = found.marks.fine
-    return found._replace(marks=Marks(None if fine is None else fine.reshape(heads, -1, call.chunk)))
+    return found._replace(
+        marks=Marks(None if fine is None else fine.reshape(heads, -1, call.chunk))
+    )
 
 
 def _states(chunks: ChunkInputs, call: LinearCall) -> State:
@@ -238,7 +240,7 @@ def _ready(chunks: ChunkInputs, call: LinearCall) -> tuple[ChunkInputs, Any]:
     Raises:
       ValueError: the chunk is not a multiple of the lanes of a register.
     """
-    if call.chunk % 64 and not call.interpret:
+    if call.chunk % LANES and not call.interpret:
         raise ValueError(
             f"a chunk of {call.chunk}: impl='tpu' needs a multiple of {LANES}, such as "
             f"{-(-call.chunk // LANES) * LANES}"
