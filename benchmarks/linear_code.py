@@ -2,20 +2,20 @@
 
     python benchmarks/linear_code.py > results/linear_code.txt
 
-One grid step of one head, in bf16, of each kind: "none" and "head" are ``linear`` with a
-normaliser, without and with a decay by head; "channel" has a decay by key channel and
+One grid step of one head, in bf16, of each kind: "none" and "head" are ``linear`` with
+a normaliser, without and with a decay by head; "channel" has a decay by key channel and
 no normaliser; "delta" erases; the last two do both. A bundle is one very long
 instruction word, so it takes at least one cycle. A spill is a bundle that writes a
 spilled register or reads it back. The bundles of a token are those of one grid step
-over its tokens. A step has one or more chunks. The star marks the default step. No TPU is needed, and
-nothing is timed.
+over its tokens. A step has one or more chunks. The star marks the default step. No TPU
+is needed, and nothing is timed.
 """
 
 import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ CHIPS = "tpu-v5e", "tpu-v6e"
 KERNELS = "forward", "states", "backward"
 
 
-class Code(NamedTuple):
+class KernelCode(NamedTuple):
     """What libtpu makes of one kernel."""
 
     bundles: int
@@ -49,7 +49,7 @@ class Code(NamedTuple):
     spills: int
 
 
-class Row(NamedTuple):
+class StepCode(NamedTuple):
     """The kernels of one kind at one length of a step."""
 
     chip: str
@@ -57,7 +57,7 @@ class Row(NamedTuple):
     kind: str
     chunk: int
     default: bool
-    kernels: tuple[Code, ...]
+    kernels: tuple[KernelCode, ...]
 
     @property
     def forward(self) -> float:
@@ -92,7 +92,7 @@ def call_of(kind: str, dim: int, chunk: int | None) -> linear.LinearCall:
     return linear.default_call(rule, "tpu", sizes, jnp.bfloat16, config)
 
 
-def kernels(kind: str, dim: int, chunk: int, chip: str) -> tuple[Code, ...]:
+def kernels(kind: str, dim: int, chunk: int, chip: str) -> tuple[KernelCode, ...]:
     """The code of the value and gradient of one call in bf16."""
     call = call_of(kind, dim, chunk)
 
@@ -106,12 +106,12 @@ def kernels(kind: str, dim: int, chunk: int, chip: str) -> tuple[Code, ...]:
     found = read_kernels(DUMP)
     named = [x for name in KERNELS for x in found if f"linear_{name}" in x.name]
     assert len(named) == len(KERNELS), [x.name for x in found]
-    return tuple(Code(x.bundles, x.matrix_ops, x.spills) for x in named)
+    return tuple(KernelCode(x.bundles, x.matrix_ops, x.spills) for x in named)
 
 
 def rows_of(
     chips: list[str], dims: list[int], kinds: list[str], chunks: list[int]
-) -> Iterator[Row]:
+) -> Iterator[StepCode]:
     """Compiles every case, one at a time."""
     for chip in chips:
         for dim in dims:
@@ -120,14 +120,15 @@ def rows_of(
                 for chunk in chunks:
                     print(chip, dim, kind, chunk, file=sys.stderr, flush=True)
                     found = kernels(kind, dim, chunk, chip)
-                    yield Row(chip, dim, kind, chunk, chunk == default, found)
+                    yield StepCode(chip, dim, kind, chunk, chunk == default, found)
 
 
-def code(rows: Iterator[Row]) -> str:
+def code(rows: Iterator[StepCode]) -> str:
     """Bundles of the kernels, per grid step of one head and per token."""
     cells = [
         [
-            row.chip, str(row.dim), row.kind, f"{row.chunk}{'*' if row.default else ''}",
+            row.chip, str(row.dim), row.kind,
+            f"{row.chunk}{'*' if row.default else ''}",
             *(" / ".join(map(str, x)) for x in row.kernels),
             f"{row.forward:.2f}", f"{row.backward:.2f}",
             f"{row.forward + row.backward:.2f}",

@@ -26,7 +26,7 @@ from pallas_kernels.tpu.walk import block_index
 from pallas_kernels.varying import shape_like
 
 SUBLANES = 8
-# Rows of queries, positions times query heads, that a backward grid step has memory for.
+# Rows of queries, step times query heads, that a backward grid step has memory for.
 MOST_ROWS = 2048
 # The grid is (head, step).
 ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))

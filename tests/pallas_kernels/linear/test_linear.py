@@ -14,7 +14,6 @@ from recurrence_oracle import exact, recurrence
 
 from lowering.cost import inspect_code, targets
 from pallas_kernels import linear
-from pallas_kernels.config import KernelConfig
 from pallas_kernels.linear import Recurrence, marks
 from pallas_kernels.linear import tpu as linear_tpu
 from pallas_kernels.linear.chunk import normalised
@@ -52,7 +51,6 @@ class Case:
     chunk: int = 16
     batch: int = 2
     heads: int = 2
-    span: int = 1
 
     @property
     def rule(self):
@@ -93,8 +91,7 @@ class Case:
         return linear.LinearInputs(q, k, v, erase, decay, starts, state)
 
     def call(self, impl):
-        interpret, span = impl != "xla", self.span if impl == "tpu" else 1
-        return linear.LinearCall(self.rule, self.chunk, interpret, span=span)
+        return linear.LinearCall(self.rule, self.chunk, impl != "xla")
 
     def cotangent(self):
         inputs = replace(self, dtype="float32").inputs()
@@ -166,33 +163,6 @@ def test_values_and_gradients(case, impl):
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
 def test_variants(case, impl):
     check(case, impl)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(13, "d", batch=1, heads=1, chunk=8, span=2),
-        pytest.param(Case(45, "dsn0", group=2, heads=1, span=2), marks=slow),
-        pytest.param(Case(37, "des0", group=2, span=3), marks=slow),
-        pytest.param(Case(50, "ceb0", span=2), marks=slow),
-        pytest.param(Case(13, "cEs", span=4), marks=slow),
-    ],
-    ids=str,
-)
-def test_several_chunks_a_grid_step(case):
-    check(case, "tpu")
-
-
-def test_a_step_on_a_tpu_is_cut_into_chunks():
-    rule, config = Recurrence(), KernelConfig(block_kv=512)
-    sizes = linear.LinearSizes(4096, 128, 128)
-    erase = linear.LinearSizes(4096, 128, 128, erase=True)
-    plain = linear.default_call(rule, "tpu", sizes, "bfloat16", config)
-    solved = linear.default_call(rule, "tpu", erase, "bfloat16", config)
-    assert (plain.chunk, plain.span) == (256, 2)
-    assert (solved.chunk, solved.span) == (128, 4)
-    default = linear.default_call(rule, "tpu", erase, "bfloat16", KernelConfig())
-    assert (default.chunk, default.span, default.step) == (128, 2, 256)
 
 
 @pytest.mark.slow
