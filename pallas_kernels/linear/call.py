@@ -41,18 +41,28 @@ class LinearOutputs(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearCall:
-    """The static part of a call."""
+    """The static part of a call.
+
+    A step of the grid of "tpu" works through ``span`` chunks, one after the other.
+    """
 
     rule: Recurrence
     chunk: int
     interpret: Hashable = False
     num_warps: int = 4
     num_stages: int = 2
+    span: int = 1
+
+    @property
+    def step(self) -> int:
+        """The positions of a grid step."""
+        return self.chunk * self.span
 
 
 class ChunkInputs(NamedTuple):
     """The arrays that backends read: flat heads, and a sequence padded to chunks.
 
+    The length is a multiple of ``LinearCall.step``.
     Padding has keys and values of 0 and no decay, so it does not change the state. An
     entry of ``marks`` is an array ``[heads, chunks, chunk]``, where a chunk has a
     ``Pair``. Block specs and refs have this structure too.

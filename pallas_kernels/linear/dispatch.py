@@ -32,12 +32,12 @@ def attend(inputs: LinearInputs, call: LinearCall, *, impl: str) -> LinearOutput
     """Reads the state at the position of each query.
 
     It works under ``jit``, ``grad``, ``vmap`` and ``jax.checkpoint``; on "xla" also
-    under ``jvp``. Lengths need not be multiples of ``call.chunk``.
+    under ``jvp``. Lengths need not be multiples of ``call.step``.
     """
     batch, heads, group, seq, _ = inputs.q.shape
     copies = 1
     if impl == "tpu":
-        copies = group // tpu.members_of(group, call.chunk)
+        copies = group // tpu.members_of(group, call.step)
         inputs = _copied_keys(inputs, copies)
     chunks = alike(chunked(inputs, call))
     rows = xla.forward(chunks, call) if impl == "xla" else _attend(impl, call, chunks)
@@ -86,8 +86,8 @@ def chunked(inputs: LinearInputs, call: LinearCall) -> ChunkInputs:
 
     def padded(x: Any, axis: int) -> Any:
         widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, -seq % chunk)
-        return jnp.pad(x, widths) if seq % chunk else x
+        widths[axis] = (0, -seq % call.step)
+        return jnp.pad(x, widths) if seq % call.step else x
 
     def flat(x: Any, axis: int) -> Any:
         return padded(x, axis).reshape(batch * heads, *x.shape[2:axis], -1, x.shape[-1])

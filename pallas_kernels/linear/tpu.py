@@ -26,15 +26,15 @@ from pallas_kernels.tpu.walk import block_index
 from pallas_kernels.varying import shape_like
 
 SUBLANES = 8
-# Rows of queries, chunk times query heads, that a backward grid step has memory for.
+# Rows of queries, step times query heads, that a backward grid step has memory for.
 MOST_ROWS = 2048
-# The grid is (head, chunk).
+# The grid is (head, step).
 ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
 
 
-def members_of(group: int, chunk: int) -> int:
+def members_of(group: int, step: int) -> int:
     """How many query heads of a group share a grid step: a divisor of ``group``."""
-    most = max(MOST_ROWS // chunk, 1)
+    most = max(MOST_ROWS // step, 1)
     return max(n for n in range(1, min(group, most) + 1) if group % n == 0)
 
 
@@ -42,7 +42,7 @@ def forward(chunks: ChunkInputs, call: LinearCall) -> ChunkOutputs:
     """The outputs and normalisers of all queries, and the state after all keys."""
     chunks, dtype = _ready(chunks, call)
     heads, group, padded, _ = chunks.q.shape
-    steps, head_dim_v = padded // call.chunk, chunks.v.shape[-1]
+    steps, head_dim_v = padded // call.step, chunks.v.shape[-1]
     out = shape_like((heads, group, padded, head_dim_v), dtype, chunks.q)
     rows = ChunkOutputs(out, _total_shape(chunks, call), _shapes(chunks.state))
     (found,) = pl.pallas_call(
@@ -58,7 +58,7 @@ def forward(chunks: ChunkInputs, call: LinearCall) -> ChunkOutputs:
     )(chunks)
     total = found.total
     if total is not None:
-        total = total.reshape(heads, steps, group, call.chunk)
+        total = total.reshape(heads, -1, group, call.chunk)
         total = total.swapaxes(1, 2).reshape(heads, group, padded)
     return found._replace(total=total)
 
@@ -71,12 +71,12 @@ def backward(
     chunks, _ = _ready(chunks, call)
     states = _states(chunks, call)
     heads, group, padded, _ = chunks.q.shape
-    steps = padded // call.chunk
+    steps = padded // call.step
     last = lambda c: steps - 1 - c
     total = cotangent.total
     if total is not None:
-        total = total.reshape(heads, group, steps, call.chunk).swapaxes(1, 2)
-        total = total.reshape(heads, steps, 1, group * call.chunk)
+        total = total.reshape(heads, group, -1, call.chunk).swapaxes(1, 2)
+        total = total.reshape(heads, steps, call.span, group * call.chunk)
     cotangent = ChunkOutputs(
         cotangent.out.astype(chunks.v.dtype), total, cotangent.state
     )
@@ -102,13 +102,15 @@ def backward(
         name="sadsl_linear_backward",
     )(chunks, states, cotangent)
     fine = found.marks.fine
-    return found._replace(marks=Marks(None if fine is None else fine[:, :, 0]))
+    return found._replace(
+        marks=Marks(None if fine is None else fine.reshape(heads, -1, call.chunk))
+    )
 
 
 def _states(chunks: ChunkInputs, call: LinearCall) -> State:
-    """The state at the start of every chunk, ``[heads, chunks, ...]``."""
+    """The state at the start of every step, ``[heads, steps, ...]``."""
     heads, _, padded, _ = chunks.q.shape
-    steps = padded // call.chunk
+    steps = padded // call.step
     keys = chunks._replace(q=None)
     shape = jax.tree.map(
         lambda x: shape_like((heads, steps, *x.shape[1:]), jnp.float32, chunks.k),
@@ -134,23 +136,23 @@ def _states(chunks: ChunkInputs, call: LinearCall) -> State:
 def _forward_kernel(
     refs: ChunkInputs, outs: ChunkOutputs, state_ref: State, *, call: LinearCall
 ) -> None:
-    """Computes ``out [group, chunk, head_dim_v]`` and ``total [1, group * chunk]``.
+    """Computes ``out [group, step, head_dim_v]``, ``total [span, group * chunk]``.
 
-    ``refs`` are ``q [group, chunk, features]``, ``k``, ``erase`` and ``gate [chunk,
-    features]``, ``v [chunk, head_dim_v]``, marks ``[1, chunk]``, and the state before
+    ``refs`` are ``q [group, step, features]``, ``k``, ``erase`` and ``gate [step,
+    features]``, ``v [step, head_dim_v]``, marks ``[span, chunk]``, and the state before
     the first key, f32 ``[features, head_dim_v]`` and ``[1, features]``. The scratch
     ``state_ref`` is like it; so is the state after the last key, in ``outs``.
     """
-    assert refs.q.shape[1:] == refs.k.shape == (call.chunk, state_ref.s.shape[0])
-    assert refs.v.shape == outs.out.shape[1:] == (call.chunk, state_ref.s.shape[1])
+    assert refs.q.shape[1:] == refs.k.shape == (call.step, state_ref.s.shape[0])
+    assert refs.v.shape == outs.out.shape[1:] == (call.step, state_ref.s.shape[1])
     _at_first(state_ref, refs.state)
-    state, q = _values(state_ref), refs.q[...].astype(jnp.float32)
-    out, total, state = of_chunk(
-        call.rule, _ops(refs.v.dtype), _flat(q), _keys(refs), state
-    )
-    outs.out[...] = out.reshape(outs.out.shape).astype(outs.out.dtype)
-    if total is not None:
-        outs.total[...] = to_row(total)
+    state, ops = _values(state_ref), _ops(refs.v.dtype)
+    for at in range(call.span):
+        q, keys = _queries(refs.q, at, call), _keys(refs, at, call)
+        out, total, state = of_chunk(call.rule, ops, q, keys, state)
+        _store_queries(outs.out, out, at, call)
+        if total is not None:
+            outs.total[at : at + 1] = to_row(total)
     _store(state_ref, state)
     _at_last(outs.state, state)
 
@@ -158,44 +160,54 @@ def _forward_kernel(
 def _states_kernel(
     refs: ChunkInputs, out_ref: State, state_ref: State, *, call: LinearCall
 ) -> None:
-    """Stores the state at the start of each chunk; shapes as in the forward kernel."""
+    """Stores the state at the start of each step; shapes as in the forward kernel."""
     assert out_ref.s.shape == state_ref.s.shape == refs.state.s.shape
     _at_first(state_ref, refs.state)
-    ops, keys, state = _ops(refs.v.dtype), _keys(refs), _values(state_ref)
+    ops, state = _ops(refs.v.dtype), _values(state_ref)
     _store(out_ref, state)
-    written = write(call.rule, ops, keys, state)
-    _store(state_ref, advance(ops, keys, written, state))
+    for at in range(call.span):
+        keys = _keys(refs, at, call)
+        state = advance(ops, keys, write(call.rule, ops, keys, state), state)
+    _store(state_ref, state)
 
 
 def _backward_kernel(
     refs: ChunkInputs, states: State, cotangent: ChunkOutputs, outs: ChunkInputs,
     dstate_ref: State, *, call: LinearCall,
 ) -> None:  # fmt: skip
-    """Computes the cotangents of one chunk's arrays; ``outs`` are shaped like ``refs``.
+    """Computes the cotangents of a step's arrays; ``outs`` are shaped like ``refs``.
 
     Shapes are those of the forward kernel. The scratch ``dstate_ref`` holds the
-    cotangent of the state at the end of the chunk, and then of that at its start.
+    cotangent of the state at the end of the step, and then of that at its start.
     """
     assert cotangent.out.shape[1:] == refs.v.shape
     assert dstate_ref.s.shape == states.s.shape
     _at_first(dstate_ref, cotangent.state)
-    keys, ops = _keys(refs), _ops(refs.v.dtype)
+    ops, places = _ops(refs.v.dtype), range(call.span)
+    all_keys = [_keys(refs, at, call) for at in places]
 
-    def f(q: Any, keys: ChunkKeys, fine: Any, state: State) -> Any:
-        marks = keys.marks._replace(fine=fine, coarse=coarse, run=run)
-        return of_chunk(call.rule, ops, q, keys._replace(marks=marks), state)
+    def f(parts: list, state: State) -> tuple[list, State]:
+        rows = []
+        for (q, keys, fine), fixed in zip(parts, all_keys, strict=True):
+            keys = keys._replace(marks=fixed.marks._replace(fine=fine))
+            out, total, state = of_chunk(call.rule, ops, q, keys, state)
+            rows.append((out, total))
+        return rows, state
 
-    fine, coarse, run = keys.marks
-    apart = keys._replace(marks=Marks())
-    q = _flat(refs.q[...].astype(jnp.float32))
-    _, pull = jax.vjp(f, q, apart, fine, _values(states))
-    dout = _flat(cotangent.out[...].astype(jnp.float32))
-    dtotal = None if cotangent.total is None else to_column(cotangent.total[...])
-    dq, dkeys, dfine, dstate = pull((dout, dtotal, _values(dstate_ref)))
-    outs.q[...] = dq.reshape(outs.q.shape).astype(outs.q.dtype)
-    _store(outs[1:5], dkeys[:4])
-    if dfine is not None:
-        outs.marks.fine[...] = dfine.row + to_row(dfine.col)
+    parts = [
+        (_queries(refs.q, at, call), keys._replace(marks=Marks()), keys.marks.fine)
+        for at, keys in enumerate(all_keys)
+    ]
+    _, pull = jax.vjp(f, parts, _values(states))
+    drows = [_row_cotangents(cotangent, at, call) for at in places]
+    dparts, dstate = pull((drows, _values(dstate_ref)))
+    for at, (dq, dkeys, dfine) in enumerate(dparts):
+        _store_queries(outs.q, dq, at, call)
+        for ref, value in zip(outs[1:5], dkeys[:4], strict=True):
+            if ref is not None:
+                ref[_rows(at, call)] = value.astype(ref.dtype)
+        if dfine is not None:
+            outs.marks.fine[at : at + 1] = dfine.row + to_row(dfine.col)
     _store(dstate_ref, dstate)
     _at_last(outs.state, dstate)
 
@@ -237,9 +249,9 @@ def _ready(chunks: ChunkInputs, call: LinearCall) -> tuple[ChunkInputs, Any]:
     if dtype == jnp.float16:
         # The chip has no f16 arithmetic, and bf16 has three bits less.
         chunks = jax.tree.map(lambda x: x.astype(jnp.float32), chunks)
-    return chunks._replace(
-        marks=jax.tree.map(lambda x: x[:, :, None], chunks.marks)
-    ), dtype
+    shape = chunks.q.shape[0], -1, call.span, call.chunk
+    marks = jax.tree.map(lambda x: x.reshape(shape), chunks.marks)
+    return chunks._replace(marks=marks), dtype
 
 
 def _same(c: Any) -> Any:
@@ -249,14 +261,14 @@ def _same(c: Any) -> Any:
 def _chunk_specs(
     chunks: ChunkInputs, call: LinearCall, at: Callable[[Any], Any] = _same
 ) -> ChunkInputs:
-    """The specs of a chunk: the queries of the whole group, the keys, the state."""
+    """The specs of a step: the queries of the whole group, the keys, the state."""
 
     def keys(x: Any) -> pl.BlockSpec:
-        shape = None, call.chunk, x.shape[-1]
+        shape = None, call.step, x.shape[-1]
         return pl.BlockSpec(shape, lambda h, c: block_index(h, at(c), 0))
 
     row = pl.BlockSpec(
-        (None, None, 1, call.chunk), lambda h, c: block_index(h, at(c), 0, 0)
+        (None, None, call.span, call.chunk), lambda h, c: block_index(h, at(c), 0, 0)
     )
     of_keys = jax.tree.map(keys, chunks._replace(q=None, marks=Marks(), state=None))
     return of_keys._replace(
@@ -267,7 +279,7 @@ def _chunk_specs(
 
 
 def _queries_spec(x: Any, call: LinearCall, at: Callable[[Any], Any]) -> pl.BlockSpec:
-    shape = None, x.shape[1], call.chunk, x.shape[-1]
+    shape = None, x.shape[1], call.step, x.shape[-1]
     return pl.BlockSpec(shape, lambda h, c: block_index(h, 0, at(c), 0))
 
 
@@ -277,7 +289,7 @@ def _row_specs(
     total = None
     if rows.total is not None:
         total = pl.BlockSpec(
-            (None, None, 1, rows.total.shape[-1]),
+            (None, None, *rows.total.shape[2:]),
             lambda h, c: block_index(h, at(c), 0, 0),
         )
     return ChunkOutputs(_queries_spec(rows.out, call, at), total, _whole(rows.state))
@@ -285,7 +297,7 @@ def _row_specs(
 
 def _total_shape(chunks: ChunkInputs, call: LinearCall) -> Any:
     heads, group, padded, _ = chunks.q.shape
-    shape = heads, padded // call.chunk, 1, group * call.chunk
+    shape = heads, padded // call.step, call.span, group * call.chunk
     return None if call.rule.eps is None else shape_like(shape, jnp.float32, chunks.q)
 
 
@@ -299,7 +311,7 @@ def _whole(state: State) -> State:
 
 
 def _state_specs(states: State, at: Callable[[Any], Any]) -> State:
-    """The specs of states ``[heads, chunks, ...]``."""
+    """The specs of states ``[heads, steps, ...]``."""
 
     def spec(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec(
@@ -317,17 +329,36 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: shape_like(x.shape, x.dtype, x), tree)
 
 
-def _flat(x: jax.Array) -> jax.Array:
-    """``[group, chunk, n]`` as ``[group * chunk, n]``."""
-    return x.reshape(-1, x.shape[-1])
+def _rows(at: int, call: LinearCall) -> slice:
+    """The positions in a step of the chunk number ``at``."""
+    return slice(at * call.chunk, (at + 1) * call.chunk)
 
 
-def _keys(refs: ChunkInputs) -> ChunkKeys:
+def _queries(ref: Any, at: int, call: LinearCall) -> jax.Array:
+    """Rows ``[group * chunk, n]`` of a chunk, from ``[group, step, n]``."""
+    rows = ref[:, _rows(at, call)].astype(jnp.float32)
+    return rows.reshape(-1, ref.shape[2])
+
+
+def _store_queries(ref: Any, rows: jax.Array, at: int, call: LinearCall) -> None:
+    rows = rows.reshape(ref.shape[0], call.chunk, ref.shape[2])
+    ref[:, _rows(at, call)] = rows.astype(ref.dtype)
+
+
+def _row_cotangents(
+    refs: ChunkOutputs, at: int, call: LinearCall
+) -> tuple[jax.Array, jax.Array | None]:
+    total = None if refs.total is None else to_column(refs.total[at : at + 1])
+    return _queries(refs.out, at, call), total
+
+
+def _keys(refs: ChunkInputs, at: int, call: LinearCall) -> ChunkKeys:
     def pair(ref: Any) -> Pair | None:
-        return None if ref is None else Pair(to_column(ref[...]), ref[...])
+        row = None if ref is None else ref[at : at + 1]
+        return None if row is None else Pair(to_column(row), row)
 
     def value(ref: Any) -> Any:
-        return None if ref is None else ref[...].astype(jnp.float32)
+        return None if ref is None else ref[_rows(at, call)].astype(jnp.float32)
 
     k, v, erase, gate = map(value, refs[1:5])
     return ChunkKeys(k, v, erase, gate, Marks(*map(pair, refs.marks)))
