@@ -102,6 +102,11 @@ class Table:
     values: tuple[int, ...]
     index: "Expr"
 
+    def __hash__(self) -> int:
+        # Tables may have a million entries, and nodes are hashed often.
+        few = self.values[:8], self.values[-8:]
+        return hash((len(self.values), few, self.index))
+
 
 @dataclass(frozen=True, slots=True)
 class Operand:
