@@ -23,7 +23,7 @@ from lowering.ranges.quadtree import (
     FULL,
     LOW,
     PARTIAL,
-    Level,
+    Parts,
     Tree,
 )
 from lowering.ranges.ranges import Ranges, Rectangles
@@ -116,18 +116,18 @@ def plan(
 
 def count(node: ir.Pred, sizes: BlockSizes) -> tuple[int, int]:
     """The visited and the partial blocks of a simplified predicate, without a plan."""
-    return squares(node, sizes).count()
+    return squares(node, sizes, False).count()
 
 
 @lru_cache(maxsize=256)
-def squares(node: ir.Pred, sizes: BlockSizes, exact: bool = False) -> Tree:
+def squares(node: ir.Pred, sizes: BlockSizes, exact: bool) -> Tree:
     """The squares of blocks that hold all pairs: each full, or partial throughout.
 
     Run-time operands are unknown here. A block is visited if it holds a pair for some
     value of them, and full only if all its pairs attend for every value.
     """
     budget = None if exact else BUDGET
-    question = _Question(widest(node), narrowest(node), sizes, budget)
+    question = _Undecided(widest(node), narrowest(node), sizes, budget)
     rows, columns = sizes.num_blocks
     size = 1
     while size < max(rows, columns):
@@ -139,7 +139,7 @@ def squares(node: ir.Pred, sizes: BlockSizes, exact: bool = False) -> Tree:
         height, width = (
             np.clip(count - at, 0, size) for at, count in ((i, rows), (j, columns))
         )
-        levels.append(Level(size, kind.reshape(i.shape), height * width))
+        levels.append(Parts(size, kind.reshape(i.shape), height * width))
         if not len(first):
             return Tree(tuple(levels))
         parts = SPLIT if len(first) < MANY else 2
@@ -151,7 +151,7 @@ def squares(node: ir.Pred, sizes: BlockSizes, exact: bool = False) -> Tree:
         j = np.broadcast_to(j + steps, shape)
 
 
-class _Question(NamedTuple):
+class _Undecided(NamedTuple):
     """A predicate that holds wherever a map may, and one that does only if it surely
     does, which ask of each square what it holds."""
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lowering import ir
+from lowering import ir, planning
 from lowering.order import candidates
 from lowering.order.candidates import Layouts
 from lowering.order.digits import (
@@ -24,10 +24,9 @@ from lowering.order.digits import (
     read_sides,
 )
 from lowering.order.layout import Layout, places
-from lowering.planning import BlockSizes, plan, widest
+from lowering.planning import BlockSizes, widest
 from lowering.ranges.ranges import Ranges, Rectangles
-from lowering.ranges.verdicts import Analysis
-from pallas_kernels.block_mask import BlockMask
+from lowering.ranges.verdicts import Analysis, Verdict
 
 # So many saved pairs for each position pay for one more pass over q, k, v and o. The
 # pass that brings heads to the front is needed anyway, and an order of digits can share
@@ -35,6 +34,12 @@ from pallas_kernels.block_mask import BlockMask
 PAYS = 192
 # The number of rows of blocks by which a candidate is judged.
 SAMPLE = 8
+# So many columns of blocks are judged together first.
+WIDE = 64
+# So many of such groups, where columns differ, stand for all.
+FEW = 96
+# An order is refused unless the judge errs by this factor.
+UNSURE = 1.5
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ class Maps:
         return tuple(self.map_of_head.count(i) for i in range(len(self.nodes)))
 
 
-class Given(NamedTuple):
-    """Blocks in the given order, summed over all heads."""
+class Visits(NamedTuple):
+    """Blocks summed over all heads."""
 
     visited: int
     partial: int
@@ -66,12 +71,13 @@ class Arranged:
 
 
 @lru_cache(maxsize=256)
-def arrange(maps: Maps, sizes: BlockSizes, given: Given) -> Arranged | None:
+def arrange(maps: Maps, sizes: BlockSizes) -> Arranged | None:
     """The best order of positions for these block sizes, or None for the given one.
 
     The choice is the same for the same maps and sizes, and never visits more blocks
     than the order as given.
     """
+    given = count(maps.nodes, maps.weights, sizes)
     area = sizes.block_q * sizes.block_kv
     least_gain = PAYS * sizes.q_seq_len * len(maps.map_of_head)
     # Full blocks are dense in any order. Where they are many, the partial ones are the
@@ -81,14 +87,17 @@ def arrange(maps: Maps, sizes: BlockSizes, given: Given) -> Arranged | None:
         return None
     most = area * given.visited - least_gain
     sides = read_sides(maps.nodes, sizes.q_seq_len, sizes.kv_seq_len)
-    best = next(iter(_ranked(maps, sides, sizes)), None)
+    judge = _Judge(maps, sides, sizes)
+    best = next(iter(_ranked(judge)), None)
     if best is None:
         return None
-    best.q.check()
-    best.kv.check()
+    # The judge errs alike on both orders: their ratio is enough to refuse one.
+    share = judge(best) / max(judge(candidates.given(sides)), 1)
+    if area * given.visited * share > UNSURE * most:
+        return None
     arranged = write(maps, best)
-    found = plan(arranged.nodes, maps.map_of_head, slots_of(best, sizes))
-    return arranged if area * count(maps, found).visited <= most else None
+    found = count(arranged.nodes, maps.weights, slots_of(best, sizes))
+    return arranged if area * found.visited <= most else None
 
 
 def write(maps: Maps, layouts: Layouts) -> Arranged:
@@ -103,16 +112,18 @@ def slots_of(layouts: Layouts, sizes: BlockSizes) -> BlockSizes:
     return BlockSizes(*lengths, sizes.block_q, sizes.block_kv)
 
 
-def count(maps: Maps, mask: BlockMask) -> Given:
-    """The blocks that a plan visits, summed over all heads."""
-    weights = np.asarray(maps.weights)
-    found = mask.visited_by_map() @ weights, mask.partial_by_map() @ weights
-    return Given(*(int(x) for x in found))
+def count(
+    nodes: Sequence[ir.Pred], weights: Sequence[int], sizes: BlockSizes
+) -> Visits:
+    """The blocks that plans of maps visit, summed over all heads."""
+    found = [planning.count(node, sizes) for node in nodes]
+    each = [[w * x for x in pair] for w, pair in zip(weights, found, strict=True)]
+    return Visits(*map(sum, zip(*each, strict=True)))
 
 
-def _ranked(maps: Maps, sides: tuple[Side, Side], sizes: BlockSizes) -> list[Layouts]:
+def _ranked(judge: "_Judge") -> list[Layouts]:
     """Candidates sorted by the estimated number of visited blocks, the fewest first."""
-    judge = _Judge(maps, sides, sizes)
+    sides, sizes = judge.sides, judge.sizes
     given = candidates.given(sides)
     leading = sorted(dict.fromkeys(candidates.fronts(sides)), key=judge)
     tile = min(sizes.block_q, sizes.block_kv)
@@ -142,28 +153,53 @@ class _Judge:
         return self.seen[layouts]
 
     def _estimate(self, layouts: Layouts) -> float:
-        q, kv = self.sides
-        q_low, q_high = _digit_ranges(layouts.q, q, self.sizes.block_q)
-        k_low, k_high = _digit_ranges(layouts.kv, kv, self.sizes.block_kv)
-        num_rows, num_columns = q_low.shape[1], k_low.shape[1]
-        rows = np.unique(np.linspace(0, num_rows - 1, SAMPLE).astype(np.int64))
-        ranges: dict[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple] = {
-            _stand_in("q", i): (q_low[i, rows, None], q_high[i, rows, None])
-            for i in range(len(q_low))
-        }
-        ranges |= {
-            _stand_in("k", i): (k_low[i, None], k_high[i, None])
-            for i in range(len(k_low))
-        }
-        shape = (len(rows), num_columns)
-        zero = np.zeros(shape, np.int64)
-        at = Rectangles(zero, zero, zero, zero)
-        analysis = Analysis(Ranges(at, operands=ranges))
-        visited = 0.0
+        q_slots, kv_slots = layouts.q.num_slots, layouts.kv.num_slots
+        num_rows = -(-q_slots // self.sizes.block_q)
+        num_columns = -(-kv_slots // self.sizes.block_kv)
+        rows = _spread(num_rows, SAMPLE)
+        found = 0.0
+        groups = np.arange(-(-num_columns // WIDE))
         for node, weight in zip(self.nodes, self.weights, strict=True):
-            none = np.broadcast_to(analysis(node).none, shape)
-            visited += weight * float((~none).sum())
-        return visited * num_rows / len(rows)
+            row, group = (x.ravel() for x in np.meshgrid(rows, groups))
+            held = self._verdict(node, layouts, row, group, WIDE)
+            inside = np.minimum(WIDE, num_columns - WIDE * group)
+            visited = float(inside[held.all].sum())
+            open_ = np.flatnonzero(~(held.all | held.none))
+            some = open_[
+                np.unique(np.linspace(0, len(open_) - 1, FEW).astype(np.int64))
+            ]
+            column = (WIDE * group[some, None] + np.arange(WIDE)).ravel()
+            row = np.repeat(row[some], WIDE)[column < num_columns]
+            column = column[column < num_columns]
+            none = self._verdict(node, layouts, row, column, 1).none
+            visited += float((~none).sum()) * len(open_) / max(len(some), 1)
+            found += weight * visited
+        return found * num_rows / len(rows)
+
+    def _verdict(
+        self, node: ir.Pred, layouts: Layouts, row: np.ndarray, group: np.ndarray,
+        wide: int,
+    ) -> Verdict:  # fmt: skip
+        """The verdict on rows of blocks and groups of ``wide`` columns of blocks."""
+        at: dict[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple] = {}
+        blocks = self.sizes.block_q, self.sizes.block_kv * wide
+        for side, layout, which, block in zip(
+            self.sides, layouts, (row, group), blocks, strict=True
+        ):
+            once, of = np.unique(which, return_inverse=True)
+            low, high = _digit_ranges(layout, side, once, block)
+            at |= {_stand_in(side.name, i): (low[i, of], high[i, of])
+                   for i in range(len(low))}  # fmt: skip
+        zero = np.zeros(len(row), np.int64)
+        square = Rectangles(zero, zero, zero, zero)
+        return Analysis(Ranges(square, operands=at))(node)
+
+
+def _spread(count: int, few: int) -> np.ndarray:
+    """At most ``few`` of the numbers below ``count``, evenly spread."""
+    return np.unique(
+        np.linspace(0, max(count - 1, 0), min(few, count)).astype(np.int64)
+    )
 
 
 def _stand_in(name: ir.Side, i: int) -> ir.Operand:
@@ -181,10 +217,10 @@ def _open(node: ir.Pred, sides: Sequence[Side]) -> ir.Pred:
 
 
 def _digit_ranges(
-    layout: Layout, side: Side, block: int
+    layout: Layout, side: Side, blocks: np.ndarray, block: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Least and greatest digits in each block of slots, ``[digits, blocks]`` each."""
-    first = np.arange(0, layout.num_slots, block)
+    """Least and greatest digits in some blocks of slots, ``[digits, blocks]`` each."""
+    first = blocks * block
     last = np.minimum(first + block, layout.num_slots) - 1
     ordered = tuple(layout.radices[i] for i in layout.order)
     bounds = {}

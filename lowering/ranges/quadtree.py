@@ -17,7 +17,7 @@ STEP = (1 << 32) + 2
 LOW = (1 << 32) - 1
 
 
-class Level(NamedTuple):
+class Parts(NamedTuple):
     """The squares ``size`` blocks wide that are parts of the squares one level above.
 
     ``kind`` is the number of each part, and ``blocks`` how many blocks of it lie inside
@@ -30,7 +30,7 @@ class Level(NamedTuple):
     blocks: np.ndarray
 
 
-class Runs(NamedTuple):
+class RunRows(NamedTuple):
     """Rows of runs: row ``i`` has ``runs[ptr[i] : ptr[i + 1]]``, each one integer."""
 
     ptr: np.ndarray
@@ -41,7 +41,7 @@ class Runs(NamedTuple):
 class Tree:
     """The squares of a plan, level by level; the first level has the root alone."""
 
-    levels: tuple[Level, ...]
+    levels: tuple[Parts, ...]
 
     def count(self) -> tuple[int, int]:
         """The numbers of visited and of partial blocks."""
@@ -51,9 +51,9 @@ class Tree:
             partial = _total(level, level.kind == PARTIAL, partial)
         return int(visited.sum()), int(partial.sum())
 
-    def rows(self, num_rows: int, num_columns: int, *, across: bool = False) -> Runs:
+    def rows(self, num_rows: int, num_columns: int, *, across: bool = False) -> RunRows:
         """The runs of every row of blocks, or of every column if ``across``."""
-        found = Runs(np.zeros(1, np.int64), np.zeros(0, np.int64))
+        found = RunRows(np.zeros(1, np.int64), np.zeros(0, np.int64))
         last = self.levels[-1].size
         found = _with_plain(found, last)
         for level, above in zip(self.levels[:0:-1], self.levels[-2::-1], strict=True):
@@ -63,10 +63,10 @@ class Tree:
         ptr = found.ptr[root : root + num_rows + 1]
         runs = found.runs[ptr[0] : ptr[-1]]
         over = np.maximum(((runs & LOW) >> 1) - num_columns, 0)
-        return Runs(ptr - ptr[0], runs - (over << 1))
+        return RunRows(ptr - ptr[0], runs - (over << 1))
 
 
-def _total(level: Level, counted: np.ndarray, found: np.ndarray) -> np.ndarray:
+def _total(level: Parts, counted: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Blocks of the squares above, by parts: of ``counted`` ones all, of split ones."""
     split = level.kind >= FIRST
     blocks = np.where(counted, level.blocks, 0)
@@ -74,16 +74,16 @@ def _total(level: Level, counted: np.ndarray, found: np.ndarray) -> np.ndarray:
     return blocks.reshape(len(blocks), -1).sum(axis=1)
 
 
-def _with_plain(rows: Runs, size: int) -> Runs:
+def _with_plain(rows: RunRows, size: int) -> RunRows:
     """``rows`` after those of an empty, a partial and a full square of ``size``."""
     plain = np.repeat(np.array([size << 1, size << 1 | 1], np.int64), size)
     ptr = np.concatenate([np.zeros(size, np.int64), np.arange(2 * size)])
-    return Runs(
+    return RunRows(
         np.concatenate([ptr, rows.ptr + 2 * size]), np.concatenate([plain, rows.runs])
     )
 
 
-def _joined(kind: np.ndarray, size: int, parts: Runs) -> Runs:
+def _joined(kind: np.ndarray, size: int, parts: RunRows) -> RunRows:
     """The rows of squares whose parts, ``size`` wide, have the rows ``parts``."""
     place = np.arange(size)[:, None]
     # [squares, part of the row, row within the part, part of the column]
@@ -100,19 +100,19 @@ def _joined(kind: np.ndarray, size: int, parts: Runs) -> Runs:
     return _merged(np.append(0, ends[kind.shape[2] - 1 :: kind.shape[2]]), runs)
 
 
-def _merged(ptr: np.ndarray, runs: np.ndarray) -> Runs:
+def _merged(ptr: np.ndarray, runs: np.ndarray) -> RunRows:
     """The same rows with touching runs of one kind joined."""
     if not len(runs):
-        return Runs(ptr, runs)
+        return RunRows(ptr, runs)
     # The low half of a run that would touch this one and be of its kind.
     begin = ((runs >> 32) << 1) | (runs & 1)
     joins = np.zeros(len(runs) + 1, bool)
     joins[1:-1] = (runs[:-1] & LOW) == begin[1:]
     joins[ptr] = False
     if not joins.any():
-        return Runs(ptr, runs)
+        return RunRows(ptr, runs)
     heads = np.flatnonzero(~joins[:-1])
     last = np.append(heads[1:], len(runs)) - 1
     runs = (runs[heads] & ~LOW) | (runs[last] & LOW)
     kept = np.concatenate([[0], np.cumsum(~joins[:-1])])
-    return Runs(kept[ptr], runs)
+    return RunRows(kept[ptr], runs)
