@@ -24,7 +24,7 @@ from catalog_cases import CASES, Case
 from timing import machine, medians, stopwatch, table
 
 import sadsl as sa
-from lowering import pipeline
+from lowering import pipeline, planning
 from lowering.facts.plan_counts import Plan
 from lowering.order import relayout
 
@@ -70,6 +70,7 @@ def forget() -> None:
         pipeline.arrange,
         pipeline.block_mask,
         relayout.arrange,
+        planning.squares,
     ):
         cached.cache_clear()
 

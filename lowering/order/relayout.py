@@ -116,9 +116,11 @@ def count(
     nodes: Sequence[ir.Pred], weights: Sequence[int], sizes: BlockSizes
 ) -> Visits:
     """The blocks that plans of maps visit, summed over all heads."""
-    found = [planning.count(node, sizes) for node in nodes]
-    each = [[w * x for x in pair] for w, pair in zip(weights, found, strict=True)]
-    return Visits(*map(sum, zip(*each, strict=True)))
+    visited = partial = 0
+    for node, weight in zip(nodes, weights, strict=True):
+        found = planning.count(node, sizes)
+        visited, partial = visited + weight * found[0], partial + weight * found[1]
+    return Visits(visited, partial)
 
 
 def _ranked(judge: "_Judge") -> list[Layouts]:
@@ -165,9 +167,7 @@ class _Judge:
             inside = np.minimum(WIDE, num_columns - WIDE * group)
             visited = float(inside[held.all].sum())
             open_ = np.flatnonzero(~(held.all | held.none))
-            some = open_[
-                np.unique(np.linspace(0, len(open_) - 1, FEW).astype(np.int64))
-            ]
+            some = open_[_spread(len(open_), FEW)]
             column = (WIDE * group[some, None] + np.arange(WIDE)).ravel()
             row = np.repeat(row[some], WIDE)[column < num_columns]
             column = column[column < num_columns]
@@ -197,9 +197,8 @@ class _Judge:
 
 def _spread(count: int, few: int) -> np.ndarray:
     """At most ``few`` of the numbers below ``count``, evenly spread."""
-    return np.unique(
-        np.linspace(0, max(count - 1, 0), min(few, count)).astype(np.int64)
-    )
+    found = np.linspace(0, max(count - 1, 0), min(few, count))
+    return np.unique(found.astype(np.int64))
 
 
 def _stand_in(name: ir.Side, i: int) -> ir.Operand:
