@@ -23,7 +23,7 @@ from lowering.order.digits import (
     in_slots,
     read_sides,
 )
-from lowering.order.layout import Layout, places
+from lowering.order.parts import Parts
 from lowering.planning import BlockSizes, widest
 from lowering.ranges.ranges import Ranges, Rectangles
 from lowering.ranges.verdicts import Analysis, Verdict
@@ -34,12 +34,16 @@ from lowering.ranges.verdicts import Analysis, Verdict
 PAYS = 192
 # The number of rows of blocks by which a candidate is judged.
 SAMPLE = 8
-# So many columns of blocks are judged together first.
-WIDE = 64
-# So many of such groups, where columns differ, stand for all.
-FEW = 96
+# Columns of blocks are judged in groups; one that differs is cut in so many.
+CUT = 8
+# So many of such groups, evenly spread, stand for all groups of a candidate.
+FEW = 48
+# So many of the best candidates are judged again, by so many groups.
+FINAL, MANY = 4, 512
 # An order is refused unless the judge errs by this factor.
 UNSURE = 1.5
+
+_Bounds = dict[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple]
 
 
 @dataclass(frozen=True)
@@ -124,24 +128,48 @@ def count(
 
 
 def _ranked(judge: "_Judge") -> list[Layouts]:
-    """Candidates sorted by the estimated number of visited blocks, the fewest first."""
+    """The best candidates, the one with the fewest visited blocks first."""
     sides, sizes = judge.sides, judge.sizes
     given = candidates.given(sides)
-    leading = sorted(dict.fromkeys(candidates.fronts(sides)), key=judge)
+    leading = judge.ranked([*candidates.fronts(sides)])
+    judge.ranked([given])
     tile = min(sizes.block_q, sizes.block_kv)
     found = dict.fromkeys(leading)
     for layouts in (given, *leading[:1]):
         if layouts is given or judge(layouts) < judge(given):
             found |= dict.fromkeys(candidates.tiled(layouts, tile))
     # Of equal candidates the earlier, simpler one comes first.
-    return sorted(found, key=judge)
+    best = judge.ranked([*found])[:FINAL]
+    judge.look_closer([given, *best])
+    return judge.ranked(best)
 
 
 # --- judgement ---
 
 
+class _Blocks(NamedTuple):
+    """Groups of columns in rows of blocks, of several candidates: ``[groups]`` each.
+
+    ``of`` numbers the candidates, in ascending order, and ``row`` the sampled rows of
+    all of them. Each group stands for ``share`` groups.
+    """
+
+    of: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    share: np.ndarray
+
+    def take(self, which: np.ndarray) -> "_Blocks":
+        """Some of the groups."""
+        return _Blocks(*(x[which] for x in self))
+
+
 class _Judge:
-    """Estimates from a few rows how many blocks a candidate visits."""
+    """Estimates from a few rows how many blocks each candidate visits.
+
+    Columns are looked at in groups first, and a group is cut only where the map does
+    not hold, or fail, throughout. All candidates are looked at in one array.
+    """
 
     def __init__(self, maps: Maps, sides: tuple[Side, Side], sizes: BlockSizes) -> None:
         self.sides, self.sizes, self.weights = sides, sizes, maps.weights
@@ -149,50 +177,88 @@ class _Judge:
         self.seen: dict[Layouts, float] = {}
 
     def __call__(self, layouts: Layouts) -> float:
-        """The estimated number of blocks, summed over all heads."""
-        if layouts not in self.seen:
-            self.seen[layouts] = self._estimate(layouts)
+        """The estimated number of blocks of a ranked candidate, over all heads."""
         return self.seen[layouts]
 
-    def _estimate(self, layouts: Layouts) -> float:
-        q_slots, kv_slots = layouts.q.num_slots, layouts.kv.num_slots
-        num_rows = -(-q_slots // self.sizes.block_q)
-        num_columns = -(-kv_slots // self.sizes.block_kv)
-        rows = _spread(num_rows, SAMPLE)
-        found = 0.0
-        groups = np.arange(-(-num_columns // WIDE))
-        for node, weight in zip(self.nodes, self.weights, strict=True):
-            row, group = (x.ravel() for x in np.meshgrid(rows, groups))
-            held = self._verdict(node, layouts, row, group, WIDE)
-            inside = np.minimum(WIDE, num_columns - WIDE * group)
-            visited = float(inside[held.all].sum())
-            open_ = np.flatnonzero(~(held.all | held.none))
-            some = open_[_spread(len(open_), FEW)]
-            column = (WIDE * group[some, None] + np.arange(WIDE)).ravel()
-            row = np.repeat(row[some], WIDE)[column < num_columns]
-            column = column[column < num_columns]
-            none = self._verdict(node, layouts, row, column, 1).none
-            visited += float((~none).sum()) * len(open_) / max(len(some), 1)
-            found += weight * visited
-        return found * num_rows / len(rows)
+    def ranked(self, every: Sequence[Layouts]) -> list[Layouts]:
+        """Candidates by their estimated number of blocks, the fewest first."""
+        new = [x for x in dict.fromkeys(every) if x not in self.seen]
+        if new:
+            self.seen |= zip(new, self._estimates(new, FEW), strict=True)
+        return sorted(dict.fromkeys(every), key=self)
 
-    def _verdict(
-        self, node: ir.Pred, layouts: Layouts, row: np.ndarray, group: np.ndarray,
-        wide: int,
-    ) -> Verdict:  # fmt: skip
-        """The verdict on rows of blocks and groups of ``wide`` columns of blocks."""
-        at: dict[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple] = {}
-        blocks = self.sizes.block_q, self.sizes.block_kv * wide
-        for side, layout, which, block in zip(
-            self.sides, layouts, (row, group), blocks, strict=True
-        ):
-            once, of = np.unique(which, return_inverse=True)
-            low, high = _digit_ranges(layout, side, once, block)
-            at |= {_stand_in(side.name, i): (low[i, of], high[i, of])
-                   for i in range(len(low))}  # fmt: skip
-        zero = np.zeros(len(row), np.int64)
-        square = Rectangles(zero, zero, zero, zero)
-        return Analysis(Ranges(square, operands=at))(node)
+    def look_closer(self, every: Sequence[Layouts]) -> None:
+        """Estimates some candidates anew, from more groups."""
+        once = [*dict.fromkeys(every)]
+        self.seen |= zip(once, self._estimates(once, MANY), strict=True)
+
+    def _estimates(self, every: Sequence[Layouts], few: int) -> list[float]:
+        shapes = np.array([slots_of(x, self.sizes).num_blocks for x in every])
+        columns, wide = shapes[:, 1], 1
+        while CUT * CUT * wide <= columns.max():
+            wide *= CUT
+        rows = [_spread(int(x), SAMPLE) for x in shapes[:, 0]]
+        num_rows = np.array([len(x) for x in rows])
+        of_row = np.repeat(np.arange(len(every)), num_rows)
+        q = Parts([x.q for x in every], self.sides[0])
+        kv = Parts([x.kv for x in every], self.sides[1])
+        of_rows = q.ranges(of_row, np.concatenate(rows), self.sizes.block_q)
+        groups = -(-columns // wide)[of_row]
+        row = np.repeat(np.arange(len(of_row)), groups)
+        column = np.arange(len(row)) - (np.cumsum(groups) - groups)[row]
+        first = _Blocks(of_row[row], row, column, np.ones(len(row)))
+
+        def ranges(at: _Blocks, size: int) -> _Bounds:
+            of_columns = kv.ranges(at.of, at.column, self.sizes.block_kv * size)
+            found: _Bounds = {
+                _stand_in("q", i): (low[at.row], high[at.row])
+                for i, (low, high) in enumerate(of_rows)
+            }
+            return found | {_stand_in("k", i): x for i, x in enumerate(of_columns)}
+
+        bounds = ranges(first, wide)
+        found = np.zeros(len(every))
+        for node, weight in zip(self.nodes, self.weights, strict=True):
+            at, within, size = first, bounds, wide
+            while True:
+                held = _verdict(node, within, len(at.of))
+                inside = np.minimum(size, columns[at.of] - size * at.column)
+                visits = ~held.none if size == 1 else held.all
+                blocks = at.share * inside * visits
+                found += weight * np.bincount(at.of, blocks, len(every))
+                open_ = np.flatnonzero(~(held.all | held.none))
+                if size == 1 or not len(open_):
+                    break
+                size //= CUT
+                at = _cut(_thin(at.take(open_), few))
+                at = at.take(size * at.column < columns[at.of])
+                within = ranges(at, size)
+        return (found * shapes[:, 0] / num_rows).tolist()
+
+
+def _verdict(node: ir.Pred, ranges: _Bounds, count: int) -> Verdict:
+    zero = np.zeros(count, np.int64)
+    square = Rectangles(zero, zero, zero, zero)
+    found = Analysis(Ranges(square, operands=ranges))(node)
+    none, every = (np.broadcast_to(x, count) for x in (found.none, found.all))
+    return found._replace(none=none, all=every)
+
+
+def _thin(at: _Blocks, few: int) -> _Blocks:
+    """At most ``few`` groups of each candidate, evenly spread; these stand for all."""
+    count = np.bincount(at.of)
+    place = np.arange(len(at.of)) - (np.cumsum(count) - count)[at.of]
+    count = count[at.of]
+    taken = np.minimum(few, count)
+    kept = np.flatnonzero(place * taken % count < taken)
+    return at.take(kept)._replace(share=(at.share * count / taken)[kept])
+
+
+def _cut(at: _Blocks) -> _Blocks:
+    """Every group in ``CUT`` smaller ones."""
+    at = at.take(np.repeat(np.arange(len(at.of)), CUT))
+    parts = np.tile(np.arange(CUT), len(at.of) // CUT)
+    return at._replace(column=CUT * at.column + parts)
 
 
 def _spread(count: int, few: int) -> np.ndarray:
@@ -213,31 +279,3 @@ def _open(node: ir.Pred, sides: Sequence[Side]) -> ir.Pred:
         for i, radix in enumerate(side.radices)
     }
     return ir.replace(node, new)
-
-
-def _digit_ranges(
-    layout: Layout, side: Side, blocks: np.ndarray, block: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Least and greatest digits in some blocks of slots, ``[digits, blocks]`` each."""
-    first = blocks * block
-    last = np.minimum(first + block, layout.num_slots) - 1
-    ordered = tuple(layout.radices[i] for i in layout.order)
-    bounds = {}
-    for i, radix, place in zip(layout.order, ordered, places(ordered), strict=True):
-        low, high = first // place, last // place
-        wraps = low // radix != high // radix
-        bounds[i] = (
-            np.where(wraps, 0, low % radix),
-            np.where(wraps, radix - 1, high % radix),
-        )
-    lows, highs, count = [], [], 0
-    for own, cut in zip(side.axes, layout.axes, strict=True):
-        parts = [(p, count + i) for i, p in enumerate(places(cut.radices))]
-        above = own.padded * cut.padded + 1
-        for place in places(own.radices):
-            inside = [(p // place, i) for p, i in parts if place <= p < above]
-            lows.append(sum(f * bounds[i][0] for f, i in inside))
-            highs.append(sum(f * bounds[i][1] for f, i in inside))
-            above = place
-        count += len(cut.radices)
-    return np.stack(lows), np.stack(highs)
