@@ -16,6 +16,7 @@ import numpy as np
 from lowering import ir, planning
 from lowering.order import candidates
 from lowering.order.candidates import Layouts
+from lowering.order.digit_parts import DigitParts
 from lowering.order.digits import (
     Side,
     digit,
@@ -23,7 +24,6 @@ from lowering.order.digits import (
     in_slots,
     read_sides,
 )
-from lowering.order.parts import Parts
 from lowering.planning import BlockSizes, widest
 from lowering.ranges.ranges import Ranges, Rectangles
 from lowering.ranges.verdicts import Analysis, Verdict
@@ -36,10 +36,9 @@ PAYS = 192
 SAMPLE = 8
 # Columns of blocks are judged in groups; one that differs is cut in so many.
 CUT = 8
-# So many of such groups, evenly spread, stand for all groups of a candidate.
-FEW = 48
-# So many of the best candidates are judged again, by so many groups.
-FINAL, MANY = 4, 512
+# Candidates are judged in turns: by so many of such groups, evenly spread, which stand
+# for all of them, and so many candidates are kept.
+TURNS = ((12, 16), (48, 4), (512, 1))
 # An order is refused unless the judge errs by this factor.
 UNSURE = 1.5
 
@@ -92,7 +91,7 @@ def arrange(maps: Maps, sizes: BlockSizes) -> Arranged | None:
     most = area * given.visited - least_gain
     sides = read_sides(maps.nodes, sizes.q_seq_len, sizes.kv_seq_len)
     judge = _Judge(maps, sides, sizes)
-    best = next(iter(_ranked(judge)), None)
+    best = _best(judge)
     if best is None:
         return None
     # The judge errs alike on both orders: their ratio is enough to refuse one.
@@ -127,21 +126,18 @@ def count(
     return Visits(visited, partial)
 
 
-def _ranked(judge: "_Judge") -> list[Layouts]:
-    """The best candidates, the one with the fewest visited blocks first."""
+def _best(judge: "_Judge") -> Layouts | None:
+    """The best candidate, if there is one."""
     sides, sizes = judge.sides, judge.sizes
     given = candidates.given(sides)
-    leading = judge.ranked([*candidates.fronts(sides)])
-    judge.ranked([given])
+    leading = judge.narrowed([*candidates.fronts(sides)], given, TURNS[:2])
     tile = min(sizes.block_q, sizes.block_kv)
     found = dict.fromkeys(leading)
     for layouts in (given, *leading[:1]):
         if layouts is given or judge(layouts) < judge(given):
             found |= dict.fromkeys(candidates.tiled(layouts, tile))
     # Of equal candidates the earlier, simpler one comes first.
-    best = judge.ranked([*found])[:FINAL]
-    judge.look_closer([given, *best])
-    return judge.ranked(best)
+    return next(iter(judge.narrowed([*found], given, TURNS)), None)
 
 
 # --- judgement ---
@@ -175,22 +171,36 @@ class _Judge:
         self.sides, self.sizes, self.weights = sides, sizes, maps.weights
         self.nodes = [_open(in_digits(widest(n), sides), sides) for n in maps.nodes]
         self.seen: dict[Layouts, float] = {}
+        # By how many groups an estimate was made.
+        self.by: dict[Layouts, int] = {}
 
     def __call__(self, layouts: Layouts) -> float:
         """The estimated number of blocks of a ranked candidate, over all heads."""
         return self.seen[layouts]
 
-    def ranked(self, every: Sequence[Layouts]) -> list[Layouts]:
-        """Candidates by their estimated number of blocks, the fewest first."""
-        new = [x for x in dict.fromkeys(every) if x not in self.seen]
-        if new:
-            self.seen |= zip(new, self._estimates(new, FEW), strict=True)
-        return sorted(dict.fromkeys(every), key=self)
+    def narrowed(
+        self,
+        every: Sequence[Layouts],
+        given: Layouts,
+        turns: Sequence[tuple[int, int]],
+    ) -> list[Layouts]:
+        """The best candidates, the one with the fewest blocks first.
 
-    def look_closer(self, every: Sequence[Layouts]) -> None:
-        """Estimates some candidates anew, from more groups."""
-        once = [*dict.fromkeys(every)]
-        self.seen |= zip(once, self._estimates(once, MANY), strict=True)
+        The given order is judged as closely as they are.
+        """
+        best = [*dict.fromkeys(every)]
+        for few, kept in turns:
+            if len(best) > kept or few == turns[-1][0]:
+                self._look([given, *best], few)
+                best = sorted(best, key=self)[:kept]
+        return best
+
+    def _look(self, every: Sequence[Layouts], few: int) -> None:
+        """Estimates candidates by ``few`` groups, but for those already seen so."""
+        new = [x for x in dict.fromkeys(every) if self.by.get(x, 0) < few]
+        if new:
+            self.seen |= zip(new, self._estimates(new, few), strict=True)
+            self.by |= dict.fromkeys(new, few)
 
     def _estimates(self, every: Sequence[Layouts], few: int) -> list[float]:
         shapes = np.array([slots_of(x, self.sizes).num_blocks for x in every])
@@ -200,8 +210,8 @@ class _Judge:
         rows = [_spread(int(x), SAMPLE) for x in shapes[:, 0]]
         num_rows = np.array([len(x) for x in rows])
         of_row = np.repeat(np.arange(len(every)), num_rows)
-        q = Parts([x.q for x in every], self.sides[0])
-        kv = Parts([x.kv for x in every], self.sides[1])
+        q = DigitParts([x.q for x in every], self.sides[0])
+        kv = DigitParts([x.kv for x in every], self.sides[1])
         of_rows = q.ranges(of_row, np.concatenate(rows), self.sizes.block_q)
         groups = -(-columns // wide)[of_row]
         row = np.repeat(np.arange(len(of_row)), groups)

@@ -10,7 +10,7 @@ from lowering.order.digits import Side
 from lowering.order.layout import Layout, places
 
 
-class Parts:
+class DigitParts:
     """The digits of a side, in the slots of several layouts.
 
     A layout may cut a digit. The digit is then the sum of its parts, and each part is
