@@ -4,16 +4,24 @@
 
 Medians of 5 on one core. The peers evaluate all n*n pairs, so they get smaller sizes.
 torch runs in the interpreter of ``--torch-python`` (torch 2.13, CPU).
+
+With ``--catalogue [NAME ...]``, instead every static mechanism of the catalogue at
+about a million positions (the rule is that of ``catalog_cases.cases(16)``), or
+those whose names hold a NAME: CPU time of lowering, of the search for an order and of
+the forward plan in it. The bar is 100 ms a distinct map and 0.1 us a run, or 1 s for
+maps with tables. A case stops after a minute.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
 
 import numpy as np
+from catalog_cases import Case, cases
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as splash,
 )
@@ -23,7 +31,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from timing import machine, table
 
 import sadsl as sa
-from lowering import pipeline
+from lowering import ir, pipeline, planning
 from lowering.order import relayout
 
 BLOCK = 128
@@ -37,6 +45,8 @@ SPECS = [
 ]
 # The longest planning time by number of positions, for all specs above.
 BARS_MS = {65_536: 10.0, 1_048_576: 60.0}
+# A case of the catalogue stops after so many seconds.
+LONGEST_S = 60
 
 TORCH = """
 import json, sys, time, torch
@@ -73,11 +83,16 @@ def median_ms(run: Callable[[], object], rounds: int = ROUNDS) -> float:
     return 1e3 * float(np.median(spent))
 
 
+def forget() -> None:
+    """Empties the caches of the compiler."""
+    caches = pipeline.run, pipeline.arrange, pipeline.block_mask, relayout.arrange
+    for cached in (*caches, planning.squares):
+        cached.cache_clear()
+
+
 def plan_uncached(text: str, n: int) -> sa.Plan:
     """Plans from the text, without any cache."""
-    caches = pipeline.run, pipeline.arrange, pipeline.block_mask, relayout.arrange
-    for cached in caches:
-        cached.cache_clear()
+    forget()
     return sa.plan(text, n, block_q=BLOCK, block_kv=BLOCK)
 
 
@@ -111,13 +126,51 @@ def torch_ms(python: str | None, sizes: list[int]) -> dict[tuple[str, int], floa
     return {(name, n): 1e3 * seconds for name, n, seconds in rows}
 
 
+def catalogue_row(case: Case) -> list[str]:
+    """One line of the table of the catalogue."""
+    forget()
+    marks = [time.process_time()]
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LONGEST_S)
+    try:
+        problem = pipeline.Problem(case.n, case.n, case.num_heads)
+        stages = pipeline.run(case.spec.node, problem)
+        marks.append(time.process_time())
+        arranged = pipeline.arrange(stages, BLOCK, BLOCK)
+        marks.append(time.process_time())
+        mask = pipeline.block_mask(arranged, BLOCK, BLOCK)
+        marks.append(time.process_time())
+    except TimeoutError:
+        return [case.name, f"{case.n:,}", f"over {LONGEST_S} s", *"-----", "MISSES"]
+    finally:
+        signal.alarm(0)
+    steps = [1e3 * x for x in np.diff(marks)]
+    maps = stages.planned.maps
+    tables = any(isinstance(x, ir.Table) for m in maps for x in ir.walk(m))
+    runs = len(mask.run_start)
+    bar = max(1000.0 * tables, 100 * len(maps) + 1e-4 * runs)
+    verdict = "meets" if sum(steps) <= bar else "MISSES"
+    return [
+        case.name, f"{case.n:,}", f"{sum(steps):,.0f}", *(f"{x:,.0f}" for x in steps),
+        f"{len(maps)}", f"{runs:,}", f"{verdict} {bar:,.0f} ms",
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch-python", help="an interpreter with torch 2.13")
     parser.add_argument("--peer-sizes", type=int, nargs="*", default=[8192, 16384])
+    parser.add_argument("--catalogue", nargs="*", help="names of the catalogue")
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {0})
+    if args.catalogue is not None:
+        print_catalogue(args.catalogue)
+        return
     peers = torch_ms(args.torch_python, args.peer_sizes)
     rows = []
     for text in SPECS:
@@ -131,6 +184,15 @@ def main() -> None:
             )  # fmt: skip
     print(machine())
     head = ["spec", "n", "sadsl ms", "splash ms", "torch ms", "runs", "bytes", "bar"]
+    print(table(head, rows))
+
+
+def print_catalogue(names: list[str]) -> None:
+    """Prints the table of the catalogue."""
+    chosen = [c for c in cases(16) if not names or any(x in c.name for x in names)]
+    rows = [catalogue_row(case) for case in chosen]
+    print(machine())
+    head = ["map", "n", "ms", "lower", "search", "plan", "maps", "runs", "bar"]
     print(table(head, rows))
 
 

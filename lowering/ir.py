@@ -102,6 +102,9 @@ class Table:
     values: tuple[int, ...]
     index: "Expr"
 
+    def __hash__(self) -> int:  # of a few entries: there may be a million
+        return hash((len(self.values), self.values[:8], self.index))
+
 
 @dataclass(frozen=True, slots=True)
 class Operand:
@@ -237,7 +240,7 @@ def rebuild(node: Node, change: Change) -> Node:
             return type(node)(change(a), change(b))
         case Mul(a, n) | FloorDiv(a, n) | Mod(a, n) | Within(a, n):
             return type(node)(change(a), n)
-        case Log2(a) | PowerOfTwo(a):
+        case Log2(a) | PowerOfTwo(a) | Not(a):
             return type(node)(change(a))
         case In(a, values):
             return In(change(a), values)
@@ -247,8 +250,6 @@ def rebuild(node: Node, change: Change) -> Node:
             return Operand(name, tuple(change(i) for i in index))
         case And(terms) | Or(terms) | ByHead(terms):
             return type(node)(tuple(change(t) for t in terms))
-        case Not(term):
-            return Not(change(term))
     assert_never(node)
 
 

@@ -174,8 +174,7 @@ def arrange(stages: Stages, block_q: int, block_kv: int) -> Stages:
     if stages["hoist"].bits:
         return stages
     maps = relayout.Maps(program.maps, program.map_of_head)
-    given = relayout.count(maps, block_mask(stages, block_q, block_kv, "q"))
-    found = relayout.arrange(maps, program.sizes_in(block_q, block_kv), given)
+    found = relayout.arrange(maps, program.sizes_in(block_q, block_kv))
     if found is None:
         return stages
     q, kv = found.layouts

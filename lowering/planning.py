@@ -1,26 +1,42 @@
 """Plans a predicate: which blocks are full, partial or empty, as runs of blocks.
 
-Planning starts with the whole square. A rectangle is decided if all of its pairs
-attend, none does, or each of its blocks surely holds a mixture; any other rectangle is
-split four by four. All rectangles of one level are analysed at once, as arrays, so the
-cost follows the boundary of the pattern and not its area.
+Planning starts with the whole square. A square of blocks is decided if all of its pairs
+attend, none does, or each of its blocks surely holds a mixture; any other square is
+split four by four. All squares of one level are analysed at once, as arrays, and of
+those that are alike only one is split. The cost follows the number of different
+squares: neither the area of the pattern nor the length of its boundary.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from lowering import ir
 from lowering.expr import simplify
 from lowering.expr.assume import envelope
-from lowering.ranges.ranges import Ranges, Rectangles, Sides
+from lowering.ranges.alike import Alike, distinct
+from lowering.ranges.quadtree import (
+    EMPTY,
+    FIRST,
+    FULL,
+    LOW,
+    PARTIAL,
+    Parts,
+    Tree,
+)
+from lowering.ranges.ranges import Ranges, Rectangles
 from lowering.ranges.refine import settle
 from lowering.ranges.verdicts import Analysis
-from pallas_kernels.block_mask import Axis, BlockMask, blank, from_runs
+from pallas_kernels.block_mask import Axis, BlockMask, blank
 
 SPLIT = 4
 # At most so many rectangles are examined where interval analysis leaves a plan open.
 BUDGET = 1 << 18
+# Squares are split into halves if there are so many of them, else into quarters: that
+# takes more levels, and asks about fewer squares.
+MANY = 1000
 
 
 @dataclass(frozen=True)
@@ -45,16 +61,6 @@ class BlockSizes:
             np.minimum(k + size * self.block_kv, self.kv_seq_len) - 1,
         )
 
-    def sides(self, i: np.ndarray, j: np.ndarray, size: int) -> Sides:
-        """The rows and columns of these squares, and the row and column of each."""
-        rows = np.arange(0, -(-self.q_seq_len // self.block_q), size)
-        columns = np.arange(0, -(-self.kv_seq_len // self.block_kv), size)
-        first = np.zeros(1, np.int64)
-        return Sides(
-            self.elements(rows, first, size), i // size,
-            self.elements(first, columns, size), j // size,
-        )  # fmt: skip
-
     @property
     def leaf(self) -> tuple[int, int]:
         """The smallest extent of a block: that of the last one, which may be ragged."""
@@ -63,15 +69,10 @@ class BlockSizes:
             self.kv_seq_len % self.block_kv or self.block_kv,
         )
 
-
-@dataclass(frozen=True)
-class Squares:
-    """Squares of blocks, ``[squares]`` each: corner ``(i, j)``, size, whether full."""
-
-    i: np.ndarray
-    j: np.ndarray
-    size: np.ndarray
-    full: np.ndarray
+    @property
+    def num_blocks(self) -> tuple[int, int]:
+        """The numbers of query blocks and of key blocks."""
+        return -(-self.q_seq_len // self.block_q), -(-self.kv_seq_len // self.block_kv)
 
 
 def plan(
@@ -92,59 +93,122 @@ def plan(
       exact: evaluate every undecided block, however many there are.
     """
     like = blank(sizes.q_seq_len, sizes.kv_seq_len, sizes.block_q, sizes.block_kv, by)
-    rows, starts, stops, fulls = [], [], [], []
-    for m, node in enumerate(maps):
-        found = cover(node, sizes, exact=exact)
-        row, start, stop, full = _runs(found, sizes, by)
-        rows.append(row + m * like.num_rows)
-        starts.append(start)
-        stops.append(stop)
-        fulls.append(full)
-    return from_runs(
-        *(np.concatenate(x) for x in (rows, starts, stops, fulls)),
+    shape, across = (like.num_rows, like.num_columns), by == "kv"
+    found = [squares(m, sizes, exact).rows(*shape, across=across) for m in maps]
+    lengths = np.concatenate([np.diff(x.ptr) for x in found])
+    runs = found[0].runs if len(maps) == 1 else np.concatenate([x.runs for x in found])
+    ptr = np.append(0, np.cumsum(lengths))
+    start = (runs >> 32).astype(np.int32)
+    stop = ((runs & LOW) >> 1).astype(np.int32)
+    blocks = np.append(0, np.cumsum(stop - start, dtype=np.int64))
+    return replace(
+        like,
+        row_ptr=ptr.astype(np.int32),
+        run_start=start,
+        run_stop=stop,
+        run_full=(runs & 1).astype(np.int32),
         map_of_head=np.asarray(map_of_head, np.int32),
-        like=replace(like, num_maps=len(maps)),
+        num_maps=len(maps),
+        max_runs=int(lengths.max(initial=0)),
+        max_blocks=int(np.diff(blocks[ptr]).max(initial=0)),
     )
 
 
-def cover(node: ir.Pred, sizes: BlockSizes, *, exact: bool) -> Squares:
-    """Disjoint squares that cover all pairs; the blocks of each are full or partial.
+def count(node: ir.Pred, sizes: BlockSizes) -> tuple[int, int]:
+    """The visited and the partial blocks of a simplified predicate, without a plan."""
+    return squares(node, sizes, False).count()
+
+
+@lru_cache(maxsize=256)
+def squares(node: ir.Pred, sizes: BlockSizes, exact: bool) -> Tree:
+    """The squares of blocks that hold all pairs: each full, or partial throughout.
 
     Run-time operands are unknown here. A block is visited if it holds a pair for some
     value of them, and full only if all its pairs attend for every value.
     """
-    upper, lower = widest(node), narrowest(node)
-    found: list[tuple] = []
-    i, j, size = _roots(sizes)
-    while len(i):
-        at = sizes.elements(i, j, size)
-        sides = sizes.sides(i, j, size)
-        analysis = Analysis(Ranges(at, sizes.leaf, sides=sides))
-        some = analysis(upper)
-        every = some if lower is upper else analysis(lower)
+    budget = None if exact else BUDGET
+    question = _Undecided(widest(node), narrowest(node), sizes, budget)
+    rows, columns = sizes.num_blocks
+    size = 1
+    while size < max(rows, columns):
+        size *= SPLIT
+    i = j = np.zeros((1, 1, 1), np.int64)
+    levels = []
+    while True:
+        kind, first = question.decide(i.ravel(), j.ravel(), size)
+        height, width = (
+            np.clip(count - at, 0, size) for at, count in ((i, rows), (j, columns))
+        )
+        levels.append(Parts(size, kind.reshape(i.shape), height * width))
+        if not len(first):
+            return Tree(tuple(levels))
+        parts = SPLIT if len(first) < MANY else 2
+        size //= parts
+        steps = np.arange(parts) * size
+        shape = (len(first), parts, parts)
+        i, j = (x.ravel()[first, None, None] for x in (i, j))
+        i = np.broadcast_to(i + steps[:, None], shape)
+        j = np.broadcast_to(j + steps, shape)
+
+
+class _Undecided(NamedTuple):
+    """A predicate that holds wherever a map may, and one that does only if it surely
+    does, which ask of each square what it holds."""
+
+    upper: ir.Pred
+    lower: ir.Pred
+    sizes: BlockSizes
+    budget: int | None
+
+    def decide(
+        self, i: np.ndarray, j: np.ndarray, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What each square is, and the first of each kind that has to be split.
+
+        ``i`` and ``j`` are the corners of squares ``size`` wide, int ``[squares]``.
+        """
+        rows, columns = self.sizes.num_blocks
+        inside = np.flatnonzero((i < rows) & (j < columns))
+        at = self.sizes.elements(i[inside], j[inside], size)
+        analysis = Analysis(Ranges(at, self.sizes.leaf))
+        some = analysis(self.upper)
+        every = some if self.lower is self.upper else analysis(self.lower)
+        # A full block does not reach beyond the last key.
+        ragged = self.sizes.kv_seq_len % self.sizes.block_kv
+        cut = (j[inside] + size >= columns) & bool(ragged)
         mixed = some.hits & every.misses
-        done = every.all | mixed
-        found.append((i[done], j[done], size, every.all[done]))
-        open_ = ~(done | some.none)
         if size == 1:
-            sure = some.hit & every.miss
-            found.append((i[open_ & sure], j[open_ & sure], 1, False))
-            rest = np.flatnonzero(open_ & ~sure)
-            part = Rectangles(*(x[rest] for x in at))
-            some_pair, all_pairs = settle(
-                upper, lower, part, budget=None if exact else BUDGET
-            )
-            kept = rest[some_pair]
-            found.append((i[kept], j[kept], 1, all_pairs[some_pair]))
-            break
-        size //= SPLIT
-        i, j = _split(i[open_], j[open_], size, sizes)
-    return Squares(
-        i=np.concatenate([f[0] for f in found]),
-        j=np.concatenate([f[1] for f in found]),
-        size=np.concatenate([np.full(len(f[0]), f[2]) for f in found]),
-        full=np.concatenate([np.broadcast_to(f[3], f[0].shape) for f in found]),
-    )
+            mixed = mixed | (some.hit & every.miss) | (every.all & cut)
+        kind = np.where(every.all & ~cut, FULL, np.where(mixed, PARTIAL, FIRST))
+        kind = np.where(some.none, EMPTY, kind)
+        open_ = np.flatnonzero(kind == FIRST)
+        first = np.zeros(0, np.int64)
+        if len(open_):
+            new, kind_of = self._alike(analysis, open_)
+            first = open_[new]
+            kind[open_] = FIRST + kind_of
+            if size == 1:
+                kind[open_] = self._settled(at, cut, first)[kind_of]
+                first = first[:0]
+        found = np.zeros(len(i), np.int64)
+        found[inside] = kind
+        return found, inside[first]
+
+    def _alike(
+        self, analysis: Analysis, which: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The first of each kind among some rectangles, and the kind of each."""
+        at = analysis.at
+        nodes = (self.upper,) if self.lower is self.upper else (self.upper, self.lower)
+        sides = at.q_max - at.q_min, at.k_max - at.k_min
+        marks = [side[which] for side in sides] + Alike(analysis, which).marks(*nodes)
+        return distinct(marks, len(which))
+
+    def _settled(self, at: Rectangles, cut: np.ndarray, of: np.ndarray) -> np.ndarray:
+        """What single blocks hold that the analysis leaves open."""
+        part = Rectangles(*(x[of] for x in at))
+        some, every = settle(self.upper, self.lower, part, budget=self.budget)
+        return np.where(some, np.where(every & ~cut[of], FULL, PARTIAL), EMPTY)
 
 
 def widest(node: ir.Pred) -> ir.Pred:
@@ -162,75 +226,3 @@ def _assume(node: ir.Pred, *, held: bool) -> ir.Pred:
     if not ir.operand_names(node):
         return node
     return simplify.simplify(envelope(node, lambda _: True, held=held))
-
-
-def _roots(sizes: BlockSizes) -> tuple[np.ndarray, np.ndarray, int]:
-    like = blank(sizes.q_seq_len, sizes.kv_seq_len, sizes.block_q, sizes.block_kv)
-    size = 1
-    while size < max(like.num_q_blocks, like.num_kv_blocks):
-        size *= SPLIT
-    none = np.zeros(min(1, sizes.q_seq_len, sizes.kv_seq_len), np.int64)
-    return none, none, size
-
-
-def _split(
-    i: np.ndarray, j: np.ndarray, size: int, sizes: BlockSizes
-) -> tuple[np.ndarray, np.ndarray]:
-    """The parts of squares, ``size`` wide, that begin inside the sequences."""
-    steps = np.arange(SPLIT) * size
-    shape = (len(i), SPLIT, SPLIT)
-    i = np.broadcast_to(i[:, None, None] + steps[:, None], shape).ravel()
-    j = np.broadcast_to(j[:, None, None] + steps, shape).ravel()
-    inside = (i * sizes.block_q < sizes.q_seq_len) & (
-        j * sizes.block_kv < sizes.kv_seq_len
-    )
-    return i[inside], j[inside]
-
-
-def _runs(
-    found: Squares, sizes: BlockSizes, by: Axis
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Squares as runs ``(row, start, stop, full)``, sorted, adjacent ones merged."""
-    num_q = -(-sizes.q_seq_len // sizes.block_q)
-    num_kv = -(-sizes.kv_seq_len // sizes.block_kv)
-    squares = _cut_overhang(found, sizes, num_kv)
-    i, i_stop, j, j_stop, full = squares
-    if by == "kv":
-        (i, i_stop), (j, j_stop) = (j, j_stop), (i, i_stop)
-        num_q, num_kv = num_kv, num_q
-    i_stop, j_stop = np.minimum(i_stop, num_q), np.minimum(j_stop, num_kv)
-    height = i_stop - i
-    of = np.repeat(np.arange(len(i)), height)
-    row = np.arange(len(of)) - np.repeat(np.cumsum(height) - height, height) + i[of]
-    of, row = (x[(j < j_stop)[of]] for x in (of, row))
-    order = np.argsort(row * (num_kv + 1) + j[of], kind="stable")
-    row, start, stop, full = (
-        row[order],
-        j[of][order],
-        j_stop[of][order],
-        full[of][order],
-    )
-    # A run begins where the row, the kind or the adjacency changes.
-    begins = np.ones(len(row), bool)
-    begins[1:] = (row[1:] != row[:-1]) | (full[1:] != full[:-1])
-    begins[1:] |= start[1:] != stop[:-1]
-    first = np.flatnonzero(begins)
-    last = np.append(first[1:], len(row)) - 1 if len(row) else first
-    return row[first], start[first], stop[last], full[first]
-
-
-def _cut_overhang(found: Squares, sizes: BlockSizes, num_kv: int) -> tuple:
-    """Makes the last key block of full squares partial if it exceeds the sequence."""
-    i, j, full = found.i, found.j, found.full
-    i_stop, j_stop = i + found.size, np.minimum(j + found.size, num_kv)
-    if sizes.kv_seq_len % sizes.block_kv == 0:
-        return i, i_stop, j, j_stop, full
-    ragged = full & (j_stop == num_kv)
-    edge = np.full(ragged.sum(), num_kv - 1)
-    return (
-        np.concatenate([i, i[ragged]]),
-        np.concatenate([i_stop, i_stop[ragged]]),
-        np.concatenate([j, edge]),
-        np.concatenate([np.where(ragged, num_kv - 1, j_stop), edge + 1]),
-        np.concatenate([full, np.zeros(len(edge), bool)]),
-    )

@@ -8,7 +8,7 @@ above it; ``[l, h]`` is the range of an operand.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple, assert_never
 
 import numpy as np
@@ -57,31 +57,19 @@ class Range(NamedTuple):
     reads: Reads
 
 
-class Sides(NamedTuple):
-    """Rectangles of a grid: its rows and columns, and the row and column of each."""
-
-    rows: Rectangles
-    row_of: Any
-    columns: Rectangles
-    column_of: Any
-
-
 @dataclass(frozen=True)
 class Ranges:
     """Computes ranges on rectangles: one object a level, called on expressions.
 
     ``leaf`` is the smallest (queries, keys) of a leaf tile. ``operands`` gives the
     range ``(low, high)`` of a run-time array (hoisted or not) over each rectangle,
-    where known; for hoisted bits, whether some may hold and whether all do. With
-    ``sides``, an expression of one position alone is computed once for each row, or
-    for each column.
+    where known; for hoisted bits, whether some may hold and whether all do.
     """
 
     at: Rectangles
     leaf: tuple[int, int] = (1, 1)
     xp: Any = np
     operands: Mapping[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple] | None = None
-    sides: Sides | None = None
     # Digits of positions occur in many comparisons; each is analysed once.
     seen: dict[ir.Expr, Range] = field(default_factory=dict, compare=False)
     boxes: dict[tuple[str, tuple[int, ...]], Any] = field(
@@ -122,32 +110,7 @@ class Ranges:
             return _rem(low, length) == 0
         return is_box(low, high, places)
 
-    @cached_property
-    def _by_side(self) -> "dict[frozenset[str], tuple[Ranges, Any]]":
-        if self.sides is None:
-            return {}
-        rows, row_of, columns, column_of = self.sides
-        return {
-            frozenset({"q"}): (
-                replace(self, at=rows, sides=None, seen={}, boxes={}),
-                row_of,
-            ),
-            frozenset({"k"}): (
-                replace(self, at=columns, sides=None, seen={}, boxes={}),
-                column_of,
-            ),
-        }
-
     def _range(self, node: ir.Expr) -> Range:
-        if self._by_side and (side := self._by_side.get(ir.axes(node))):
-            ranges, of = side
-            found = ranges(node)
-            return found._replace(
-                low=found.low[of],
-                high=found.high[of],
-                tight=_take(found.tight, of),
-                dense=_take(found.dense, of),
-            )
         read = digit_read(node)
         found = self._combine(node)
         return found if read is None else found._replace(reads=frozenset({read}))
@@ -312,16 +275,12 @@ class Ranges:
         value = integers(self.xp, table.values)[inside]
         reads = self(table.index).reads
         fixed = Range(value, value, 1, True, True, 1, reads)
-        return replace(self, seen={table: fixed}, sides=None)
+        return replace(self, seen={table: fixed})
 
 
 def integers(xp: Any, values: Any) -> Any:
     """``values`` as int64 when planning (NumPy), as int32 at run time."""
     return np.asarray(values, np.int64) if xp is np else xp.asarray(values, np.int32)
-
-
-def _take(x: Any, of: Any) -> Any:
-    return x[of] if np.ndim(x) else x
 
 
 def _div(x: Any, n: int) -> Any:

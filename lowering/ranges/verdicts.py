@@ -5,7 +5,7 @@ comparison reads each variable once. ``planning`` splits the rectangles that it 
 decide. Each rule below has its formula above it; ``[l, h]`` is a range.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import and_, or_
 from typing import Any, NamedTuple, assert_never
@@ -44,6 +44,10 @@ class Analysis:
     """Computes verdicts on rectangles: one object a level, called on predicates."""
 
     ranges: Ranges
+    # The comparisons seen so far, by their identity, which the node itself keeps.
+    seen: dict[int, tuple[ir.Pred, Verdict]] = field(
+        default_factory=dict, compare=False
+    )
 
     @property
     def at(self) -> Rectangles:
@@ -52,6 +56,12 @@ class Analysis:
 
     def __call__(self, node: ir.Pred) -> Verdict:
         """The verdict on ``node``, whose heads are resolved."""
+        found = self.seen.get(id(node))
+        if found is None:
+            found = self.seen[id(node)] = node, self._verdict(node)
+        return found[1]
+
+    def _verdict(self, node: ir.Pred) -> Verdict:
         table = _table_of(node)
         if table is not None and self._is_narrow(table):
             return self._by_entry(node, table)

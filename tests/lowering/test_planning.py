@@ -8,6 +8,7 @@ import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from laws import few
+from planning_oracle import kinds_by_descent
 
 import sadsl as sa
 from lowering import pipeline, planning
@@ -15,6 +16,7 @@ from lowering.expr import heads
 from lowering.ranges import refine
 from lowering.ranges.ranges import Rectangles
 from pallas_kernels.block_mask import EMPTY, FULL, PARTIAL, check, expand
+from sadsl import catalog
 
 
 def kinds_by_definition(pairs, block_q, block_kv):
@@ -184,13 +186,82 @@ def test_a_plan_of_a_million_tokens_is_small():
     assert plan.num_runs == 2 * 8192 - 1
 
 
-def test_surely_mixed_rectangles_are_not_split():
-    sizes = planning.BlockSizes(1 << 20, 1 << 20, 128, 128)
-    node = pipeline.run(
-        (sa.causal() & sa.strided(64)).node, pipeline.Problem(1 << 20, 1 << 20)
-    )["simplify"].maps[0]
-    squares = planning.cover(node, sizes, exact=False)
-    assert len(squares.i) < 60_000  # of 33 million blocks
+def simplified(spec, q_len, kv_len):
+    """The one map of a spec, or None if it is made for other lengths."""
+    try:
+        stages = pipeline.run(spec.node, pipeline.Problem(q_len, kv_len))
+    except ValueError:
+        return None
+    return stages["simplify"].maps[0]
+
+
+def assert_as_by_descent(spec, sizes):
+    node = simplified(spec, sizes.q_seq_len, sizes.kv_seq_len)
+    if node is None:
+        return
+    wanted = kinds_by_descent(node, sizes)
+    for by in ("q", "kv"):
+        mask = planning.plan((node,), (0,), sizes, by=by, exact=True)
+        check(mask)
+        found = expand(mask)[0]
+        found = found if by == "q" else found.T
+        np.testing.assert_array_equal(found, wanted, err_msg=f"{spec!r} {sizes} {by}")
+    counts = planning.count(node, sizes)
+    assert counts == ((wanted != EMPTY).sum(), (wanted == PARTIAL).sum())
+
+
+LENGTHS = st.sampled_from([1, 13, 37, 130, 300, 1000])
+
+
+@pytest.mark.hypothesis
+@settings(max_examples=few(1500), suppress_health_check=list(HealthCheck))
+@given(LENGTHS, LENGTHS, strategies.composed(), strategies.BLOCKS, strategies.BLOCKS)
+def test_equal_squares_have_equal_plans(q_len, kv_len, spec, block_q, block_kv):
+    """Squares that are planned once hold what each would hold by itself."""
+    sizes = planning.BlockSizes(q_len, kv_len, block_q, block_kv)
+    if np.prod(sizes.num_blocks) < 1 << 16:
+        assert_as_by_descent(spec, sizes)
+
+
+GRID = sa.Grid(h=24, w=50)
+REPEATING = {
+    "sinks": sa.causal() & (sa.window(70) | sa.sinks(5) | sa.sinks(3).T),
+    "strides": sa.causal() & (sa.window(64) | sa.strided(48)),
+    "no power of two": sa.causal() & sa.window(300) & ~sa.blocks(100),
+    "far apart": catalog.log_sparse(20),
+    "grid": GRID.neighborhood((5, 7)),
+    "strided grid": GRID.neighborhood((6, 10), stride=(2, 5), dilation=(2, 1)),
+    "frames and text": catalog.radial(12, 96, text_tokens=48),
+    "permuted": sa.window(40).permute([*range(0, 1200, 2), *range(1, 1200, 2)]),
+    "random blocks": catalog.big_bird(75, 16),
+    "segments": sa.causal() & (sa.segments() | sa.sinks(64) | sa.blocks(64)),
+}
+
+
+@pytest.mark.parametrize("block", [16, 24])
+@pytest.mark.parametrize("name", REPEATING)
+def test_maps_that_repeat_are_planned_as_by_descent(name, block):
+    sizes = planning.BlockSizes(1200, 1200, block, 16)
+    assert_as_by_descent(REPEATING[name], sizes)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        sa.causal() & sa.strided(64),
+        sa.causal() & (sa.window(8192) | sa.strided(1000)),
+        sa.causal() & (sa.window(512) | sa.sinks(100)) & ~sa.blocks(300),
+        catalog.log_sparse(),
+        sa.Grid(t=64, h=128, w=128).neighborhood((5, 9, 9)),
+    ],
+    ids=repr,
+)
+def test_of_equal_squares_one_is_split(spec):
+    """The tree stays small where 67 million blocks, or any row of them, would not."""
+    n = 1 << 20
+    sizes = planning.BlockSizes(n, n, 128, 128)
+    tree = planning.squares(simplified(spec, n, n), sizes, exact=False)
+    assert sum(len(level.kind) for level in tree.levels) < 3000
 
 
 @pytest.mark.parametrize(

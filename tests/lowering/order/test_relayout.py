@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from laws import few
 
 import sadsl as sa
-from lowering import ir, pipeline
+from lowering import ir, pipeline, planning
 from lowering.expr import heads
 from lowering.expr.evaluate import NumPy, evaluate
 from lowering.expr.simplify import integer, simplify
-from lowering.order import digits, relayout
+from lowering.order import candidates, digits, relayout
+from lowering.order.digit_parts import DigitParts
 from lowering.order.layout import Axis, Layout
 from pallas_kernels.block_mask import EMPTY, FULL, expand
 
@@ -259,3 +260,43 @@ def test_an_order_that_saves_too_little_is_not_taken():
 def test_maps_without_digits_stay_as_they_are():
     for spec in (sa.causal(), sa.causal() & (sa.window(512) | sa.sinks(64))):
         assert sa.plan(spec, 4096).layouts is None
+
+
+def test_ranges_of_digits_in_blocks_hold_every_slot():
+    side = digits.Side("q", 96, (Axis(12, (3, 4)), Axis(8, (8,))))
+    first = Layout(96, (Axis(12, (3, 4)), Axis(8, (8,))), (1, 0, 2))
+    cut = Layout(96, (Axis(12, (3, 4)), Axis(8, (3, 3))), (2, 0, 3, 1))
+    parts = DigitParts([first, cut], side)
+    for of, layout in enumerate((first, cut)):
+        at = np.arange(layout.num_slots)
+        found = layout.digits(ir.Q)
+        own = [evaluate(integer(found[i]), NumPy(at, 0)) for i in range(len(found))]
+        if layout is cut:
+            own = [own[0], own[1], 3 * own[2] + own[3]]
+        for block in (1, 5, 16):
+            number = np.arange(-(-layout.num_slots // block))
+            ranges = parts.ranges(np.full(len(number), of), number, block)
+            for digit, (low, high) in zip(own, ranges, strict=True):
+                least = np.minimum.reduceat(digit, number * block)
+                greatest = np.maximum.reduceat(digit, number * block)
+                assert (low <= least).all()
+                assert (high >= greatest).all()
+                if block == 1:
+                    np.testing.assert_array_equal(low, digit)
+                    np.testing.assert_array_equal(high, digit)
+
+
+@pytest.mark.parametrize("spec", [sa.window(40), sa.causal() & sa.strided(8)])
+def test_the_judge_counts_exactly_where_it_looks_at_all_rows(spec):
+    n, sizes = 1024, planning.BlockSizes(1024, 1024, 128, 8)
+    stages = pipeline.run(spec.node, pipeline.Problem(n, n, 1))
+    maps = relayout.Maps(tuple(stages.planned.maps), (0,))
+    judge = relayout._Judge(maps, digits.read_sides(maps.nodes, n, n), sizes)
+    every = [candidates.given(judge.sides), *candidates.fronts(judge.sides)]
+    for layouts, found in zip(every, judge._estimates(every, 1000), strict=True):
+        arranged = relayout.write(maps, layouts)
+        counted = relayout.count(
+            arranged.nodes, (1,), relayout.slots_of(layouts, sizes)
+        )
+        assert found == counted.visited
+        assert judge._estimates([layouts], 1000) == [found]
