@@ -114,9 +114,9 @@ def plan(
     )
 
 
-def count(node: ir.Pred, sizes: BlockSizes) -> tuple[int, int]:
+def count(node: ir.Pred, sizes: BlockSizes, *, exact: bool = False) -> tuple[int, int]:
     """The visited and the partial blocks of a simplified predicate, without a plan."""
-    return squares(node, sizes, False).count()
+    return squares(node, sizes, exact).count()
 
 
 @lru_cache(maxsize=256)
@@ -142,7 +142,7 @@ def squares(node: ir.Pred, sizes: BlockSizes, exact: bool) -> Tree:
         levels.append(Parts(size, kind.reshape(i.shape), height * width))
         if not len(first):
             return Tree(tuple(levels))
-        parts = SPLIT if len(first) < MANY else 2
+        parts = SPLIT if len(first) < MANY and size > 2 else 2
         size //= parts
         steps = np.arange(parts) * size
         shape = (len(first), parts, parts)
