@@ -9,6 +9,7 @@ squares: neither the area of the pattern nor the length of its boundary.
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import lcm
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from lowering.ranges.quadtree import (
 )
 from lowering.ranges.ranges import Ranges, Rectangles
 from lowering.ranges.refine import settle
+from lowering.ranges.split_points import find_cuts
 from lowering.ranges.verdicts import Analysis
 from pallas_kernels.block_mask import Axis, BlockMask, blank
 
@@ -114,9 +116,9 @@ def plan(
     )
 
 
-def count(node: ir.Pred, sizes: BlockSizes) -> tuple[int, int]:
+def count(node: ir.Pred, sizes: BlockSizes, *, exact: bool = False) -> tuple[int, int]:
     """The visited and the partial blocks of a simplified predicate, without a plan."""
-    return squares(node, sizes, False).count()
+    return squares(node, sizes, exact).count()
 
 
 @lru_cache(maxsize=256)
@@ -129,7 +131,7 @@ def squares(node: ir.Pred, sizes: BlockSizes, exact: bool) -> Tree:
     budget = None if exact else BUDGET
     question = _Undecided(widest(node), narrowest(node), sizes, budget)
     rows, columns = sizes.num_blocks
-    size = 1
+    size = period = _period(question.upper, sizes)
     while size < max(rows, columns):
         size *= SPLIT
     i = j = np.zeros((1, 1, 1), np.int64)
@@ -142,13 +144,43 @@ def squares(node: ir.Pred, sizes: BlockSizes, exact: bool) -> Tree:
         levels.append(Parts(size, kind.reshape(i.shape), height * width))
         if not len(first):
             return Tree(tuple(levels))
-        parts = SPLIT if len(first) < MANY else 2
+        parts = _num_parts(size, period, few=len(first) < MANY)
         size //= parts
         steps = np.arange(parts) * size
         shape = (len(first), parts, parts)
         i, j = (x.ravel()[first, None, None] for x in (i, j))
         i = np.broadcast_to(i + steps[:, None], shape)
         j = np.broadcast_to(j + steps, shape)
+
+
+def _period(node: ir.Pred, sizes: BlockSizes) -> int:
+    """The longest period of a map, in blocks, that splits into few equal parts, or 1.
+
+    Squares as wide as a period are alike. For a power of two, all squares are.
+    """
+    if sizes.block_q != sizes.block_kv:
+        return 1
+    cuts = find_cuts(node)
+    blocks = {
+        lcm(n, sizes.block_q) // sizes.block_q
+        for n in (*cuts.q.periods, *cuts.k.periods)
+    }
+    most = max(sizes.num_blocks) // SPLIT
+    return max((n for n in blocks if n <= most and _is_smooth(n)), default=1)
+
+
+def _is_smooth(n: int) -> bool:
+    """Whether ``n`` is a product of 2, 3, 5 and 7, and no power of two."""
+    odd = n // (n & -n)
+    return odd > 1 and pow(3 * 5 * 7, odd.bit_length(), odd) == 0
+
+
+def _num_parts(size: int, period: int, *, few: bool) -> int:
+    """Into how many parts each side of a square is split."""
+    wide = size // period if size > period else size
+    if wide % 2:
+        return next(n for n in (7, 5, 3) if wide % n == 0)
+    return SPLIT if few and wide % SPLIT == 0 else 2
 
 
 class _Undecided(NamedTuple):

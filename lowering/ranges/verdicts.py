@@ -14,6 +14,7 @@ import numpy as np
 
 from lowering import ir
 from lowering.ranges.digit_reads import Read, Reads
+from lowering.ranges.entries import around, held
 from lowering.ranges.ranges import Range, Ranges, Rectangles, integers
 
 POWERS_OF_TWO = tuple(1 << i for i in range(42))
@@ -63,8 +64,12 @@ class Analysis:
 
     def _verdict(self, node: ir.Pred) -> Verdict:
         table = _table_of(node)
-        if table is not None and self._is_narrow(table):
-            return self._by_entry(node, table)
+        if table is not None and self.ranges.xp is np:
+            found = self._by_value(node, table)
+            if found is not None:
+                return found
+            if self._is_narrow(table):
+                return self._by_entry(node, table)
         match node:
             case ir.Bool(value):
                 return self._known(value)
@@ -142,14 +147,42 @@ class Analysis:
 
     def _is_narrow(self, table: ir.Table) -> bool:
         """Whether rectangles look up few entries, and this table is not being tried."""
-        if self.ranges.xp is not np:  # how many is not known while tracing
-            return False
         return table not in self.ranges.seen and self._width(table) <= FEW_ENTRIES
 
     def _width(self, table: ir.Table) -> int:
         """The most entries that any rectangle looks up."""
         index = self.ranges(table.index)
         return 1 + int(np.max(index.high - index.low, initial=0))
+
+    # table == t in [l, h]: none if no entry that is looked up lies within
+    def _by_value(self, node: ir.Pred, table: ir.Table) -> Verdict | None:
+        """The verdict on a sum with the table that takes one of a few values, or None.
+
+        The rest of the sum does not depend on the axes of the index.
+        """
+        member = _membership(node)
+        split = member and around(member[0], table)
+        if not member or not split or abs(split[0]) != 1:
+            return None
+        (expr, values), (factor, rest) = member, split
+        verdict, other = self._in(expr, values), self.ranges(rest)
+        index = self.ranges(table.index)
+        last = len(table.values) - 1
+        first, last = (np.clip(x, 0, last) for x in (index.low, index.high))
+        sure = index.dense & (index.step == 1) & other.dense & (other.step == 1)
+        some = hit = np.zeros(np.shape(self.at.q_min), bool)
+        for value in values:
+            ends = factor * (value - other.low), factor * (value - other.high)
+            low, high = ends if factor < 0 else ends[::-1]
+            found = held(table.values, first, last, low, high)
+            some, hit = some | found.some, hit | (found.some & found.exact)
+        none = verdict.none | ~some
+        return verdict._replace(
+            none=none,
+            hit=verdict.hit | (sure & hit),
+            miss=verdict.miss | none,
+            misses=verdict.misses | none,
+        )
 
     def _by_entry(self, node: ir.Pred, table: ir.Table) -> Verdict:
         """Joins the verdicts for each entry that the index may take.
@@ -254,6 +287,18 @@ class Analysis:
 def negate(v: Verdict) -> Verdict:
     """The verdict on the negation."""
     return Verdict(v.all, v.none, v.miss, v.hit, v.misses, v.hits, v.reads)
+
+
+def _membership(node: ir.Pred) -> tuple[ir.Expr, tuple[int, ...]] | None:
+    """The expression and the few values of which it has to take one, or None."""
+    match node:
+        case ir.Eq(a, ir.Const(value)):
+            return a, (value,)
+        case ir.Eq(a, b):
+            return ir.Add(a, ir.Mul(b, -1)), (0,)
+        case ir.In(a, values) if len(values) <= FEW_ENTRIES:
+            return a, tuple(values)
+    return None
 
 
 def _table_of(node: ir.Pred) -> ir.Table | None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from lowering import pipeline
+from lowering import pipeline, planning
 from lowering.facts.plan_counts import Plan
 from lowering.pipeline import Stages
 from lowering.problem import Problem
@@ -163,9 +163,17 @@ def plan_of(
     found = _counted(stages, block_q, block_kv, exact)
     if stages.layouts is None:
         return found
-    plain = _counted(given, block_q, block_kv, exact)
-    counts = plain.num_full, plain.num_partial
-    return replace(found, layouts=stages.layouts, given=counts, given_maps=plain.maps)
+    # Only counted: the runs of a poor order may be many millions.
+    program = given.planned
+    sizes = program.sizes_in(block_q, block_kv)
+    counts = [planning.count(node, sizes, exact=exact) for node in program.maps]
+    visited, edges = (sum(x) for x in zip(*counts, strict=True))
+    return replace(
+        found,
+        layouts=stages.layouts,
+        given=(visited - edges, edges),
+        given_maps=program.maps,
+    )
 
 
 def _counted(stages: Stages, block_q: int, block_kv: int, exact: bool) -> Plan:

@@ -264,6 +264,19 @@ def test_of_equal_squares_one_is_split(spec):
     assert sum(len(level.kind) for level in tree.levels) < 3000
 
 
+@pytest.mark.parametrize("period", [3, 12, 15, 35])
+def test_squares_are_as_wide_as_a_period_that_is_no_power_of_two(period):
+    """Plans stay the same, and the tree has a square of this width."""
+    n, frame = 12 * 8 * period, 8 * period
+    spec = sa.causal() & sa.where(
+        lambda q, k: (q % frame - k % frame <= 5) & (q // frame - k // frame <= 2)
+    )
+    sizes = planning.BlockSizes(n, n, 8, 8)
+    assert_as_by_descent(spec, sizes)
+    tree = planning.squares(simplified(spec, n, n), sizes, exact=True)
+    assert period in [level.size for level in tree.levels]
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("q_seq_len", 0), ("block_q", 0), ("num_heads", -1)]
 )
