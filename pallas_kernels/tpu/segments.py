@@ -278,4 +278,5 @@ def count_rows(plan: BackwardPlan, num_key_heads: int) -> tuple[int, int]:
     flags = plan.places[1::2].reshape(-1, plan.num_rows)
     classes = np.resize(plan.first_place // plan.num_rows, num_key_heads)
     of_head = flags[classes]
-    return tuple(int(((of_head & flag) != 0).sum()) for flag in (WRITES, ADDS))
+    written, added = (int(((of_head & flag) != 0).sum()) for flag in (WRITES, ADDS))
+    return written, added

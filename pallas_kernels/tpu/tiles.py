@@ -75,7 +75,7 @@ def _counted_chip() -> str:
 @cache
 def _bundles(chip: str, head_dim: int) -> dict[tuple[int, int], dict[str, list[int]]]:
     """By tile and kernel, the bundles of a full and of a partial tile."""
-    text = resources.files(__package__).joinpath("bundles.json").read_text()
+    text = resources.files("pallas_kernels.tpu").joinpath("bundles.json").read_text()
     found = json.loads(text)[chip][str(head_dim)]
     return {
         (int(block_q), int(block_kv)): kernels
