@@ -24,8 +24,10 @@ def random_blocks(
     rng = np.random.default_rng(seed)
     rows = []
     for q in range(num_blocks):
-        others = [k for k in range(num_global, num_blocks) if abs(q - k) > side]
-        drawn = rng.permutation(others)[:num_random].astype(int).tolist()
+        before = np.arange(num_global, max(num_global, q - side))
+        after = np.arange(max(num_global, q + side + 1), num_blocks)
+        others = np.concatenate([before, after])
+        drawn = rng.permutation(others)[:num_random].tolist()
         rows.append(drawn + [q] * (num_random - len(drawn)))
     return list(zip(*rows, strict=True))
 
