@@ -2,8 +2,7 @@
 
 import jax
 
-# The bytes of vector memory of a core, by device kind. The kernels of an unknown chip
-# use no more than a quarter of the least.
+# The bytes of vector memory of a core, by device kind.
 _MIB = 1 << 20
 VMEM_BYTES = {
     "TPU v4": 16 * _MIB,
@@ -32,8 +31,8 @@ def device_kind() -> str | None:
 
 
 def vmem_bytes() -> int:
-    """The bytes of vector memory of the chip; 64 MiB if the chip is not known."""
-    return VMEM_BYTES.get(device_kind() or "", 64 * _MIB)
+    """The bytes of vector memory of the chip; the least of all if it is not known."""
+    return VMEM_BYTES.get(device_kind() or "", min(VMEM_BYTES.values()))
 
 
 def vmem_limit_bytes() -> int | None:
