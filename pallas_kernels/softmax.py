@@ -32,6 +32,7 @@ LN_2 = 0.6931471805599453
 MASKED = -math.inf
 # The lse of queries that see no key, in a backward pass: their weights are then 0.
 ABSENT = math.inf
+MODERATE = 2.0**56
 
 
 class Carry(NamedTuple):
@@ -109,6 +110,15 @@ def seen(s: jax.Array, axis: int) -> jax.Array:
 def all_finite(x: jax.Array) -> jax.Array:
     """Whether all elements are finite, by operations that every backend has."""
     return jnp.sum(x * 0.0) == 0.0
+
+
+def all_moderate(x: jax.Array) -> jax.Array:
+    """Whether no element is NaN, or so large that its products may not be finite.
+
+    Sums of products with numbers below ``MODERATE`` are finite in f32.
+    """
+    # A comparison with NaN is false. A maximum of NaN may be another number on a chip.
+    return jnp.sum(jnp.where(jnp.abs(x) < MODERATE, 0.0, 1.0)) == 0.0
 
 
 def power(x: jax.Array, unit: float) -> jax.Array:

@@ -197,15 +197,16 @@ def _kernel(
         dq_ref = sums.dq_of(block)
         dq_ref[...] += softmax.dot(keys, ds, contract=(1, 0))
 
-    # ``0 * nan`` is NaN: keys that are not finite need a test in each tile.
-    finite = softmax.all_finite(k_ref[...].astype(jnp.float32))
+    # ``0 * nan`` is NaN, and products of huge numbers are infinite: such keys need a
+    # test in each tile.
+    usual = softmax.all_moderate(k_ref[...].astype(jnp.float32))
     if v_ref is not None:
-        finite &= softmax.all_finite(v_ref[...].astype(jnp.float32))
+        usual &= softmax.all_moderate(v_ref[...].astype(jnp.float32))
 
-    @pl.when(finite)
+    @pl.when(usual)
     def _() -> None:
         step.visit_blocks(partial(visit, careful=False))
 
-    @pl.when(jnp.logical_not(finite))
+    @pl.when(jnp.logical_not(usual))
     def _() -> None:
         step.visit_blocks(partial(visit, careful=True), True)

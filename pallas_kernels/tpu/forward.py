@@ -170,8 +170,10 @@ def _kernel(
     fold_row(careful=False)
     # A value that is not finite makes the sums of all rows of its tile not finite, so
     # the rows of one register are enough to check. With a bias, a score that is not
-    # finite affects only the rows that do not remove it: then all rows are checked.
-    told_by = scratch[0].shape[0] if call.scores else min(8, scratch[0].shape[0])
+    # finite affects only the rows that do not remove it, and bounds leave the NaN of a
+    # query without keys in its row: then all rows are checked.
+    every = call.scores is not None or test_pairs.several
+    told_by = scratch[0].shape[0] if every else min(8, scratch[0].shape[0])
 
     @pl.when(jnp.logical_not(softmax.all_finite(scratch[0][:told_by])))
     def _() -> None:

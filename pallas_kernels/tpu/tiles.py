@@ -58,7 +58,8 @@ def default_tiles(
             rows = found.q_rows if kernel == "forward" else found.kv_rows
             costs[kernel].setdefault(tile, cost + ROW_BUNDLES * rows)
     forward, backward = (min(x, key=x.__getitem__) for x in costs.values())
-    return Tiles(forward, backward, backward)
+    # No kernel has the tile ``dq``: with that of the forward pass, one plan is both.
+    return Tiles(forward, forward, backward)
 
 
 def _fitted(tiles: Tiles, lengths: tuple[int, int]) -> Tiles:

@@ -160,7 +160,9 @@ def choose_tiles(options: Options, head_dim: int, head_dim_v: int, dtype: Any) -
     backend, problem = dispatch.BACKENDS[options.setting.impl], options.problem
     lengths = problem.q_seq_len, problem.kv_seq_len
     defaults = backend.default_tiles(lengths, head_dim, head_dim_v, dtype)
-    if not options.stages["hoist"].bits and options.term.bias is None:
+    config = options.setting.config
+    named = config.block_q is not None and config.block_kv is not None
+    if not (named or options.stages["hoist"].bits or options.score is not None):
 
         def counts(block_q: int, block_kv: int) -> TileCounts:
             # The order of positions depends on the blocks.

@@ -15,6 +15,7 @@ from kernel_cases import Case, Pattern
 from pallas_kernels import dispatch
 from pallas_kernels.block_mask import EMPTY, FULL, PARTIAL, blank, expand, from_blocks
 from pallas_kernels.tpu import chips, runs, segments
+from pallas_kernels.tpu.pair_test import pair_test
 from pallas_kernels.tpu.segments import ADDS, CLOSES, OPENS, WRITES
 
 BLOCK = 16
@@ -161,8 +162,9 @@ class TestValues:
         assert not interpret_pallas_call.races.races_found
 
     @pytest.mark.slow
-    def test_keys_that_are_not_finite(self):
-        """A key that no query sees may be anything; its block then tests all pairs."""
+    @pytest.mark.parametrize("key", [float("nan"), 3e38])
+    def test_unseen_keys_may_hold_anything(self, key):
+        """Their blocks then test all pairs."""
         case = Case(q_len=50, kv_len=50, pattern=Pattern("holes"))
         unseen = ~case.pairs().any(axis=(0, 1, 2))
         assert unseen.any()
@@ -177,8 +179,8 @@ class TestValues:
             return pull(type(out)(do, dlse))
 
         poisoned = inputs._replace(
-            k=jnp.where(unseen[:, None], jnp.nan, inputs.k),
-            v=jnp.where(unseen[:, None], jnp.inf, inputs.v),
+            k=jnp.where(unseen[:, None], key, inputs.k),
+            v=jnp.where(unseen[:, None], key, inputs.v),
         )
         found = jax.jit(gradients)(poisoned), jax.jit(gradients)(inputs)
         jax.tree.map(np.testing.assert_array_equal, *found)
@@ -195,3 +197,19 @@ def test_counts_of_a_band():
     found = segments._listed(mask, segments.QuerySegments(10, 4, 1, 1))
     # A segment of 10 blocks sees its own keys and the two blocks before.
     assert Counter(w >> 4 for w in found.places[1::2]) == {0: 10, 1: 12, 2: 12, 3: 12}
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_queries_without_keys_may_hold_anything():
+    """Also behind the first rows of a block, under a test of several comparisons."""
+    case = Case(batch=1, q_len=64, kv_len=64, pattern=Pattern("holes"))
+    unseeing = ~case.pairs().any(axis=3)[0, 0]
+    assert not unseeing[32:40].any()
+    assert unseeing[40:].all()
+    inputs, *_ = case.arrays()
+    poisoned = inputs._replace(q=jnp.where(unseeing[:, None], jnp.nan, inputs.q))
+    args = case.vectors(), case.masks(), case.call(interpret=True)
+    sizes = runs.sizes_of(args[1].forward)
+    assert pair_test(args[0], args[2], sizes, "q").several
+    found, wanted = (dispatch.attend(x, *args, impl="tpu") for x in (poisoned, inputs))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
