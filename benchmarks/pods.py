@@ -13,8 +13,9 @@ the chip has, and with the gradient as much again for the derivatives (a ring th
 nothing moves the keys and values a second time too). A ring keeps two shards of keys
 and values, an all-gather all of them.
 
-Where a program takes longer to compile than ``--timeout``, the bytes of the forward
-pass are counted from the plan, and the row says so.
+Where a program takes longer to compile than ``--timeout`` seconds (0: none is
+compiled), the bytes of the forward pass are counted from the plan of the exchange, and
+the row says so.
 """
 
 import argparse
@@ -25,6 +26,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -64,10 +67,10 @@ MAPS: dict[str, Any] = {
 IDS = "q_segment_ids", "kv_segment_ids"
 MIB = 1 << 20
 CHILD = "--compile"
-# What libtpu moves to a SparseCore, jaxlib cannot print: it stays on the TensorCore.
-FLAGS = " ".join(
-    f"--xla_tpu_enable_offloading_{what}_to_sparsecore=false"
-    for what in ("gather", "scatter")
+# jaxlib cannot print all programs of libtpu, which writes the text itself.
+FLAGS = (
+    "--xla_jf_dump_to={} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=false "
+    "--xla_jf_dump_only_matching_hlo=true --xla_jf_dump_to_filter=TLP"
 )
 
 
@@ -93,11 +96,12 @@ def compiled(name: str, chips: int, gradient: bool) -> jax.stages.Compiled:
     return traced.lower(lowering_platforms=("tpu",)).compile()
 
 
-def child(request: str) -> None:
+def child(dump: str, request: str) -> None:
     """Compiles one program and writes what it sends and keeps."""
     found = compiled(**json.loads(request))
+    (text,) = (path.read_text() for path in Path(dump).glob("*-TLP-hlo.txt"))
     sent: dict[str, int] = {}
-    for each in collectives(found.as_text()):
+    for each in collectives(text):
         sent[each.kind] = sent.get(each.kind, 0) + each.received
     memory = memory_of(found.memory_analysis())
     print(json.dumps({"sent": sent, "memory": memory}))
@@ -105,10 +109,18 @@ def child(request: str) -> None:
 
 def outside(timeout: float, **request: Any) -> dict[str, Any] | str:
     """What ``child`` finds in another process, or why it finds nothing."""
+    if not timeout:
+        return "not compiled"
+    with TemporaryDirectory(prefix="pods-") as dump:
+        return in_process(dump, timeout, json.dumps(request))
+
+
+def in_process(dump: str, timeout: float, request: str) -> dict[str, Any] | str:
+    """Runs ``child`` until it ends or its time is over."""
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    quiet["LIBTPU_INIT_ARGS"] = FLAGS
+    quiet["LIBTPU_INIT_ARGS"] = FLAGS.format(dump)
     process = subprocess.Popen(
-        [sys.executable, __file__, CHILD, json.dumps(request)],
+        [sys.executable, __file__, CHILD, dump, request],
         env={**os.environ, "JAX_PLATFORMS": "cpu", **quiet},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -190,10 +202,10 @@ def main() -> None:
     parser.add_argument("--maps", nargs="+", default=list(MAPS), choices=list(MAPS))
     parser.add_argument("--forward", action="store_true", help="no gradients")
     parser.add_argument("--timeout", type=float, default=300.0)
-    parser.add_argument(CHILD, help="(what the script passes to its own processes)")
+    parser.add_argument(CHILD, nargs=2, help="(what it passes to its own processes)")
     args = parser.parse_args()
     if args.compile:
-        child(args.compile)
+        child(*args.compile)
         return
     print(machine("jax", "libtpu"))
     peers = [

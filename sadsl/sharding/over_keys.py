@@ -81,15 +81,14 @@ def over_keys(term: Any, shard: Shard) -> Outcome:
     if far is not None and isinstance(term, LocalLinear):
         # Its outcomes cannot be merged.
         return _attend(term, shard, wire.joined([near, far], axes), AT_SLOTS)
-    outcome = _attend(term, shard, near, _span_places(shard, found))
+    outcome = _attend(term, shard, near, span_places(shard.shards, found))
     if far is None:
         return outcome
     return merging.merge([outcome, _attend(term, shard, far, AT_SLOTS)])
 
 
-def _span_places(shard: Shard, found: Exchange) -> PairPlaces:
+def span_places(shards: Shards, found: Exchange) -> PairPlaces:
     """The positions of keys side by side, which begin with those of the halo."""
-    shards = shard.shards
     own = ir.Operand(OFFSET if shards.aligned else FIRST_KEY, ())
     first = ir.Add(own, ir.Const(-found.before * shards.granule))
     at = ir.Add(ir.K, first)
