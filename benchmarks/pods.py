@@ -14,8 +14,8 @@ nothing moves the keys and values a second time too). A ring keeps two shards of
 and values, an all-gather all of them.
 
 Where a program takes longer to compile than ``--timeout`` seconds (0: none is
-compiled), the bytes of the forward pass are counted from the plan of the exchange, and
-the row says so.
+compiled), the bytes of the forward pass are those of ``sadsl.shard_plan``, and the row
+says so.
 """
 
 import argparse
@@ -37,14 +37,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from timing import machine, table
 
 import sadsl as sa
-from lowering.partition.shards import Shards
 from lowering.targets.clients import memory_of
 from lowering.targets.collectives import collectives
 from lowering.targets.compiling import tpu_devices
 from sadsl import catalog
-from sadsl.sharding.over_keys import exchange_of
-from sadsl.terms.softmax import Softmax
-from sadsl.text.specs import any_term
 
 N, SIDE = 1 << 20, 1 << 10
 HEADS, DIM, ITEM = 4, 128, 2
@@ -141,14 +137,10 @@ def in_process(dump: str, timeout: float, request: str) -> dict[str, Any] | str:
     return json.loads(said.splitlines()[-1])
 
 
-def counted(name: str, chips: int) -> int | None:
-    """Bytes that a chip receives forward by the plan; None if it is no softmax."""
-    term = any_term(MAPS[name])
-    if not isinstance(term, Softmax):
-        return None
-    found = exchange_of(term, Shards(chips, N, N), HEADS)
-    of_ids = 4 * ("documents" in name)
-    return found.received * (OF_A_KEY + of_ids)
+def counted(name: str, chips: int) -> int:
+    """Bytes that a chip receives forward by the plan; segment ids are left out."""
+    sizes = {"num_heads": HEADS, "head_dim": DIM}
+    return sa.shard_plan(MAPS[name], N, chips, **sizes).received
 
 
 def rows(args: argparse.Namespace) -> Iterator[list[str]]:
@@ -168,8 +160,7 @@ def row(name: str, count: int, everything: int, both: list[Any]) -> list[str]:
     sent, kept, how = [], [], "HLO"
     for found in both:
         if isinstance(found, str):
-            bytes_ = counted(name, count) if not sent else None
-            sent.append("-" if bytes_ is None else mib(bytes_))
+            sent.append("-" if sent else mib(counted(name, count)))
             kept.append("-")
             how = f"plan ({found})"
         else:
@@ -177,10 +168,7 @@ def row(name: str, count: int, everything: int, both: list[Any]) -> list[str]:
             kept.append(mib(found["memory"]["temporaries"]))
     sent, kept = ([*x, "-"][:2] for x in (sent, kept))
     kinds = "" if isinstance(both[0], str) else ", ".join(sorted(both[0]["sent"]))
-    if sent[0] == "-":
-        ratio = "-"
-    else:
-        ratio = f"{100 * float(sent[0].replace(',', '')) * MIB / everything:.2f}"
+    ratio = f"{100 * float(sent[0].replace(',', '')) * MIB / everything:.2f}"
     return [name, str(count), *sent, ratio, *kept, how, kinds]
 
 

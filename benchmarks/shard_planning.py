@@ -3,9 +3,9 @@
     python benchmarks/shard_planning.py [--maps NAME ...] > results/shard_planning.txt
 
 CPU time on one core, without any cache, of what a sharded call plans while it is
-traced: the exchange of keys between all shards, then the plans of the calls of one
-shard in blocks of 512 x 512, by queries and by keys. A plan holds the blocks that some
-shard visits. The bar is one second.
+traced: how keys travel between all shards, with equal shares of the work, and then the
+plans of the calls of one shard, in blocks of 512 x 512, by queries and by keys. A plan
+holds the blocks that some shard visits. The bar is one second.
 """
 
 import argparse
@@ -16,16 +16,18 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from pods import HEADS, MAPS
+from pods import DIM, HEADS, MAPS
 from timing import machine, table
 
 import sadsl as sa
 from lowering import ir, pipeline, planning
+from lowering.partition.balance import balance
 from lowering.partition.exchange import exchange
 from lowering.partition.shards import Shards
 from lowering.problem import Problem
 from sadsl.run import traced_offset
-from sadsl.sharding.over_keys import AT_SLOTS, exchange_of, span_places
+from sadsl.sharding.over_keys import AT_QUERY, AT_SLOTS, span_places
+from sadsl.sharding.plan import shard_plan
 from sadsl.terms.mixtures import Mixture, members_of
 from sadsl.terms.moved import PairPlaces
 from sadsl.terms.softmax import Softmax
@@ -62,9 +64,17 @@ def calls(term: Any, shards: Shards) -> Iterator[OwnCall]:
         seen = traced_offset.moved_map(partition.seen(N), {})
         yield OwnCall(seen.node, q, partition.num_regions(N))
         return
-    found = exchange_of(term, shards, HEADS)
-    lengths = {"length": N}
-    if found.everything:
+    (part,) = shard_plan(term, N, SHARDS, num_heads=HEADS, head_dim=DIM).parts
+    assert part.route is not None
+    found, lengths = part.route.parts, {"length": N}
+    if part.route.way == "ring":
+        # The keys of one shard at a time, with queries where they were moved.
+        places = replace(AT_SLOTS, **lengths)
+        if part.route.balance is not None:
+            places = replace(places, q=AT_QUERY)
+        yield OwnCall(moved(term, places), q, shards.kv_size)
+        return
+    if part.route.way == "gather":
         yield OwnCall(moved(term, PairPlaces(**lengths)), q, N)
         return
     kv = shards.kv_size + (found.before + found.after) * shards.granule
@@ -82,20 +92,18 @@ def moved(term: Softmax, at: PairPlaces) -> ir.Pred:
 
 def forget() -> None:
     """Empties the caches of the compiler."""
-    caches = pipeline.run, pipeline.block_mask, exchange, planning.squares
+    caches = pipeline.run, pipeline.block_mask, exchange, balance, planning.squares
     for cached in caches:
         cached.cache_clear()
 
 
 def spent(spec: Any) -> tuple[float, float, int]:
-    """CPU milliseconds of the exchange and of the plans, and the runs of the plans."""
+    """CPU milliseconds of the routes and of the plans, and the runs of the plans."""
     forget()
     shards = Shards(SHARDS, N, N)
     begin = time.process_time()
     parts = list(softmaxes(any_term(spec)))
-    for part in parts:
-        if isinstance(part, Softmax):
-            exchange_of(part, shards, HEADS)
+    shard_plan(spec, N, SHARDS, num_heads=HEADS, head_dim=DIM)
     middle = time.process_time()
     runs = 0
     for part in parts:
@@ -130,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
-    head = ["map", "exchange ms", "plan ms", "together ms", "runs", "bar"]
+    head = ["map", "routes ms", "plan ms", "together ms", "runs", "bar"]
     rows = [row(name) for name in args.maps]
     print(machine("jax"))
     print(f"{N:,} tokens over {SHARDS} shards")

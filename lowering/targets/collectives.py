@@ -21,6 +21,8 @@ CALLED = re.compile(
 CONTINUED, STARTS = 'chain_id="', '"AsyncCollectiveStart"'
 WHILE = re.compile(r" while\(")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+BELOW = re.compile(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 
 
 @dataclass(frozen=True)
@@ -106,18 +108,38 @@ def _times(lines: list[str], spans: dict[str, tuple[int, int]]) -> dict[str, int
             for called in _called(line, spans):
                 if not reaches(called):
                     continue
-                trips = TRIPS.search(line) if WHILE.search(line) else None
-                if WHILE.search(line) and trips is None:
-                    raise ValueError(
-                        f"the loop {called!r} has collectives, and the program does "
-                        "not say how often it runs: use a loop of known length"
-                    )
-                visit(called, count * (int(trips[1]) if trips else 1))
+                steps = _steps(line, lines, spans) if WHILE.search(line) else 1
+                visit(called, count * steps)
 
     for name, (first, _) in spans.items():
         if lines[first].startswith("ENTRY"):
             visit(name, 1)
     return times
+
+
+def _steps(line: str, lines: list[str], spans: dict[str, tuple[int, int]]) -> int:
+    """How often a loop runs.
+
+    libtpu does not write that down. Then it is the limit of the counter, which begins
+    at 0 in the loops of ``jax.lax.scan``.
+    """
+    found = TRIPS.search(line)
+    if found:
+        return int(found[1])
+    named = CONDITION.search(line)
+    assert named, f"no condition in {line[:200]!r}"
+    first, last = spans[named[1]]
+    condition = "\n".join(lines[first : last + 1])
+    below = BELOW.search(condition)
+    limit = below and re.search(
+        rf"%?{re.escape(below[1])} = s32\[\].* constant\((\d+)\)", condition
+    )
+    if limit is None:
+        raise ValueError(
+            f"the loop with the condition {named[1]!r} has collectives, and the "
+            "program does not say how often it runs: use a loop of known length"
+        )
+    return int(limit[1])
 
 
 def _called(line: str, spans: dict[str, tuple[int, int]]) -> list[str]:

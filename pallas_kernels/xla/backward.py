@@ -178,11 +178,11 @@ def gradient_of_added(
 
 
 def add_keys(
-    totals: tuple[Float[Array, "b h blocks _ k"], ...],
-    gradients: tuple[Float[Array, "b h gq slots_k"], ...],
-    queries: tuple[Float[Array, "b h gq _"], ...],
+    totals: tuple[Float[Array, "b h blocks d k"], ...],
+    gradients: tuple[Float[Array, "b h _ slots_k"], ...],
+    queries: tuple[Float[Array, "b h _ d"], ...],
     block: Int32[Array, " slots"],
-) -> tuple[Float[Array, "b h blocks _ k"], ...]:
+) -> tuple[Float[Array, "b h blocks d k"], ...]:
     """Adds ``queries^T gradients`` to the blocks of keys of ``block``, in order.
 
     Padding adds zeros to a block that the row visits anyway. One loop adds to all

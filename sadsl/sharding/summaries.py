@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from lowering.partition.shards import Shards
 from sadsl.run import dropout_seeds, traced_offset
 from sadsl.run.over import over_entries
 from sadsl.run.summaries import INHABITED, SOME, for_heads, regions_of
@@ -20,13 +21,10 @@ from sadsl.terms.summaries import Summaries
 
 @attend_shard.register
 def _(term: Summaries, shard: Shard) -> Outcome:
-    """The regions of all shards, each made by its own; else the whole call.
-
-    A caller's function takes all tokens at once, so terms with one run whole.
-    """
+    """The regions of all shards, each made by its own; else the whole call."""
     shards, partition = shard.shards, term.partition
-    size, n = shards.kv_size, shards.kv_seq_len
-    if not shards.aligned or not partition.divides(size) or term.callables:
+    n = shards.kv_seq_len
+    if not makes_own_regions(term, shards):
         return whole(term, shard)
     partition.check(n)
     found = regions_of(term, shard.inputs, {}, shard.setting, _there(term, shard))
@@ -37,12 +35,20 @@ def _(term: Summaries, shard: Shard) -> Outcome:
     if term.valid is not None:
         seen &= INHABITED
         read[SOME] = shard.gathered(found.operands[SOME], 1, count)
-    q_at = shard.first_query + jnp.arange(shards.q_size, dtype=jnp.int32)
     entries = jnp.arange(count, dtype=jnp.int32)
-    read |= dropout_seeds.at_places(shard.given, q_at, entries)
+    read |= dropout_seeds.at_places(shard.given, shard.query_positions, entries)
     read[OFFSET] = shard.first_query
     placed = traced_offset.moved_map(seen, read)
     return over_entries(placed, (q, for_heads(keys, q), values), read, shard.setting)
+
+
+def makes_own_regions(term: Summaries, shards: Shards) -> bool:
+    """Whether shards make regions of their own tokens alone.
+
+    A caller's function takes all tokens at once, so terms with one run whole.
+    """
+    own = shards.aligned and term.partition.divides(shards.kv_size)
+    return own and not term.callables
 
 
 def _there(term: Summaries, shard: Shard) -> Array | None:

@@ -94,6 +94,28 @@ def test_forms_of_libtpu():
     assert [each.received for each in collectives(TPU)] == [6144, 2048, 1728]
 
 
+SCAN = """
+%body (x: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %y = f32[64]{0} collective-permute(%x), source_target_pairs={{0,1}}
+}
+
+%condition (x: (s32[], f32[64])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(511), metadata={}
+  %counter = s32[]{:T(128)} get-tuple-element(%x), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%counter, %limit), direction=LT, metadata={}
+}
+
+ENTRY %main (a: f32[64]) -> f32[64] {
+  %loop = (s32[], f32[64]) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_scan_of_libtpu_counts_up_to_its_limit():
+    (found,) = collectives(SCAN)
+    assert (found.times, found.received) == (511, 511 * 256)
+
+
 def test_a_loop_of_unknown_length():
     def local(x):
         more = jax.lax.psum(jnp.sum(x), "x")
