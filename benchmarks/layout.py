@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from catalog_cases import CASES, Case
+from planning import forget
 from timing import machine, medians, stopwatch, table
 
 import sadsl as sa
-from lowering import pipeline, planning
+from lowering import pipeline
 from lowering.facts.plan_counts import Plan
-from lowering.order import relayout
 
 ROUNDS = 3
 # Longer ones are not timed: in the given order some are as slow as dense attention.
@@ -66,18 +66,6 @@ OTHERS = [
         32,
     ),
 ]
-
-
-def forget() -> None:
-    """Empties the caches of the compiler."""
-    for cached in (
-        pipeline.run,
-        pipeline.arrange,
-        pipeline.block_mask,
-        relayout.arrange,
-        planning.squares,
-    ):
-        cached.cache_clear()
 
 
 def milliseconds(run: Callable[[], object], before: Callable[[], object]) -> float:

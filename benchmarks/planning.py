@@ -17,8 +17,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from catalog_cases import Case, cases
@@ -31,8 +33,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from timing import machine, table
 
 import sadsl as sa
-from lowering import ir, pipeline, planning
-from lowering.order import relayout
+from lowering import ir, pipeline
 
 BLOCK = 128
 ROUNDS = 5
@@ -45,6 +46,8 @@ SPECS = [
 ]
 # The longest planning time by number of positions, for all specs above.
 BARS_MS = {65_536: 10.0, 1_048_576: 60.0}
+# What ``lru_cache`` makes of a function.
+Cached = type(lru_cache(len))
 # A case of the catalogue stops after so many seconds.
 LONGEST_S = 60
 
@@ -84,10 +87,11 @@ def median_ms(run: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 
 def forget() -> None:
-    """Empties the caches of the compiler."""
-    caches = pipeline.run, pipeline.arrange, pipeline.block_mask, relayout.arrange
-    for cached in (*caches, planning.squares):
-        cached.cache_clear()
+    """Empties all caches of the compiler."""
+    mine = [m for name, m in sys.modules.items() if name.split(".")[0] == "lowering"]
+    for cached in {id(x): x for module in mine for x in vars(module).values()}.values():
+        if isinstance(cached, Cached):
+            cached.cache_clear()
 
 
 def plan_uncached(text: str, n: int) -> sa.Plan:

@@ -63,13 +63,16 @@ class Ranges:
 
     ``leaf`` is the smallest (queries, keys) of a leaf tile. ``operands`` gives the
     range ``(low, high)`` of a run-time array (hoisted or not) over each rectangle,
-    where known; for hoisted bits, whether some may hold and whether all do.
+    where known; for hoisted bits, whether some may hold and whether all do. ``rough``:
+    only the ends and the step are wanted, and ``tight``, ``dense``, ``covers`` and
+    ``reads`` say nothing.
     """
 
     at: Rectangles
     leaf: tuple[int, int] = (1, 1)
     xp: Any = np
     operands: Mapping[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple] | None = None
+    rough: bool = False
     # Digits of positions occur in many comparisons; each is analysed once.
     seen: dict[ir.Expr, Range] = field(default_factory=dict, compare=False)
     boxes: dict[tuple[str, tuple[int, ...]], Any] = field(
@@ -153,6 +156,8 @@ class Ranges:
 
     # [l, h] + [m, i] == [l + m, h + i]
     def _add(self, a: Range, b: Range) -> Range:
+        if self.rough:
+            return _ends(a.low + b.low, a.high + b.high, int(np.gcd(a.step, b.step)))
         free = self.free(a.reads, b.reads)
         if free is True:
             return self._add_free(a, b)
@@ -209,6 +214,8 @@ class Ranges:
     def _floor_div(self, a: Range, n: int) -> Range:
         low, high = _div(a.low, n), _div(a.high, n)
         step = a.step // n if a.step % n == 0 else 1
+        if self.rough:
+            return _ends(low, high, step)
         close = a.step % n == 0 or a.step <= n
         dense = a.dense & (close | (low == high))
         covers = -(-a.covers // n) if a.step == 1 else 1
@@ -222,6 +229,8 @@ class Ranges:
         least = _rem(a.low, step)
         low = self.xp.where(same, _rem(a.low, n), least)
         high = self.xp.where(same, _rem(a.high, n), n - step + least)
+        if self.rough:
+            return _ends(low, high, step)
         # n / step consecutive values, a.step apart, take every possible residue.
         wraps = a.high - a.low + a.step >= (n // step) * a.step
         keeps_step = a.step == step
@@ -233,11 +242,13 @@ class Ranges:
     # min([l, h], [m, i]) == [min(l, m), min(h, i)], and the same of max
     def _pick(self, pick: Any, a: Range, b: Range) -> Range:
         low, high = pick(a.low, b.low), pick(a.high, b.high)
+        step = a.step if a.step == b.step == 1 else 1
+        if self.rough:
+            return _ends(low, high, step)
         # One operand is the result throughout, or the two vary independently.
         apart = (a.high <= b.low) | (b.high <= a.low)
         free = self.free(a.reads, b.reads)
         tight = a.tight & b.tight & (apart | free)
-        step = a.step if a.step == b.step == 1 else 1
         dense = a.dense & b.dense & (a.step == 1) & (b.step == 1)
         dense = (dense & (apart | free)) | (tight & (low == high))
         return Range(low, high, step, tight, dense, 1, a.reads | b.reads)
@@ -267,6 +278,8 @@ class Ranges:
             at = self.at.q_min * 0
             return Range(at - ANYTHING, at + (ANYTHING - 1), 1, False, False, 1, reads)
         low, high = self.operands[node]
+        if self.rough:
+            return _ends(low, high, 1)
         return Range(low, high, 1, True, (high - low) <= 1, 1, reads)
 
     def with_entry(self, table: ir.Table, entry: Any) -> "Ranges":
@@ -276,6 +289,11 @@ class Ranges:
         reads = self(table.index).reads
         fixed = Range(value, value, 1, True, True, 1, reads)
         return replace(self, seen={table: fixed})
+
+
+def _ends(low: Any, high: Any, step: int) -> Range:
+    """A range of which only the ends and the step are known."""
+    return Range(low, high, step, False, False, 1, frozenset())
 
 
 def integers(xp: Any, values: Any) -> Any:
