@@ -24,6 +24,8 @@ from lowering.planning import BlockSizes
 PAYS = 192
 # An order is refused unless the judge errs by this factor.
 UNSURE = 1.5
+# It is refused too if the judge finds no gain but for its own rounding.
+SURELY_NOT = 0.9999
 
 
 class Visits(NamedTuple):
@@ -64,7 +66,7 @@ def arrange(maps: Maps, sizes: BlockSizes) -> Arranged | None:
         return None
     # The judge errs alike on both orders: their ratio is enough to refuse one.
     share = judge(best) / max(judge(candidates.given(sides)), 1)
-    if area * given.visited * share > UNSURE * most:
+    if share > SURELY_NOT or area * given.visited * share > UNSURE * most:
         return None
     arranged = write(maps, best)
     found = count(arranged.nodes, maps.weights, slots_of(best, sizes))

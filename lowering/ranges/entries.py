@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lowering import ir
+from lowering.expr.evaluate import array_of
 
 
 class Held(NamedTuple):
@@ -66,7 +67,7 @@ class _Groups(NamedTuple):
 
 @lru_cache(maxsize=32)
 def _sorted_groups(values: tuple[int, ...], width: int) -> _Groups:
-    entries = np.array(values, np.int64)
+    entries = array_of(values)
     least = int(entries.min())
     span = int(entries.max()) - least + 2
     keys = np.arange(len(entries)) // width * span + (entries - least)

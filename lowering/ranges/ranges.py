@@ -8,15 +8,11 @@ above it; ``[l, h]`` is the range of an operand.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, NamedTuple, assert_never
 
 import numpy as np
-from jax import lax
 
 from lowering import ir
-from lowering.expr.evaluate import floor_log2
-from lowering.host_first import is_known, look_up
 from lowering.ranges.digit_reads import (
     Read,
     Reads,
@@ -26,6 +22,7 @@ from lowering.ranges.digit_reads import (
     places_of,
     shared_axes,
 )
+from lowering.ranges.extremes import bounds_of, integers, log2_of
 
 # A run-time array may hold any int32: -ANYTHING .. ANYTHING - 1.
 ANYTHING = 1 << 31
@@ -255,18 +252,13 @@ class Ranges:
 
     # floor_log2([l, h]) == [floor_log2(l), floor_log2(h)]; no value is skipped
     def _log2(self, a: Range) -> Range:
-        low, high = (self._floor_log2(x) for x in (a.low, a.high))
+        low, high = (log2_of(self.xp, x) for x in (a.low, a.high))
         dense = a.dense & ((a.step == 1) | (low == high))
         return Range(low, high, 1, a.tight, dense, 1, a.reads)
 
-    def _floor_log2(self, x: Any) -> Any:
-        if is_known(x):
-            return integers(self.xp, floor_log2(x))
-        return 31 - lax.clz(self.xp.maximum(x, 1))
-
     # table[[l, h]] == [min(table[l .. h]), max(table[l .. h])]
     def _table(self, values: tuple[int, ...], index: Range) -> Range:
-        low, high = _table_bounds(self.xp, values, index.low, index.high)
+        low, high = bounds_of(self.xp, values, index.low, index.high)
         tight = index.dense & (index.step == 1)
         dense = (low == high) | (tight & (high - low <= 1))
         return Range(low, high, 1, tight, dense, 1, index.reads)
@@ -296,11 +288,6 @@ def _ends(low: Any, high: Any, step: int) -> Range:
     return Range(low, high, step, False, False, 1, frozenset())
 
 
-def integers(xp: Any, values: Any) -> Any:
-    """``values`` as int64 when planning (NumPy), as int32 at run time."""
-    return np.asarray(values, np.int64) if xp is np else xp.asarray(values, np.int32)
-
-
 def _div(x: Any, n: int) -> Any:
     """``x // n``; for a power of two a shift, which is several times faster."""
     return x // n if n & (n - 1) else x >> (n.bit_length() - 1)
@@ -309,36 +296,3 @@ def _div(x: Any, n: int) -> Any:
 def _rem(x: Any, n: int) -> Any:
     """``x % n``; for a power of two a bitwise and, which is several times faster."""
     return x % n if n & (n - 1) else x & (n - 1)
-
-
-@lru_cache(maxsize=64)
-def _sparse_table(values: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Minima and maxima of ``2**level`` entries from each on, ``[levels, entries]``."""
-    low = [np.asarray(values, np.int64)]
-    high = [low[0]]
-    width = 1
-    while 2 * width <= len(values):
-        for rows, pick in ((low, np.minimum), (high, np.maximum)):
-            row = rows[-1].copy()
-            row[:-width] = pick(row[:-width], rows[-1][width:])
-            rows.append(row)
-        width *= 2
-    return np.stack(low), np.stack(high)
-
-
-def _table_bounds(
-    xp: Any, values: tuple[int, ...], first: Any, last: Any
-) -> tuple[Any, Any]:
-    """The least and greatest of ``values[first .. last]``, by two look-ups each.
-
-    A range of entries is the union of two overlapping ones of ``2**level`` entries.
-    """
-    low, high = (integers(xp, t) for t in _sparse_table(values))
-    first, last = (xp.clip(i, 0, len(values) - 1) for i in (first, last))
-    floor_log2 = integers(xp, np.frexp(np.arange(1, len(values) + 1))[1] - 1)
-    level = look_up(floor_log2, last - first)
-    other = last - 2**level + 1
-    return (
-        xp.minimum(look_up(low, level, first), look_up(low, level, other)),
-        xp.maximum(look_up(high, level, first), look_up(high, level, other)),
-    )

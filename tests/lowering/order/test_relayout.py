@@ -112,8 +112,9 @@ def test_digits_are_written_back_exactly():
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Any gain pays, however small the problem."""
+    """Any gain pays, however small the problem, and none is foreseen to be none."""
     monkeypatch.setattr(relayout, "PAYS", 0)
+    monkeypatch.setattr(relayout, "SURELY_NOT", 2)
     caches = relayout.arrange, pipeline.arrange
     for cached in caches:
         cached.cache_clear()
