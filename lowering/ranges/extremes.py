@@ -26,12 +26,22 @@ class _Windows(NamedTuple):
 
     def between(self, xp: Any, first: Any, last: Any) -> tuple[Any, Any]:
         """Of entries ``first .. last``, as far as two of the widest windows reach."""
-        level = xp.minimum(log2_of(xp, last - first + 1), len(self.low) - 1)
-        other = last - 2**level + 1
-        at, end = (level, first), (level, other)
+        length = last - first + 1
+        if xp is np and (level := self._only_level(length)) is not None:
+            low, high = self.low[level, first], self.high[level, first]
+            return integers(xp, low), integers(xp, high)
+        level = xp.minimum(log2_of(xp, length), len(self.low) - 1)
+        at, end = (level, first), (level, last - 2**level + 1)
         low = xp.minimum(look_up(self.low, *at), look_up(self.low, *end))
         high = xp.maximum(look_up(self.high, *at), look_up(self.high, *end))
         return integers(xp, low), integers(xp, high)
+
+    def _only_level(self, length: np.ndarray) -> int | None:
+        """The level of windows that cover ranges of one length exactly, or None."""
+        width = int(np.max(length, initial=0))
+        level = width.bit_length() - 1
+        fits = width == 1 << max(level, 0) and level < len(self.low)
+        return level if fits and (length == width).all() else None
 
 
 def bounds_of(

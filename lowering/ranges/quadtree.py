@@ -59,9 +59,8 @@ class Tree:
         """
         last = self._joint()
         found = _with_plain(_no_rows(), self.levels[-1].size)
-        for level, above in zip(
-            self.levels[:last:-1], self.levels[-2 : last - 1 : -1], strict=True
-        ):
+        for n in range(len(self.levels) - 1, last, -1):
+            level, above = self.levels[n], self.levels[n - 1]
             kind = np.swapaxes(level.kind, 1, 2) if across else level.kind
             found = _with_plain(_joined(kind, level.size, found), above.size)
         i, j, kind = self._occurring(last)
