@@ -16,7 +16,7 @@ from lowering.ranges.ranges import Ranges, Rectangles
 from lowering.ranges.verdicts import Analysis
 
 # The number of rows of blocks by which a candidate is judged.
-SAMPLE = 8
+SAMPLE = 11
 # Columns of blocks are judged in groups; one that differs is cut in so many.
 CUT = 8
 # Candidates are judged in turns: by so many of such groups, evenly spread, which stand
@@ -35,6 +35,13 @@ class Maps:
     def weights(self) -> tuple[int, ...]:
         """The number of heads of each map."""
         return tuple(self.map_of_head.count(i) for i in range(len(self.nodes)))
+
+    def of_heads(self, heads: range) -> "Maps":
+        """The maps of some heads."""
+        some = [self.map_of_head[h] for h in heads]
+        found = sorted({*some})
+        nodes = tuple(self.nodes[m] for m in found)
+        return Maps(nodes, tuple(found.index(m) for m in some))
 
 
 def slots_of(layouts: Layouts, sizes: BlockSizes) -> BlockSizes:
@@ -122,12 +129,14 @@ class Judge:
         columns, wide = shapes[:, 1], 1
         while CUT * CUT * wide <= columns.max():
             wide *= CUT
-        rows = [_spread(int(x), SAMPLE) for x in shapes[:, 0]]
-        num_rows = np.array([len(x) for x in rows])
-        of_row = np.repeat(np.arange(len(every)), num_rows)
+        rows = [_spread(int(x)) for x in shapes[:, 0]]
+        of_row = np.repeat(np.arange(len(every)), [len(x.number) for x in rows])
+        stands_for = np.concatenate([x.share for x in rows])
         q = DigitParts([x.q for x in every], self.sides[0])
         kv = DigitParts([x.kv for x in every], self.sides[1])
-        of_rows = q.ranges(of_row, np.concatenate(rows), self.sizes.block_q)
+        of_rows = q.ranges(
+            of_row, np.concatenate([x.number for x in rows]), self.sizes.block_q
+        )
 
         def analysis(at: _Blocks, size: int) -> Analysis:
             of_columns = kv.ranges(at.of, at.column, self.sizes.block_kv * size)
@@ -144,9 +153,8 @@ class Judge:
         row = np.repeat(np.arange(len(of_row)), groups)
         column = np.arange(len(row)) - (np.cumsum(groups) - groups)[row]
         everywhere = np.ones((len(row), len(self.nodes)), bool)
-        first = _Blocks(of_row[row], row, column, np.ones(len(row)), everywhere)
-        found = self._visited(first, wide, columns, few, analysis)
-        return (found * shapes[:, 0] / num_rows).tolist()
+        first = _Blocks(of_row[row], row, column, stands_for[row], everywhere)
+        return self._visited(first, wide, columns, few, analysis).tolist()
 
     def _visited(
         self,
@@ -202,10 +210,23 @@ def _cut(at: _Blocks) -> _Blocks:
     return at._replace(column=CUT * at.column + parts)
 
 
-def _spread(count: int, few: int) -> np.ndarray:
-    """At most ``few`` of the numbers below ``count``, evenly spread."""
-    found = np.linspace(0, max(count - 1, 0), min(few, count))
-    return np.unique(found.astype(np.int64))
+class _Rows(NamedTuple):
+    """Some rows of blocks, and for how many rows each stands: ``[rows]``."""
+
+    number: np.ndarray
+    share: np.ndarray
+
+
+def _spread(count: int) -> _Rows:
+    """The first row, the last, and some between them, evenly spread.
+
+    The first and the last row stand for themselves: where some queries see all keys,
+    or some keys are seen by all queries, they are unlike the others.
+    """
+    number = np.unique(np.linspace(0, count - 1, min(SAMPLE, count)).astype(np.int64))
+    share = np.full(len(number), (count - 2) / max(len(number) - 2, 1))
+    share[[0, -1]] = 1
+    return _Rows(number, share)
 
 
 def _stand_in(name: ir.Side, i: int) -> ir.Operand:

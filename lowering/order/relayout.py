@@ -9,6 +9,7 @@ and kept if it saves more than moving the arrays costs.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from lowering import ir, planning
@@ -26,6 +27,10 @@ PAYS = 192
 UNSURE = 1.5
 # It is refused too if the judge finds no gain but for its own rounding.
 SURELY_NOT = 0.9999
+# Ranges of heads get orders of their own if these visit at most this share of the
+# blocks, and if there are at most so many ranges, since each is a call of its own.
+FEWER = 0.75
+MOST_APART = 4
 
 
 class Visits(NamedTuple):
@@ -50,15 +55,10 @@ def arrange(maps: Maps, sizes: BlockSizes) -> Arranged | None:
     The choice is the same for the same maps and sizes, and never visits more blocks
     than the order as given.
     """
-    given = count(maps.nodes, maps.weights, sizes)
-    area = sizes.block_q * sizes.block_kv
-    least_gain = PAYS * sizes.q_seq_len * len(maps.map_of_head)
-    # Full blocks are dense in any order. Where they are many, the partial ones are the
-    # edges of dense regions, and about half full.
-    edges = 4 * given.partial < given.visited
-    if area * given.partial < (2 if edges else 1) * least_gain:
+    given, area = count(maps.nodes, maps.weights, sizes), sizes.block_q * sizes.block_kv
+    if not _can_pay(given, maps, sizes):
         return None
-    most = area * given.visited - least_gain
+    most = area * given.visited - _least_gain(maps, sizes)
     sides = read_sides(maps.nodes, sizes.q_seq_len, sizes.kv_seq_len)
     judge = Judge(maps, sides, sizes)
     best = judge.best()
@@ -71,6 +71,61 @@ def arrange(maps: Maps, sizes: BlockSizes) -> Arranged | None:
     arranged = write(maps, best)
     found = count(arranged.nodes, maps.weights, slots_of(best, sizes))
     return arranged if area * found.visited <= most else None
+
+
+@lru_cache(maxsize=256)
+def apart(maps: Maps, sizes: BlockSizes, unit: int = 1) -> tuple[range, ...]:
+    """The ranges of heads that are better planned and run each in an order of its own.
+
+    One range with all heads where that saves too little, or where the maps of the heads
+    take turns.
+
+    Args:
+      maps: the maps of the heads.
+      sizes: the lengths and block sizes.
+      unit: each range has a multiple of so many heads, which share a key head.
+    """
+    together = (range(len(maps.map_of_head)),)
+    runs = _runs(maps.map_of_head)
+    if not 1 < len(runs) <= MOST_APART or any(len(r) % unit for r in runs):
+        return together
+    given = count(maps.nodes, maps.weights, sizes)
+    if not _can_pay(given, maps, sizes):
+        return together
+    visited = _visited(maps, sizes)
+    own = sum(_visited(maps.of_heads(r), sizes) for r in runs)
+    area = sizes.block_q * sizes.block_kv
+    pays = area * (visited - own) >= _least_gain(maps, sizes)
+    return runs if pays and own <= FEWER * visited else together
+
+
+def _runs(map_of_head: tuple[int, ...]) -> tuple[range, ...]:
+    """The ranges of neighbouring heads with one map."""
+    count = len(map_of_head)
+    cuts = [h for h in range(1, count) if map_of_head[h] != map_of_head[h - 1]]
+    return tuple(range(a, b) for a, b in pairwise((0, *cuts, count)))
+
+
+def _visited(maps: Maps, sizes: BlockSizes) -> int:
+    """The blocks of the best order, or of the given one."""
+    found = arrange(maps, sizes)
+    if found is None:
+        return count(maps.nodes, maps.weights, sizes).visited
+    return count(found.nodes, maps.weights, slots_of(found.layouts, sizes)).visited
+
+
+def _least_gain(maps: Maps, sizes: BlockSizes) -> int:
+    """So many pairs have to be saved."""
+    return PAYS * sizes.q_seq_len * len(maps.map_of_head)
+
+
+def _can_pay(given: Visits, maps: Maps, sizes: BlockSizes) -> bool:
+    """Whether the partial blocks of the given order have enough pairs to save."""
+    # Full blocks are dense in any order. Where they are many, the partial ones are the
+    # edges of dense regions, and about half full.
+    edges = 4 * given.partial < given.visited
+    pairs = sizes.block_q * sizes.block_kv * given.partial
+    return pairs >= (2 if edges else 1) * _least_gain(maps, sizes)
 
 
 def write(maps: Maps, layouts: Layouts) -> Arranged:
