@@ -26,12 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from catalog_cases import CASES, Case
-from planning import forget
+from planning import arranged, forget
 from timing import machine, medians, stopwatch, table
 
 import sadsl as sa
 from lowering import pipeline
 from lowering.facts.plan_counts import Plan
+from pallas_kernels.block_mask import BlockMask
 
 ROUNDS = 3
 # Longer ones are not timed: in the given order some are as slow as dense attention.
@@ -79,10 +80,10 @@ def milliseconds(run: Callable[[], object], before: Callable[[], object]) -> flo
     return 1e3 * statistics.median(spent)
 
 
-def visited(plan: Plan) -> int:
+def visited(mask: BlockMask) -> int:
     """Blocks over all heads."""
-    weights = np.bincount(np.asarray(plan.mask.map_of_head))
-    return int(plan.mask.visited_by_map() @ weights)
+    weights = np.bincount(np.asarray(mask.map_of_head))
+    return int(mask.visited_by_map() @ weights)
 
 
 def bound(plan: Plan) -> int:
@@ -99,23 +100,24 @@ def measure(case: Case, block: int) -> list[str]:
         pipeline.run, case.spec.node, pipeline.Problem(case.n, case.n, case.num_heads)
     )
 
-    def arranged() -> pipeline.Stages:
-        return pipeline.arrange(lower(), block, block)
+    def search() -> list[pipeline.Stages]:
+        return arranged(case, lower(), block)
 
     given_ms = milliseconds(
         lambda: pipeline.block_mask(lower(), block, block), lambda: (forget(), lower())
     )
-    search_ms = milliseconds(arranged, lambda: (forget(), lower()))
-    planned = arranged()
+    search_ms = milliseconds(search, lambda: (forget(), lower()))
+    parts = search()
     plan_ms = milliseconds(
-        lambda: pipeline.block_mask(planned, block, block),
+        lambda: [pipeline.block_mask(part, block, block) for part in parts],
         pipeline.block_mask.cache_clear,
     )
     sizes = {"block_q": block, "block_kv": block, "num_heads": case.num_heads}
-    plan = sa.plan(case.spec, case.n, **sizes)
-    before = visited(sa.plan(case.spec, case.n, **sizes, relayout=False))
-    after, least = visited(plan), bound(plan)
-    order = "as given" if plan.layouts is None else "new"
+    given = sa.plan(case.spec, case.n, **sizes, relayout=False)
+    before, least = visited(given.mask), bound(given)
+    after = sum(visited(pipeline.block_mask(part, block, block)) for part in parts)
+    new = sum(part.layouts is not None for part in parts)
+    order = f"{len(parts)} orders" if len(parts) > 1 else ("as given", "new")[new]
     return [
         case.name, f"{case.n:,}", f"{block}", f"{before:,}", f"{after:,}",
         f"{before / after:.2f}", f"{least:,}", f"{after / least:.2f}", order,

@@ -10,6 +10,10 @@ about a million positions (the rule is that of ``catalog_cases.cases(16)``), or
 those whose names hold a NAME: CPU time of lowering, of the search for an order and of
 the forward plan in it. The bar is 100 ms a distinct map and 0.1 us a run, or 1 s for
 maps with tables. A case stops after a minute.
+
+With ``--more``, instead what the other lists leave out: ragged lengths, sinks in
+strips, run-time operands (whose plans hold for any values), and beside the plan the
+CPU time of ``properties``, ``cache`` and ``explain`` at these lengths.
 """
 
 import argparse
@@ -22,6 +26,8 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from catalog_cases import Case, cases
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -34,6 +40,9 @@ from timing import machine, table
 
 import sadsl as sa
 from lowering import ir, pipeline
+from lowering.expr import heads
+from lowering.order import relayout
+from lowering.order.judge import Maps
 
 BLOCK = 128
 ROUNDS = 5
@@ -46,6 +55,20 @@ SPECS = [
 ]
 # The longest planning time by number of positions, for all specs above.
 BARS_MS = {65_536: 10.0, 1_048_576: 60.0}
+# A length that no block divides, and one that all do.
+RAGGED, EVEN = 1_048_573, 1_048_576
+MORE = [
+    ("causal()", RAGGED),
+    ("causal() & window(4096)", RAGGED),
+    ("causal() & (window(4096) | sinks(64))", RAGGED),
+    ("causal() & (window(8192) | strided(1024))", RAGGED),
+    ("causal() & blocks(4096)", RAGGED),
+    ("causal() & (window(512) | sinks(100)) & ~blocks(300)", EVEN),
+    ("causal() & (window(1000) | strided(1000) | sinks(7))", EVEN),
+    ("causal() & segments()", EVEN),
+    ("causal() & where(lambda q, k: k >= operand('start')[q])", EVEN),
+    ("window(4096) & where(lambda q, k: operand('keep')[k // 64] == 1)", EVEN),
+]
 # What ``lru_cache`` makes of a function.
 Cached = type(lru_cache(len))
 # A case of the catalogue stops after so many seconds.
@@ -130,6 +153,21 @@ def torch_ms(python: str | None, sizes: list[int]) -> dict[tuple[str, int], floa
     return {(name, n): 1e3 * seconds for name, n, seconds in rows}
 
 
+def arranged(case: Case, stages: pipeline.Stages, block: int) -> list[pipeline.Stages]:
+    """The stages in the best order; one for each range of heads with its own order."""
+    program = stages["simplify"]
+    maps = Maps(program.maps, program.map_of_head)
+    found = relayout.apart(maps, program.sizes_in(block, block))
+    if len(found) == 1:
+        return [pipeline.arrange(stages, block, block)]
+    nodes = heads.per_head(case.spec.node, case.num_heads)
+    own = (
+        pipeline.run(nodes[r.start], pipeline.Problem(case.n, case.n, len(r)))
+        for r in found
+    )
+    return [pipeline.arrange(x, block, block) for x in own]
+
+
 def catalogue_row(case: Case) -> list[str]:
     """One line of the table of the catalogue."""
     forget()
@@ -144,9 +182,9 @@ def catalogue_row(case: Case) -> list[str]:
         problem = pipeline.Problem(case.n, case.n, case.num_heads)
         stages = pipeline.run(case.spec.node, problem)
         marks.append(time.process_time())
-        arranged = pipeline.arrange(stages, BLOCK, BLOCK)
+        parts = arranged(case, stages, BLOCK)
         marks.append(time.process_time())
-        mask = pipeline.block_mask(arranged, BLOCK, BLOCK)
+        masks = [pipeline.block_mask(part, BLOCK, BLOCK) for part in parts]
         marks.append(time.process_time())
     except TimeoutError:
         return [case.name, f"{case.n:,}", f"over {LONGEST_S} s", *"-----", "MISSES"]
@@ -155,7 +193,7 @@ def catalogue_row(case: Case) -> list[str]:
     steps = [1e3 * x for x in np.diff(marks)]
     maps = stages.planned.maps
     tables = any(isinstance(x, ir.Table) for m in maps for x in ir.walk(m))
-    runs = len(mask.run_start)
+    runs = sum(len(mask.run_start) for mask in masks)
     bar = max(1000.0 * tables, 100 * len(maps) + 1e-4 * runs)
     verdict = "meets" if sum(steps) <= bar else "MISSES"
     return [
@@ -164,16 +202,70 @@ def catalogue_row(case: Case) -> list[str]:
     ]  # fmt: skip
 
 
+def within(run: Callable[[], object]) -> str:
+    """Milliseconds of CPU time with empty caches, or that it took too long."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    forget()
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LONGEST_S)
+    start = time.process_time()
+    try:
+        run()
+    except TimeoutError:
+        return f"over {LONGEST_S} s"
+    except (ValueError, NotImplementedError) as error:
+        return type(error).__name__
+    finally:
+        signal.alarm(0)
+    return f"{1e3 * (time.process_time() - start):,.0f}"
+
+
+def more_row(text: str, n: int) -> list[str]:
+    """One line of the table of ``--more``."""
+    spec = sa.parse(text)
+    shape = jax.ShapeDtypeStruct((1, n, 1, 64), jnp.bfloat16)
+    shapes = {"start": ("int32", n), "keep": ("int32", n // 64)}
+    operands = {
+        name: jax.ShapeDtypeStruct((length,), dtype)
+        for name, (dtype, length) in shapes.items()
+        if name in text
+    }
+    if "segments()" in text:
+        row = jax.ShapeDtypeStruct((1, n), jnp.int32)
+        operands |= {"q_segment_ids": row, "kv_segment_ids": row}
+
+    def explain() -> object:
+        low = sa.lower(spec, shape, shape, shape, operands=operands, target="tpu-v5e")
+        return low.explain()
+
+    plan = sa.plan(spec, n, block_q=BLOCK, block_kv=BLOCK)
+    return [
+        text, f"{n:,}", within(lambda: plan_uncached(text, n)), f"{plan.num_runs:,}",
+        within(lambda: sa.properties(spec, n)), within(lambda: sa.cache(spec, n)),
+        within(explain),
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch-python", help="an interpreter with torch 2.13")
     parser.add_argument("--peer-sizes", type=int, nargs="*", default=[8192, 16384])
     parser.add_argument("--catalogue", nargs="*", help="names of the catalogue")
+    parser.add_argument("--more", action="store_true", help="lengths, operands, facts")
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {0})
     if args.catalogue is not None:
         print_catalogue(args.catalogue)
+        return
+    if args.more:
+        print(machine("jax", "numpy"))
+        head = ["spec", "n", "plan ms", "runs", "properties ms", "cache ms",
+                "explain ms"]  # fmt: skip
+        print(table(head, [more_row(*case) for case in MORE]))
         return
     peers = torch_ms(args.torch_python, args.peer_sizes)
     rows = []
