@@ -210,14 +210,14 @@ def _cut(at: _Blocks) -> _Blocks:
     return at._replace(column=CUT * at.column + parts)
 
 
-class _Rows(NamedTuple):
+class _SampledRows(NamedTuple):
     """Some rows of blocks, and for how many rows each stands: ``[rows]``."""
 
     number: np.ndarray
     share: np.ndarray
 
 
-def _spread(count: int) -> _Rows:
+def _spread(count: int) -> _SampledRows:
     """The first row, the last, and some between them, evenly spread.
 
     The first and the last row stand for themselves: where some queries see all keys,
@@ -226,7 +226,7 @@ def _spread(count: int) -> _Rows:
     number = np.unique(np.linspace(0, count - 1, min(SAMPLE, count)).astype(np.int64))
     share = np.full(len(number), (count - 2) / max(len(number) - 2, 1))
     share[[0, -1]] = 1
-    return _Rows(number, share)
+    return _SampledRows(number, share)
 
 
 def _stand_in(name: ir.Side, i: int) -> ir.Operand:
