@@ -9,7 +9,7 @@ With ``--catalogue [NAME ...]``, instead every static mechanism of the catalogue
 about a million positions (the rule is that of ``catalog_cases.cases(16)``), or
 those whose names hold a NAME: CPU time of lowering, of the search for an order and of
 the forward plan in it. The bar is 100 ms a distinct map and 0.1 us a run, or 1 s for
-maps with tables. A case stops after a minute.
+maps with tables. The best of three counts, and a case stops after a minute.
 
 With ``--more``, instead what the other lists leave out: ragged lengths, sinks in
 strips, run-time operands (whose plans hold for any values), and beside the plan the
@@ -23,8 +23,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +73,10 @@ MORE = [
 ]
 # What ``lru_cache`` makes of a function.
 Cached = type(lru_cache(len))
-# A case of the catalogue stops after so many seconds.
+# A case of the catalogue stops after so many seconds. The best of some rounds counts,
+# since other work on a machine only adds to CPU time.
 LONGEST_S = 60
+CATALOGUE_ROUNDS = 3
 
 TORCH = """
 import json, sys, time, torch
@@ -168,59 +172,76 @@ def arranged(case: Case, stages: pipeline.Stages, block: int) -> list[pipeline.S
     return [pipeline.arrange(x, block, block) for x in own]
 
 
-def catalogue_row(case: Case) -> list[str]:
-    """One line of the table of the catalogue."""
+class Planned(NamedTuple):
+    """What one case gave: CPU seconds of its steps, its maps and the runs."""
+
+    steps: np.ndarray
+    maps: tuple[ir.Pred, ...]
+    runs: int
+
+
+def planned(case: Case) -> Planned:
+    """Lowers, searches an order and plans a case, with empty caches."""
     forget()
     marks = [time.process_time()]
-
-    def stop(*_: object) -> None:
-        raise TimeoutError
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(LONGEST_S)
-    try:
-        problem = pipeline.Problem(case.n, case.n, case.num_heads)
-        stages = pipeline.run(case.spec.node, problem)
-        marks.append(time.process_time())
-        parts = arranged(case, stages, BLOCK)
-        marks.append(time.process_time())
-        masks = [pipeline.block_mask(part, BLOCK, BLOCK) for part in parts]
-        marks.append(time.process_time())
-    except TimeoutError:
-        return [case.name, f"{case.n:,}", f"over {LONGEST_S} s", *"-----", "MISSES"]
-    finally:
-        signal.alarm(0)
-    steps = [1e3 * x for x in np.diff(marks)]
-    maps = stages.planned.maps
-    tables = any(isinstance(x, ir.Table) for m in maps for x in ir.walk(m))
+    problem = pipeline.Problem(case.n, case.n, case.num_heads)
+    stages = pipeline.run(case.spec.node, problem)
+    marks.append(time.process_time())
+    parts = arranged(case, stages, BLOCK)
+    marks.append(time.process_time())
+    masks = [pipeline.block_mask(part, BLOCK, BLOCK) for part in parts]
+    marks.append(time.process_time())
     runs = sum(len(mask.run_start) for mask in masks)
-    bar = max(1000.0 * tables, 100 * len(maps) + 1e-4 * runs)
-    verdict = "meets" if sum(steps) <= bar else "MISSES"
+    return Planned(np.diff(marks), stages.planned.maps, runs)
+
+
+def catalogue_row(case: Case) -> list[str]:
+    """One line of the table of the catalogue."""
+    found: list[Planned] = []
+    with alarm(LONGEST_S):
+        for _ in range(CATALOGUE_ROUNDS):
+            found.append(planned(case))
+    if not found:
+        return [case.name, f"{case.n:,}", f"over {LONGEST_S} s", *"-----", "MISSES"]
+    best = min(found, key=lambda x: x.steps.sum())
+    steps = 1e3 * best.steps
+    tables = any(isinstance(x, ir.Table) for m in best.maps for x in ir.walk(m))
+    bar = max(1000.0 * tables, 100 * len(best.maps) + 1e-4 * best.runs)
+    verdict = "meets" if steps.sum() <= bar else "MISSES"
     return [
-        case.name, f"{case.n:,}", f"{sum(steps):,.0f}", *(f"{x:,.0f}" for x in steps),
-        f"{len(maps)}", f"{runs:,}", f"{verdict} {bar:,.0f} ms",
+        case.name, f"{case.n:,}", f"{steps.sum():,.0f}", *(f"{x:,.0f}" for x in steps),
+        f"{len(best.maps)}", f"{best.runs:,}", f"{verdict} {bar:,.0f} ms",
     ]  # fmt: skip
 
 
 def within(run: Callable[[], object]) -> str:
     """Milliseconds of CPU time with empty caches, or that it took too long."""
+    forget()
+    start, found = time.process_time(), f"over {LONGEST_S} s"
+    with alarm(LONGEST_S):
+        try:
+            run()
+            found = f"{1e3 * (time.process_time() - start):,.0f}"
+        except (ValueError, NotImplementedError) as error:
+            found = type(error).__name__
+    return found
+
+
+@contextmanager
+def alarm(seconds: int) -> Iterator[None]:
+    """Leaves the block after so many seconds."""
 
     def stop(*_: object) -> None:
         raise TimeoutError
 
-    forget()
     signal.signal(signal.SIGALRM, stop)
-    signal.alarm(LONGEST_S)
-    start = time.process_time()
+    signal.alarm(seconds)
     try:
-        run()
+        yield
     except TimeoutError:
-        return f"over {LONGEST_S} s"
-    except (ValueError, NotImplementedError) as error:
-        return type(error).__name__
+        pass
     finally:
         signal.alarm(0)
-    return f"{1e3 * (time.process_time() - start):,.0f}"
 
 
 def more_row(text: str, n: int) -> list[str]:

@@ -59,13 +59,11 @@ def arrange(maps: Maps, sizes: BlockSizes) -> Arranged | None:
     if not _can_pay(given, maps, sizes):
         return None
     most = area * given.visited - _least_gain(maps, sizes)
-    sides = read_sides(maps.nodes, sizes.q_seq_len, sizes.kv_seq_len)
-    judge = Judge(maps, sides, sizes)
-    best = judge.best()
+    judge, best = _judged(maps, sizes)
     if best is None:
         return None
     # The judge errs alike on both orders: their ratio is enough to refuse one.
-    share = judge(best) / max(judge(candidates.given(sides)), 1)
+    share = judge(best) / max(judge(candidates.given(judge.sides)), 1)
     if share > SURELY_NOT or area * given.visited * share > UNSURE * most:
         return None
     arranged = write(maps, best)
@@ -92,8 +90,14 @@ def apart(maps: Maps, sizes: BlockSizes, unit: int = 1) -> tuple[range, ...]:
     given = count(maps.nodes, maps.weights, sizes)
     if not _can_pay(given, maps, sizes):
         return together
-    visited = _visited(maps, sizes)
     own = sum(_visited(maps.of_heads(r), sizes) for r in runs)
+    if own > FEWER * given.visited:
+        return together
+    # An estimate is enough to tell that no order of all heads comes near.
+    judged = _judged(maps, sizes)
+    visited = given.visited
+    if judged.best is not None:
+        visited = min(visited, judged.judge(judged.best))
     area = sizes.block_q * sizes.block_kv
     pays = area * (visited - own) >= _least_gain(maps, sizes)
     return runs if pays and own <= FEWER * visited else together
@@ -112,6 +116,20 @@ def _visited(maps: Maps, sizes: BlockSizes) -> int:
     if found is None:
         return count(maps.nodes, maps.weights, sizes).visited
     return count(found.nodes, maps.weights, slots_of(found.layouts, sizes)).visited
+
+
+class _Judged(NamedTuple):
+    """A judge that has looked at all candidates, and the best one."""
+
+    judge: Judge
+    best: Layouts | None
+
+
+@lru_cache(maxsize=16)
+def _judged(maps: Maps, sizes: BlockSizes) -> _Judged:
+    sides = read_sides(maps.nodes, sizes.q_seq_len, sizes.kv_seq_len)
+    judge = Judge(maps, sides, sizes)
+    return _Judged(judge, judge.best())
 
 
 def _least_gain(maps: Maps, sizes: BlockSizes) -> int:
