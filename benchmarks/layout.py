@@ -4,10 +4,10 @@
 
 Covers the catalogue at its published sizes, then strides, dilations and neighbourhoods
 of other sizes. Blocks are summed over heads. The bound is ``ceil(pairs / block**2)``:
-the blocks that the attended pairs would fill. Milliseconds are medians of 3 on one core
-with empty caches: of the plan in the given order, of the search for an order, and of
-the plan in that order. ``--times`` instead runs the forward pass of the shorter cases
-on this CPU (f32, head_dim 64, 1 head) in both orders.
+the blocks that the attended pairs would fill. Milliseconds are CPU time, medians of 3
+on one core with empty caches: of the plan in the given order, of the search for an
+order, and of the plan in that order. ``--times`` instead runs the forward pass of the
+shorter cases on this CPU (f32, head_dim 64, 1 head) in both orders.
 
 No order comes near the bound of a small neighbourhood. With a window of 7 x 7, away
 from the edges, 128 queries see at least ``(sqrt(128) + 6) ** 2``, some 300 different
@@ -81,13 +81,13 @@ OTHERS = [
 
 
 def milliseconds(run: Callable[[], object], before: Callable[[], object]) -> float:
-    """The median time of some runs; ``before`` is called before each and not timed."""
+    """The median CPU time of some runs; ``before`` is called before each and not timed."""
     spent = []
     for _ in range(ROUNDS):
         before()
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        spent.append(time.perf_counter() - start)
+        spent.append(time.process_time() - start)
     return 1e3 * statistics.median(spent)
 
 
