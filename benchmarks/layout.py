@@ -81,7 +81,7 @@ OTHERS = [
 
 
 def milliseconds(run: Callable[[], object], before: Callable[[], object]) -> float:
-    """The median CPU time of some runs; ``before`` is called before each and not timed."""
+    """The median CPU time of some runs; ``before`` is called first and not timed."""
     spent = []
     for _ in range(ROUNDS):
         before()
