@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 
 import sadsl as sa
-from lowering.targets.collectives import collectives
+from lowering.targets.collectives import collectives, received
 from sadsl import catalog
 
 MESH = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))
@@ -78,6 +78,10 @@ def test_only_regions_are_gathered():
     found = {(each.kind, *each.shapes) for each in collectives(hlo)}
     assert {kind for kind, *_ in found} == {"all-gather"}
     assert all(np.prod(s) <= 2 * 16 * 4 * 8 for _, *shapes in found for s in shapes)
+    spec, n = SPECS["Combiner-Fixed"]
+    plan = sa.shard_plan(spec, n, 8, num_heads=4, head_dim=8, dtype="float32")
+    assert received(hlo) == len(inputs[0]) * plan.received
+    assert "16 regions, gathered" in str(plan)
 
 
 @pytest.mark.parametrize(
