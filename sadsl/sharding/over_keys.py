@@ -6,6 +6,7 @@ from typing import Any, assert_never
 from lowering import ir
 from lowering.expr.places import WholeArrays
 from lowering.partition.exchange import Exchange
+from lowering.partition.shards import Shards
 from sadsl.run import dropout_seeds, merging, traced_offset
 from sadsl.run.attend import attend
 from sadsl.run.types import QKV, Outcome
@@ -94,7 +95,7 @@ def _over_parts(term: Any, shard: Shard, found: Exchange) -> Outcome:
     if far is not None and isinstance(term, LocalLinear):
         # Its outcomes cannot be merged.
         return _attend(term, shard, wire.joined([near, far], axes), AT_SLOTS)
-    outcome = _attend(term, shard, near, _span_places(shard, found))
+    outcome = _attend(term, shard, near, span_places(shard.shards, found))
     if far is None:
         return outcome
     return merging.merge([outcome, _attend(term, shard, far, AT_SLOTS)])
@@ -112,9 +113,8 @@ def _over_all(term: Any, shard: Shard, way: Way) -> Outcome:
     return ring.around(shard, rows, over)
 
 
-def _span_places(shard: Shard, found: Exchange) -> PairPlaces:
+def span_places(shards: Shards, found: Exchange) -> PairPlaces:
     """The positions of keys side by side, which begin with those of the halo."""
-    shards = shard.shards
     own = ir.Operand(OFFSET if shards.aligned else FIRST_KEY, ())
     first = ir.Add(own, ir.Const(-found.before * shards.granule))
     at = ir.Add(ir.K, first)
