@@ -1,0 +1,145 @@
+"""The launcher on small commands: output, losses, restarts, and what is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import launch
+import pytest
+
+SCRIPT = Path(launch.__file__)
+
+
+def run(code, *flags, timeout=60):
+    """Launches processes of a line of Python; ``rank`` and ``of`` are given."""
+    given = (
+        "import os, signal, sys, time; rank = int(os.environ['LAUNCH_RANK']); "
+        "of = int(os.environ['LAUNCH_PROCESSES']); "
+    )
+    command = [sys.executable, SCRIPT, *flags, "--", sys.executable, "-c", given + code]
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def said(done):
+    """The lines of the launcher, without its name."""
+    lines = done.stdout.splitlines()
+    return [x.removeprefix("[launch] ") for x in lines if x.startswith("[launch] ")]
+
+
+def test_every_process_finds_its_place_and_its_lines_are_marked():
+    code = (
+        "names = ['JAX_COORDINATOR_ADDRESS', 'JAX_COORDINATOR_BIND_ADDRESS', "
+        "'JAX_NUM_CPU_DEVICES', 'JAX_PLATFORMS', 'LAUNCH_HEARTBEAT_TIMEOUT']; "
+        "print(of, *map(os.environ.get, names)); print('on stderr', file=sys.stderr)"
+    )
+    done = run(code, "--processes=3", "--devices=5", "--heartbeat_timeout=7")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    (address,) = {x.split()[2] for x in lines if "stderr" not in x}
+    assert address.startswith("127.0.0.1:")
+    places = [f"[{i}] 3 {address} {address} 5 cpu 7" for i in range(3)]
+    errors = [f"[{i}] on stderr" for i in range(3)]
+    assert sorted(lines) == sorted(places + errors)
+
+
+@pytest.mark.parametrize(
+    ("death", "how", "status"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL", 137),
+        ("os.abort()", "killed by SIGABRT", 134),
+        ("sys.exit(3)", "exit status 3", 3),
+    ],
+)
+def test_a_lost_process_is_named_in_one_line(death, how, status):
+    code = (
+        f"print('pid', os.getpid())\nif rank == 1: {death}\n"
+        "time.sleep(1); sys.exit(9 if rank else 0)"
+    )
+    done = run(code, "--processes=3", "--heartbeat_timeout=4")
+    assert done.returncode == status, done.stdout + done.stderr
+    (pid,) = (x.split()[-1] for x in done.stdout.splitlines() if "[1] pid" in x)
+    first, *others = said(done)
+    assert first == f"lost process 1 (pid {pid}): {how}; 2 left, with 34 s to end"
+    ends = sorted(x.split(" ended after ")[0] + x.split(" s:")[1] for x in others)
+    assert ends == ["process 0 exit status 0", "process 2 exit status 9"]
+
+
+def test_processes_that_do_not_end_are_killed(capfd):
+    code = (
+        "import os, time; os.environ['LAUNCH_RANK'] == '2' or time.sleep(60); exit(4)"
+    )
+    start = time.monotonic()
+    given = launch.environment(3, 1, None)
+    with launch.Group([sys.executable, "-c", code], 3, given) as group:
+        lost = group.watch(0.5)
+    assert time.monotonic() - start < 20
+    assert (lost.rank, lost.status, lost.exit_status) == (2, 4, 4)
+    printed = capfd.readouterr().out
+    assert "after 0.5 s there is no end of 0, 1: killed" in printed
+    assert printed.count("killed by SIGKILL") == 2
+    assert [x.returncode for x in group.processes] == [-9, -9, 4]
+
+
+def test_a_restart_has_fewer_processes():
+    """The first start loses a process; the second one ends well, or another dies."""
+    code = "print('one of', of); sys.exit(5 if of == 3 and rank == 2 else {0})"
+    flags = "--processes=3", "--restarts=2", "--processes_after_loss=2"
+    done = run(code.format(0), *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("one of 3") == 3
+    assert done.stdout.count("one of 2") == 2
+    restarts = [x for x in said(done) if "restart" in x]
+    assert restarts == [
+        "restart 1 of 2 with 2 processes: the command goes on from its last checkpoint"
+    ]
+    again = run(code.format("6 if rank == 1 else 0"), *flags)
+    assert again.returncode == 6
+    assert again.stdout.count("one of 2") == 4
+    assert [x[:12] for x in said(again) if "lost" in x] == ["lost process"] * 3
+
+
+def test_a_refused_command_is_not_restarted():
+    done = run("sys.exit(2)", "--processes=1", "--restarts=3")
+    assert done.returncode == 2
+    assert said(done)[-1] == "status 2 says that the command was refused: no restart"
+    assert done.stdout.count("lost process") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_processes_end_with_the_launcher(number):
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--processes=2",
+        "--",
+        sys.executable,
+        "-c",
+        code,
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as launcher:
+        pids = [int(launcher.stdout.readline().split()[-1]) for _ in range(2)]
+        launcher.send_signal(number)
+        launcher.stdout.read()
+    assert launcher.returncode == 128 + number
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_command_that_is_not_there_is_refused():
+    for command in ([], ["--", "/nowhere/python", "x.py"]):
+        done = subprocess.run(
+            [sys.executable, SCRIPT, *command],
+            check=False, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert ("/nowhere/python" if command else "write it behind") in done.stdout
+        assert "Traceback" not in done.stderr
