@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from sadsl.text.specs import any_term
 
 # As ``object.__repr__`` writes it: another number in each process.
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-# A longer text is shown up to here.
+# Of longer texts as many characters are shown.
 MOST_SHOWN = 300
 
 
@@ -104,9 +105,8 @@ def disagreement(records: Sequence[Mapping[str, str]]) -> str:
         for rank, record in enumerate(records):
             ranks.setdefault(record.get(name, "nothing"), []).append(rank)
         if len(ranks) > 1:
-            values = "; ".join(
-                f"{_shown(value)} in {_processes(of)}" for value, of in ranks.items()
-            )
+            shown = zip(_shown([*ranks]), ranks.values(), strict=True)
+            values = "; ".join(f"{value} in {_processes(of)}" for value, of in shown)
             lines.append(f"  {name}: {values}")
     return (
         "the processes of this computation disagree:\n"
@@ -115,9 +115,21 @@ def disagreement(records: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-def _shown(value: str) -> str:
-    rest = len(value) - MOST_SHOWN
-    return value if rest <= 0 else f"{value[:MOST_SHOWN]}... ({rest} characters more)"
+def _shown(values: Sequence[str]) -> list[str]:
+    """The values, of long ones the part where they begin to differ."""
+    if max(map(len, values)) <= MOST_SHOWN:
+        return [*values]
+    # Values are different, so columns of equal characters come to an end.
+    columns = zip_longest(*values)
+    equal = next(i for i, column in enumerate(columns) if len(set(column)) > 1)
+    start = max(0, equal - MOST_SHOWN // 3)
+    parts = [value[start : start + MOST_SHOWN] for value in values]
+    return [
+        ("... " if start else "")
+        + part
+        + (" ..." if start + len(part) < len(value) else "")
+        for part, value in zip(parts, values, strict=True)
+    ]
 
 
 def _processes(ranks: Sequence[int]) -> str:

@@ -53,10 +53,17 @@ def test_the_message_says_who_has_what():
     records[1]["spec"] = records[4]["spec"] = "full()"
     records[2]["spec"] = "window(3)"
     records[3] = {**records[3], "mesh": "x" * (MOST_SHOWN + 7)}
+    for rank, record in enumerate(records):
+        record["long"] = "a" * 400 + "b" * rank + "c" * (8 - rank)
     assert disagreement(records).splitlines() == [
         "the processes of this computation disagree:",
+        "  long: "
+        + "; ".join(
+            f"... {'a' * 100}{'b' * rank}{'c' * (8 - rank)} in process {rank}"
+            for rank in range(5)
+        ),
         "  mesh: nothing in processes 0, 1, 2 and 4; "
-        f"{'x' * MOST_SHOWN}... (7 characters more) in process 3",
+        f"{'x' * MOST_SHOWN} ... in process 3",
         "  spec: causal() in processes 0 and 3; full() in processes 1 and 4; "
         "window(3) in process 2",
         "start every process with the same spec and the same options",
