@@ -1,6 +1,7 @@
 """A decoder: embedding, blocks of attention and MLP behind RMSNorm, head."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
@@ -229,12 +230,18 @@ class LanguageModel(nnx.Module):
         return self.head(self.norm(x)), tuple(after)
 
 
-def bits_per_byte(model: LanguageModel, batch: jax.Array) -> jax.Array:
-    """Mean cost of a byte given those before it; ``batch`` is ``[batch, seq + 1]``."""
+def bits_per_byte(
+    model: LanguageModel,
+    batch: jax.Array,
+    spread: Callable[[jax.Array], jax.Array] = lambda tokens: tokens,
+) -> jax.Array:
+    """Mean cost of a byte given those before it; ``batch`` is ``[batch, seq + 1]``.
+
+    ``spread`` lays tokens ``[batch, seq]`` out over devices.
+    """
     tokens = batch.astype(jnp.int32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        model(tokens[:, :-1]), tokens[:, 1:]
-    )
+    before, after = spread(tokens[:, :-1]), spread(tokens[:, 1:])
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(before), after)
     return losses.mean() * BITS_PER_NAT
 
 

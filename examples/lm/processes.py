@@ -1,12 +1,16 @@
 """This process among those of a run: joined by ``jax.distributed``, or alone."""
 
 import os
+import sys
+import time
 
 import jax
 from jax.experimental import multihost_utils
 
 # Seconds beyond the heartbeat timeout in which every process must have started.
 STARTING = 30
+# Seconds that the coordinator gives others which fail as well to say why.
+LAST_WORDS = 2
 
 
 def join() -> None:
@@ -19,8 +23,8 @@ def join() -> None:
     if "LAUNCH_RANK" not in os.environ:
         return
     heartbeat = int(os.environ["LAUNCH_HEARTBEAT_TIMEOUT"])
-    # jax takes the addresses from the environment. A process that ends with an error
-    # waits for the others first, which may wait for it: no longer than for a lost one.
+    # jax takes the addresses from the environment. A process that comes to its end
+    # waits for the others, which may wait for it: no longer than for a lost one.
     jax.distributed.initialize(
         num_processes=int(os.environ["LAUNCH_PROCESSES"]),
         process_id=int(os.environ["LAUNCH_RANK"]),
@@ -40,3 +44,17 @@ def wait_for_all(what: str) -> None:
     """Waits until every process has come to the point that ``what`` names."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def leave(status: int) -> None:
+    """Ends this process of several at once, after a failure; alone, it does nothing.
+
+    Others that wait for this one notice that it is gone. An ordinary end would wait for
+    them, and then be reported as a timeout of all instead of a failure of one.
+    """
+    if jax.process_count() > 1:
+        if is_first():  # without it, jax aborts the others
+            time.sleep(LAST_WORDS)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
