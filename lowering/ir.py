@@ -301,49 +301,6 @@ def substitute(node: Node, new: dict[Axis, Expr]) -> Node:
     return rewrite(node, lambda part: new.get(part.axis) if type(part) is Var else None)
 
 
-@overload
-def shift_queries(node: Expr, offset: "int | Expr") -> Expr: ...
-@overload
-def shift_queries(node: Pred, offset: "int | Expr") -> Pred: ...
-def shift_queries(node: Node, offset: "int | Expr") -> Node:
-    """``node`` with ``q + offset`` for ``q``: array indices instead of positions.
-
-    An axis of a run-time array that is indexed by the query alone stays: the array
-    holds the queries of the call, whatever their positions are.
-    """
-    by = Const(offset) if isinstance(offset, int) else offset
-    return at_positions(node, Add(Q, by), K)
-
-
-@overload
-def at_positions(node: Expr, q: Expr, k: Expr) -> Expr: ...
-@overload
-def at_positions(node: Pred, q: Expr, k: Expr) -> Pred: ...
-def at_positions(node: Node, q: Expr, k: Expr) -> Node:
-    """``node`` with the positions ``q`` and ``k`` of queries and keys in place of them.
-
-    An axis of a run-time array that is indexed by the query alone, or by ``k`` itself,
-    stays: the array holds the queries and the keys of the call.
-    """
-
-    def rule(part: Node) -> Node | None:
-        match part:
-            case Var("q"):
-                return q
-            case Var("k"):
-                return k
-            case Operand(name, index):
-                own = (i == K or axes(i) <= {"q", "h"} for i in index)
-                new = (
-                    i if stays else rewrite(i, rule)
-                    for i, stays in zip(index, own, strict=True)
-                )
-                return Operand(name, tuple(new))
-        return None
-
-    return rewrite(node, rule)
-
-
 def transpose(node: Pred) -> Pred:
     """``node`` with the roles of queries and keys exchanged."""
     return substitute(node, {"q": K, "k": Q})

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from lowering import hoist as hoisting
 from lowering import ir
-from lowering.expr import fits, heads
+from lowering.expr import fits, heads, places
 from lowering.expr import simplify as simplification
 from lowering.expr.printing import show
 from lowering.expr.static_range import Known, Span
@@ -64,7 +64,7 @@ def shift_queries(program: Program) -> Program:
     offset = program.problem.q_offset
     if not offset:
         return program
-    maps = tuple(ir.shift_queries(node, offset) for node in program.maps)
+    maps = tuple(places.shift_queries(node, offset) for node in program.maps)
     return replace(program, maps=maps)
 
 

@@ -31,19 +31,19 @@ def query_seeds(
     positions: Int32[Array, "_batch _heads q"],
     batch: Any,
     num_heads: int,
-    first: int | Int32[Array, ""] = 0,
+    first: tuple[int | Int32[Array, ""], int | Int32[Array, ""]] = (0, 0),
 ) -> Int32[Array, "batch {num_heads} q"]:
     """Seed of each query, int32, from the ``words`` of a random key.
 
-    ``positions`` may have size 1 along batch and heads. ``first`` is the index, in the
-    whole batch, of the first entry here.
+    ``positions`` may have size 1 along batch and heads. ``first`` are the indices of
+    the first batch entry and of the first head here, in the whole call.
     """
     seed = jnp.zeros((), jnp.int32)
     for i in range(words.shape[0]):
         seed = mix(seed * STEP + words[i] + 1)
     entries, heads = (jnp.arange(n, dtype=jnp.int32) + 1 for n in (batch, num_heads))
-    seed = mix(seed * STEP + (entries + first))[:, None]
-    seed = mix(seed * STEP + heads[None])[..., None]
+    seed = mix(seed * STEP + (entries + first[0]))[:, None]
+    seed = mix(seed * STEP + (heads + first[1])[None])[..., None]
     return mix(seed + positions * STEP)
 
 

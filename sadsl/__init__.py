@@ -81,6 +81,8 @@ from sadsl.selections import lsh as lsh
 from sadsl.selections import mass as mass
 from sadsl.selections import threshold as threshold
 from sadsl.selections import topk as topk
+from sadsl.sharding.call import sharded_attention as sharded_attention
+from sadsl.sharding.mesh_axes import MeshAxes as MeshAxes
 from sadsl.terms.biases import alibi as alibi
 from sadsl.terms.biases import bias as bias
 from sadsl.terms.biases import distance_bias as distance_bias
@@ -133,6 +135,7 @@ __all__ = [
     "KernelConfig",
     "LinearState",
     "Lowered",
+    "MeshAxes",
     "Plan",
     "Properties",
     "Softmax",
@@ -208,6 +211,7 @@ __all__ = [
     "scatter_mean",
     "segments",
     "select",
+    "sharded_attention",
     "sinks",
     "softmax",
     "spans",

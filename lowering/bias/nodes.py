@@ -7,9 +7,10 @@ holds it: a vector over the queries or the keys, a vector over the diagonals if 
 depends on ``q - k`` alone, or an array of all pairs. Kernels multiply and add these.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, TypeGuard, assert_never
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from lowering import ir
 from lowering.expr.evaluate import Jax, evaluate
 from lowering.expr.fits import is_plain, known_of
+from lowering.expr.places import NO_ARRAYS, WholeArrays, shift_queries
 from lowering.expr.printing import show
 from lowering.expr.simplify import integer
 from lowering.expr.static_range import Known
@@ -24,6 +26,7 @@ from lowering.problem import Problem
 
 Layout = Literal["q", "k", "diagonal", "pairs"]
 Running = Literal["whole", "rest"]
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 LAYOUTS: tuple[Layout, ...] = ("q", "k", "diagonal", "pairs")
 
 
@@ -205,17 +208,23 @@ def resolved(score: Score, problem: Problem) -> Score:
     def at_positions(expr: ir.Expr) -> ir.Expr:
         new: dict[ir.Axis, ir.Expr] = {"n": ir.Const(problem.kv_seq_len)}
         expr = ir.substitute(expr, new)
-        return integer(ir.shift_queries(expr, offset) if offset else expr)
+        return integer(shift_queries(expr, offset) if offset else expr)
 
     return with_indices(score, at_positions)
 
 
-def with_indices(score: Score, change: Callable[[ir.Expr], ir.Expr]) -> Score:
+def with_indices(
+    score: Score,
+    change: Callable[[ir.Expr], ir.Expr],
+    whole: WholeArrays = NO_ARRAYS,
+    queries: Mapping[str, str] = NO_NAMES,
+) -> Score:
     """The bias with ``change`` applied to the integers of positions.
 
-    An axis of an array that is indexed by ``q`` or ``k`` itself stays: it has the
-    queries or the keys that are passed, whatever their positions. A running sum is over
-    positions.
+    An axis of an array that is indexed by ``q`` or ``k`` itself stays, unless the array
+    is ``whole``: it has the queries or the keys that are passed, whatever their
+    positions. A running sum is over positions. What is read at the query itself has
+    another name in ``queries``.
     """
 
     def changed(node: Score) -> Score:
@@ -227,9 +236,16 @@ def with_indices(score: Score, change: Callable[[ir.Expr], ir.Expr]) -> Score:
             case Numbers(values, index):
                 return Numbers(values, change(index))
             case Weights(name, index, running):
-                kept = (ir.Q, ir.K) if running is None else ()
-                index = tuple(i if i in kept else change(i) for i in index)
-                return Weights(name, index, running)
+                own = running is None
+                kept = [
+                    own and i in (ir.Q, ir.K) and whole.owns(name, i) for i in index
+                ]
+                name = queries.get(name, name) if ir.Q in index else name
+                at = (
+                    i if stays else change(i)
+                    for i, stays in zip(index, kept, strict=True)
+                )
+                return Weights(name, tuple(at), running)
             case Sum(a, b) | ScoreProduct(a, b):
                 return type(node)(changed(a), changed(b))
         assert_never(node)

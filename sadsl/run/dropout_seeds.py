@@ -17,6 +17,10 @@ from sadsl.terms.base import DROPOUT_KEY
 # The name of the array that holds, for a part of a batch, the index of each entry in
 # the whole batch.
 ENTRY = "dropout.entry"
+# The names of arrays that hold, for a shard of a call, the position of each query and
+# of each key, and the index of its first head.
+QUERIES, KEYS, HEAD = "dropout.queries", "dropout.keys", "dropout.head"
+NAMES = DROPOUT_KEY, ENTRY, QUERIES, KEYS, HEAD
 
 
 def key_words(key: Any) -> Int32[Array, " words"]:
@@ -49,6 +53,16 @@ def of_part(given: Mapping[str, Any], part: int) -> Mapping[str, Any]:
     return {**given, DROPOUT_KEY: jax.random.fold_in(key, part)}
 
 
+def at_places(given: Mapping[str, Any], q: Array, kv: Array) -> dict[str, Any]:
+    """The positions of the queries and keys of a shard; empty without dropout.
+
+    Both are int32 ``[seq]``.
+    """
+    if DROPOUT_KEY not in given:
+        return {}
+    return {QUERIES: q[None], KEYS: kv[None]}
+
+
 def with_seeds(
     vectors: Vectors,
     arrays: Mapping[str, Array],
@@ -61,7 +75,7 @@ def with_seeds(
     A slot takes the seed of the position that it holds, so the order of positions does
     not change which weights are dropped.
     """
-    q, kv = (x[None, None] for x in _positions(problem))
+    q, kv = (x[None, None] for x in _positions(problem, arrays))
     match order:
         case Layouts():
             q, kv = order.q.to_slots(q, 2), order.kv.to_slots(kv, 2)
@@ -75,7 +89,7 @@ def of_all_pairs(
     arrays: Mapping[str, Array], batch: int, problem: Problem, rate: float, dtype: Any
 ) -> Float[Array, "batch heads q kv"]:
     """The factor of every weight: 0 or ``1 / (1 - rate)``."""
-    q, kv = (x[None, None] for x in _positions(problem))
+    q, kv = (x[None, None] for x in _positions(problem, arrays))
     seeds = _query_seeds(arrays, q, batch, problem)
     keys = dropout.key_seeds(kv)
     return dropout.factor(seeds[..., :, None], keys[..., None, :], rate, dtype)
@@ -86,9 +100,14 @@ def _query_seeds(
 ) -> Array:
     words, heads = arrays[DROPOUT_KEY], problem.num_heads
     first = arrays[ENTRY][0] if ENTRY in arrays else 0
-    return dropout.query_seeds(words, positions, batch, heads, first)
+    head = arrays[HEAD][0] if HEAD in arrays else 0
+    return dropout.query_seeds(words, positions, batch, heads, (first, head))
 
 
-def _positions(problem: Problem) -> tuple[Array, Array]:
+def _positions(problem: Problem, arrays: Mapping[str, Array]) -> tuple[Array, ...]:
     q = jnp.arange(problem.q_seq_len, dtype=jnp.int32) + problem.q_offset
-    return q, jnp.arange(problem.kv_seq_len, dtype=jnp.int32)
+    kv = jnp.arange(problem.kv_seq_len, dtype=jnp.int32)
+    return tuple(
+        arrays[name][0] if name in arrays else x
+        for name, x in ((QUERIES, q), (KEYS, kv))
+    )

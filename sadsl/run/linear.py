@@ -99,7 +99,7 @@ def _(
         _check_alignment(what, term, at, known)
     static = Static(
         term.kind, known, term.positive, term.by_channel_sums, one_piece,
-        at.q_offset, setting.impl, _call(arrays, rule, setting),
+        at.q_offset, setting.impl, linear_call(arrays, rule, setting),
     )  # fmt: skip
     state, continues = start_of(term, before, arrays, at)
     arrays = arrays._replace(ids=at.ids, state=state, continues=continues)
@@ -153,9 +153,10 @@ def _check_alignment(
         )
 
 
-def _call(
+def linear_call(
     arrays: Arrays, rule: kernels.Recurrence, setting: Setting
 ) -> kernels.LinearCall:
+    """The static part of the kernel call of a recurrence."""
     impl = "xla" if setting.impl == "reference" else setting.impl
     sizes = kernels.LinearSizes(
         length=max(arrays.q.shape[1], arrays.k.shape[1]),
@@ -188,6 +189,6 @@ def state_after(term: Recurrent, inputs: QKV, given: Mapping[str, Any]) -> Linea
             erase=None if erase is None else kept(erase, last),
         )  # fmt: skip
     found, sums = kernel_inputs(arrays, None, logits=logits)
-    end = kernels.final_state(found, _call(arrays, rule, setting))
+    end = kernels.final_state(found, linear_call(arrays, rule, setting))
     end = end if sums is None else end._replace(z=sums)
     return next_state(term, None, end, at._replace(ids=None))

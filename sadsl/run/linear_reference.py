@@ -10,6 +10,7 @@ from pallas_kernels.linear import LinearInputs, LinearOutputs, Recurrence, State
 from pallas_kernels.linear.chunk import normalised
 from pallas_kernels.linear.marks import clipped
 from pallas_kernels.precision import wide
+from pallas_kernels.varying import vary
 
 
 def all_pairs(arrays: Any, static: Any) -> tuple[Array, Array | None]:
@@ -98,6 +99,7 @@ def token_by_token(inputs: LinearInputs, rule: Recurrence) -> LinearOutputs:
 
     arrays = (first(x, 2) for x in (inputs.k, inputs.v, inputs.erase, decay))
     xs = first(inputs.q, 3), *arrays, jnp.moveaxis(starts, 1, 0)
-    state, (out, total) = jax.lax.scan(step, jax.tree.map(dtype, state), xs)
+    start = vary(jax.tree.map(dtype, state), xs)
+    state, (out, total) = jax.lax.scan(step, start, xs)
     total = None if total is None else jnp.moveaxis(total, 0, 3)
     return LinearOutputs(jnp.moveaxis(out, 0, 3), total, state)

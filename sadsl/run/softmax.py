@@ -52,10 +52,11 @@ def _(
         return attend(term, (q, *inputs[1:]), read_by(term, given), setting)
     inputs = _with_values(term, inputs)
     options = options_of(inputs, term, setting)
-    handled_here = (term.sink, DROPOUT_KEY)
+    handled_here = (term.sink, *dropout_seeds.NAMES)
     operands = {name: x for name, x in given.items() if name not in handled_here}
     arrays = call_arrays(options, operands, inputs[0].shape[0])
     if setting.dropout_rate:
+        arrays |= {n: given[n] for n in dropout_seeds.NAMES if n in given}
         arrays[DROPOUT_KEY] = dropout_seeds.key_words(given[DROPOUT_KEY])
     arrays |= traced_scale(setting)
     found = observed.noted(options, inputs)
@@ -160,7 +161,7 @@ def _run(
     form = lists.form_of(options, k.shape[2], arrays)
     if form is not None:
         return _by_lists(q, k, v, arrays, options, form)
-    known = {*options.of_bias, DROPOUT_KEY, dropout_seeds.ENTRY, TRACED_SCALE}
+    known = {*options.of_bias, *dropout_seeds.NAMES, TRACED_SCALE}
     own = {name: x for name, x in arrays.items() if name in known}
     chosen = {**with_parts(q, k, arrays, options), **own}
     run = _dense if options.setting.impl == "reference" else _kernels

@@ -19,7 +19,7 @@ from sadsl.run.options import options_of
 from sadsl.run.over import over_entries
 from sadsl.run.types import QKV, Outcome, Setting
 from sadsl.terms import cluster_regions
-from sadsl.terms.base import DROPOUT_KEY
+from sadsl.terms.base import is_dropout
 from sadsl.terms.cluster_regions import Clusters
 from sadsl.terms.grid_regions import Rowmajor
 from sadsl.terms.softmax import Softmax
@@ -254,4 +254,4 @@ def for_heads(x: Array, q: Array) -> Array:
 
 def _dropped_by(given: Mapping[str, Any]) -> dict[str, Any]:
     """The dropout key, for the weights of the regions; empty without dropout."""
-    return {n: x for n, x in given.items() if n == DROPOUT_KEY}
+    return {n: x for n, x in given.items() if is_dropout(n)}

@@ -10,7 +10,8 @@ from sadsl.selections.base import operands_of, selections_of
 
 # The dropout key, a traced scale and a state travel among the run-time arrays of a
 # call. No operand of a caller can have these names, which are not identifiers.
-DROPOUT_KEY = "dropout.key"
+DROPOUT = "dropout."
+DROPOUT_KEY = f"{DROPOUT}key"
 STATE = "linear.state"
 TRACED_SCALE = "softmax.scale"
 
@@ -135,7 +136,12 @@ def reads(spec: Spec, name: str) -> bool:
         return spec.reads(name)
     chosen = selections_of(spec)
     asked = any(name in s.operands or s.owns(name) for s in chosen)
-    return asked or name in operands_of(spec) or name == DROPOUT_KEY
+    return asked or name in operands_of(spec) or is_dropout(name)
+
+
+def is_dropout(name: str) -> bool:
+    """Whether this is the dropout key, or says where the weights of a part are."""
+    return name.startswith(DROPOUT)
 
 
 def read_by(spec: Spec, given: Mapping[str, Any]) -> dict[str, Any]:

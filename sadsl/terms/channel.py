@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sadsl.maps.call_text import call_text
-from sadsl.terms.base import DROPOUT_KEY, Term
+from sadsl.terms.base import Term, is_dropout
 
 Scale = Literal["head_dim", "tokens"]
 
@@ -23,7 +23,7 @@ class Channel(Term):
 
     def reads(self, name: str) -> bool:
         """Accepts the dropout key only, so that ``attend`` can raise a clear error."""
-        return name == DROPOUT_KEY
+        return is_dropout(name)
 
     def __repr__(self) -> str:
         return call_text(self, by_position=1)

@@ -7,7 +7,7 @@ from sadsl.maps.base import IndexMap, at_least
 from sadsl.maps.call_text import call_text
 from sadsl.maps.named import full, where
 from sadsl.maps.operand_names import check_operand_name
-from sadsl.terms.base import DROPOUT_KEY, Term
+from sadsl.terms.base import Term, is_dropout
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,7 +67,7 @@ class Compressed(Term):
 
     def reads(self, name: str) -> bool:
         """Whether ``name`` is a compressing function, or the dropout key."""
-        return name in self.operands or name == DROPOUT_KEY
+        return name in self.operands or is_dropout(name)
 
     def __repr__(self) -> str:
         return call_text(self)

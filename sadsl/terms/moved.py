@@ -1,11 +1,13 @@
 """Maps and biases at positions that arrays of a call hold."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from typing_extensions import override
 
 from lowering import ir
 from lowering.bias import nodes
+from lowering.expr.places import NO_ARRAYS, WholeArrays, at_positions
 from sadsl.maps.base import IndexMap
 from sadsl.maps.numbers import Real
 from sadsl.maps.symbols import Symbol, Truth
@@ -27,8 +29,9 @@ class PairPlaces:
       held: a condition on indices beside the map, such as "this slot has a key".
       length: the number of keys that the map counts, for which it was verified; None:
         those of the call.
-      queries: arrays of integers that have an entry for each key of a cache. At the
+      queries: arrays that have an entry for each key of a cache or of a shard. At the
         query they are read under another name: ``of_queries(name)``.
+      whole: arrays that hold all positions, not those of the call.
     """
 
     q: ir.Expr = AFTER_OFFSET
@@ -36,19 +39,26 @@ class PairPlaces:
     held: ir.Pred | None = None
     length: int | None = None
     queries: frozenset[str] = frozenset()
+    whole: WholeArrays = NO_ARRAYS
 
     def expr(self, node: ir.Expr) -> ir.Expr:
         """An integer of positions, by indices."""
+        node = _inside_tables(node)
         named = ir.rewrite(ir.substitute(node, self._lengths), self._renamed)
-        return ir.at_positions(named, self.q, self.k)
+        return at_positions(named, self.q, self.k, self.whole)
+
+    def score(self, score: nodes.Score) -> nodes.Score:
+        """A bias of positions, by indices."""
+        names = {name: of_queries(name) for name in self.queries}
+        return nodes.with_indices(score, self.expr, self.whole, names)
 
     def pred(self, node: ir.Pred) -> ir.Pred:
         """A condition on positions, by indices."""
-        known = ir.substitute(node, self._lengths)
+        known = ir.substitute(_inside_tables(node), self._lengths)
         if self.length is not None:
             known = _without_extents(known)
         named = ir.rewrite(known, self._renamed)
-        found = ir.at_positions(named, self.q, self.k)
+        found = at_positions(named, self.q, self.k, self.whole)
         return found if self.held is None else ir.And((found, self.held))
 
     @property
@@ -63,6 +73,23 @@ class PairPlaces:
 
 
 FROM_OFFSET = PairPlaces()
+
+
+def _inside_tables(node: Any) -> Any:
+    """``node`` with indices of tables that stay inside, wherever queries and keys are.
+
+    Positions inside of the call are inside of the tables, which was checked. Others,
+    such as those of padding, attend nowhere.
+    """
+
+    def rule(part: ir.Node) -> ir.Node | None:
+        if not isinstance(part, ir.Table) or ir.operand_names(part.index):
+            return None
+        last = ir.Const(len(part.values) - 1)
+        index = ir.rewrite(part.index, rule)
+        return ir.Table(part.values, ir.Max(ir.Const(0), ir.Min(index, last)))
+
+    return ir.rewrite(node, rule)
 
 
 def _without_extents(node: ir.Pred) -> ir.Pred:
@@ -112,7 +139,7 @@ class MovedBias(Bias):
     @override
     def of_heads(self, num_heads: int) -> Real:
         """The number of a pair; see ``Bias``."""
-        return Real(nodes.with_indices(self.a.score(num_heads), self.at.expr))
+        return Real(self.at.score(self.a.score(num_heads)))
 
     @override
     def __repr__(self) -> str:

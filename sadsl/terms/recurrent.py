@@ -13,7 +13,7 @@ from sadsl.maps.base import IndexMap
 from sadsl.maps.named import causal, full, segments
 from sadsl.maps.operand_names import check_operand_name
 from sadsl.selections.base import operands_of
-from sadsl.terms.base import DROPOUT_KEY, STATE, LayerSizes, Learned, Term
+from sadsl.terms.base import STATE, LayerSizes, Learned, Term, is_dropout
 
 SEGMENT_IDS = "q_segment_ids", "kv_segment_ids"
 CAUSAL = causal()
@@ -151,7 +151,7 @@ class Recurrent(Term):
         It accepts the dropout key so that ``attend`` can raise a clear error.
         """
         known = (*self.operands, *operands_of(self.map))
-        return name in known or name in (DROPOUT_KEY, STATE)
+        return name in known or name == STATE or is_dropout(name)
 
     def learned(self, sizes: LayerSizes) -> dict[str, Learned]:
         """The log-decays of every token, by key head and perhaps by channel."""

@@ -11,7 +11,7 @@ from sadsl.maps.call_text import call_text
 from sadsl.maps.named import where
 from sadsl.maps.operand_names import check_operand_name
 from sadsl.maps.symbols import operand
-from sadsl.terms.base import DROPOUT_KEY, Spec, Term
+from sadsl.terms.base import Spec, Term, is_dropout
 from sadsl.terms.cluster_regions import Clusters
 from sadsl.terms.grid_regions import Rowmajor
 from sadsl.terms.regions import Partition, Pool
@@ -86,7 +86,7 @@ class Summaries(Term):
 
     @override
     def reads(self, name: str) -> bool:
-        return name == DROPOUT_KEY or super().reads(name)
+        return is_dropout(name) or super().reads(name)
 
     @property
     @override

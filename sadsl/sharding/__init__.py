@@ -1,0 +1,1 @@
+"""Attention over arrays whose sequence, heads and batch are dealt to devices."""
