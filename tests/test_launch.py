@@ -143,3 +143,37 @@ def test_a_command_that_is_not_there_is_refused():
         assert done.returncode == 2
         assert ("/nowhere/python" if command else "write it behind") in done.stdout
         assert "Traceback" not in done.stderr
+
+
+# A sum over the devices of all processes, again and again, until one stands still.
+HANGS = f"""
+import os, signal, sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from lm import processes
+processes.join()
+for step in range(10_000):
+    total = int(multihost_utils.process_allgather(np.int32(step)).sum())
+    if step == 3:
+        print("sum", total)
+        if jax.process_index() == HUNG:
+            os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hung", [0, 1])
+def test_a_process_that_hangs_is_noticed_by_its_heartbeats(hung):
+    """Its connections stay open. The other one ends; the launcher kills it at last."""
+    done = run(
+        f"HUNG = {hung}\n{HANGS}", "--processes=2", "--devices=1",
+        "--heartbeat_timeout=5", timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 128 + signal.SIGABRT, done.stdout + done.stderr
+    assert [f"[{i}] sum 6" in done.stdout.splitlines() for i in range(2)] == [True] * 2
+    first, second, third = said(done)
+    assert first.startswith(f"lost process {1 - hung} (pid ")
+    assert first.endswith("killed by SIGABRT; 1 left, with 35 s to end")
+    assert second == f"after 35 s there is no end of {hung}: killed"
+    assert third.startswith(f"process {hung} ended after 35.")

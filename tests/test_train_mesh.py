@@ -134,19 +134,19 @@ CASES = {
     ["window", *(pytest.param(x, marks=pytest.mark.slow) for x in [*CASES][1:])],
 )
 def test_several_devices_train_as_one(case, tmp_path, standard):
-    """And a checkpoint of four devices goes on on one, and the other way round."""
+    """And a checkpoint of eight devices goes on on one, and the other way round."""
     spec, sizes, config = CASES[case]
     sizes = ModelConfig(**{**vars(SIZES), **sizes})
     config = TrainConfig(**{**vars(CONFIG), **config})
     one = compile_run(spec, sizes, config)
-    four = compile_run(spec, sizes, config, on_mesh("batch=2,sequence=2", config))
+    eight = compile_run(spec, sizes, config, on_mesh("batch=2,sequence=4", config))
     assert one.devices is ONE_DEVICE
-    assert four.devices.mesh.size == 4
-    for leaf in jax.tree.leaves(four.state):
-        assert len(leaf.sharding.device_set) == 4
+    assert eight.devices.mesh.size == 8
+    for leaf in jax.tree.leaves(eight.state):
+        assert len(leaf.sharding.device_set) == 8
     wanted = trained(one, config)
     name = identity(spec, sizes, config, CORPUS)
-    for first, second, folder in ((four, one, "a"), (one, four, "b")):
+    for first, second, folder in ((eight, one, "a"), (one, eight, "b")):
         with Checkpoints(tmp_path / folder, name) as kept:
 
             def keep(state, history, kept=kept):
@@ -160,9 +160,8 @@ def test_several_devices_train_as_one(case, tmp_path, standard):
     assert load_model(tmp_path / "a")[0] == spec
 
 
-def test_a_batch_is_split_and_parameters_are_copied(standard):
-    config = CONFIG
-    devices = on_mesh("batch=4", config)
+def test_a_batch_is_split_and_parameters_are_copied():
+    devices = on_mesh("batch=4,sequence=2", CONFIG)
     batch = np.arange(4 * 17, dtype=np.uint8).reshape(4, 17)
     split = devices.split(batch)
     assert {x.data.shape for x in split.addressable_shards} == {(1, 17)}
