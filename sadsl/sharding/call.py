@@ -13,9 +13,10 @@ from sadsl.run import checks
 from sadsl.run.backends import choose_impl
 from sadsl.run.call import Ids, Keys, Lse, Out, Queries, Values, given_arrays
 from sadsl.run.operands import with_batch_axis
-from sadsl.run.types import Setting
+from sadsl.run.types import QKV, Setting
 from sadsl.sharding import deal
 from sadsl.sharding.deal import ShardedCall
+from sadsl.sharding.head_parts import DECAYS, decays_of, of_local_heads
 from sadsl.sharding.mesh_axes import MeshAxes
 from sadsl.sharding.operand_axes import OperandAxes, operand_axes
 from sadsl.terms.base import DROPOUT_KEY, TRACED_SCALE, Spec, Term, reads
@@ -68,6 +69,9 @@ def sharded_attention(
     _check_read(term, given)
     functions = {n: x for n, x in given.items() if callable(x)}
     arrays = {n: jnp.asarray(x) for n, x in given.items() if n not in functions}
+    arrays |= _log_decays(term, axes, q.shape[1])
+    if axes.size(heads) > 1:
+        term = of_local_heads(term, q.shape[2])
     known = operand_axes(term, arrays)
     arrays |= _with_batch_axis(known, arrays, len(q))
     rate = checks.dropout(dropout_rate, dropout_key)
@@ -79,7 +83,7 @@ def sharded_attention(
     shards = Shards(axes.size(sequence), q.shape[1], k.shape[1])
     by_name = tuple(sorted(known.items()))
     call = ShardedCall(term, axes, shards, setting, by_name, return_lse)
-    _check_sizes(call, q, arrays)
+    _check_sizes(call, (q, k, v), arrays)
     return deal.run((q, k, v), arrays, functions, call)
 
 
@@ -95,6 +99,15 @@ def _with_batch_axis(
     return with_batch_axis({n: arrays[n] for n in ranks}, ranks, batch)
 
 
+def _log_decays(term: Term, axes: MeshAxes, length: int) -> dict[str, Array]:
+    """The log-decays of all heads ``[length, heads]``, where heads are dealt."""
+    decays = decays_of(term) if axes.size(axes.heads) > 1 else None
+    if decays is None:
+        return {}
+    found = jnp.asarray(decays, jnp.float32)
+    return {DECAYS: jnp.broadcast_to(found, (length, len(decays)))}
+
+
 def _check_read(term: Term, given: Mapping[str, Any]) -> None:
     """Refuses arrays that no part of the spec reads.
 
@@ -108,14 +121,14 @@ def _check_read(term: Term, given: Mapping[str, Any]) -> None:
             )
 
 
-def _check_sizes(call: ShardedCall, q: Array, arrays: Mapping[str, Array]) -> None:
+def _check_sizes(call: ShardedCall, inputs: QKV, arrays: Mapping[str, Array]) -> None:
     """Checks what is dealt against the mesh.
 
     Raises:
-      ValueError: batch or heads are no multiple of their axis, or an array has another
-        number of tokens than q or k.
+      ValueError: batch or heads do not fit their axis, or an array has another number
+        of tokens than q or k.
     """
-    axes = call.axes
+    axes, (q, k, v) = call.axes, inputs
     for what, name, size in (
         ("batch", axes.batch, q.shape[0]),
         ("heads", axes.heads, q.shape[2]),
@@ -125,6 +138,19 @@ def _check_sizes(call: ShardedCall, q: Array, arrays: Mapping[str, Array]) -> No
                 f"q has shape {q.shape}: its {what} of {size} is no multiple of the "
                 f"{axes.size(name)} devices of {what}={name!r}: use a size that is, or "
                 f"{what}=None"
+            )
+    counts = {"k": k.shape[2], "v": v.shape[2]} | {
+        name: arrays[name].shape[found.head_axis]
+        for name, found in call.operands
+        if name in arrays and found.head_axis is not None
+    }
+    for name, count in counts.items():
+        size = axes.size(axes.heads)
+        if count % size and size % count:
+            raise ValueError(
+                f"{name!r} has {count} heads, and heads={axes.heads!r} has {size} "
+                "devices: one must be a multiple of the other: use heads=None, or "
+                "another mesh"
             )
     lengths = {"q": call.shards.q_seq_len, "k": call.shards.kv_seq_len}
     for name, found in call.operands:

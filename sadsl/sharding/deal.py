@@ -17,10 +17,11 @@ from sadsl.run.attend import attend
 from sadsl.run.types import QKV, Outcome, Setting
 from sadsl.sharding import recurrent as recurrent
 from sadsl.sharding.attend import attend_shard
+from sadsl.sharding.head_parts import HEADS, local_heads
 from sadsl.sharding.mesh_axes import MeshAxes
 from sadsl.sharding.operand_axes import OperandAxes
 from sadsl.sharding.shard import Shard
-from sadsl.terms.base import DROPOUT_KEY, TRACED_SCALE, Term
+from sadsl.terms.base import DROPOUT_KEY, TRACED_SCALE, Term, read_by
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,30 @@ class ShardedCall:
             places[0] = self.axes.batch
         if found.tokens is not None:
             places[found.tokens.axis] = self.axes.sequence
+        if found.head_axis is not None and self.deals(x.shape[found.head_axis]):
+            places[found.head_axis] = self.axes.heads
         return PartitionSpec(*places)
+
+    def deals(self, num_heads: int) -> bool:
+        """Whether an axis of so many heads is dealt; else each device has all."""
+        return num_heads % self.axes.size(self.axes.heads) == 0
+
+    def own_heads(self, x: Array, axis: int | None) -> Array:
+        """The one head of this device, of an axis that is not dealt.
+
+        An axis of one head is for all heads.
+        """
+        if axis is None or self.axes.heads is None:
+            return x
+        count = x.shape[axis]
+        if self.deals(count) or count == 1:
+            return x
+        at = (
+            jax.lax.axis_index(self.axes.heads)
+            * count
+            // self.axes.size(self.axes.heads)
+        )
+        return jax.lax.dynamic_slice_in_dim(x, at, 1, axis)
 
     def padded(self, name: str, x: Array) -> Array:
         """A run-time array with entries for all positions of all shards."""
@@ -105,16 +129,18 @@ def _run(
         for x, role in zip(inputs, "qkk", strict=True)
     ]
     out_layout = axes.layout()
+    whole_heads = PartitionSpec(axes.batch, axes.sequence)
+    in_layouts = [out_layout if call.deals(x.shape[2]) else whole_heads for x in long]
     lse_layout = PartitionSpec(axes.batch, axes.heads, axes.sequence)
     local: Any = jax.shard_map(
         partial(_local, functions=functions, call=call),
         mesh=axes.mesh,
-        in_specs=(*[out_layout] * 3, layouts),
+        in_specs=(*in_layouts, layouts),
         out_specs=(out_layout, lse_layout) if call.return_lse else out_layout,
         # The interpreter of Pallas cannot say along which axes a value varies.
         check_vma=not call.setting.interpret,
     )
-    long = [axes.placed(x, out_layout) for x in long]
+    long = [axes.placed(x, y) for x, y in zip(long, in_layouts, strict=True)]
     placed = {name: axes.placed(x, layouts[name]) for name, x in dealt.items()}
     found = local(*long, placed)
     if not call.return_lse:
@@ -151,6 +177,9 @@ def _local(
     if DROPOUT_KEY in given and axes.batch is not None:
         first = jax.lax.axis_index(axes.batch) * q.shape[0]
         given[dropout_seeds.ENTRY] = jnp.int32(first)[None]
+    if axes.heads is not None:
+        given = _at_local_heads(given, q.shape[2], call)
+        k, v = call.own_heads(k, 2), call.own_heads(v, 2)
     found = _outcome((q, k, v), given, replace(call, setting=setting))
     if not call.return_lse:
         return found.out
@@ -162,10 +191,26 @@ def _local(
     return found.out, found.lse.astype(wide(q.dtype))
 
 
+def _at_local_heads(
+    given: Mapping[str, Any], count: int, call: ShardedCall
+) -> dict[str, Any]:
+    """The arrays for the local heads, ``count`` of them."""
+    known = dict(call.operands)
+    found = {
+        name: call.own_heads(x, known[name].head_axis) if name in known else x
+        for name, x in given.items()
+    }
+    first = jax.lax.axis_index(call.axes.heads) * count
+    found[HEADS] = local_heads(first, count)
+    if DROPOUT_KEY in given:
+        found[dropout_seeds.HEAD] = jnp.int32(first)[None]
+    return found
+
+
 def _outcome(inputs: QKV, given: Mapping[str, Any], call: ShardedCall) -> Outcome:
     sequence = call.axes.sequence
     if sequence is None or call.shards.count == 1:
-        return attend(call.term, inputs, given, call.setting)
+        return attend(call.term, inputs, read_by(call.term, given), call.setting)
     known = dict(call.operands)
     shard = Shard(sequence, call.shards, inputs, given, known, call.setting)
     return attend_shard(call.term, shard)

@@ -62,8 +62,8 @@ class OperandAxes:
 
     @property
     def head_axis(self) -> int | None:
-        """The axis with an entry for each head, or None."""
-        return self.roles.index("h") if "h" in self.roles else None
+        """The axis with an entry for each head, the batch axis counted, or None."""
+        return self.roles.index("h") + self.batched if "h" in self.roles else None
 
     def joined(self, other: "OperandAxes") -> "OperandAxes":
         """What holds for both uses of an array."""

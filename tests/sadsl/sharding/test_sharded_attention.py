@@ -139,3 +139,59 @@ def test_eight_shards_equal_one_device(name, impl):
         return sa.attention(q, k, v, case.spec, **options)
 
     compared(sharded, whole, arrays(case.n))
+
+
+# --- heads and batch ---
+
+MESHES = {
+    "heads": ((4,), {"heads": "h"}, "h"),
+    "batch and heads": ((2, 2), {"batch": "b", "heads": "h"}, "bh"),
+    "all three": ((2, 2, 2), {"batch": "b", "heads": "h", "sequence": "s"}, "bhs"),
+    "batch and sequence": ((2, 4), {"batch": "b", "sequence": "s"}, "bs"),
+}
+OF_HEADS = {
+    "window": Case(C & sa.window(9)),
+    "by head": Case(sa.per_head(C & sa.window(4), sa.blocks(8)), 40),
+    "of the head": Case(C & sa.where(lambda q, k, h: q - k <= 2 * h + 1)),
+    "an array of heads": Case(
+        C & sa.where(lambda q, k, h: q - k <= sa.operand("w")[h]), 61,
+        lambda n: {"w": np.arange(4, dtype=np.int32) * 3},
+    ),
+    "alibi": Case(sa.softmax(C & sa.window(20), bias=sa.alibi()), 40),
+    "t5": Case(sa.softmax(C, bias=sa.t5_bias()), 24,
+               lambda n: {"bias": floats(4, 32)}),
+    "sinks": Case(sa.softmax(C & (sa.window(9) | sa.sinks(2)), sink=True), 61,
+                  lambda n: {"sink": floats(4)}),
+    "heads of maps": Case(sa.heads((C & sa.window(4), 1), (sa.blocks(8), 3)), 40),
+    "gated": Case(sa.gated(C & sa.window(4), C), 40,
+                  lambda n: {"gates": floats(2, n, 4, 2)}),
+    "documents": Case(C & sa.segments(), 61, None, ids),
+    "decays": Case(sa.linear("elu1", decay=(0.9, 0.5, 0.8, 0.7)), 40),
+    "delta": Case(sa.delta(), 40, lambda n: {"beta": abs(floats(2, n, 4)) % 1}),
+    "topk": Case(C & sa.topk(2, block=4, block_q=1), 41),
+}  # fmt: skip
+
+
+@pytest.mark.sample(6)
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", OF_HEADS)
+@pytest.mark.usefixtures("quick")
+def test_batch_heads_and_sequence_together(name, mesh):
+    case = OF_HEADS[name]
+    sizes, where, names = MESHES[mesh]
+    devices = jax.make_mesh(
+        sizes, tuple(names), axis_types=(AxisType.Auto,) * len(sizes)
+    )
+    options = {} if case.options is None else case.options(case.n)
+    if case.operands is not None:
+        options["operands"] = case.operands(case.n)
+
+    def sharded(q, k, v):
+        return sa.sharded_attention(
+            q, k, v, case.spec, mesh=devices, **where, **options
+        )
+
+    def whole(q, k, v):
+        return sa.attention(q, k, v, case.spec, **options)
+
+    compared(sharded, whole, arrays(case.n, heads=4, kv_heads=4))
