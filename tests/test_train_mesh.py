@@ -176,22 +176,38 @@ def test_a_batch_is_split_and_parameters_are_copied():
 
 # --- several processes ---
 
-# The script, in which one process of the first start kills itself in step 23.
+# The script, in which one process of the first start kills itself: when step 23 is done,
+# or while all of them write the second checkpoint.
 KILLED = f"""
 import os, signal, sys
 sys.path.insert(0, {str(EXAMPLES)!r})
 import train_lm
 from absl import app
+from orbax.checkpoint import JsonCheckpointHandler
+
+def kill():
+    if place == VICTIM:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 place = int(os.environ["LAUNCH_RANK"]), int(os.environ["LAUNCH_PROCESSES"])
 
 class Metrics(train_lm.Metrics):
     def append(self, history):
         super().append(history)
-        if history.step == 23 and place == VICTIM:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if history.step == 23:
+            kill()
 
-train_lm.Metrics = Metrics
+save = JsonCheckpointHandler.async_save
+
+async def async_save(self, directory, item=None, args=None):
+    if args.item["history"]["train"][31:]:
+        kill()
+    return await save(self, directory, item, args)
+
+if WHERE == "between checkpoints":
+    train_lm.Metrics = Metrics
+else:
+    JsonCheckpointHandler.async_save = async_save
 app.run(train_lm.main)
 """
 # Two seconds are enough on an idle machine, and machines are not always idle.
@@ -254,28 +270,38 @@ def check_survivors(done, survivors):
     assert "there is no end of" not in done.stdout
 
 
+def run_killed(texts, out, launcher, victim, where="between checkpoints", **flags):
+    """A run in which the process ``victim``, a rank and of how many, kills itself."""
+    program = "-c", f"VICTIM, WHERE = {victim!r}, {where!r}\n{KILLED}"
+    launcher = *launcher, f"--heartbeat_timeout={HEARTBEAT}"
+    return run(texts, out, program=program, launcher=launcher, batch_size=4, **flags)
+
+
+WRITING = "while a checkpoint is written"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "devices", "victim", "after", "mesh"),
+    ("processes", "devices", "victim", "after", "mesh", "where"),
     [
-        pytest.param(2, 2, 1, 1, "batch=-1,sequence=2", id="two"),
-        pytest.param(4, 1, 2, 2, "batch=-1", id="four"),
-        pytest.param(2, 1, 0, 1, "batch=-1", id="coordinator"),
-        pytest.param(4, 1, 0, 2, "sequence=-1", id="coordinator of four"),
+        pytest.param(
+            2, 2, 1, 1, "batch=-1,sequence=2", "between checkpoints", id="two"
+        ),
+        pytest.param(4, 1, 2, 2, "batch=-1", "between checkpoints", id="four"),
+        pytest.param(2, 1, 0, 1, "batch=-1", "between checkpoints", id="coordinator"),
+        pytest.param(4, 1, 0, 2, "sequence=-1", WRITING, id="coordinator of four"),
+        pytest.param(2, 1, 1, 1, "batch=-1", WRITING, id="two that write"),
     ],
 )
 def test_a_killed_process_is_named_and_the_rest_goes_on(
-    processes, devices, victim, after, mesh, texts, alone, tmp_path
+    processes, devices, victim, after, mesh, where, texts, alone, tmp_path
 ):
-    """Killed in step 23; the last checkpoint, of step 16, is of all processes."""
+    """The last checkpoint is that of step 16, which all processes wrote."""
     launcher = (
         f"--processes={processes}", f"--devices={devices}", "--restarts=1",
-        f"--heartbeat_timeout={HEARTBEAT}", f"--processes_after_loss={after}",
+        f"--processes_after_loss={after}",
     )  # fmt: skip
-    program = "-c", f"VICTIM = {(victim, processes)}\n{KILLED}"
-    done = run(
-        texts, tmp_path, program=program, launcher=launcher, batch_size=4, mesh=mesh
-    )
+    done = run_killed(texts, tmp_path, launcher, (victim, processes), where, mesh=mesh)
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = lost_lines(done)
     assert re.search(rf"lost process {victim} \(pid \d+\): killed by SIGKILL; ", line)
@@ -289,9 +315,7 @@ def test_a_killed_process_is_named_and_the_rest_goes_on(
 @pytest.mark.slow
 def test_without_a_restart_the_launcher_fails(texts, tmp_path):
     """And the same command goes on with another number of processes."""
-    launcher = "--processes=2", "--devices=1", f"--heartbeat_timeout={HEARTBEAT}"
-    program = "-c", f"VICTIM = {(1, 2)}\n{KILLED}"
-    done = run(texts, tmp_path, program=program, launcher=launcher, batch_size=4)
+    done = run_killed(texts, tmp_path, ("--processes=2", "--devices=1"), (1, 2))
     assert done.returncode == 128 + 9, done.stdout + done.stderr
     assert len(lost_lines(done)) == 1
     check_survivors(done, [0])
