@@ -15,13 +15,12 @@ from lowering import ir
 from pallas_kernels.config import KernelConfig
 from sadsl.maps.base import IndexMap
 from sadsl.maps.named import causal
-from sadsl.run.call import attention
 from sadsl.run.dense_masks import PairSizes, bias_of, pairs_of
-from sadsl.selections.base import selections_of
+from sadsl.sharding.call import attention_over
+from sadsl.sharding.mesh_axes import MeshAxes
 from sadsl.terms.base import Spec, Term
 from sadsl.terms.changed import Change, changed
-from sadsl.terms.linear import Linear
-from sadsl.terms.scatter_mean import ScatterMean
+from sadsl.terms.needed import needed
 from sadsl.terms.softmax import Softmax
 from sadsl.text.specs import any_term
 
@@ -70,6 +69,7 @@ class AttentionFn:
     impl: str | None = None
     interpret: Any = False
     config: KernelConfig | None = None
+    mesh_axes: MeshAxes | None = None
 
     # Flax Linen passes only the arguments that the signature names, and drops
     # the others silently. So the signature names even those that are refused.
@@ -130,9 +130,15 @@ class AttentionFn:
         self, qkv: tuple[Array, Array, Array], call: "Limited", **dropout: Any
     ) -> Array:
         ids = {} if self.ids is None else {IDS[0]: self.ids.q, IDS[1]: self.ids.kv}
-        found = attention(
-            *qkv, call.term, operands=call.operands, q_offset=call.q_offset,
-            sm_scale=self.sm_scale, impl=self.impl, interpret=self.interpret,
+        at = {"q_offset": call.q_offset} if self.mesh_axes is None else {}
+        if not (at or isinstance(call.q_offset, int)):
+            raise NotImplementedError(
+                "mesh_axes with a mask of a cache: decoding is not dealt over devices: "
+                "leave mesh_axes=None"
+            )
+        found = attention_over(self.mesh_axes)(
+            *qkv, call.term, operands=call.operands, sm_scale=self.sm_scale, **at,
+            impl=self.impl, interpret=self.interpret,
             config=self.config, **dropout, **ids,
         )  # fmt: skip
         return cast(Array, found)
@@ -296,11 +302,12 @@ def attention_fn(
     impl: str | None = None,
     interpret: Any = False,
     config: KernelConfig | None = None,
+    mesh_axes: MeshAxes | None = None,
 ) -> AttentionFn:
     """Makes the ``attention_fn`` of ``nnx.MultiHeadAttention``, or of its Linen form.
 
-    The function takes ``[batch..., seq, heads, head_dim]`` with any number of batch
-    axes. What a mask of Flax means is decided here, never by its values:
+    It takes ``[batch..., seq, heads, head_dim]`` with any number of batch axes. What a
+    mask of Flax means is decided here, never by its values:
 
     - ``mask="implied"``: the spec says it already, so it is not read.
     - ``mask="padding"``: a key counts where some query sees it, a query where it sees
@@ -321,6 +328,7 @@ def attention_fn(
       q_segment_ids, kv_segment_ids: integers ``[batch, seq]`` for ``segments()``; the
         ids of queries are those of keys if None.
       sm_scale, impl, interpret, config: as in ``sadsl.attention``.
+      mesh_axes: as in ``sadsl.sharded_attention``.
 
     Raises:
       ValueError: the text is not a spec, the spec reads other run-time arrays, learned
@@ -332,19 +340,17 @@ def attention_fn(
       >>> from sadsl.layers import attention_fn
       >>> near = attention_fn("causal() & window(2)")
       >>> def model(x):
-      ...     layer = nnx.MultiHeadAttention(
-      ...         2, 8, attention_fn=near, decode=False, rngs=nnx.Rngs(0)
-      ...     )
-      ...     return layer(x)
+      ...     options = {"attention_fn": near, "decode": False, "rngs": nnx.Rngs(0)}
+      ...     return nnx.MultiHeadAttention(2, 8, **options)(x)
       >>> x = jax.ShapeDtypeStruct((1, 6, 8), "float32")  # [batch, seq, features]
       >>> jax.eval_shape(model, x).shape
       (1, 6, 8)
     """
     term = any_term(spec)
     ids = _ids_of(q_segment_ids, kv_segment_ids)
-    found = AttentionFn(term, mask, check_mask, ids, sm_scale, impl, interpret, config)
-    _check_made(found)
-    return found
+    how = sm_scale, impl, interpret, config, mesh_axes
+    found = AttentionFn(term, mask, check_mask, ids, *how)
+    return _checked(found)
 
 
 def _ids_of(q: Any, kv: Any) -> SegmentIds | None:
@@ -358,8 +364,8 @@ def _ids_of(q: Any, kv: Any) -> SegmentIds | None:
     return None if kv is None else SegmentIds(kv if q is None else q, kv)
 
 
-def _check_made(made: AttentionFn) -> None:
-    """Checks the options of ``attention_fn``.
+def _checked(made: AttentionFn) -> AttentionFn:
+    """What ``attention_fn`` made, with its options checked.
 
     Raises:
       ValueError: they contradict one another, or the spec reads other arrays.
@@ -379,18 +385,4 @@ def _check_made(made: AttentionFn) -> None:
             "attention layers cannot pass on: use SparseAttention of sadsl.layers.nnx "
             "or .linen" + ("; or give the ids here" if set(names) <= set(IDS) else "")
         )
-
-
-def needed(spec: Spec) -> set[str]:
-    """Names of the run-time arrays that a call with ``spec`` must be given."""
-    if isinstance(spec, ScatterMean):
-        return needed(spec.map)
-    if isinstance(spec, Linear) and spec.named_features is not None:
-        return {spec.named_features, *spec.operands}
-    if isinstance(spec, Term):
-        return set(spec.operands).union(*map(needed, spec.parts))
-    chosen = selections_of(spec)
-    read = {
-        n for n in ir.operand_names(spec.node) if not any(s.owns(n) for s in chosen)
-    }
-    return read.union(*(s.operands for s in chosen))
+    return made

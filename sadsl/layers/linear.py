@@ -26,9 +26,10 @@ from sadsl.layers.linear_gates import (
     through,
 )
 from sadsl.layers.parts import Activation, gated_rms_norm, short_convolution
-from sadsl.run.call import attention
 from sadsl.run.linear_decoding import linear_state
 from sadsl.run.linear_state import LinearState
+from sadsl.sharding.call import attention_over
+from sadsl.sharding.mesh_axes import MeshAxes
 from sadsl.terms.features import FEATURES
 from sadsl.terms.recurrent import Recurrent
 
@@ -57,12 +58,14 @@ class Running(NamedTuple):
     Attributes:
       dtype: of the computation; promoted from input and parameters if None.
       impl, interpret, config: as in ``sadsl.attention``.
+      mesh_axes: as in ``SparseAttention``; of calls without a state.
     """
 
     dtype: DTypeLike | None = None
     impl: str | None = None
     interpret: Any = False
     config: KernelConfig | None = None
+    mesh_axes: MeshAxes | None = None
 
 
 @dataclass(frozen=True)
@@ -182,10 +185,14 @@ class LinearLayer:
         operands: dict[str, Array] = {}
         for gate in self.gates:
             operands.update(gate.operands(params, x))
-        found = attention(
+        stateful: dict[str, Any] = {}
+        if state is not None or return_state:
+            before = None if state is None else state.inner
+            stateful = {"state0": before, "return_state": return_state}
+        axes = None if stateful else running.mesh_axes
+        found = attention_over(axes)(
             q, k, v, self.spec, operands=operands,
-            q_segment_ids=segment_ids, kv_segment_ids=segment_ids,
-            state0=None if state is None else state.inner, return_state=return_state,
+            q_segment_ids=segment_ids, kv_segment_ids=segment_ids, **stateful,
             impl=running.impl, interpret=running.interpret, config=running.config,
         )  # fmt: skip
         out, inner = found if return_state else (found, None)

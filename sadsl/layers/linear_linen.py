@@ -21,6 +21,7 @@ from sadsl.layers import linear_models
 from sadsl.layers.linear import LinearLayer, LinearLayerState, Running
 from sadsl.layers.parts import Activation
 from sadsl.maps.base import IndexMap
+from sadsl.sharding.mesh_axes import MeshAxes
 from sadsl.terms.features import FeatureMap
 from sadsl.terms.recurrent import Recurrent
 
@@ -38,6 +39,7 @@ class RecurrentLayer(linen.Module):
     impl: str | None = None
     interpret: Any = False
     config: KernelConfig | None = None
+    mesh_axes: MeshAxes | None = None
 
     describe: ClassVar[Callable[..., LinearLayer]]
 
@@ -68,7 +70,9 @@ class RecurrentLayer(linen.Module):
             name: self.param(name, start, shape, self.param_dtype)
             for name, (shape, start) in layer.parameters().items()
         }
-        running = Running(self.dtype, self.impl, self.interpret, self.config)
+        running = Running(
+            self.dtype, self.impl, self.interpret, self.config, self.mesh_axes
+        )
         return layer(
             params, x, segment_ids=segment_ids, state=state,
             return_state=return_state, running=running,
@@ -95,7 +99,7 @@ class RecurrentLayer(linen.Module):
 # Fields that are no options of the functions that describe layers.
 NOT_OPTIONS = (
     "num_heads", "dtype", "param_dtype", "impl", "interpret", "config", "parent",
-    "name",
+    "name", "mesh_axes",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Integer
 from pallas_kernels.config import KernelConfig
 from sadsl.layers import linear_models
 from sadsl.layers.linear import LinearLayer, LinearLayerState, Running
+from sadsl.sharding.mesh_axes import MeshAxes
 from sadsl.terms.recurrent import Recurrent
 
 
@@ -39,12 +40,13 @@ class RecurrentLayer(nnx.Module):
         impl: str | None = None,
         interpret: Any = False,
         config: KernelConfig | None = None,
+        mesh_axes: MeshAxes | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
         """Makes the parameters; the class lists the arguments."""
         self.description = type(self).describe(features, num_heads, **options)
-        self.running = Running(dtype, impl, interpret, config)
+        self.running = Running(dtype, impl, interpret, config, mesh_axes)
         for name, (shape, start) in self.description.parameters().items():
             setattr(self, name, nnx.Param(start(rngs.params(), shape, param_dtype)))
 

@@ -24,7 +24,8 @@ from sadsl.layers.transforms import (
     token_positions,
     with_bias,
 )
-from sadsl.run.call import attention
+from sadsl.sharding.call import attention_over
+from sadsl.sharding.mesh_axes import MeshAxes
 from sadsl.terms.base import LayerSizes, Learned, Term
 
 
@@ -68,6 +69,7 @@ class SparseAttention(linen.Module):
     out_kernel_init: Callable[..., Any] | None = None
     bias_init: Callable[..., Any] = linen.initializers.zeros_init()
     out_bias_init: Callable[..., Any] | None = None
+    mesh_axes: MeshAxes | None = None
 
     def __post_init__(self) -> None:
         # Reads text once: Linen makes its copies of a module from these fields.
@@ -147,7 +149,8 @@ class SparseAttention(linen.Module):
         options |= {"sm_scale": around.scale, "impl": self.impl, "config": self.config}
         options["operands"] = {**self._given(x, sizes), **(options["operands"] or {})}
         if cache is None:
-            out = cast(Array, attention(q, k, v, self._term(dim), **options))
+            attend = attention_over(self.mesh_axes)
+            out = cast(Array, attend(q, k, v, self._term(dim), **options))
         else:
             cache, out = prefill(cache, q, k, v, **options)
         axes = around.gate_axes(sizes)

@@ -30,7 +30,8 @@ from sadsl.layers.transforms import (
     token_positions,
     with_bias,
 )
-from sadsl.run.call import attention
+from sadsl.sharding.call import attention_over
+from sadsl.sharding.mesh_axes import MeshAxes
 from sadsl.terms.base import LayerSizes, Term
 
 DEFAULT_KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -76,6 +77,8 @@ class SparseAttention(nnx.Module):
       dropout_rate: share of the attention weights that is dropped while
         ``deterministic`` is False.
       impl, config: as in ``sadsl.attention``.
+      mesh_axes: the devices that batch, heads and sequence are dealt over, as in
+        ``sadsl.sharded_attention``; of calls, not of ``decode``.
       rngs: where ``rngs.params`` and, for dropout, ``rngs.dropout`` come from.
 
     Raises:
@@ -120,6 +123,7 @@ class SparseAttention(nnx.Module):
         dropout_rate: float = 0.0,
         impl: str | None = None,
         config: KernelConfig | None = None,
+        mesh_axes: MeshAxes | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         """Makes the parameters and reads text once. The class lists the arguments."""
@@ -132,7 +136,7 @@ class SparseAttention(nnx.Module):
         self.transforms.check(self.sizes)
         self.in_features, self.transform_qk = in_features, transform_qk
         self.in_kv_features = in_kv_features or in_features
-        self.impl, self.config = impl, config
+        self.impl, self.config, self.mesh_axes = impl, config, mesh_axes
         # nnx.Module.train() and .eval() set the attribute of this name.
         self.deterministic = False
         self.dropout_rate = rate_checked(dropout_rate)
@@ -182,7 +186,7 @@ class SparseAttention(nnx.Module):
         q, k, v = self._before(x, x if kv is None else kv, at, self.transform_qk)
         asked = self.deterministic if deterministic is None else deterministic
         rate = 0.0 if asked else self.dropout_rate
-        out = attention(
+        out = attention_over(self.mesh_axes)(
             q, k, v, self.spec,
             q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids,
             operands={**self._given(x), **(operands or {})},

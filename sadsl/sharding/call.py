@@ -1,6 +1,7 @@
 """``sharded_attention``: attention whose arrays are dealt to the devices of a mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +12,16 @@ from lowering.partition.shards import Shards
 from pallas_kernels.config import KernelConfig
 from sadsl.run import checks
 from sadsl.run.backends import choose_impl
-from sadsl.run.call import Ids, Keys, Lse, Out, Queries, Values, given_arrays
+from sadsl.run.call import (
+    Ids,
+    Keys,
+    Lse,
+    Out,
+    Queries,
+    Values,
+    attention,
+    given_arrays,
+)
 from sadsl.run.operands import with_batch_axis
 from sadsl.run.types import QKV, Setting
 from sadsl.sharding import deal
@@ -48,9 +58,8 @@ def sharded_attention(
         ``attention``.
 
     Raises:
-      ValueError: the mesh lacks an axis, batch or heads are no multiple of theirs, or
-        as in ``attention``.
-      NotImplementedError: as in ``attention``.
+      ValueError: the mesh lacks an axis, or batch or heads do not fit theirs.
+      ValueError, NotImplementedError: as in ``attention``.
 
     Example:
       >>> import jax, jax.numpy as jnp, sadsl as sa
@@ -67,8 +76,7 @@ def sharded_attention(
     checks.precision(q.dtype, impl)
     given = given_arrays(operands, q_segment_ids, kv_segment_ids)
     _check_read(term, given)
-    functions = {n: x for n, x in given.items() if callable(x)}
-    arrays = {n: jnp.asarray(x) for n, x in given.items() if n not in functions}
+    functions, arrays = _kinds(given)
     arrays |= _log_decays(term, axes, q.shape[1])
     if axes.size(heads) > 1:
         term = of_local_heads(term, q.shape[2])
@@ -85,6 +93,21 @@ def sharded_attention(
     call = ShardedCall(term, axes, shards, setting, by_name, return_lse)
     _check_sizes(call, (q, k, v), arrays)
     return deal.run((q, k, v), arrays, functions, call)
+
+
+def attention_over(axes: MeshAxes | None) -> Callable[..., Any]:
+    """``attention``, or ``sharded_attention`` over the axes of a mesh."""
+    if axes is None:
+        return attention
+    where = {"batch": axes.batch, "heads": axes.heads, "sequence": axes.sequence}
+    return partial(sharded_attention, mesh=axes.mesh, **where)
+
+
+def _kinds(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The functions and the arrays among the operands."""
+    functions = {n: x for n, x in given.items() if callable(x)}
+    arrays = {n: jnp.asarray(x) for n, x in given.items() if n not in functions}
+    return functions, arrays
 
 
 def _with_batch_axis(
