@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from lm.checkpoints import Checkpoints, History, load_model
 from lm.data import Corpus
 from lm.mesh import ONE_DEVICE, check_lengths, devices_for, fitted, read_sizes
 from lm.model import ModelConfig, routing_for
-from lm.training import TrainConfig, compile_run, identity, train
+from lm.training import TrainConfig, compile_run, first_state, identity, train
 from train_runs import EXAMPLES, SPEC, losses, metrics, record, run, write_texts
 
 import sadsl as sa
@@ -129,10 +130,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["window", *(pytest.param(x, marks=pytest.mark.slow) for x in [*CASES][1:])],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_several_devices_train_as_one(case, tmp_path, standard):
     """And a checkpoint of eight devices goes on on one, and the other way round."""
     spec, sizes, config = CASES[case]
@@ -174,10 +173,22 @@ def test_a_batch_is_split_and_parameters_are_copied():
     assert (jax.random.key_data(copied["key"]) == jax.random.key_data(key)).all()
 
 
+def test_attention_sends_what_its_spec_asks_for(standard):
+    """The layers of a compiled model have the axes of the mesh."""
+    devices = on_mesh("batch=2,sequence=4", CONFIG)
+    graph, state = first_state(SPEC, SIZES, CONFIG, devices)
+    layer = nnx.merge(graph, state.params, state.others).blocks[0].attention
+    assert layer.mesh_axes == sa.MeshAxes(
+        devices.mesh, batch="batch", sequence="sequence"
+    )
+    assert ONE_DEVICE.axes is None
+
+
 # --- several processes ---
 
-# The script, in which one process of the first start kills itself: when step 23 is done,
-# or while all of them write the second checkpoint.
+BETWEEN, WRITING = "between checkpoints", "while a checkpoint is written"
+# The script, in which one process of the first start kills itself: when step 23 is
+# done, or while all of them write the second checkpoint.
 KILLED = f"""
 import os, signal, sys
 sys.path.insert(0, {str(EXAMPLES)!r})
@@ -204,7 +215,7 @@ async def async_save(self, directory, item=None, args=None):
         kill()
     return await save(self, directory, item, args)
 
-if WHERE == "between checkpoints":
+if WHERE == {BETWEEN!r}:
     train_lm.Metrics = Metrics
 else:
     JsonCheckpointHandler.async_save = async_save
@@ -270,25 +281,20 @@ def check_survivors(done, survivors):
     assert "there is no end of" not in done.stdout
 
 
-def run_killed(texts, out, launcher, victim, where="between checkpoints", **flags):
+def run_killed(texts, out, launcher, victim, where=BETWEEN, **flags):
     """A run in which the process ``victim``, a rank and of how many, kills itself."""
     program = "-c", f"VICTIM, WHERE = {victim!r}, {where!r}\n{KILLED}"
     launcher = *launcher, f"--heartbeat_timeout={HEARTBEAT}"
     return run(texts, out, program=program, launcher=launcher, batch_size=4, **flags)
 
 
-WRITING = "while a checkpoint is written"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "devices", "victim", "after", "mesh", "where"),
     [
-        pytest.param(
-            2, 2, 1, 1, "batch=-1,sequence=2", "between checkpoints", id="two"
-        ),
-        pytest.param(4, 1, 2, 2, "batch=-1", "between checkpoints", id="four"),
-        pytest.param(2, 1, 0, 1, "batch=-1", "between checkpoints", id="coordinator"),
+        pytest.param(2, 2, 1, 1, "batch=-1,sequence=2", BETWEEN, id="two"),
+        pytest.param(4, 1, 2, 2, "batch=-1", BETWEEN, id="four"),
+        pytest.param(2, 1, 0, 1, "batch=-1", BETWEEN, id="coordinator"),
         pytest.param(4, 1, 0, 2, "sequence=-1", WRITING, id="coordinator of four"),
         pytest.param(2, 1, 1, 1, "batch=-1", WRITING, id="two that write"),
     ],

@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sadsl import MeshAxes
+
 State = TypeVar("State")
 
 BATCH, SEQUENCE = "batch", "sequence"
@@ -112,6 +114,13 @@ class Devices:
     """
 
     mesh: Mesh | None = None
+
+    @property
+    def axes(self) -> MeshAxes | None:
+        """How attention lies on the mesh; None without one."""
+        if self.mesh is None:
+            return None
+        return MeshAxes(self.mesh, batch=BATCH, sequence=SEQUENCE)
 
     @property
     def everywhere(self) -> NamedSharding | None:

@@ -103,8 +103,16 @@ def text_of(spec: Spec) -> str:
     return ROUTING if isinstance(spec, Routing) else repr(spec)
 
 
-def attention_layer(config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> nnx.Module:
+def attention_layer(
+    config: ModelConfig,
+    spec: Spec,
+    rngs: nnx.Rngs,
+    mesh_axes: sa.MeshAxes | None = None,
+) -> nnx.Module:
     """The layer of a spec, with rotary positions but for heads that cluster by content.
+
+    With ``mesh_axes``, what devices send each other follows from the spec. Routing
+    layers leave that to XLA.
 
     Raises:
       ValueError: routing with fewer key heads than query heads, or with dropout.
@@ -113,7 +121,7 @@ def attention_layer(config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> nnx.Modu
         return SparseAttention(
             spec, config.num_heads, config.d_model,
             num_kv_heads=config.num_kv_heads, dtype=config.dtype, transform_qk=rotary,
-            dropout_rate=config.dropout_rate, rngs=rngs,
+            dropout_rate=config.dropout_rate, mesh_axes=mesh_axes, rngs=rngs,
         )  # fmt: skip
     if config.num_kv_heads != config.num_heads:
         raise ValueError(
@@ -134,11 +142,17 @@ def attention_layer(config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> nnx.Modu
 class Block(nnx.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
-    def __init__(self, config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: Spec,
+        rngs: nnx.Rngs,
+        mesh_axes: sa.MeshAxes | None,
+    ) -> None:
         norm = partial(nnx.RMSNorm, config.d_model, dtype=config.dtype, rngs=rngs)
         linear = partial(nnx.Linear, use_bias=False, dtype=config.dtype, rngs=rngs)
         self.attention_norm = norm()
-        self.attention = attention_layer(config, spec, rngs)
+        self.attention = attention_layer(config, spec, rngs, mesh_axes)
         self.mlp_norm = norm()
         self.up = linear(config.d_model, config.d_hidden)
         # Blocks that add nothing at first leave the embedding readable.
@@ -163,9 +177,18 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """The logits of the next byte at each position."""
+    """The logits of the next byte at each position.
 
-    def __init__(self, config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> None:
+    ``mesh_axes`` are those of its attention layers.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: Spec,
+        rngs: nnx.Rngs,
+        mesh_axes: sa.MeshAxes | None = None,
+    ) -> None:
         # Embeds a byte and the byte before it. So pairs of bytes, which a small model
         # takes long to find by attention, are known from the start.
         embed = partial(
@@ -174,7 +197,7 @@ class LanguageModel(nnx.Module):
         )  # fmt: skip
         self.embed, self.embed_before = embed(), embed()
         self.blocks = nnx.List(
-            Block(config, spec, rngs) for _ in range(config.num_layers)
+            Block(config, spec, rngs, mesh_axes) for _ in range(config.num_layers)
         )
         self.norm = nnx.RMSNorm(config.d_model, dtype=config.dtype, rngs=rngs)
         # A head of zeros starts at exactly eight bits a byte. Its sums stay float32.

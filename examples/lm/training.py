@@ -149,13 +149,16 @@ def identity(
 
 
 def first_state(
-    spec: Spec, sizes: ModelConfig, config: TrainConfig
+    spec: Spec,
+    sizes: ModelConfig,
+    config: TrainConfig,
+    devices: Devices = ONE_DEVICE,
 ) -> tuple[nnx.GraphDef, State]:
     """The structure of the model, and its state before the first step.
 
     Weights depend on the seed alone; the structure is the same for every seed.
     """
-    model = LanguageModel(sizes, spec, nnx.Rngs(config.seed))
+    model = LanguageModel(sizes, spec, nnx.Rngs(config.seed), devices.axes)
     graph, params, others = nnx.split(model, nnx.Param, ...)
     return graph, State(params, config.optimizer().init(params), others)
 
@@ -199,10 +202,10 @@ def compile_run(
 ) -> Compiled:
     """Makes the model and compiles its steps, for use with every seed.
 
-    On several devices XLA divides the program of one device, and adds what they send
-    each other: losses and gradients are the same up to rounding.
+    On several devices, attention sends what its spec asks for, and XLA divides the rest
+    of the program: losses and gradients are the same up to rounding.
     """
-    graph, state = first_state(spec, sizes, config)
+    graph, state = first_state(spec, sizes, config, devices)
     optimizer = config.optimizer()
     bits_of = partial(bits_per_byte, spread=devices.spread)
 
