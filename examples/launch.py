@@ -130,6 +130,7 @@ class Group:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
+                process_group=0,  # a kill reaches what it started, too
             )
             self.processes.append(process)
             self.relays.append(_thread(_relay, rank, process.stdout))
@@ -152,7 +153,7 @@ class Group:
         """Kills the processes that run, and returns their ranks."""
         running = [i for i, x in enumerate(self.processes) if x.poll() is None]
         for rank in running:
-            self.processes[rank].kill()
+            os.killpg(self.processes[rank].pid, signal.SIGKILL)
         return running
 
     def watch(self, seconds: float) -> Ended | None:
