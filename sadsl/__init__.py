@@ -83,6 +83,8 @@ from sadsl.selections import threshold as threshold
 from sadsl.selections import topk as topk
 from sadsl.sharding.call import sharded_attention as sharded_attention
 from sadsl.sharding.mesh_axes import MeshAxes as MeshAxes
+from sadsl.sharding.plan import ShardPlan as ShardPlan
+from sadsl.sharding.plan import shard_plan as shard_plan
 from sadsl.terms.biases import alibi as alibi
 from sadsl.terms.biases import bias as bias
 from sadsl.terms.biases import distance_bias as distance_bias
@@ -138,6 +140,7 @@ __all__ = [
     "MeshAxes",
     "Plan",
     "Properties",
+    "ShardPlan",
     "Softmax",
     "Tile",
     "alibi",
@@ -211,6 +214,7 @@ __all__ = [
     "scatter_mean",
     "segments",
     "select",
+    "shard_plan",
     "sharded_attention",
     "sinks",
     "softmax",

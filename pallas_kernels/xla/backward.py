@@ -179,8 +179,8 @@ def gradient_of_added(
 
 def add_keys(
     totals: tuple[Float[Array, "b h blocks d k"], ...],
-    gradients: tuple[Float[Array, "b h gq slots_k"], ...],
-    queries: tuple[Float[Array, "b h gq d"], ...],
+    gradients: tuple[Float[Array, "b h _ slots_k"], ...],
+    queries: tuple[Float[Array, "b h _ d"], ...],
     block: Int32[Array, " slots"],
 ) -> tuple[Float[Array, "b h blocks d k"], ...]:
     """Adds ``queries^T gradients`` to the blocks of keys of ``block``, in order.

@@ -15,7 +15,7 @@ from sadsl.run.mixtures import gates_of, weighed
 from sadsl.run.softmax import sinks_of
 from sadsl.run.types import Outcome
 from sadsl.selections.base import selections_of
-from sadsl.sharding.over_keys import by_query, over_keys, whole_arrays
+from sadsl.sharding.over_keys import over_keys, whole_arrays
 from sadsl.sharding.shard import Shard
 from sadsl.sharding.whole import whole
 from sadsl.terms.base import Spec, read_by
@@ -49,8 +49,6 @@ def _(term: IndexMap, shard: Shard) -> Outcome:
 @attend_shard.register
 def _(term: Softmax, shard: Shard) -> Outcome:
     """A softmax over own and received keys; the sink counts once."""
-    if not by_query(term, shard):
-        return whole(term, shard)
     found = over_keys(replace(term, sink=None), shard)
     if term.sink is None:
         return found
@@ -62,7 +60,7 @@ def _(term: Softmax, shard: Shard) -> Outcome:
 @attend_shard.register(Latent)
 @attend_shard.register(LocalLinear)
 def _(term: Latent | LocalLinear, shard: Shard) -> Outcome:
-    return over_keys(term, shard) if by_query(term, shard) else whole(term, shard)
+    return over_keys(term, shard)
 
 
 @attend_shard.register

@@ -143,7 +143,15 @@ def _check_choices(spec: IndexMap) -> None:
 
 @of_local_heads.register
 def _(spec: Bias, num_heads: int) -> Bias:
-    return LocalBias(spec, num_heads)
+    score = spec.score(num_heads)
+    atoms = [x for x in nodes.walk(score) if isinstance(x, nodes.ATOMS)]
+    by_head = any(
+        "h" in ir.axes(i) and not (isinstance(x, nodes.Weights) and i == ir.H)
+        for x in atoms
+        for i in nodes.indices(x)
+    )
+    by_head = by_head or score != spec.score(2 * num_heads)
+    return LocalBias(spec, num_heads) if by_head else spec
 
 
 @of_local_heads.register
@@ -227,6 +235,21 @@ def decays_of(spec: Any) -> np.ndarray | None:
             "operands, or use heads=None"
         )
     return known[0] if known else None
+
+
+def may_deal_heads(spec: Any) -> bool:
+    """Whether ``of_local_heads`` takes a spec, whatever the number of its heads."""
+    try:
+        of_local_heads(spec, 1)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def depends_on_heads(spec: Any) -> bool:
+    """Whether heads have different maps or biases."""
+    found = of_local_heads(spec, 1) if may_deal_heads(spec) else None
+    return found != spec
 
 
 def _depends(node: ir.Pred) -> bool:

@@ -26,6 +26,7 @@ class Shard:
         the entries of the shard, along ``axes[name].tokens``.
       axes: the axes of these arrays.
       setting: the options of the call.
+      queries: the positions of the queries; None if they are those of the shard.
     """
 
     axis: str
@@ -34,6 +35,7 @@ class Shard:
     given: Mapping[str, Any]
     axes: Mapping[str, OperandAxes]
     setting: Setting
+    queries: Int[Array, " q"] | None = None
 
     @property
     def index(self) -> Int[Array, ""]:
@@ -44,6 +46,13 @@ class Shard:
     def first_query(self) -> Int[Array, ""]:
         """The position of the first query of this shard."""
         return jnp.int32(self.index * self.shards.q_size)
+
+    @property
+    def query_positions(self) -> Int[Array, " q"]:
+        """The position of each query, int32."""
+        if self.queries is not None:
+            return self.queries
+        return self.first_query + jnp.arange(self.shards.q_size, dtype=jnp.int32)
 
     @property
     def first_key(self) -> Int[Array, ""]:

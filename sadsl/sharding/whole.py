@@ -1,5 +1,7 @@
 """Runs a call whole on every device, for terms that cannot be dealt."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -20,10 +22,7 @@ def whole(term: Spec, shard: Shard) -> Outcome:
     inputs = [
         shard.gathered(x, 1, n) for x, n in zip(shard.inputs, lengths, strict=True)
     ]
-    given = shard.of(term)
-    sizes = {"q": shards.q_seq_len, "k": shards.kv_seq_len}
-    for name, (axis, role) in shard.by_token(term).items():
-        given[name] = shard.gathered(given[name], axis, sizes[role])
+    given = arrays_of_all(term, shard)
     q, k, v = inputs
     found = attend(term, (q, k, v), given, shard.setting)
 
@@ -34,3 +33,12 @@ def whole(term: Spec, shard: Shard) -> Outcome:
         return jax.lax.dynamic_slice_in_dim(jnp.pad(x, pads), at, shards.q_size, axis)
 
     return Outcome(own(found.out, 1), None if found.lse is None else own(found.lse, 2))
+
+
+def arrays_of_all(term: Spec, shard: Shard) -> dict[str, Any]:
+    """The arrays that a term reads, with the entries of all tokens."""
+    given = shard.of(term)
+    sizes = {"q": shard.shards.q_seq_len, "k": shard.shards.kv_seq_len}
+    for name, (axis, role) in shard.by_token(term).items():
+        given[name] = shard.gathered(given[name], axis, sizes[role])
+    return given

@@ -1,45 +1,15 @@
 """A sharded call equals the call on one device, in values and gradients."""
 
-from typing import Any, NamedTuple
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from sharded_calls import Case, arrays, compared, floats, ids, integers_of
 
 import sadsl as sa
 
 C = sa.causal()
 SEQUENCE = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))
-
-
-class Case(NamedTuple):
-    """A spec, the length of a call, and functions of it that make the arrays."""
-
-    spec: Any
-    n: int = 61
-    operands: Any = None
-    options: Any = None
-
-
-def rng(seed=0):
-    return np.random.default_rng(seed)
-
-
-def ids(n):
-    found = np.sort(rng(7).integers(0, 5, size=(2, n)), axis=1).astype(np.int32)
-    return {"q_segment_ids": found, "kv_segment_ids": found}
-
-
-def floats(*shape):
-    return rng(5).normal(size=shape).astype(np.float32)
-
-
-def integers_of(n):
-    return rng(6).integers(0, 3, size=(2, n)).astype(np.int32)
-
-
 NEAR_AND_SINKS = C & (sa.window(9) | sa.sinks(2))
 LABELS = sa.where(lambda q, k: sa.operand("x")[q] == sa.operand("x")[k])
 HALVES = sa.where(lambda q, k: sa.operand("y")[k // 2] > 0)
@@ -101,23 +71,6 @@ CASES = {
         lambda n: {"beta": abs(floats(2, n, 2)) % 1}, ids,
     ),
 }  # fmt: skip
-
-
-def arrays(n, heads=2, kv_heads=2, batch=2, dim=8):
-    shapes = ((batch, n, h, dim) for h in (heads, kv_heads, kv_heads))
-    return tuple(jnp.asarray(floats(*s) * (i + 1)) for i, s in enumerate(shapes))
-
-
-def with_gradients(call, inputs):
-    out, pull = jax.vjp(call, *inputs)
-    return (out, *pull(jnp.cos(out)))
-
-
-def compared(call, whole, inputs, atol=3e-5):
-    found = jax.jit(lambda *x: with_gradients(call, x))(*inputs)
-    wanted = jax.jit(lambda *x: with_gradients(whole, x))(*inputs)
-    for a, b in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(a, b, rtol=3e-5, atol=atol)
 
 
 @pytest.mark.sample(9)
