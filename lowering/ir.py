@@ -8,84 +8,85 @@ expression that builds a node again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeGuard, assert_never, overload
+
+from lowering.hashing import Hashed, TableEntries, node
 
 Axis = Literal["q", "k", "h", "n"]
 Side = Literal["q", "k"]
 
 
-@dataclass(frozen=True, slots=True)
-class Var:
+@node
+class Var(Hashed):
     """Position of the query or the key, index of the head, or the number of keys."""
 
     axis: Axis
 
 
-@dataclass(frozen=True, slots=True)
-class Const:
+@node
+class Const(Hashed):
     """An integer constant."""
 
     value: int
 
 
-@dataclass(frozen=True, slots=True)
-class Add:
+@node
+class Add(Hashed):
     """``left + right``."""
 
     left: "Expr"
     right: "Expr"
 
 
-@dataclass(frozen=True, slots=True)
-class Mul:
+@node
+class Mul(Hashed):
     """``expr * factor``."""
 
     expr: "Expr"
     factor: int
 
 
-@dataclass(frozen=True, slots=True)
-class FloorDiv:
+@node
+class FloorDiv(Hashed):
     """``expr // divisor``, rounded down; the divisor is positive."""
 
     expr: "Expr"
     divisor: int
 
 
-@dataclass(frozen=True, slots=True)
-class Mod:
+@node
+class Mod(Hashed):
     """``expr % divisor`` in ``0 .. divisor - 1``; the divisor is positive."""
 
     expr: "Expr"
     divisor: int
 
 
-@dataclass(frozen=True, slots=True)
-class Min:
+@node
+class Min(Hashed):
     """The smaller of ``left`` and ``right``."""
 
     left: "Expr"
     right: "Expr"
 
 
-@dataclass(frozen=True, slots=True)
-class Max:
+@node
+class Max(Hashed):
     """The larger of ``left`` and ``right``."""
 
     left: "Expr"
     right: "Expr"
 
 
-@dataclass(frozen=True, slots=True)
-class Log2:
+@node
+class Log2(Hashed):
     """The floor of the binary logarithm of ``expr``, or 0 where that is below 1."""
 
     expr: "Expr"
 
 
-@dataclass(frozen=True, slots=True)
-class Within:
+@node
+class Within(Hashed):
     """``expr``, which must take exactly the values 0 .. ``size - 1``.
 
     ``verify`` checks that it does; ``simplify`` then drops the node.
@@ -95,19 +96,19 @@ class Within:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+@node
+class Table(Hashed):
     """``values[index]``: a constant table; the index lies within it."""
 
     values: tuple[int, ...]
     index: "Expr"
 
-    def __hash__(self) -> int:  # of a few entries: there may be a million
-        return hash((len(self.values), self.values[:8], self.index))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", TableEntries.of(self.values))
 
 
-@dataclass(frozen=True, slots=True)
-class Operand:
+@node
+class Operand(Hashed):
     """A run-time array at ``index``: one expression for each axis after the batch axis.
 
     An empty index reads one value for each batch row. An axis that is indexed by the
@@ -118,82 +119,82 @@ class Operand:
     index: "tuple[Expr, ...]"
 
 
-@dataclass(frozen=True, slots=True)
-class Hoisted:
+@node
+class Hoisted(Hashed):
     """A vector over the queries or the keys that is computed outside of the kernel."""
 
     axis: Side
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class HoistedBits:
+@node
+class HoistedBits(Hashed):
     """One bit for every pair, computed outside of the kernel."""
 
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class Bool:
+@node
+class Bool(Hashed):
     """True: all pairs attend. False: no pair does."""
 
     value: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Le:
+@node
+class Le(Hashed):
     """``left <= right``."""
 
     left: "Expr"
     right: "Expr"
 
 
-@dataclass(frozen=True, slots=True)
-class Eq:
+@node
+class Eq(Hashed):
     """``left == right``."""
 
     left: "Expr"
     right: "Expr"
 
 
-@dataclass(frozen=True, slots=True)
-class In:
+@node
+class In(Hashed):
     """``expr`` is one of ``values``, which are sorted in ascending order."""
 
     expr: "Expr"
     values: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class PowerOfTwo:
+@node
+class PowerOfTwo(Hashed):
     """``expr`` is 1, 2, 4, 8, ..."""
 
     expr: "Expr"
 
 
-@dataclass(frozen=True, slots=True)
-class And:
+@node
+class And(Hashed):
     """All of the terms hold."""
 
     terms: tuple["Pred", ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Or:
+@node
+class Or(Hashed):
     """At least one of the terms holds."""
 
     terms: tuple["Pred", ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Not:
+@node
+class Not(Hashed):
     """The term does not hold."""
 
     term: "Pred"
 
 
-@dataclass(frozen=True, slots=True)
-class ByHead:
+@node
+class ByHead(Hashed):
     """Head ``h`` of ``num_heads`` has term ``h * len(terms) // num_heads``."""
 
     terms: tuple["Pred", ...]

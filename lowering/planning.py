@@ -9,7 +9,7 @@ squares: neither the area of the pattern nor the length of its boundary.
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import lcm
+from math import lcm, prod
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,10 @@ BUDGET = 1 << 18
 # Squares are split into halves if there are so many of them, else into quarters: that
 # takes more levels, and asks about fewer squares.
 MANY = 1000
+# Into more parts than that if no more squares than these are then looked at.
+AT_ONCE = 1024
+# A period is a product of 2 and these.
+PRIMES = (31, 29, 23, 19, 17, 13, 11, 7, 5, 3)
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def squares(node: ir.Pred, sizes: BlockSizes, exact: bool) -> Tree:
         levels.append(Parts(size, kind.reshape(i.shape), height * width))
         if not len(first):
             return Tree(tuple(levels))
-        parts = _num_parts(size, period, few=len(first) < MANY)
+        parts = _num_parts(size, period, len(first))
         size //= parts
         steps = np.arange(parts) * size
         shape = (len(first), parts, parts)
@@ -170,17 +174,23 @@ def _period(node: ir.Pred, sizes: BlockSizes) -> int:
 
 
 def _is_smooth(n: int) -> bool:
-    """Whether ``n`` is a product of 2, 3, 5 and 7, and no power of two."""
+    """Whether ``n`` is a product of small primes, and no power of two."""
     odd = n // (n & -n)
-    return odd > 1 and pow(3 * 5 * 7, odd.bit_length(), odd) == 0
+    return odd > 1 and pow(prod(PRIMES), odd.bit_length(), odd) == 0
 
 
-def _num_parts(size: int, period: int, *, few: bool) -> int:
-    """Into how many parts each side of a square is split."""
+def _num_parts(size: int, period: int, count: int) -> int:
+    """Into how many parts each side of ``count`` squares is split.
+
+    Few squares are split into many parts: a level takes some time however small it is.
+    """
     wide = size // period if size > period else size
     if wide % 2:
-        return next(n for n in (7, 5, 3) if wide % n == 0)
-    return SPLIT if few and wide % SPLIT == 0 else 2
+        return next(n for n in PRIMES if wide % n == 0)
+    fits = (n for n in (16, 8, 4) if wide % n == 0 and count * n * n <= AT_ONCE)
+    if (parts := next(fits, None)) is not None:
+        return parts
+    return SPLIT if count < MANY and wide % SPLIT == 0 else 2
 
 
 class _Undecided(NamedTuple):

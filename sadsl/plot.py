@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from lowering.facts.plan_counts import Plan
 from pallas_kernels.block_mask import expand
 from sadsl.analysis.properties import Properties
+from sadsl.sharding.plan import ShardPlan
 from sadsl.terms.base import Spec
 from sadsl.text.specs import map_of
 
@@ -100,6 +101,47 @@ def weights(
     sums = found.sum(axis=1)
     note = f"{np.mean(found > 0):.1%} of the pairs; rows sum to {_range(sums)}"
     _label(ax, note, "key", "query", title)
+    return ax
+
+
+def traffic(plan: ShardPlan, *, part: int = 0, ax: Axes | None = None) -> Axes:
+    """Draws which device sends keys to which, for one part of a plan of shards.
+
+    A cell is the number of keys that the device of its row gets of that of its column.
+    Own keys are grey. In a ring and in an all-to-all every device sends to every other.
+
+    Args:
+      plan: of ``sadsl.shard_plan``.
+      part: which of its parts.
+      ax: where to draw; a new figure if None.
+
+    Example:
+      >>> import matplotlib.pyplot as plt
+      >>> plt.switch_backend("Agg")  # no display
+      >>> import sadsl as sa, sadsl.plot
+      >>> plan = sa.shard_plan(sa.causal() & sa.window(100), 4096, 8)
+      >>> ax = sadsl.plot.traffic(plan)
+      >>> ax.get_title().splitlines()[1]
+      'halo of 128 keys before and 0 after'
+      >>> plt.close(ax.figure)
+    """
+    found = plan.parts[part]
+    count = plan.shards.count
+    if found.route is None or found.route.way != "parts":
+        keys = np.full((count, count), plan.shards.kv_size)
+        np.fill_diagonal(keys, 0)
+    else:
+        keys = found.route.parts.traffic
+    ax = _axes(ax)
+    ax.set_facecolor(EMPTY)
+    shown = np.ma.masked_equal(keys, 0)
+    norm = LogNorm(vmin=1, vmax=max(2, plan.shards.kv_size))
+    ax.imshow(shown, cmap="YlGnBu", norm=norm, aspect="equal")
+    ax.imshow(
+        np.ma.masked_equal(np.eye(count), 0), cmap=ListedColormap(["#bdbdb8"]),
+        aspect="equal",
+    )  # fmt: skip
+    _label(ax, found.how, "sender", "receiver", repr(found.spec))
     return ax
 
 

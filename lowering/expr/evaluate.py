@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import lru_cache, reduce
 from types import ModuleType
 from typing import Any, ClassVar, assert_never
 
@@ -73,11 +73,11 @@ class NumPy(_Positions):
 
     def table(self, values: tuple[int, ...], index: Any) -> Any:
         """``values[index]``, clipped: the index of padding may be outside."""
-        return np.take(np.asarray(values, np.int64), index, mode="clip")
+        return np.take(array_of(values), index, mode="clip")
 
     def isin(self, x: Any, values: tuple[int, ...]) -> Any:
         """Whether ``x`` is one of ``values``."""
-        return np.isin(x, np.asarray(values, np.int64))
+        return np.isin(x, array_of(values))
 
     def constant(self, value: bool) -> Any:
         """All pairs, or none."""
@@ -267,3 +267,11 @@ def _truth(node: ir.Pred, at: NumPy | Jax, seen: dict[ir.Expr, Any]) -> Any:
 def _array(test: Any, at: NumPy | Jax) -> Any:
     """``test`` as an array: of a Python bool, ``~`` would make an int."""
     return at.constant(test) if isinstance(test, bool) else test
+
+
+@lru_cache(maxsize=64)
+def array_of(values: tuple[int, ...]) -> np.ndarray:
+    """Entries as an int64 array, made once."""
+    found = np.array(values, np.int64)
+    found.flags.writeable = False
+    return found

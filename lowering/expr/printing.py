@@ -1,5 +1,6 @@
 """Prints a node as the Python expression that builds it again."""
 
+from functools import lru_cache
 from typing import assert_never
 
 from lowering.ir import (
@@ -9,6 +10,7 @@ from lowering.ir import (
     ByHead,
     Const,
     Eq,
+    Expr,
     FloorDiv,
     Hoisted,
     HoistedBits,
@@ -27,6 +29,7 @@ from lowering.ir import (
     Table,
     Var,
     Within,
+    rewrite,
 )
 
 
@@ -110,3 +113,20 @@ def _tight(node: Node) -> str:
     atoms += (PowerOfTwo,)
     negative = isinstance(node, Const) and node.value < 0
     return text if isinstance(node, atoms) and not negative else f"({text})"
+
+
+@lru_cache(maxsize=1 << 14)
+def sort_key(atom: Expr) -> tuple[bool, str]:
+    """Sorts atoms of a sum: variables come first, and all of them by name."""
+    if isinstance(atom, Var):
+        return False, atom.axis
+    return True, show(rewrite(atom, _short_table))
+
+
+def _short_table(node: Node) -> Node | None:
+    """A long table cut to its length and hash, which are quick to print."""
+    match node:
+        case Table(values, index) if len(values) > 16:
+            short = len(values), hash(values)
+            return Table(short, rewrite(index, _short_table))
+    return None

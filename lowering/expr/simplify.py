@@ -5,17 +5,22 @@ An integer becomes a sum of atoms with coefficients, and a comparison becomes
 bounds on the same sum merge. Each rule below has its formula above it.
 """
 
+from collections.abc import Mapping
+from functools import lru_cache
 from math import gcd
 from typing import assert_never
 
 from lowering import ir
-from lowering.expr.printing import show
+from lowering.expr.printing import sort_key
 from lowering.expr.static_range import span
 
 # Coefficients by atom: a variable, quotient, remainder, minimum, look-up ...
-Sum = dict[ir.Expr, int]
+Sum = Mapping[ir.Expr, int]
+# The passes ask about the same parts again and again.
+REMEMBERED = 1 << 14
 
 
+@lru_cache(maxsize=REMEMBERED)
 def simplify(node: ir.Pred) -> ir.Pred:
     """An equal predicate in normal form; heads stay as they are."""
     match node:
@@ -48,6 +53,7 @@ def integer(node: ir.Expr) -> ir.Expr:
     return build(*sum_of(node))
 
 
+@lru_cache(maxsize=REMEMBERED)
 def sum_of(node: ir.Expr) -> tuple[Sum, int]:
     """The expression as nonzero coefficients of atoms, and a constant."""
     match node:
@@ -152,24 +158,9 @@ def _pick(
     return {kind(build(*a), build(*b)): 1}, 0
 
 
-def _key(atom: ir.Expr) -> tuple[bool, str]:
-    if isinstance(atom, ir.Var):
-        return False, atom.axis
-    return True, show(ir.rewrite(atom, _short_table))
-
-
-def _short_table(node: ir.Node) -> ir.Node | None:
-    """A long table cut to its length and hash, which are quick to print."""
-    match node:
-        case ir.Table(values, index) if len(values) > 16:
-            short = len(values), hash(values)
-            return ir.Table(short, ir.rewrite(index, _short_table))
-    return None
-
-
 def build(total: Sum, constant: int) -> ir.Expr:
     """The sum as an expression: positive factors first, then by name."""
-    order = sorted(total.items(), key=lambda xf: (xf[1] < 0, _key(xf[0])))
+    order = sorted(total.items(), key=lambda xf: (xf[1] < 0, sort_key(xf[0])))
     parts = [x if f == 1 else ir.Mul(x, f) for x, f in order]
     if constant or not parts:
         parts.append(ir.Const(constant))
@@ -217,7 +208,7 @@ def _eq(a: ir.Expr, b: ir.Expr) -> ir.Pred:
         return ir.Bool(False)
     total = {x: f // common for x, f in total.items()}
     # One of the two signs, so that equal conditions are equal nodes.
-    sign = -1 if total[min(total, key=_key)] < 0 else 1
+    sign = -1 if total[min(total, key=sort_key)] < 0 else 1
     total = {x: f * sign for x, f in total.items()}
     left, right = build(total, 0), sign * -constant // common
     low, high = span(left)
@@ -365,6 +356,7 @@ def _opposed(terms: tuple[ir.Pred, ...], *, neutral: bool) -> bool:
     return False
 
 
+@lru_cache(maxsize=REMEMBERED)
 def _minus(expr: ir.Expr) -> ir.Expr:
     return build(*_scale(sum_of(expr), -1))
 

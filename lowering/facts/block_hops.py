@@ -23,6 +23,8 @@ MOST_BLOCKS = 512
 MOST_CUTS = 8
 # At most so many queries and keys are examined for "each query has some key there".
 MOST_ROWS = 1 << 22
+# At most so many pairs of diagonal blocks are evaluated.
+MOST_PAIRS = 1 << 28
 
 
 def hops_of_blocks(node: ir.Pred, n: int, *, causal: bool) -> Hops:
@@ -78,7 +80,7 @@ def _on_blocks(node: ir.Pred, n: int, size: int, *, causal: bool) -> Hops:
     starts, lengths = edges[:-1], np.diff(edges)
     num = len(starts)
     at = _blocks(node, n, starts, lengths)
-    inner = _inside(node, starts, lengths) if causal else 1
+    inner = _inside(node, starts, lengths) if causal else (1, 1)
     target = np.tri(num, k=-1, dtype=bool) if causal else np.ones((num, num), bool)
     weight = (target * np.outer(lengths, lengths)).astype(np.float64)
     total = n * (n + 1) / 2 if causal else float(n) * n
@@ -93,12 +95,12 @@ def _on_blocks(node: ir.Pred, n: int, size: int, *, causal: bool) -> Hops:
     least, upper = search(
         Doubling((at.some,), lambda a, b: (product(a[0], b[0]),), done, share)
     )
-    if least is None or inner is None:
+    if least is None or inner[0] is None:
         return Hops(None, None, shares({}, upper, rest))
     most, lower = search(Doubling((at.all, at.rows, at.columns), _further, done, share))
     if most is not None:
-        most = max(most, inner)
-    return Hops(max(least, inner), most, shares(lower, upper, rest))
+        most = None if inner[1] is None else max(most, inner[1])
+    return Hops(max(least, inner[0]), most, shares(lower, upper, rest))
 
 
 def _further(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> tuple:
@@ -121,15 +123,25 @@ def _both(a: Hops, b: Hops) -> Hops:
     return Hops(max(a.least, b.least), most, finer.reach)
 
 
-def _inside(node: ir.Pred, starts: np.ndarray, lengths: np.ndarray) -> int | None:
-    """Hops within the diagonal blocks of a causal map, which paths never leave."""
+def _inside(
+    node: ir.Pred, starts: np.ndarray, lengths: np.ndarray
+) -> tuple[int | None, int | None]:
+    """Bounds of the hops in the diagonal blocks of a causal map: paths stay inside.
+
+    The first is None if some pair is never reached. The second is None if the blocks
+    have too many pairs to look at: then all that is known is that a hop is needed.
+    """
+    if int((lengths.astype(np.int64) ** 2).sum()) > MOST_PAIRS:
+        return 1, None
     inner = np.arange(lengths.max())
-    q = starts[:, None] + np.minimum(inner, lengths[:, None] - 1)
-    q, k = q[:, :, None], q[:, None, :]
-    pairs = evaluate(node, NumPy(q, k)) | (q == k)
-    pairs = np.broadcast_to(pairs, (*q.shape[:2], len(inner)))
-    different = {x.tobytes(): x for x in pairs}
-    return search(on_pairs(np.stack([*different.values()]), causal=True))[0]
+    different = {}
+    for start, length in zip(starts, lengths, strict=True):
+        q = start + np.minimum(inner, length - 1)
+        pairs = evaluate(node, NumPy(q[:, None], q[None, :]))
+        pairs = pairs | (q[:, None] == q[None, :])
+        different[pairs.tobytes()] = pairs
+    found = search(on_pairs(np.stack([*different.values()]), causal=True))[0]
+    return found, found
 
 
 def _blocks(

@@ -6,7 +6,7 @@ orders. A slot is a place in the new order. Slots that hold no position are padd
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 
 import jax
@@ -55,7 +55,7 @@ class Layout:
                 "multiply to at least that, and the radices to at least the size"
             )
 
-    @property
+    @cached_property
     def radices(self) -> tuple[int, ...]:
         """The radices of all digits, axis after axis."""
         return tuple(r for axis in self.axes for r in axis.radices)
@@ -133,6 +133,7 @@ class Layout:
         return f"[{before}] -> [{after}]"
 
 
+@lru_cache(maxsize=4096)
 def places(radices: tuple[int, ...]) -> tuple[int, ...]:
     """The place value of each digit."""
     return tuple(prod(radices[i + 1 :]) for i in range(len(radices)))

@@ -25,7 +25,7 @@ MOST_OF_ALL = 0.75
 MOST_PERMUTES = 64
 # A halo is taken instead of sends where it has at most this factor of their bytes: it
 # needs no copy by index, and kernels see one span of positions.
-HALO_FACTOR = 1.5
+HALO_FACTOR = 1.25
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,32 @@ class Exchange:
         sent = sum(send.size for send in self.sends)
         granules = self.before + self.after + SUM * len(self.shared) + sent
         return granules * self.shards.granule
+
+    @property
+    def traffic(self) -> np.ndarray:
+        """The keys that each shard gets of each other one, int ``[shards, shards]``.
+
+        A row is a receiver and a column is a sender. Shared keys count for all.
+        """
+        shards = self.shards
+        count, size = shards.count, shards.granules
+        found = np.zeros((count, count), np.int64)
+        if self.everything:
+            found[:] = size
+        for s in range(count):
+            for low, high in (
+                (s * size - self.before, s * size),
+                ((s + 1) * size, (s + 1) * size + self.after),
+            ):
+                for g in range(max(0, low), min(count * size, high)):
+                    found[s, g // size] += 1
+            for send in self.sends:
+                sender = (s - send.distance) % count
+                found[s, sender] += sum(g >= 0 for g in send.granules[sender])
+        for granule in self.shared:
+            found[:, granule // size] += 1
+        np.fill_diagonal(found, 0)
+        return found * shards.granule
 
     @property
     def permutes(self) -> int:

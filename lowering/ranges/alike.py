@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowering import ir
-from lowering.expr.evaluate import floor_log2
+from lowering.expr.evaluate import array_of, floor_log2
 from lowering.ranges.verdicts import Analysis
 
 # Keys of rectangles stay below this bound, which int64 can hold.
@@ -213,7 +213,7 @@ class _Bits:
 @lru_cache(maxsize=16)
 def _even_parts(values: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The entries, and up to which one the distance to the next stays the same."""
-    entries = np.asarray(values, np.int64)
+    entries = array_of(values)
     steps = np.diff(entries)
     if not len(steps):
         return entries, np.zeros(1, np.int64)

@@ -5,12 +5,17 @@ Whether one of them lies in a range of values tells exactly whether a comparison
 ``table[q // 64] == k // 64`` holds for some pair of a rectangle.
 """
 
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import NamedTuple
 
 import numpy as np
 
 from lowering import ir
+from lowering.expr.evaluate import array_of
+
+# So many entries are tried one by one.
+FEW = 4
 
 
 class Held(NamedTuple):
@@ -32,10 +37,17 @@ def held(
 ) -> Held:
     """Whether one of the entries ``first .. last`` has a value in ``low .. high``.
 
-    The entries are taken in groups of one size, a power of two, which is that of the
-    blocks of a square: two groups hold those that are asked for, and most often one.
+    A few entries are tried one by one. Others are taken in groups of one size, a power
+    of two, which is that of the blocks of a square: two groups hold those that are
+    asked for, and most often one.
     """
-    width = 1 << int(np.max(last - first, initial=0)).bit_length()
+    most = int(np.max(last - first, initial=0))
+    if most < FEW:
+        entries = array_of(values)
+        found = [entries[np.minimum(first + i, last)] for i in range(most + 1)]
+        some = reduce(or_, [(low <= x) & (x <= high) for x in found])
+        return Held(some, np.ones(len(some), bool))
+    width = 1 << most.bit_length()
     groups = _sorted_groups(values, width)
     of, end = first // width, last // width
     some = groups.have(of, low, high)
@@ -66,7 +78,7 @@ class _Groups(NamedTuple):
 
 @lru_cache(maxsize=32)
 def _sorted_groups(values: tuple[int, ...], width: int) -> _Groups:
-    entries = np.array(values, np.int64)
+    entries = array_of(values)
     least = int(entries.min())
     span = int(entries.max()) - least + 2
     keys = np.arange(len(entries)) // width * span + (entries - least)

@@ -52,18 +52,69 @@ class Tree:
         return int(visited.sum()), int(partial.sum())
 
     def rows(self, num_rows: int, num_columns: int, *, across: bool = False) -> RunRows:
-        """The runs of every row of blocks, or of every column if ``across``."""
-        found = RunRows(np.zeros(1, np.int64), np.zeros(0, np.int64))
-        last = self.levels[-1].size
-        found = _with_plain(found, last)
-        for level, above in zip(self.levels[:0:-1], self.levels[-2::-1], strict=True):
+        """The runs of every row of blocks, or of every column if ``across``.
+
+        The rows of squares up to some size are joined from those of their parts, each
+        square once. From these squares the rows are then joined in one step.
+        """
+        last = self._joint()
+        found = _with_plain(_no_rows(), self.levels[-1].size)
+        for n in range(len(self.levels) - 1, last, -1):
+            level, above = self.levels[n], self.levels[n - 1]
             kind = np.swapaxes(level.kind, 1, 2) if across else level.kind
             found = _with_plain(_joined(kind, level.size, found), above.size)
-        root = int(self.levels[0].kind.item()) * self.levels[0].size
-        ptr = found.ptr[root : root + num_rows + 1]
-        runs = found.runs[ptr[0] : ptr[-1]]
-        over = np.maximum(((runs & LOW) >> 1) - num_columns, 0)
-        return RunRows(ptr - ptr[0], runs - (over << 1))
+        i, j, kind = self._occurring(last)
+        i, j = (j, i) if across else (i, j)
+        size = self.levels[last].size
+        inside = (i * size < num_rows) & (j * size < num_columns)
+        i, j, kind = i[inside], j[inside], kind[inside]
+        order = np.lexsort((j, i))
+        found = _placed(i[order], j[order], kind[order], size, found, num_rows)
+        over = np.maximum(((found.runs & LOW) >> 1) - num_columns, 0)
+        return found._replace(runs=found.runs - (over << 1))
+
+    def _joint(self) -> int:
+        """The level from which rows are joined at once: the one of least cost.
+
+        It costs the rows of different squares below, and those of all squares above.
+        """
+        below = np.array([level.kind.size * level.size for level in self.levels])
+        below = below.sum() - np.cumsum(below)
+        # How often each square of a level occurs; blocks of uniform ones above.
+        times, plain, costs = np.ones(1, np.int64), 0, []
+        for level in self.levels:
+            of = np.repeat(times, level.kind[0].size)
+            kind = level.kind.ravel()
+            split = kind >= FIRST
+            plain += int(of[(kind != EMPTY) & ~split].sum()) * level.size**2
+            times = np.bincount(kind[split] - FIRST, of[split]).astype(np.int64)
+            costs.append(int(times.sum()) * level.size + plain // level.size)
+        return int(np.argmin(np.array(costs) + below))
+
+    def _occurring(self, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where squares of a level are, in their size, and their kinds: ``[squares]``.
+
+        Empty squares are left out.
+        """
+        i = j = np.zeros(1, np.int64)
+        kind = np.full(1, FIRST, np.int64)
+        size = self.levels[0].size
+        for level in self.levels[: last + 1]:
+            parts = size // level.size if level is not self.levels[0] else 1
+            step = np.arange(parts)
+            shape = (len(kind), parts, parts)
+            i = np.broadcast_to((i * parts)[:, None, None] + step[:, None], shape)
+            j = np.broadcast_to((j * parts)[:, None, None] + step, shape)
+            split = kind >= FIRST
+            new = np.broadcast_to(kind[:, None, None], shape).copy()
+            new[split] = level.kind[kind[split] - FIRST]
+            taken = new != EMPTY
+            i, j, kind, size = i[taken], j[taken], new[taken], level.size
+        return i, j, kind
+
+
+def _no_rows() -> RunRows:
+    return RunRows(np.zeros(1, np.int64), np.zeros(0, np.int64))
 
 
 def _total(level: Parts, counted: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -116,3 +167,32 @@ def _merged(ptr: np.ndarray, runs: np.ndarray) -> RunRows:
     runs = (runs[heads] & ~LOW) | (runs[last] & LOW)
     kept = np.concatenate([[0], np.cumsum(~joins[:-1])])
     return RunRows(kept[ptr], runs)
+
+
+def _placed(
+    i: np.ndarray,
+    j: np.ndarray,
+    kind: np.ndarray,
+    size: int,
+    parts: RunRows,
+    num_rows: int,
+) -> RunRows:
+    """The rows of a plan from its squares, sorted by ``i``, then by ``j``."""
+    count = np.bincount(i, minlength=-(-num_rows // size))
+    of_row = np.repeat(count, size)[:num_rows]
+    ptr = np.append(0, np.cumsum(of_row))
+    row = np.repeat(np.arange(num_rows), of_row)
+    # The squares of a row are those of the first row of its squares.
+    square = (
+        np.arange(len(row))
+        + (np.repeat(np.cumsum(count) - count, size)[:num_rows] - ptr[:-1])[row]
+    )
+    part = kind[square] * size + row % size
+    first = parts.ptr[part]
+    length = parts.ptr[part + 1] - first
+    ends = np.append(0, np.cumsum(length))
+    at = np.repeat(first - ends[:-1], length)
+    at += np.arange(len(at))
+    runs = parts.runs[at]
+    runs += np.repeat(j[square] * (size * STEP), length)
+    return _merged(ends[ptr], runs)

@@ -8,15 +8,11 @@ above it; ``[l, h]`` is the range of an operand.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, NamedTuple, assert_never
 
 import numpy as np
-from jax import lax
 
 from lowering import ir
-from lowering.expr.evaluate import floor_log2
-from lowering.host_first import is_known, look_up
 from lowering.ranges.digit_reads import (
     Read,
     Reads,
@@ -26,6 +22,7 @@ from lowering.ranges.digit_reads import (
     places_of,
     shared_axes,
 )
+from lowering.ranges.extremes import bounds_of, integers, log2_of
 
 # A run-time array may hold any int32: -ANYTHING .. ANYTHING - 1.
 ANYTHING = 1 << 31
@@ -63,13 +60,16 @@ class Ranges:
 
     ``leaf`` is the smallest (queries, keys) of a leaf tile. ``operands`` gives the
     range ``(low, high)`` of a run-time array (hoisted or not) over each rectangle,
-    where known; for hoisted bits, whether some may hold and whether all do.
+    where known; for hoisted bits, whether some may hold and whether all do. ``rough``:
+    only the ends and the step are wanted, and ``tight``, ``dense``, ``covers`` and
+    ``reads`` say nothing.
     """
 
     at: Rectangles
     leaf: tuple[int, int] = (1, 1)
     xp: Any = np
     operands: Mapping[ir.Operand | ir.Hoisted | ir.HoistedBits, tuple] | None = None
+    rough: bool = False
     # Digits of positions occur in many comparisons; each is analysed once.
     seen: dict[ir.Expr, Range] = field(default_factory=dict, compare=False)
     boxes: dict[tuple[str, tuple[int, ...]], Any] = field(
@@ -153,6 +153,8 @@ class Ranges:
 
     # [l, h] + [m, i] == [l + m, h + i]
     def _add(self, a: Range, b: Range) -> Range:
+        if self.rough:
+            return _ends(a.low + b.low, a.high + b.high, int(np.gcd(a.step, b.step)))
         free = self.free(a.reads, b.reads)
         if free is True:
             return self._add_free(a, b)
@@ -209,6 +211,8 @@ class Ranges:
     def _floor_div(self, a: Range, n: int) -> Range:
         low, high = _div(a.low, n), _div(a.high, n)
         step = a.step // n if a.step % n == 0 else 1
+        if self.rough:
+            return _ends(low, high, step)
         close = a.step % n == 0 or a.step <= n
         dense = a.dense & (close | (low == high))
         covers = -(-a.covers // n) if a.step == 1 else 1
@@ -222,6 +226,8 @@ class Ranges:
         least = _rem(a.low, step)
         low = self.xp.where(same, _rem(a.low, n), least)
         high = self.xp.where(same, _rem(a.high, n), n - step + least)
+        if self.rough:
+            return _ends(low, high, step)
         # n / step consecutive values, a.step apart, take every possible residue.
         wraps = a.high - a.low + a.step >= (n // step) * a.step
         keeps_step = a.step == step
@@ -233,29 +239,26 @@ class Ranges:
     # min([l, h], [m, i]) == [min(l, m), min(h, i)], and the same of max
     def _pick(self, pick: Any, a: Range, b: Range) -> Range:
         low, high = pick(a.low, b.low), pick(a.high, b.high)
+        step = a.step if a.step == b.step == 1 else 1
+        if self.rough:
+            return _ends(low, high, step)
         # One operand is the result throughout, or the two vary independently.
         apart = (a.high <= b.low) | (b.high <= a.low)
         free = self.free(a.reads, b.reads)
         tight = a.tight & b.tight & (apart | free)
-        step = a.step if a.step == b.step == 1 else 1
         dense = a.dense & b.dense & (a.step == 1) & (b.step == 1)
         dense = (dense & (apart | free)) | (tight & (low == high))
         return Range(low, high, step, tight, dense, 1, a.reads | b.reads)
 
     # floor_log2([l, h]) == [floor_log2(l), floor_log2(h)]; no value is skipped
     def _log2(self, a: Range) -> Range:
-        low, high = (self._floor_log2(x) for x in (a.low, a.high))
+        low, high = (log2_of(self.xp, x) for x in (a.low, a.high))
         dense = a.dense & ((a.step == 1) | (low == high))
         return Range(low, high, 1, a.tight, dense, 1, a.reads)
 
-    def _floor_log2(self, x: Any) -> Any:
-        if is_known(x):
-            return integers(self.xp, floor_log2(x))
-        return 31 - lax.clz(self.xp.maximum(x, 1))
-
     # table[[l, h]] == [min(table[l .. h]), max(table[l .. h])]
     def _table(self, values: tuple[int, ...], index: Range) -> Range:
-        low, high = _table_bounds(self.xp, values, index.low, index.high)
+        low, high = bounds_of(self.xp, values, index.low, index.high)
         tight = index.dense & (index.step == 1)
         dense = (low == high) | (tight & (high - low <= 1))
         return Range(low, high, 1, tight, dense, 1, index.reads)
@@ -267,6 +270,8 @@ class Ranges:
             at = self.at.q_min * 0
             return Range(at - ANYTHING, at + (ANYTHING - 1), 1, False, False, 1, reads)
         low, high = self.operands[node]
+        if self.rough:
+            return _ends(low, high, 1)
         return Range(low, high, 1, True, (high - low) <= 1, 1, reads)
 
     def with_entry(self, table: ir.Table, entry: Any) -> "Ranges":
@@ -278,9 +283,9 @@ class Ranges:
         return replace(self, seen={table: fixed})
 
 
-def integers(xp: Any, values: Any) -> Any:
-    """``values`` as int64 when planning (NumPy), as int32 at run time."""
-    return np.asarray(values, np.int64) if xp is np else xp.asarray(values, np.int32)
+def _ends(low: Any, high: Any, step: int) -> Range:
+    """A range of which only the ends and the step are known."""
+    return Range(low, high, step, False, False, 1, frozenset())
 
 
 def _div(x: Any, n: int) -> Any:
@@ -291,36 +296,3 @@ def _div(x: Any, n: int) -> Any:
 def _rem(x: Any, n: int) -> Any:
     """``x % n``; for a power of two a bitwise and, which is several times faster."""
     return x % n if n & (n - 1) else x & (n - 1)
-
-
-@lru_cache(maxsize=64)
-def _sparse_table(values: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Minima and maxima of ``2**level`` entries from each on, ``[levels, entries]``."""
-    low = [np.asarray(values, np.int64)]
-    high = [low[0]]
-    width = 1
-    while 2 * width <= len(values):
-        for rows, pick in ((low, np.minimum), (high, np.maximum)):
-            row = rows[-1].copy()
-            row[:-width] = pick(row[:-width], rows[-1][width:])
-            rows.append(row)
-        width *= 2
-    return np.stack(low), np.stack(high)
-
-
-def _table_bounds(
-    xp: Any, values: tuple[int, ...], first: Any, last: Any
-) -> tuple[Any, Any]:
-    """The least and greatest of ``values[first .. last]``, by two look-ups each.
-
-    A range of entries is the union of two overlapping ones of ``2**level`` entries.
-    """
-    low, high = (integers(xp, t) for t in _sparse_table(values))
-    first, last = (xp.clip(i, 0, len(values) - 1) for i in (first, last))
-    floor_log2 = integers(xp, np.frexp(np.arange(1, len(values) + 1))[1] - 1)
-    level = look_up(floor_log2, last - first)
-    other = last - 2**level + 1
-    return (
-        xp.minimum(look_up(low, level, first), look_up(low, level, other)),
-        xp.maximum(look_up(high, level, first), look_up(high, level, other)),
-    )

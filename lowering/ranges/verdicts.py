@@ -6,7 +6,7 @@ decide. Each rule below has its formula above it; ``[l, h]`` is a range.
 """
 
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import and_, or_
 from typing import Any, NamedTuple, assert_never
 
@@ -28,7 +28,8 @@ class Verdict(NamedTuple):
     ``none``: it holds for no pair. ``all``: it holds for all pairs. ``hit``: it surely
     holds for some pair. ``miss``: it surely fails for some pair. ``hits`` and
     ``misses``: the same for every leaf tile inside the rectangle. False means unknown.
-    ``reads`` are the positions and digits that the predicate depends on.
+    ``reads`` are the positions and digits that the predicate depends on. Of rough
+    ranges, ``none`` and ``all`` alone are wanted, and the others say nothing.
     """
 
     none: Any
@@ -45,10 +46,8 @@ class Analysis:
     """Computes verdicts on rectangles: one object a level, called on predicates."""
 
     ranges: Ranges
-    # The comparisons seen so far, by their identity, which the node itself keeps.
-    seen: dict[int, tuple[ir.Pred, Verdict]] = field(
-        default_factory=dict, compare=False
-    )
+    # The predicates seen so far: maps of several heads have many parts in common.
+    seen: dict[ir.Pred, Verdict] = field(default_factory=dict, compare=False)
 
     @property
     def at(self) -> Rectangles:
@@ -57,10 +56,10 @@ class Analysis:
 
     def __call__(self, node: ir.Pred) -> Verdict:
         """The verdict on ``node``, whose heads are resolved."""
-        found = self.seen.get(id(node))
+        found = self.seen.get(node)
         if found is None:
-            found = self.seen[id(node)] = node, self._verdict(node)
-        return found[1]
+            found = self.seen[node] = self._verdict(node)
+        return found
 
     def _verdict(self, node: ir.Pred) -> Verdict:
         table = _table_of(node)
@@ -128,6 +127,8 @@ class Analysis:
     # none(A & B) if none(A) or none(B);  all(A & B) if all(A) and all(B)
     # hit(A & B)  if all(A) and hit(B), or if A and B are independent and both hit
     def _and(self, a: Verdict, b: Verdict) -> Verdict:
+        if self.ranges.rough:
+            return _only(a.none | b.none, a.all & b.all)
         hit = (a.all & b.hit) | (b.all & a.hit)
         hits = (a.all & b.hits) | (b.all & a.hits)
         free = self.ranges.free(a.reads, b.reads)
@@ -208,6 +209,8 @@ class Analysis:
     def _le(self, expr: ir.Expr, value: int) -> Verdict:
         r = self.ranges(expr)
         none, everything = r.low > value, r.high <= value
+        if self.ranges.rough:
+            return _only(none, everything)
         hits, misses = everything, none
         cycle = _cycle(expr, r)
         if cycle is not None:
@@ -244,6 +247,8 @@ class Analysis:
         # At run time h - l may overflow 32 bits, and the width be less than 1.
         found = members > 0
         everything = found & (members == (r.high - r.low) // r.step + 1)
+        if self.ranges.rough:
+            return _only(~found, everything)
         hit = everything | (r.dense & found)
         miss = ~found | (r.dense & ~everything)
         if len(values) == 1:  # both ends are attained, and at most one is the value
@@ -270,6 +275,8 @@ class Analysis:
         first = inner.low + (residue - inner.low) % divisor
         found = first <= inner.high
         everything = (first == inner.low) & ((inner.low == inner.high) | (divisor == 1))
+        if self.ranges.rough:
+            return _only(~found, everything)
         periodic = inner.covers >= divisor
         hits = everything | (found & periodic)
         misses = ~found | ((inner.covers > 1) & (divisor > 1) & ~everything)
@@ -284,11 +291,17 @@ class Analysis:
         )
 
 
+def _only(none: Any, every: Any) -> Verdict:
+    """What rough ranges tell."""
+    return Verdict(none, every, False, False, False, False, frozenset())
+
+
 def negate(v: Verdict) -> Verdict:
     """The verdict on the negation."""
     return Verdict(v.all, v.none, v.miss, v.hit, v.misses, v.hits, v.reads)
 
 
+@lru_cache(maxsize=4096)
 def _membership(node: ir.Pred) -> tuple[ir.Expr, tuple[int, ...]] | None:
     """The expression and the few values of which it has to take one, or None."""
     match node:
@@ -301,6 +314,7 @@ def _membership(node: ir.Pred) -> tuple[ir.Expr, tuple[int, ...]] | None:
     return None
 
 
+@lru_cache(maxsize=4096)
 def _table_of(node: ir.Pred) -> ir.Table | None:
     """The one table of a comparison whose other parts read other axes, or None."""
     if not isinstance(node, ir.Le | ir.Eq | ir.In):

@@ -22,14 +22,23 @@ def random_blocks(
       ``num_random`` tables, each with one key block for each query block.
     """
     rng = np.random.default_rng(seed)
-    rows = []
-    for q in range(num_blocks):
-        before = np.arange(num_global, max(num_global, q - side))
-        after = np.arange(max(num_global, q + side + 1), num_blocks)
-        others = np.concatenate([before, after])
-        drawn = rng.permutation(others)[:num_random].tolist()
-        rows.append(drawn + [q] * (num_random - len(drawn)))
-    return list(zip(*rows, strict=True))
+    q = np.arange(num_blocks)
+    before = np.maximum(q - side - num_global, 0)
+    count = before + np.maximum(num_blocks - np.maximum(num_global, q + side + 1), 0)
+    # Which of the other blocks: rows with a repetition are drawn again.
+    drawn = np.zeros((num_blocks, num_random), np.int64)
+    left = np.flatnonzero(count >= 2 * num_random)
+    while len(left):
+        drawn[left] = rng.integers(0, count[left, None], (len(left), num_random))
+        ordered = np.sort(drawn[left], axis=1)
+        left = left[(ordered[:, 1:] == ordered[:, :-1]).any(axis=1)]
+    after = np.maximum(num_global, q + side + 1) - before
+    blocks = np.where(drawn < before[:, None], num_global, after[:, None]) + drawn
+    for i in np.flatnonzero(count < 2 * num_random):
+        others = np.arange(num_global, num_blocks)
+        few = rng.permutation(others[np.abs(others - i) > side])[:num_random]
+        blocks[i] = np.pad(few, (0, num_random - len(few)), constant_values=i)
+    return [tuple(column) for column in blocks.T.tolist()]
 
 
 def big_bird(
@@ -61,13 +70,13 @@ def big_bird(
       >>> spec = catalog.big_bird(8, 1, num_global=1, num_random=1)
       >>> print(spec.dense(8)[0].astype(int))
       [[1 1 1 1 1 1 1 1]
-       [1 1 1 0 0 0 0 1]
-       [1 1 1 1 1 0 0 0]
-       [1 1 1 1 1 0 0 0]
-       [1 0 0 1 1 1 1 0]
-       [1 0 0 1 1 1 1 0]
+       [1 1 1 0 0 0 1 0]
+       [1 1 1 1 0 0 1 0]
+       [1 0 1 1 1 1 0 0]
+       [1 0 1 1 1 1 0 0]
+       [1 1 0 0 1 1 1 0]
        [1 1 0 0 0 1 1 1]
-       [1 0 0 0 0 1 1 1]]
+       [1 1 0 0 0 0 1 1]]
     """
     side = num_window // 2
     drawn = random_blocks(num_blocks, side, num_global, num_random, seed)

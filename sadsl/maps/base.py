@@ -346,7 +346,8 @@ class Permuted(IndexMap):
 
     @override
     def pairs(self, q: Symbol, k: Symbol, h: Symbol) -> Truth:
-        at_q, at_k = ir.Table(self.order, q.node), ir.Table(self.order, k.node)
+        order = ir.TableEntries(self.order)  # one object for both
+        at_q, at_k = ir.Table(order, q.node), ir.Table(order, k.node)
         return Truth(ir.substitute(self.a.node, {"q": at_q, "k": at_k}))
 
     @override

@@ -229,7 +229,7 @@ def table(values: Iterable[Any]) -> Any:
         raise ValueError("table(()): a table needs at least one value: give some")
     if any(isinstance(v, float) for v in found):
         return TableNumbers(tuple(map(number, found)))
-    return TableValues(tuple(integer(v, "table") for v in found))
+    return TableValues(ir.TableEntries(integer(v, "table") for v in found))
 
 
 def operand(name: str) -> OperandArray:

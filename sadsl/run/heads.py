@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from sadsl.run import dropout_seeds
+from sadsl.run import dropout_seeds, merging
 from sadsl.run.attend import attend, choose
 from sadsl.run.types import QKV, Outcome, Setting
 from sadsl.terms.base import Spec, read_by
@@ -53,9 +52,7 @@ def _(term: Heads, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> O
         # With one key, the first heads of all parts would drop the same pairs.
         mine = dropout_seeds.of_part(read_by(spec, given), i)
         found.append(attend(spec, (q, k, v), mine, setting))
-    lses = [each.lse for each in found if each.lse is not None]
-    lse = jnp.concatenate(lses, axis=1) if len(lses) == len(found) else None
-    return Outcome(jnp.concatenate([each.out for each in found], axis=2), lse)
+    return merging.beside(found)
 
 
 @choose.register

@@ -25,6 +25,13 @@ def merge(parts: Sequence[Outcome]) -> Outcome:
     return Outcome(*_merge(tuple(part.out for part in parts), lses))
 
 
+def beside(parts: Sequence[Outcome]) -> Outcome:
+    """The outcomes of neighbouring heads, joined; an lse if all have one."""
+    out = jnp.concatenate([part.out for part in parts], axis=2)
+    lses = [part.lse for part in parts if part.lse is not None]
+    return Outcome(out, jnp.concatenate(lses, 1) if len(lses) == len(parts) else None)
+
+
 @jax.jit
 def _merge(outs: tuple[Array, ...], lses: tuple[Array, ...]) -> tuple[Array, Array]:
     """Merges ``[batch, q_seq, heads, dim]`` by lses ``[batch, heads, q_seq]``."""

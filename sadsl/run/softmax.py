@@ -16,7 +16,14 @@ from pallas_kernels import dispatch
 from pallas_kernels.precision import wide, widened
 from pallas_kernels.shared_values import loaded_once
 from sadsl.maps.base import IndexMap
-from sadsl.run import dropout_seeds, lists, merging, observed, reference
+from sadsl.run import (
+    dropout_seeds,
+    head_orders,
+    lists,
+    merging,
+    observed,
+    reference,
+)
 from sadsl.run.attend import attend, choose
 from sadsl.run.content import chosen_parts, with_parts
 from sadsl.run.kernels import choose_tiles, kernel_call, prepare
@@ -50,7 +57,7 @@ def _(
         q = scaled(inputs[0], term.scale, problem_of(inputs, setting), given)
         term = replace(term, scale=None)
         return attend(term, (q, *inputs[1:]), read_by(term, given), setting)
-    inputs = _with_values(term, inputs)
+    given_inputs, inputs = inputs, _with_values(term, inputs)
     options = options_of(inputs, term, setting)
     handled_here = (term.sink, *dropout_seeds.NAMES)
     operands = {name: x for name, x in given.items() if name not in handled_here}
@@ -59,8 +66,14 @@ def _(
         arrays |= {n: given[n] for n in dropout_seeds.NAMES if n in given}
         arrays[DROPOUT_KEY] = dropout_seeds.key_words(given[DROPOUT_KEY])
     arrays |= traced_scale(setting)
-    found = observed.noted(options, inputs)
-    out, lse = found or traced(*inputs, arrays, options=options)
+    parts = head_orders.ranges(options, inputs)
+    if parts:
+        each = [attend(p.term, p.of(given_inputs), {}, setting) for p in parts]
+        found = merging.beside(each)
+        out, lse = found.out, found.lse
+    else:
+        zeros = observed.noted(options, inputs)
+        out, lse = zeros or traced(*inputs, arrays, options=options)
     if term.sink is None:
         return Outcome(out, lse)
     return merging.with_sink(out, lse, sinks_of(term, given, inputs[0]))

@@ -227,7 +227,7 @@ def _encoded(value: Any) -> Any:
         held = list(value)
     else:
         return value
-    named = [type(value).__name__] if type(value) is not tuple else []
+    named = [type(value).__name__] if type(value).__name__ in KINDS else []
     return [*named, *map(_encoded, held)]
 
 

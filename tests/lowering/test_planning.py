@@ -14,6 +14,7 @@ import sadsl as sa
 from lowering import pipeline, planning
 from lowering.expr import heads
 from lowering.ranges import refine
+from lowering.ranges.quadtree import Tree
 from lowering.ranges.ranges import Rectangles
 from pallas_kernels.block_mask import EMPTY, FULL, PARTIAL, check, expand
 from sadsl import catalog
@@ -264,7 +265,30 @@ def test_of_equal_squares_one_is_split(spec):
     assert sum(len(level.kind) for level in tree.levels) < 3000
 
 
-@pytest.mark.parametrize("period", [3, 12, 15, 35])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        sa.causal() & (sa.window(90) | sa.strided(40)),
+        sa.where(lambda q, k: (q * 7 + k * 5) % 31 == 0) | sa.sinks(40),
+        sa.blocks(48) & sa.causal(),
+    ],
+    ids=repr,
+)
+def test_rows_are_the_same_from_whichever_level_they_are_joined(
+    spec, across, monkeypatch
+):
+    sizes = planning.BlockSizes(500, 500, 8, 8)
+    tree = planning.squares(simplified(spec, 500, 500), sizes, exact=True)
+    usual = tree.rows(*sizes.num_blocks, across=across)
+    for last in range(len(tree.levels)):
+        monkeypatch.setattr(Tree, "_joint", lambda _, last=last: last)
+        found = tree.rows(*sizes.num_blocks, across=across)
+        np.testing.assert_array_equal(found.ptr, usual.ptr)
+        np.testing.assert_array_equal(found.runs, usual.runs)
+
+
+@pytest.mark.parametrize("period", [3, 12, 15, 17, 35, 46])
 def test_squares_are_as_wide_as_a_period_that_is_no_power_of_two(period):
     """Plans stay the same, and the tree has a square of this width."""
     n, frame = 12 * 8 * period, 8 * period

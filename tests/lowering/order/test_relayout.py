@@ -17,6 +17,7 @@ from lowering.expr.evaluate import NumPy, evaluate
 from lowering.expr.simplify import integer, simplify
 from lowering.order import candidates, digits, relayout
 from lowering.order.digit_parts import DigitParts
+from lowering.order.judge import Judge
 from lowering.order.layout import Axis, Layout
 from pallas_kernels.block_mask import EMPTY, FULL, expand
 
@@ -111,8 +112,9 @@ def test_digits_are_written_back_exactly():
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Any gain pays, however small the problem."""
+    """Any gain pays, however small the problem, and none is foreseen to be none."""
     monkeypatch.setattr(relayout, "PAYS", 0)
+    monkeypatch.setattr(relayout, "SURELY_NOT", 2)
     caches = relayout.arrange, pipeline.arrange
     for cached in caches:
         cached.cache_clear()
@@ -291,7 +293,7 @@ def test_the_judge_counts_exactly_where_it_looks_at_all_rows(spec):
     n, sizes = 1024, planning.BlockSizes(1024, 1024, 128, 8)
     stages = pipeline.run(spec.node, pipeline.Problem(n, n, 1))
     maps = relayout.Maps(tuple(stages.planned.maps), (0,))
-    judge = relayout._Judge(maps, digits.read_sides(maps.nodes, n, n), sizes)
+    judge = Judge(maps, digits.read_sides(maps.nodes, n, n), sizes)
     every = [candidates.given(judge.sides), *candidates.fronts(judge.sides)]
     for layouts, found in zip(every, judge._estimates(every, 1000), strict=True):
         arranged = relayout.write(maps, layouts)

@@ -117,3 +117,15 @@ def test_keys_of_several_steps_stay_with_their_query():
         shards = Shards(8, n, 3 * n)
         assert shards.ratio == 3
         assert shards.kv_size == 3 * shards.q_size
+
+
+@given(composed(), st.integers(20, 90))
+def test_traffic_counts_the_keys_of_other_shards(spec, n):
+    shards = Shards(4, n, n)
+    found = exchange(nodes_of(spec, shards), shards)
+    has = received(found).reshape(4, 4, shards.granules).sum(axis=2)
+    np.fill_diagonal(has, 0)
+    wanted = has * shards.granule
+    # A granule that arrives twice, as a shared one in a halo, counts twice.
+    assert (found.traffic >= wanted).all()
+    assert ((found.traffic > 0) == (wanted > 0)).all()

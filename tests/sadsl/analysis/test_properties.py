@@ -90,8 +90,9 @@ def test_random_maps(spec, n, causal):
     strategies.SIZES,
     st.booleans(),
     st.sampled_from([1, 4, 16, 512]),
+    st.sampled_from([0, 1 << 28]),
 )
-def test_hops_without_a_dense_map(spec, n, causal, most_blocks):
+def test_hops_without_a_dense_map(spec, n, causal, most_blocks, most_pairs):
     """The methods for long sequences, at lengths that the definition can do."""
     spec = sa.causal() & spec if causal else spec
     node = simplify(ir.substitute(spec.node, {"n": ir.Const(n)}))
@@ -101,6 +102,7 @@ def test_hops_without_a_dense_map(spec, n, causal, most_blocks):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hops, "SHORT", 0)
         patch.setattr(block_hops, "MOST_BLOCKS", most_blocks)
+        patch.setattr(block_hops, "MOST_PAIRS", most_pairs)
         found = hops.hops(node, n, causal=causal)
     if expected is None:
         assert found.least is None or found.most is None
