@@ -1,7 +1,7 @@
 """Traces, lowers and compiles functions for chips that this machine lacks."""
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -53,17 +53,25 @@ def tpu_device(target: str) -> Any:
     chip = find(target)
     if chip.topology is None:
         raise ValueError(f"target={target!r} is not a TPU")
+    return tpu_devices(chip.topology)[0]
+
+
+def tpu_devices(topology: str) -> Sequence[Any]:
+    """The devices of a topology such as "v5e:16x16"; this needs libtpu, but no TPU.
+
+    Raises:
+      RuntimeError: libtpu is missing, or knows no such topology.
+    """
     try:
         with _shared_libtpu():
-            topology = topologies.get_topology_desc(
-                platform="tpu", topology_name=chip.topology
-            )
+            found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:
         raise RuntimeError(
-            f"libtpu could not describe {chip.topology!r}, so nothing compiles for "
-            f"{target!r}; `pip install libtpu` if it is missing ({error})"
+            f"libtpu could not describe {topology!r}, so nothing compiles for it: name "
+            "another topology, or `pip install libtpu` if it is missing "
+            f"({error})"
         ) from error
-    return topology.devices[0]
+    return found.devices
 
 
 def lower_for(fn: Callable[..., Any], args: tuple, target: str) -> jax.stages.Lowered:

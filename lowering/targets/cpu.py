@@ -31,7 +31,7 @@ def hot_loops(hlo: str) -> tuple[HloLoop, ...]:
     A program without such a loop has the entry instead, if it has products.
     """
     lines = hlo.splitlines()
-    spans = _computations(lines)
+    spans = computations(lines)
     bodies = {m[1] for line in lines if (m := BODY.search(line))}
 
     def products(name: str, loops: bool) -> int:
@@ -59,8 +59,8 @@ def hot_loops(hlo: str) -> tuple[HloLoop, ...]:
     return tuple(sorted(found, key=lambda loop: loop.first))
 
 
-def _computations(lines: list[str]) -> dict[str, tuple[int, int]]:
-    """The first and last line of each computation."""
+def computations(lines: list[str]) -> dict[str, tuple[int, int]]:
+    """The first and the last line of each computation of an HLO."""
     found: dict[str, tuple[int, int]] = {}
     name, start = "", 0
     for at, line in enumerate(lines):

@@ -50,8 +50,8 @@ def check_agreement(
 
     Example:
       >>> import sadsl as sa
-      >>> mine = check_agreement(sa.causal() & sa.window(8), {"seed": 0})
-      >>> mine == check_agreement("causal() & window(8)", {"seed": 0})
+      >>> mine = sa.check_agreement(sa.causal() & sa.window(8), {"seed": 0})
+      >>> mine == sa.check_agreement("causal() & window(8)", {"seed": 0})
       True
     """
     said = {} if spec is None else {"spec": _text("spec", any_term(spec))}

@@ -27,6 +27,7 @@ from sadsl.terms.summaries import PLAIN, Summaries
 
 # Names of run-time arrays that no operand of a caller can have.
 VALID, SOME = "regions.valid", "regions.some"
+INHABITED = where(lambda q, k: OperandArray(SOME)[k] != 0)
 
 
 @attend.register
@@ -71,8 +72,18 @@ def _regions(
     term: Summaries, inputs: QKV, given: Mapping[str, Any], setting: Setting
 ) -> Entries:
     """The entries of a partition that is known without content."""
+    return regions_of(term, inputs, given, setting, _valid(term, given, inputs))
+
+
+def regions_of(
+    term: Summaries, inputs: QKV, given: Mapping[str, Any], setting: Setting,
+    valid: Array | None,
+) -> Entries:  # fmt: skip
+    """The entries of a partition that is known without content.
+
+    ``valid``, bool ``[batch or 1, n]``, says which tokens there are; None: all.
+    """
     _, k, v = inputs
-    valid = _valid(term, given, inputs)
     members, seen = (
         of(k.shape[1]) for of in (term.partition.members, term.partition.seen)
     )
@@ -80,7 +91,7 @@ def _regions(
     of_seen: dict[str, Array] = {}
     if valid is not None:
         members &= where(lambda q, k: OperandArray(VALID)[k] != 0)
-        seen &= where(lambda q, k: OperandArray(SOME)[k] != 0)
+        seen &= INHABITED
         of_members[VALID] = valid
         of_seen[SOME] = pools.counted(valid, partition=term.partition) > 0
     once = replace(setting, dropout_rate=0.0)

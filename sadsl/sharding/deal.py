@@ -16,6 +16,7 @@ from sadsl.run import dropout_seeds
 from sadsl.run.attend import attend
 from sadsl.run.types import QKV, Outcome, Setting
 from sadsl.sharding import recurrent as recurrent
+from sadsl.sharding import summaries as summaries
 from sadsl.sharding.attend import attend_shard
 from sadsl.sharding.head_parts import HEADS, local_heads
 from sadsl.sharding.mesh_axes import MeshAxes

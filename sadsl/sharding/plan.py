@@ -15,6 +15,7 @@ from lowering.problem import Problem
 from sadsl.maps.base import IndexMap
 from sadsl.sharding.operand_axes import operand_axes
 from sadsl.sharding.routes import Route, ShardSizes, route
+from sadsl.sharding.summaries import makes_own_regions
 from sadsl.terms.base import Spec
 from sadsl.terms.heads import Heads
 from sadsl.terms.latent import Latent
@@ -23,6 +24,7 @@ from sadsl.terms.mixtures import Joint, Mixture, Weighted, members_of
 from sadsl.terms.over import Over
 from sadsl.terms.recurrent import Recurrent
 from sadsl.terms.softmax import Softmax
+from sadsl.terms.summaries import Summaries
 from sadsl.text.specs import any_term
 
 
@@ -32,18 +34,20 @@ class ShardPart:
 
     Attributes:
       spec: the part.
-      route: how its keys travel; None for a state.
+      route: how its keys travel; None if something else does.
       received: the bytes that each device receives in a forward pass.
+      instead: what travels if no keys do.
     """
 
     spec: Spec
     route: Route | None
     received: int
+    instead: str = "the state, in a scan"
 
     @property
     def how(self) -> str:
-        """How its keys or its state travel, in words."""
-        return "the state, in a scan" if self.route is None else str(self.route)
+        """How its keys travel, or what travels instead, in words."""
+        return self.instead if self.route is None else str(self.route)
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,21 @@ def _(spec: Any, call: ShardSizes) -> Iterator[ShardPart]:
 def _(spec: Over, call: ShardSizes) -> Iterator[ShardPart]:
     """All devices have the entries."""
     yield ShardPart(spec, Route("parts", Exchange(call.shards)), 0)
+
+
+@_parts.register
+def _(spec: Summaries, call: ShardSizes) -> Iterator[ShardPart]:
+    """Regions that shards make alone, else the whole call."""
+    shards = call.shards
+    if not makes_own_regions(spec, shards):
+        yield from _parts.dispatch(object)(spec, call)
+        return
+    count = spec.partition.num_regions(shards.kv_seq_len)
+    # A value for each head of q: its query chooses among the members.
+    each = call.kv_heads * call.head_dim + call.q_heads * call.head_dim_v
+    of_others = count * (shards.count - 1) // shards.count
+    text = f"{count:,} regions, gathered"
+    yield ShardPart(spec, None, of_others * each * call.itemsize, text)
 
 
 @_parts.register

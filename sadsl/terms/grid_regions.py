@@ -104,6 +104,10 @@ class Rows(Partition):
         return where(lambda q, k: (k // w != q // w) & self._in_part(q, k))
 
     @override
+    def divides(self, size: int) -> bool:
+        return size % self.width == 0
+
+    @override
     def num_regions(self, n: int) -> int:
         return -(-n // self.width) * self.width
 
@@ -175,6 +179,10 @@ class Rowmajor(Partition):
                 "columns have no query of their own there; pad the sequence to a "
                 f"multiple of {self.width}, or use rows({self.width}, causal=False)"
             )
+
+    @override
+    def divides(self, size: int) -> bool:
+        return size % self.width == 0
 
     @override
     def num_regions(self, n: int) -> int:

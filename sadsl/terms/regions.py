@@ -47,6 +47,15 @@ class Partition:
           ValueError: it is not defined for ``n`` tokens.
         """
 
+    def divides(self, size: int) -> bool:
+        """Whether parts of ``size`` tokens have their own regions.
+
+        The regions of the whole are then those of the first part, of the second, and so
+        on: each part makes its own without the tokens of others.
+        """
+        del size
+        return False
+
     def num_regions(self, n: int) -> int:
         """The number of regions of ``n`` tokens."""
         raise NotImplementedError(f"{type(self).__name__} must define num_regions(n)")
@@ -87,6 +96,10 @@ class Spans(Partition):
         if self.causal:
             return where(lambda q, k: k // s < q // s)
         return full() if self.own else ~blocks(s)
+
+    @override
+    def divides(self, size: int) -> bool:
+        return size % self.size == 0
 
     @override
     def num_regions(self, n: int) -> int:
