@@ -12,6 +12,16 @@ it starts from the last checkpoint and ends with the losses it would have had. T
 and the pictures are written to ``--out``, and the numbers of each step to
 ``dense.jsonl`` and ``sparse.jsonl`` while a run goes on. A run whose loss or gradient
 is not finite stops with exit status 1.
+
+    python examples/train_lm.py --mesh=batch=2,sequence=4 --devices=8
+    python examples/launch.py --processes=2 --devices=4 -- \\
+        python examples/train_lm.py --mesh=batch=2,sequence=4
+
+Several devices, of one process or of several, train one model: the losses and the
+checkpoints are those of one device up to rounding, and a run may go on with another
+number of devices or processes. On a TPU pod or a GPU cluster, start this script once on
+each host, with ``jax.distributed.initialize()`` in the place of ``processes.join()``
+in ``examples/lm/options.py``.
 """
 
 import os
@@ -23,13 +33,15 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from lm import data, report
+from lm import data, options, processes, report
 from lm.checkpoints import Checkpoints, History, forget
 from lm.finite import NotFinite
+from lm.mesh import ONE_DEVICE, Devices
 from lm.metrics import Metrics
-from lm.model import DTYPES, ROUTING, ModelConfig, Spec, routing_for, text_of
+from lm.model import ROUTING, Spec, routing_for, text_of
+from lm.options import devices_of, mesh_text, settings
 from lm.profiling import Profile
-from lm.training import Result, TrainConfig, compile_run, identity, train
+from lm.training import Result, compile_run, identity, train
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -41,6 +53,7 @@ from rich.progress import (
 )
 
 import sadsl as sa
+from sadsl.run.agree import check_agreement
 from sadsl.selections.base import selections_of
 
 DENSE = "causal()"
@@ -51,61 +64,10 @@ _SPEC = flags.DEFINE_multi_string(
 _DATA = flags.DEFINE_string("data", None, "A file or a folder; None: Python's sources.")
 _OUT = flags.DEFINE_string("out", "out/train_lm", "Where results and checkpoints go.")
 _FRESH = flags.DEFINE_bool("fresh", False, "Delete the checkpoints and start over.")
-_SEQ_LEN = flags.DEFINE_integer("seq_len", 2048, "Bytes of context.")
-_BATCH = flags.DEFINE_integer("batch_size", 1, "Sequences in a step.")
-_STEPS = flags.DEFINE_integer("steps", 260, "Steps.")
-_LAYERS = flags.DEFINE_integer("num_layers", 2, "Layers.")
-_HEADS = flags.DEFINE_integer("num_heads", 8, "Heads of the queries.")
-_KV_HEADS = flags.DEFINE_integer("num_kv_heads", None, "Of keys; None: num_heads.")
-_WIDTH = flags.DEFINE_integer("d_model", 128, "Features of a position.")
-_HIDDEN = flags.DEFINE_integer("d_hidden", None, "Of the MLP; None: 4 * d_model.")
-_RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak of the schedule.")
-_WARMUP = flags.DEFINE_integer("warmup_steps", None, "None: a tenth of the steps.")
-_DECAY = flags.DEFINE_float("weight_decay", 0.1, "Of AdamW.")
-_CLIP = flags.DEFINE_float("clip_norm", 1.0, "Largest norm of a gradient.")
-_ACCUMULATE = flags.DEFINE_integer(
-    "accumulate", 1, "Parts of a batch that run in turn, to need less memory."
-)
-_DROPOUT = flags.DEFINE_float("dropout_rate", 0.0, "Of the attention weights.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", DTYPES, "Of activations; the rest is float32."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Decides on weights, batches, dropout.")
-_VALID = flags.DEFINE_integer("valid_every", 26, "Steps between validations.")
-_VALID_BATCHES = flags.DEFINE_integer("valid_batches", 8, "Batches of a validation.")
-_KEEP = flags.DEFINE_integer("checkpoint_every", 26, "Steps between checkpoints.")
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "Steps of each run to trace into --out.", lower_bound=0
 )
-
-
-def settings() -> tuple[ModelConfig, TrainConfig]:
-    """The sizes that the flags spell."""
-    model = ModelConfig(
-        num_layers=_LAYERS.value,
-        num_heads=_HEADS.value,
-        num_kv_heads=_HEADS.value if _KV_HEADS.value is None else _KV_HEADS.value,
-        d_model=_WIDTH.value,
-        d_hidden=4 * _WIDTH.value if _HIDDEN.value is None else _HIDDEN.value,
-        dropout_rate=_DROPOUT.value,
-        dtype=_DTYPE.value,
-    )
-    warmup = _STEPS.value // 10 if _WARMUP.value is None else _WARMUP.value
-    config = TrainConfig(
-        steps=_STEPS.value,
-        batch_size=_BATCH.value,
-        seq_len=_SEQ_LEN.value,
-        learning_rate=_RATE.value,
-        warmup_steps=warmup,
-        weight_decay=_DECAY.value,
-        clip_norm=_CLIP.value,
-        seed=_SEED.value,
-        valid_batches=_VALID_BATCHES.value,
-        valid_every=_VALID.value,
-        checkpoint_every=_KEEP.value,
-        accumulate=_ACCUMULATE.value,
-    )
-    return model, config
+flags.adopt_module_key_flags(options)  # --help shows them
 
 
 def read_spec(text: str, seq_len: int, num_heads: int) -> Spec:
@@ -172,22 +134,30 @@ def advice(name: str, error: NotFinite, checkpoints: Checkpoints) -> str:
     )
 
 
-def run_one(name: str, spec: Spec, corpus: data.Corpus, console: Console) -> Result:
+def run_one(
+    name: str,
+    spec: Spec,
+    corpus: data.Corpus,
+    console: Console,
+    devices: Devices = ONE_DEVICE,
+) -> Result:
     """Trains one model, or continues training it, and prints its progress."""
     sizes, config = settings()
     shown = escape(repr(spec))
     console.print(f"\n[bold]{name}[/bold]: {shown}", highlight=False)
     with console.status("compiling"):
-        compiled = compile_run(spec, sizes, config)
+        compiled = compile_run(spec, sizes, config, devices)
     columns = (
         BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    metrics = Metrics(Path(_OUT.value) / f"{name}.jsonl", config)
+    first = processes.is_first()
+    traced = _PROFILE.value if first else 0
+    metrics = Metrics(Path(_OUT.value) / f"{name}.jsonl", config, writes=first)
     with (
         open_checkpoints(name, spec, corpus) as checkpoints,
         Progress(*columns, console=console, transient=True) as progress,
-        Profile(Path(_OUT.value) / "profile" / name, _PROFILE.value) as profile,
+        Profile(Path(_OUT.value) / "profile" / name, traced) as profile,
     ):
         state, history = checkpoints.restore(compiled.state) or (None, History())
         if history.step:
@@ -229,6 +199,8 @@ def setting(corpus: data.Corpus, result: Result) -> dict[str, str | int | float]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "device": f"{jax.devices()[0].device_kind} x{os.cpu_count()}",
+        "mesh": mesh_text() or "one device",
+        "processes": jax.process_count(),
         "jax": jax.__version__,
         "data": corpus.name,
         "train_bytes": len(corpus.train),
@@ -241,6 +213,27 @@ def setting(corpus: data.Corpus, result: Result) -> dict[str, str | int | float]
     }
 
 
+def check_processes(runs: dict[str, Spec], corpus: data.Corpus) -> None:
+    """Makes sure that all processes train the same models on the same data.
+
+    Raises:
+      ValueError: some process has another spec, flag, text or version of jax.
+    """
+    sizes, config = settings()
+    check_agreement(
+        None,
+        {
+            "jax": jax.__version__,
+            "mesh": mesh_text(),
+            **identity(runs["dense"], sizes, config, corpus),
+            "spec": [repr(spec) for spec in runs.values()],
+            "checkpoint_every": config.checkpoint_every,
+            "valid_every": config.valid_every,
+            "fresh": _FRESH.value,
+        },
+    )
+
+
 def compare(console: Console) -> None:
     """Trains one model for each spec of the flags, one after the other, and reports.
 
@@ -248,13 +241,17 @@ def compare(console: Console) -> None:
       ValueError: the flags, the data or the checkpoints do not fit.
     """
     sizes, config = settings()
+    devices = devices_of(config)
     specs = [read_spec(text, config.seq_len, sizes.num_heads) for text in _SPEC.value]
     corpus = data.load(_DATA.value, config.seq_len)
     names = ["dense", "sparse", *(f"sparse-{i}" for i in range(2, len(specs) + 1))]
     runs = dict(zip(names, [sa.parse(DENSE), *specs], strict=False))
+    check_processes(runs, corpus)
     if _FRESH.value:
-        for name in runs:
-            forget(Path(_OUT.value) / "checkpoints" / name)
+        if processes.is_first():
+            for name in runs:
+                forget(Path(_OUT.value) / "checkpoints" / name)
+        processes.wait_for_all("old checkpoints are deleted")
     # Mistakes in a later run are reported before the first run starts.
     for name, spec in runs.items():
         with open_checkpoints(name, spec, corpus) as checkpoints:
@@ -264,7 +261,17 @@ def compare(console: Console) -> None:
         f"{len(corpus.valid):,} to validate on",
         highlight=False,
     )
-    results = [run_one(name, spec, corpus, console) for name, spec in runs.items()]
+    results = [
+        run_one(name, spec, corpus, console, devices) for name, spec in runs.items()
+    ]
+    if processes.is_first():
+        write(results, corpus, console)
+    processes.wait_for_all("results are written")
+
+
+def write(results: Sequence[Result], corpus: data.Corpus, console: Console) -> None:
+    """Writes and prints the comparison."""
+    sizes, config = settings()
     rows = [report.row(result, sizes, config) for result in results]
     console.print()
     console.print(report.table(rows))
@@ -273,17 +280,22 @@ def compare(console: Console) -> None:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-def main(argv: Sequence[str]) -> int:
+def outcome(console: Console) -> int:
     """Runs the comparison; prints a mistake of the caller without a trace."""
-    logging.set_verbosity(logging.WARNING)
-    console = Console()
-    if len(argv) > 1:
-        console.print(f"unknown arguments {argv[1:]}: every option is a --flag")
-        return 2
     try:
-        compare(console)
+        compare(console if processes.is_first() else Console(quiet=True))
     except NotFinite as error:
         console.print(f"stopped: {error}", style="red", highlight=False, markup=False)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        said = str(error).partition("\n")[0]
+        console.print(
+            f"stopped: this process cannot go on without the others ({said}): the same "
+            "command goes on from the last checkpoint",
+            style="red", highlight=False, markup=False,
+        )  # fmt: skip
         return 1
     except (ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False)
@@ -292,6 +304,20 @@ def main(argv: Sequence[str]) -> int:
         console.print("interrupted: the same command goes on from the last checkpoint")
         return 130
     return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the comparison in this process, of one or of several."""
+    logging.set_verbosity(logging.WARNING)
+    console = Console()
+    if len(argv) > 1:
+        console.print(f"unknown arguments {argv[1:]}: every option is a --flag")
+        return 2
+    options.start()
+    status = outcome(console)
+    if status:
+        processes.leave(status)
+    return status
 
 
 if __name__ == "__main__":

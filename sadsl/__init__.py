@@ -63,6 +63,7 @@ from sadsl.maps.symbols import minimum as minimum
 from sadsl.maps.symbols import operand as operand
 from sadsl.maps.symbols import power_of_two as power_of_two
 from sadsl.maps.symbols import table as table
+from sadsl.run.agree import check_agreement as check_agreement
 from sadsl.run.call import attention as attention
 from sadsl.run.call import select as select
 from sadsl.run.entries import entries as entries
@@ -151,6 +152,7 @@ __all__ = [
     "cache",
     "causal",
     "channel",
+    "check_agreement",
     "clusters",
     "columns",
     "compressed",

@@ -81,10 +81,13 @@ def run_killed(texts, out, where):
     return run(texts, out, program=("-c", f"WHERE = {where!r}\n{KILLED}"))
 
 
-def run(texts, out, *more, program=(str(EXAMPLES / "train_lm.py"),), **changes):
+def run(
+    texts, out, *more, program=(str(EXAMPLES / "train_lm.py"),), launcher=(), **changes
+):
     """Runs the script, or the program, with the flags of ``TINY`` and ``changes``.
 
-    Programs are compiled quickly, and once for all runs on the same texts.
+    With flags of ``examples/launch.py`` it is run in several processes. Programs are
+    compiled quickly, and once for all runs on the same texts.
     """
     given = {"data": texts, "out": out, "spec": SPEC, **TINY, **changes}
     flags = [f"--{name}={value}" for name, value in given.items()]
@@ -94,12 +97,13 @@ def run(texts, out, *more, program=(str(EXAMPLES / "train_lm.py"),), **changes):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+    launch = [sys.executable, str(EXAMPLES / "launch.py"), *launcher, "--"]
     return subprocess.run(
-        [sys.executable, *program, *flags, *more],
+        [*(launch if launcher else ()), sys.executable, *program, *flags, *more],
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, **quick},
     )
 

@@ -123,7 +123,8 @@ class Checkpoints:
         self.manager.save(
             history.step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run)
+                state=ocp.args.StandardSave(_named_numbers(state)),
+                run=ocp.args.JsonSave(run),
             ),
         )
 
@@ -147,10 +148,7 @@ class Checkpoints:
         if step is None:
             return None
         record = self._record(step)
-        wanted = {
-            name: np.zeros(x.shape, x.dtype) for name, x in _named_arrays(like).items()
-        }
-        arrays = self._arrays(step, record, ocp.args.StandardRestore(wanted))
+        arrays = self._arrays(step, record, _named_numbers(like))
         return _filled(like, arrays), record.history
 
     def read(self) -> tuple[dict[str, str], dict[str, np.ndarray]] | None:
@@ -163,7 +161,13 @@ class Checkpoints:
         if step is None:
             return None
         record = self._record(step)
-        return record.identity, self._arrays(step, record, ocp.args.StandardRestore())
+        try:
+            kept = self.manager.item_metadata(step)["state"]
+        except Exception as error:
+            self._damaged(step, f"{type(error).__name__}: {error}", error)
+        if kept is None:
+            self._damaged(step, "nothing says which arrays it holds")
+        return record.identity, self._arrays(step, record, kept)
 
     def _record(self, step: int) -> Record:
         run = self._read(step, "run", ocp.args.JsonRestore())
@@ -178,8 +182,15 @@ class Checkpoints:
         self._check_identity(record.identity)
         return record
 
-    def _arrays(self, step: int, record: Record, args: Any) -> dict[str, np.ndarray]:
-        found = self._read(step, "state", args)
+    def _arrays(
+        self, step: int, record: Record, like: Mapping[str, Any]
+    ) -> dict[str, np.ndarray]:
+        """The arrays of the shapes and dtypes of ``like``, read by this process.
+
+        The devices that wrote them need not be there.
+        """
+        wanted = {name: np.zeros(x.shape, x.dtype) for name, x in like.items()}
+        found = self._read(step, "state", ocp.args.StandardRestore(wanted))
         arrays = {name: np.asarray(x) for name, x in found.items()}
         if record.history.step != step or _digest(arrays) != record.digest:
             self._damaged(step, "its contents are not those that were written")
@@ -267,12 +278,17 @@ def _named(state: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def _named_arrays(state: Any) -> dict[str, np.ndarray]:
+def _named_numbers(state: Any) -> dict[str, Any]:
     """The numbers of each leaf by its path; those of a random key are its data."""
     return {
-        name: np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
         for name, leaf in _named(state).items()
     }
+
+
+def _named_arrays(state: Any) -> dict[str, np.ndarray]:
+    """The same as arrays of this process."""
+    return {name: np.asarray(x) for name, x in _named_numbers(state).items()}
 
 
 def _filled(like: State, arrays: Mapping[str, np.ndarray]) -> State:

@@ -13,11 +13,12 @@ class Metrics:
 
     A line has ``step`` (from 1), ``loss`` (bits per byte of the batch), ``lr``,
     ``grad_norm`` (before clipping), ``tokens_per_second``, ``seconds`` (of the step),
-    and ``valid_loss`` at steps with a validation.
+    and ``valid_loss`` at steps with a validation. One of several processes ``writes``.
     """
 
-    def __init__(self, path: Path, config: TrainConfig) -> None:
+    def __init__(self, path: Path, config: TrainConfig, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
         self.tokens = config.tokens_per_step
         self.rates = config.rates().tolist()
 
@@ -27,6 +28,8 @@ class Metrics:
         A run that was killed may have lines of steps after its last checkpoint. It
         repeats these steps, so their lines go.
         """
+        if not self.writes:
+            return
         valid = {int(step): bits for step, bits in history.valid}
         lines = [
             self._line(history, step, valid.get(step))
@@ -36,6 +39,8 @@ class Metrics:
 
     def append(self, history: History) -> None:
         """Adds the line of the last step. Other processes see it at once."""
+        if not self.writes:
+            return
         step, bits = history.valid[-1] if history.valid else (0, None)
         line = self._line(history, history.step, bits if step == history.step else None)
         with self.path.open("a") as file:

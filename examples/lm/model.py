@@ -1,6 +1,7 @@
 """A decoder: embedding, blocks of attention and MLP behind RMSNorm, head."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
@@ -102,8 +103,16 @@ def text_of(spec: Spec) -> str:
     return ROUTING if isinstance(spec, Routing) else repr(spec)
 
 
-def attention_layer(config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> nnx.Module:
+def attention_layer(
+    config: ModelConfig,
+    spec: Spec,
+    rngs: nnx.Rngs,
+    mesh_axes: sa.MeshAxes | None = None,
+) -> nnx.Module:
     """The layer of a spec, with rotary positions but for heads that cluster by content.
+
+    With ``mesh_axes``, what devices send each other follows from the spec. Routing
+    layers leave that to XLA.
 
     Raises:
       ValueError: routing with fewer key heads than query heads, or with dropout.
@@ -112,7 +121,7 @@ def attention_layer(config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> nnx.Modu
         return SparseAttention(
             spec, config.num_heads, config.d_model,
             num_kv_heads=config.num_kv_heads, dtype=config.dtype, transform_qk=rotary,
-            dropout_rate=config.dropout_rate, rngs=rngs,
+            dropout_rate=config.dropout_rate, mesh_axes=mesh_axes, rngs=rngs,
         )  # fmt: skip
     if config.num_kv_heads != config.num_heads:
         raise ValueError(
@@ -133,11 +142,17 @@ def attention_layer(config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> nnx.Modu
 class Block(nnx.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
-    def __init__(self, config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: Spec,
+        rngs: nnx.Rngs,
+        mesh_axes: sa.MeshAxes | None,
+    ) -> None:
         norm = partial(nnx.RMSNorm, config.d_model, dtype=config.dtype, rngs=rngs)
         linear = partial(nnx.Linear, use_bias=False, dtype=config.dtype, rngs=rngs)
         self.attention_norm = norm()
-        self.attention = attention_layer(config, spec, rngs)
+        self.attention = attention_layer(config, spec, rngs, mesh_axes)
         self.mlp_norm = norm()
         self.up = linear(config.d_model, config.d_hidden)
         # Blocks that add nothing at first leave the embedding readable.
@@ -162,9 +177,18 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """The logits of the next byte at each position."""
+    """The logits of the next byte at each position.
 
-    def __init__(self, config: ModelConfig, spec: Spec, rngs: nnx.Rngs) -> None:
+    ``mesh_axes`` are those of its attention layers.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: Spec,
+        rngs: nnx.Rngs,
+        mesh_axes: sa.MeshAxes | None = None,
+    ) -> None:
         # Embeds a byte and the byte before it. So pairs of bytes, which a small model
         # takes long to find by attention, are known from the start.
         embed = partial(
@@ -173,7 +197,7 @@ class LanguageModel(nnx.Module):
         )  # fmt: skip
         self.embed, self.embed_before = embed(), embed()
         self.blocks = nnx.List(
-            Block(config, spec, rngs) for _ in range(config.num_layers)
+            Block(config, spec, rngs, mesh_axes) for _ in range(config.num_layers)
         )
         self.norm = nnx.RMSNorm(config.d_model, dtype=config.dtype, rngs=rngs)
         # A head of zeros starts at exactly eight bits a byte. Its sums stay float32.
@@ -229,12 +253,18 @@ class LanguageModel(nnx.Module):
         return self.head(self.norm(x)), tuple(after)
 
 
-def bits_per_byte(model: LanguageModel, batch: jax.Array) -> jax.Array:
-    """Mean cost of a byte given those before it; ``batch`` is ``[batch, seq + 1]``."""
+def bits_per_byte(
+    model: LanguageModel,
+    batch: jax.Array,
+    spread: Callable[[jax.Array], jax.Array] = lambda tokens: tokens,
+) -> jax.Array:
+    """Mean cost of a byte given those before it; ``batch`` is ``[batch, seq + 1]``.
+
+    ``spread`` lays tokens ``[batch, seq]`` out over devices.
+    """
     tokens = batch.astype(jnp.int32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        model(tokens[:, :-1]), tokens[:, 1:]
-    )
+    before, after = spread(tokens[:, :-1]), spread(tokens[:, 1:])
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(before), after)
     return losses.mean() * BITS_PER_NAT
 
 

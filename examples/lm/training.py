@@ -17,6 +17,7 @@ from flax import nnx
 from lm import data
 from lm.checkpoints import History
 from lm.finite import check_finite
+from lm.mesh import ONE_DEVICE, Devices
 from lm.model import LanguageModel, ModelConfig, Spec, bits_per_byte
 from sadsl.layers.nnx import commitment_loss
 
@@ -109,17 +110,18 @@ class State(NamedTuple):
 class Compiled(NamedTuple):
     """The compiled functions of a run, its first state, and the memory they need.
 
-    A step returns the new state and three numbers: the loss, the norm of the gradient,
-    and the norm of the new parameters.
+    Memory is that of one device. A step returns the new state and three numbers: the
+    loss, the norm of the gradient, and the norm of the new parameters.
     """
 
-    step: Callable[[State, np.ndarray], tuple[State, jax.Array]]
-    valid: Callable[[Any, Any, np.ndarray], jax.Array]
+    step: Callable[[State, Any], tuple[State, jax.Array]]
+    valid: Callable[[Any, Any, Any], jax.Array]
     state: State
     num_params: int
     memory_bytes: int
     # Part of these bytes that is neither state nor batch.
     temp_bytes: int
+    devices: Devices = ONE_DEVICE
 
 
 @dataclass(frozen=True)
@@ -147,20 +149,24 @@ def identity(
 
 
 def first_state(
-    spec: Spec, sizes: ModelConfig, config: TrainConfig
+    spec: Spec,
+    sizes: ModelConfig,
+    config: TrainConfig,
+    devices: Devices = ONE_DEVICE,
 ) -> tuple[nnx.GraphDef, State]:
     """The structure of the model, and its state before the first step.
 
     Weights depend on the seed alone; the structure is the same for every seed.
     """
-    model = LanguageModel(sizes, spec, nnx.Rngs(config.seed))
+    model = LanguageModel(sizes, spec, nnx.Rngs(config.seed), devices.axes)
     graph, params, others = nnx.split(model, nnx.Param, ...)
     return graph, State(params, config.optimizer().init(params), others)
 
 
-def _parts(batch: jax.Array, config: TrainConfig) -> jax.Array:
+def _parts(batch: jax.Array, config: TrainConfig, devices: Devices) -> jax.Array:
     """The batch as ``[accumulate, batch_size // accumulate, seq_len + 1]``."""
-    return batch.reshape(config.accumulate, -1, batch.shape[-1])
+    parts = batch.reshape(config.accumulate, -1, batch.shape[-1])
+    return devices.each_split(parts)
 
 
 def accumulated(
@@ -188,22 +194,32 @@ def accumulated(
     return mean(gradient), (mean(loss), others)
 
 
-def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled:
-    """Makes the model and compiles its steps, for use with every seed."""
-    graph, state = first_state(spec, sizes, config)
+def compile_run(
+    spec: Spec,
+    sizes: ModelConfig,
+    config: TrainConfig,
+    devices: Devices = ONE_DEVICE,
+) -> Compiled:
+    """Makes the model and compiles its steps, for use with every seed.
+
+    On several devices, attention sends what its spec asks for, and XLA divides the rest
+    of the program: losses and gradients are the same up to rounding.
+    """
+    graph, state = first_state(spec, sizes, config, devices)
     optimizer = config.optimizer()
+    bits_of = partial(bits_per_byte, spread=devices.spread)
 
     def cost(params: Any, others: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
         # A copy: routing layers write to their variables, at this level of the trace.
         model = nnx.merge(graph, params, others, copy=True)
-        bits = bits_per_byte(model, batch)
+        bits = bits_of(model, batch)
         _, _, moved = nnx.split(model, nnx.Param, ...)
         return bits + commitment_loss(model), (bits, moved)
 
     def step(state: State, batch: jax.Array) -> tuple[State, jax.Array]:
         descend = jax.grad(cost, has_aux=True)
         gradient, (bits, others) = accumulated(
-            descend, state.params, state.others, _parts(batch, config)
+            descend, state.params, state.others, _parts(batch, config, devices)
         )
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -214,14 +230,18 @@ def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled
     def valid(params: Any, others: Any, batch: jax.Array) -> jax.Array:
         model = nnx.merge(graph, params, others, copy=True)
         model.eval()  # centroids stay where they are, and nothing is dropped
-        parts = _parts(batch, config)
+        parts = _parts(batch, config, devices)
         if len(parts) == 1:
-            return bits_per_byte(model, parts[0])
-        return jax.lax.map(partial(bits_per_byte, model), parts).mean()
+            return bits_of(model, parts[0])
+        return jax.lax.map(partial(bits_of, model), parts).mean()
 
-    batch = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), np.uint8)
-    compiled_step = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    lowered_valid = jax.jit(valid).lower(state.params, state.others, batch)
+    state = devices.copied(state)
+    batch = jax.ShapeDtypeStruct(
+        (config.batch_size, config.seq_len + 1), np.uint8, sharding=devices.by_batch
+    )
+    jit = partial(jax.jit, out_shardings=devices.everywhere)
+    compiled_step = jit(step, donate_argnums=0).lower(state, batch).compile()
+    lowered_valid = jit(valid).lower(state.params, state.others, batch)
     memory = compiled_step.memory_analysis()
     return Compiled(
         compiled_step,
@@ -230,6 +250,7 @@ def compile_run(spec: Spec, sizes: ModelConfig, config: TrainConfig) -> Compiled
         num_params=sum(x.size for x in jax.tree.leaves(state.params)),
         memory_bytes=memory.temp_size_in_bytes + memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
+        devices=devices,
     )
 
 
@@ -252,7 +273,8 @@ def train(
       NotFinite: a loss, or the norm of the gradient or of the new parameters, is not
         finite. ``keep`` does not get that state.
     """
-    state = compiled.state if state is None else jax.device_put(state)
+    devices = compiled.devices
+    state = compiled.state if state is None else devices.copied(state)
     for step in range(history.step, config.steps):
         batch = data.train_batch(
             corpus, seed=config.seed, step=step,
@@ -261,7 +283,7 @@ def train(
         done = step + 1
         with around(done):
             start = time.perf_counter()
-            state, numbers = compiled.step(state, batch)
+            state, numbers = compiled.step(state, devices.split(batch))
             bits, norm, size = np.asarray(numbers).tolist()
             seconds = time.perf_counter() - start
         check_finite(done, "the loss", bits)
@@ -288,4 +310,6 @@ def validate(
         batch_size=config.batch_size, seq_len=config.seq_len,
     )  # fmt: skip
     model = state.params, state.others
-    return float(np.mean([compiled.valid(*model, batch) for batch in batches]))
+    split = compiled.devices.split
+    bits = [np.asarray(compiled.valid(*model, split(batch))) for batch in batches]
+    return float(np.mean(bits))

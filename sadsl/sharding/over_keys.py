@@ -14,8 +14,8 @@ from sadsl.selections.base import selections_of
 from sadsl.sharding import balanced, ring, wire
 from sadsl.sharding.by_heads import by_heads
 from sadsl.sharding.routes import (
-    CallSizes,
     Route,
+    ShardSizes,
     Way,
     map_of,
     route,
@@ -69,7 +69,7 @@ def route_of(term: Any, shard: Shard) -> Route:
     q, k, v = shard.inputs
     heads = q.shape[2], k.shape[2]
     dims = k.shape[3], v.shape[3]
-    sizes = CallSizes(shard.shards, *heads, *dims, k.dtype.itemsize)
+    sizes = ShardSizes(shard.shards, *heads, *dims, k.dtype.itemsize)
     known = [shard.axes[name] for name in shard.of(term) if name in shard.axes]
     given = any(c.owns(n) for c in selections_of(map_of(term)) for n in shard.given)
     by_head = any(axes.head_axis is not None for axes in known)

@@ -14,7 +14,7 @@ from lowering.partition.shards import Shards
 from lowering.problem import Problem
 from sadsl.maps.base import IndexMap
 from sadsl.sharding.operand_axes import operand_axes
-from sadsl.sharding.routes import CallSizes, Route, route
+from sadsl.sharding.routes import Route, ShardSizes, route
 from sadsl.sharding.summaries import makes_own_regions
 from sadsl.terms.base import Spec
 from sadsl.terms.heads import Heads
@@ -147,14 +147,14 @@ def shard_plan(
             raise ValueError(f"{name}={value!r} must be an integer of at least 1")
     shards = Shards(num_shards, seq_len, seq_len)
     heads, dims = (num_heads, num_kv_heads), (head_dim, head_dim)
-    call = CallSizes(shards, *heads, *dims, np.dtype(dtype).itemsize)
+    call = ShardSizes(shards, *heads, *dims, np.dtype(dtype).itemsize)
     parts = tuple(_parts(any_term(spec), call))
     deals = not (num_heads % num_shards or num_kv_heads % num_shards)
     return ShardPlan(shards, parts, call.all_keys, call.by_heads if deals else None)
 
 
 @singledispatch
-def _parts(spec: Any, call: CallSizes) -> Iterator[ShardPart]:
+def _parts(spec: Any, call: ShardSizes) -> Iterator[ShardPart]:
     """The parts of a spec that travel alone; a term without a rule runs whole."""
     shards = call.shards
     own = shards.q_size * call.query_bytes // 2 * (shards.count - 1)
@@ -166,7 +166,7 @@ def _parts(spec: Any, call: CallSizes) -> Iterator[ShardPart]:
 @_parts.register(Softmax)
 @_parts.register(Latent)
 @_parts.register(LocalLinear)
-def _(spec: Any, call: CallSizes) -> Iterator[ShardPart]:
+def _(spec: Any, call: ShardSizes) -> Iterator[ShardPart]:
     term = Softmax(spec) if isinstance(spec, IndexMap) else spec
     axes = operand_axes(term, {}).values()
     found = route(term, call, reads_heads=any(x.head_axis is not None for x in axes))
@@ -175,13 +175,13 @@ def _(spec: Any, call: CallSizes) -> Iterator[ShardPart]:
 
 
 @_parts.register
-def _(spec: Over, call: CallSizes) -> Iterator[ShardPart]:
+def _(spec: Over, call: ShardSizes) -> Iterator[ShardPart]:
     """All devices have the entries."""
     yield ShardPart(spec, Route("parts", Exchange(call.shards)), 0)
 
 
 @_parts.register
-def _(spec: Summaries, call: CallSizes) -> Iterator[ShardPart]:
+def _(spec: Summaries, call: ShardSizes) -> Iterator[ShardPart]:
     """Regions that shards make alone, else the whole call."""
     shards = call.shards
     if not makes_own_regions(spec, shards):
@@ -196,7 +196,7 @@ def _(spec: Summaries, call: CallSizes) -> Iterator[ShardPart]:
 
 
 @_parts.register
-def _(spec: Joint, call: CallSizes) -> Iterator[ShardPart]:
+def _(spec: Joint, call: ShardSizes) -> Iterator[ShardPart]:
     shards = call.shards
     problem = Problem(shards.q_seq_len, shards.kv_seq_len, call.q_heads)
     for member in members_of(spec, problem):
@@ -204,18 +204,18 @@ def _(spec: Joint, call: CallSizes) -> Iterator[ShardPart]:
 
 
 @_parts.register
-def _(spec: Mixture, call: CallSizes) -> Iterator[ShardPart]:
+def _(spec: Mixture, call: ShardSizes) -> Iterator[ShardPart]:
     for part in spec.terms:
         yield from _parts(part, call)
 
 
 @_parts.register
-def _(spec: Weighted, call: CallSizes) -> Iterator[ShardPart]:
+def _(spec: Weighted, call: ShardSizes) -> Iterator[ShardPart]:
     yield from _parts(spec.term, call)
 
 
 @_parts.register
-def _(spec: Heads, call: CallSizes) -> Iterator[ShardPart]:
+def _(spec: Heads, call: ShardSizes) -> Iterator[ShardPart]:
     group = call.q_heads // call.kv_heads
     for part, count in spec.shares:
         own = replace(call, q_heads=count, kv_heads=max(1, count // group))
@@ -223,7 +223,7 @@ def _(spec: Heads, call: CallSizes) -> Iterator[ShardPart]:
 
 
 @_parts.register
-def _(spec: Recurrent, call: CallSizes) -> Iterator[ShardPart]:
+def _(spec: Recurrent, call: ShardSizes) -> Iterator[ShardPart]:
     """States in float32, twice where a term erases: see ``sharding.recurrent``."""
     if not spec.kind.causal or spec.by_channel_sums:
         yield from _parts.dispatch(object)(spec, call)

@@ -25,7 +25,7 @@ MOST_GATHERED = 1 << 30
 
 
 @dataclass(frozen=True)
-class CallSizes:
+class ShardSizes:
     """The sizes of a sharded call, of the heads of one device.
 
     Attributes:
@@ -93,7 +93,7 @@ class Route:
         return words if self.balance is None else f"{words}; queries moved"
 
 
-def route(term: Any, sizes: CallSizes, reads_heads: bool = False) -> Route:
+def route(term: Any, sizes: ShardSizes, reads_heads: bool = False) -> Route:
     """The route of a term with one map; the one of the fewest bytes.
 
     ``reads_heads``: some array of the call has an axis of heads, or one of tokens whose
@@ -145,11 +145,11 @@ def values_are_keys(term: Any) -> bool:
     )
 
 
-def _of_term(term: Any, sizes: CallSizes) -> CallSizes:
+def _of_term(term: Any, sizes: ShardSizes) -> ShardSizes:
     return replace(sizes, head_dim_v=0) if values_are_keys(term) else sizes
 
 
-def _deals_heads(term: Any, sizes: CallSizes) -> bool:
+def _deals_heads(term: Any, sizes: ShardSizes) -> bool:
     """Whether each device can take some heads of all tokens."""
     count = sizes.shards.count
     fits = sizes.q_heads % count == 0 and sizes.kv_heads % count == 0
