@@ -30,7 +30,7 @@ CASES = {
                             lambda n: {"b": floats(3, n, n)}),
     "labels": Case(C & LABELS, 64, lambda n: {"x": integers_of(n)}),
     "by head": Case(sa.per_head(C, sa.full(), C), 64),
-    "local linear": Case(sa.local_linear(C, ridge=0.5), 64),
+    "local linear": Case(sa.local_linear(C, ridge=2.0), 64),
     "heads of terms": Case(sa.heads((C, 1), (sa.full(), 2)), 64),
 }  # fmt: skip
 
