@@ -1,6 +1,6 @@
 """Starts several processes of a training command on this machine, over loopback.
 
-    python examples/launch.py --processes=2 --devices=4 -- \\
+    python examples/launch.py --processes=2 --devices_each=4 -- \\
         python examples/train_lm.py --mesh=batch=2,sequence=4
     python examples/launch.py --processes=4 --restarts=1 --processes_after_loss=2 -- \\
         python examples/train_lm.py --mesh=batch=-1 --batch_size=4
@@ -38,7 +38,7 @@ GRACE = 30.0
 
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Processes to start.", lower_bound=1)
 _DEVICES = flags.DEFINE_integer(
-    "devices", None, "Virtual CPU devices of each process; None: what it finds.",
+    "devices_each", None, "Virtual CPU devices of each process; None: what it finds.",
     lower_bound=1,
 )  # fmt: skip
 _HEARTBEAT = flags.DEFINE_integer(

@@ -36,7 +36,7 @@ def test_every_process_finds_its_place_and_its_lines_are_marked():
         "'JAX_NUM_CPU_DEVICES', 'JAX_PLATFORMS', 'LAUNCH_HEARTBEAT_TIMEOUT']; "
         "print(of, *map(os.environ.get, names)); print('on stderr', file=sys.stderr)"
     )
-    done = run(code, "--processes=3", "--devices=5", "--heartbeat_timeout=7")
+    done = run(code, "--processes=3", "--devices_each=5", "--heartbeat_timeout=7")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     (address,) = {x.split()[2] for x in lines if "stderr" not in x}
@@ -174,7 +174,7 @@ for step in range(10_000):
 def test_a_process_that_hangs_is_noticed_by_its_heartbeats(hung):
     """Its connections stay open. The other one ends; the launcher kills it at last."""
     done = run(
-        f"HUNG = {hung}\n{HANGS}", "--processes=2", "--devices=1",
+        f"HUNG = {hung}\n{HANGS}", "--processes=2", "--devices_each=1",
         "--heartbeat_timeout=5", timeout=180,
     )  # fmt: skip
     assert done.returncode == 128 + signal.SIGABRT, done.stdout + done.stderr

@@ -304,7 +304,7 @@ def test_a_killed_process_is_named_and_the_rest_goes_on(
 ):
     """The last checkpoint is that of step 16, which all processes wrote."""
     launcher = (
-        f"--processes={processes}", f"--devices={devices}", "--restarts=1",
+        f"--processes={processes}", f"--devices_each={devices}", "--restarts=1",
         f"--processes_after_loss={after}",
     )  # fmt: skip
     done = run_killed(texts, tmp_path, launcher, (victim, processes), where, mesh=mesh)
@@ -321,7 +321,7 @@ def test_a_killed_process_is_named_and_the_rest_goes_on(
 @pytest.mark.slow
 def test_without_a_restart_the_launcher_fails(texts, tmp_path):
     """And the same command goes on with another number of processes."""
-    done = run_killed(texts, tmp_path, ("--processes=2", "--devices=1"), (1, 2))
+    done = run_killed(texts, tmp_path, ("--processes=2", "--devices_each=1"), (1, 2))
     assert done.returncode == 128 + 9, done.stdout + done.stderr
     assert len(lost_lines(done)) == 1
     check_survivors(done, [0])
@@ -335,7 +335,7 @@ def with_specs(texts, out, *specs):
         f"sys.argv.append('--spec=' + {specs!r}[int(os.environ['LAUNCH_RANK'])]); "
         "import train_lm; train_lm.app.run(train_lm.main)"
     )
-    launcher = "--processes=2", "--devices=1", "--restarts=1"
+    launcher = "--processes=2", "--devices_each=1", "--restarts=1"
     done = run(texts, out, program=("-c", code), launcher=launcher, batch_size=4)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "[launch] status 2 says that the command was refused" in done.stdout

@@ -90,7 +90,10 @@ def _uses(spec: Any, given: Mapping[str, Any]) -> Iterator[tuple[str, OperandAxe
         for name, rank in spec.operands.items():
             yield name, OperandAxes(("",) * rank, whole=True)
         for part in spec.parts:
-            yield from _uses(part, given)
+            # The keys of a map may be entries, which are not dealt.
+            of_entries = isinstance(part, IndexMap) and not spec.of_tokens
+            for name, axes in _uses(part, given):
+                yield name, replace(axes, whole=axes.whole or of_entries)
 
 
 @_uses.register

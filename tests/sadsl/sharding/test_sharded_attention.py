@@ -59,6 +59,12 @@ CASES = {
     "topk by query": Case(C & sa.topk(2, block=4, block_q=1), 41),
     "topk by block": Case(C & sa.topk(2, block=4, block_q=4), 41),
     "local linear": Case(sa.local_linear(NEAR_AND_SINKS, ridge=0.5), 100),
+    "entries": Case(
+        sa.over("e", sa.where(lambda q, k: (k <= q // 6) & (sa.operand("ok")[k] > 0)
+                              & (k <= sa.operand("most")[q]))), 61,
+        lambda n: {"e": floats(2, 10, 2, 8), "ok": integers_of(10),
+                   "most": integers_of(n) * 4},
+    ),
     "linear": Case(sa.linear("elu1")),
     "linear with decays": Case(sa.linear("elu1", decay=(0.9, 0.5)), 64),
     "linear by document": Case(
