@@ -88,7 +88,7 @@ except ValueError as error:
 
 
 def test_every_process_hears_of_a_disagreement():
-    flags = "--processes=2", "--devices=2", "--heartbeat_timeout=10"
+    flags = "--processes=2", "--devices_each=2", "--heartbeat_timeout=10"
     command = [sys.executable, "-c", PROCESS]
     done = subprocess.run(
         [sys.executable, EXAMPLES / "launch.py", *flags, "--", *command],
