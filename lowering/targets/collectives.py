@@ -13,6 +13,7 @@ OPERATION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation|"
     r"branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
@@ -171,8 +172,15 @@ def _group(line: str, kind: str) -> int:
     """The number of devices that take part in one group."""
     if kind == "collective-permute":
         return 2
-    listed, counted = LISTED.search(line), COUNTED.search(line)
+    listed, counted, named = (x.search(line) for x in (LISTED, COUNTED, NAMED))
     if counted:
         return int(counted[1])
+    if named:
+        # Axes of a mesh, as later versions of jax write them.
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        found = 1
+        for axis in re.findall(r"'([^']+)'", named[2]):
+            found *= int(sizes[axis])
+        return found
     assert listed, f"no groups in {line[:200]!r}"
     return listed[1].count(",") + 1

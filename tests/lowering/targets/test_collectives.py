@@ -125,3 +125,13 @@ def test_a_loop_of_unknown_length():
 
     with pytest.raises(ValueError, match="the program does not say how often it runs"):
         received(compiled(local))
+
+
+@pytest.mark.parametrize(("over", "share"), [("'x'", 1 / 2), ("'x','y'", 7 / 8)])
+def test_groups_that_name_axes_of_a_mesh(over, share):
+    line = (
+        "  %all_gather.6 = f32[16,8]{1,0} all-gather(%a), channel_id=1, "
+        f"replica_groups=mesh['x'=2,'y'=4] {{{over}}}, dimensions={{0}}"
+    )
+    (found,) = collectives(f"ENTRY %main () -> f32[] {{\n{line}\n}}")
+    assert found.received == 16 * 8 * 4 * share
