@@ -12,6 +12,7 @@ from sadsl.run import dropout_seeds, merging, traced_offset
 from sadsl.run.attend import attend
 from sadsl.run.heads import slices
 from sadsl.run.mixtures import gates_of, weighed
+from sadsl.run.over import entries_of
 from sadsl.run.softmax import sinks_of
 from sadsl.run.types import Outcome
 from sadsl.selections.base import selections_of
@@ -70,8 +71,11 @@ def _(term: Over, shard: Shard) -> Outcome:
         return whole(term, shard)
     places = PairPlaces(whole=whole_arrays(term, shard))
     placed = replace(term, map=traced_offset.moved_map(term.map, shard.given, places))
-    given = read_by(placed, {**shard.given, OFFSET: shard.first_query})
-    return attend(placed, shard.inputs, given, shard.setting)
+    count = entries_of(term, term.source, shard.given, shard.inputs[0]).shape[1]
+    at = shard.query_positions, jnp.arange(count, dtype=jnp.int32)
+    given = {**shard.given, **dropout_seeds.at_places(shard.given, *at)}
+    given[OFFSET] = shard.first_query
+    return attend(placed, shard.inputs, read_by(placed, given), shard.setting)
 
 
 @attend_shard.register

@@ -73,6 +73,28 @@ def test_dropout_drops_the_same_weights(spec, where):
 
 
 @pytest.mark.usefixtures("quick")
+def test_dropout_over_entries():
+    """Each query drops the entries that it drops on one device."""
+    entries = jnp.asarray(np.random.default_rng(1).normal(size=(2, 10, 4, 8)))
+    options = {"operands": {"e": entries.astype(jnp.float32)}, "impl": "reference"}
+    options |= {"dropout_rate": 0.4, "dropout_key": jax.random.key(3)}
+    spec = sa.over("e", sa.where(lambda q, k: k <= q // 6))
+    where = {"mesh": mesh_of(b=2, s=4), "batch": "b", "sequence": "s"}
+    found = sa.sharded_attention(*arrays(), spec, **where, **options)
+    assert_equal([found], [sa.attention(*arrays(), spec, **options)])
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(50, 77), (77, 50), (13, 130)])
+def test_more_or_fewer_keys_than_queries(queries, keys):
+    q, (_, k, v) = arrays(queries)[0], arrays(keys)
+    spec = sa.where(lambda q, k: abs(q - k) <= 9)
+    options = {"impl": "reference", "return_lse": True}
+    where = {"mesh": mesh_of(s=4), "sequence": "s"}
+    found = sa.sharded_attention(q, k, v, spec, **where, **options)
+    assert_equal(found, sa.attention(q, k, v, spec, **options))
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_lse_and_a_traced_scale():
     mesh, inputs = mesh_of(s=8), arrays()
     options = {"return_lse": True, "impl": "reference"}
