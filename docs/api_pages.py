@@ -13,6 +13,8 @@ WINGS = {
     "terms": ("Terms", "How pairs are scored and normalised, and how terms combine."),
     "text": ("Text and files", "Specs and plans as text, JSON and files."),
     "run": ("Calls", "Attention on arrays, plans, choices, recurrent decoding."),
+    "decode": ("Decoding", "Caches that follow from a spec, prefill and step."),
+    "sharding": ("Several devices", "Calls dealt over a mesh, and what travels."),
     "analysis": ("Analysis", "What can be said without running anything."),
     "kernels": ("Kernel settings", "What a call may say to the compiler."),
 }
@@ -167,7 +169,7 @@ def write(folder: Path) -> None:
     names = "\n".join(f"   {name}" for name in pages())
     index = (
         f"{heading('API')}\nOne page for each wing of the package, made from the "
-        "docstrings. Everything on the first seven\npages is reached as "
+        f"docstrings. Everything on the first {len(WINGS)}\npages is reached as "
         "``sadsl.name``; import ``sadsl.selections``, ``sadsl.catalog``, "
         "``sadsl.layers.nnx``,\n``sadsl.layers.linen`` and ``sadsl.plot`` by name.\n\n"
         f".. toctree::\n   :maxdepth: 1\n\n{names}\n"

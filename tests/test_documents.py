@@ -4,10 +4,13 @@ import doctest
 import re
 from pathlib import Path
 
+import api_pages
 import decoding
 import jax
 import pytest
 import support_matrix
+
+import sadsl as sa
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -92,3 +95,9 @@ def test_the_letters_of_the_support_matrix_are_what_jax_traces(impl):
                 found = support_matrix.accepted(row, impl)
                 assert found == said[table.title, row.name, impl], row.name
     assert seen == len(FEW)
+
+
+def test_every_exported_name_is_on_a_page_of_the_api():
+    written = "\n".join(api_pages.pages().values())
+    missing = [n for n in sa.__all__ if f":: sadsl.{n}\n" not in written]
+    assert missing == []

@@ -48,7 +48,7 @@ class DecodingCache:
       layout: which slots there are, and what else is static.
     """
 
-    length: Int[Array, "*batch"]
+    length: Int[Array, "..."]
     keys: KeyStore | None
     states: Any
     layout: CacheLayout = field(metadata={"static": True})
