@@ -6,7 +6,6 @@ from functools import lru_cache
 import numpy as np
 
 from lowering import ir
-from lowering.expr.simplify import simplify
 from lowering.partition.shards import Shards
 from lowering.planning import BlockSizes, plan
 
@@ -42,7 +41,7 @@ def balance(maps: tuple[ir.Pred, ...], shards: Shards) -> Balance | None:
     """
     if shards.count == 1 or shards.q_size % CHUNKS:
         return None
-    work = work_of_chunks(maps, shards)
+    work = work_by_rows(maps, shards, shards.q_size // CHUNKS)
     total = work.reshape(shards.count, CHUNKS).sum(axis=1)
     if not total.any():
         return None
@@ -59,15 +58,22 @@ def balance(maps: tuple[ir.Pred, ...], shards: Shards) -> Balance | None:
     return found if found.before >= LEAST_GAIN * found.after else None
 
 
-def work_of_chunks(maps: tuple[ir.Pred, ...], shards: Shards) -> np.ndarray:
-    """The work of each chunk of queries, ``[CHUNKS * shards]``."""
-    every = maps[0] if len(maps) == 1 else simplify(ir.Or(maps))
-    size = shards.q_size // CHUNKS
+@lru_cache(maxsize=256)
+def imbalance(maps: tuple[ir.Pred, ...], shards: Shards) -> float:
+    """The work of the busiest shard over the mean, if each keeps its own queries."""
+    work = work_by_rows(maps, shards, shards.q_size)
+    return float(work.max() / work.mean()) if work.any() else 1.0
+
+
+def work_by_rows(maps: tuple[ir.Pred, ...], shards: Shards, size: int) -> np.ndarray:
+    """The work of each ``size`` queries of all shards, over all distinct maps."""
     sizes = BlockSizes(shards.q_seq_len, shards.kv_seq_len, size, shards.granule)
-    mask = plan((every,), (0,), sizes)
-    row = np.repeat(np.arange(mask.num_rows), np.diff(mask.row_ptr))
+    mask = plan(maps, tuple(range(len(maps))), sizes)
+    row = np.tile(np.arange(mask.num_rows), len(maps))
+    row = np.repeat(row, np.diff(mask.row_ptr))
     length = (mask.run_stop - mask.run_start) * np.where(mask.run_full, 1.0, 0.5)
-    return np.bincount(row, weights=length, minlength=CHUNKS * shards.count)
+    rows = shards.count * shards.q_size // size
+    return np.bincount(row, weights=length, minlength=rows)
 
 
 def _near_home(pairs: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:

@@ -17,7 +17,8 @@ from lowering import ir
 from lowering.partition.needs import Needs, from_others, needs
 from lowering.partition.shards import Shards
 
-# A sum over all devices moves each byte twice, as a scatter and a gather.
+# A sum over all devices moves each byte twice, as a scatter and a gather, but for the
+# part of each device itself.
 SUM = 2
 # All keys are gathered where the parts would be more than this share of them, or take
 # more permutes.
@@ -70,8 +71,10 @@ class Exchange:
         if self.everything:
             return (self.shards.count - 1) * self.shards.kv_size
         sent = sum(send.size for send in self.sends)
-        granules = self.before + self.after + SUM * len(self.shared) + sent
-        return granules * self.shards.granule
+        granules = self.before + self.after + sent
+        count, size = self.shards.count, self.shards.granule
+        summed = SUM * len(self.shared) * size * (count - 1) // count
+        return granules * size + summed
 
     @property
     def traffic(self) -> np.ndarray:
@@ -104,11 +107,6 @@ class Exchange:
         """The number of permutes of one array."""
         size = self.shards.granules
         return -(-self.before // size) - (-self.after // size) + len(self.sends)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether no key travels."""
-        return not (self.received or self.everything)
 
     def __str__(self) -> str:
         if self.everything:

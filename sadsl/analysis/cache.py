@@ -11,6 +11,7 @@ from lowering.expr.simplify import simplify
 from lowering.facts.first_and_last import first_and_last
 from lowering.planning import BlockSizes, plan
 from lowering.ranges import verify
+from sadsl.run import checks
 from sadsl.selections.base import widest
 from sadsl.terms.base import Spec
 from sadsl.text.specs import as_term
@@ -145,9 +146,7 @@ def head_maps(
     Raises:
       ValueError: they read run-time arrays, or are made for another length.
     """
-    for name, value in (("n", n), ("num_heads", num_heads)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+    checks.positive({"n": n, "num_heads": num_heads})
     names = ir.operand_names(node)
     if names:
         raise ValueError(

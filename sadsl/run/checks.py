@@ -1,5 +1,6 @@
 """Checks the arrays and the options of a call, once, before anything runs."""
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -14,6 +15,17 @@ from sadsl.terms.base import Term
 Shape: TypeAlias = tuple[int, ...]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def positive(sizes: Mapping[str, Any]) -> None:
+    """Refuses sizes that are no Python integers of at least 1.
+
+    Raises:
+      ValueError: one is not.
+    """
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 
 def problem(q: Any, k: Any, v: Any, q_offset: int, term: Term | None = None) -> Problem:

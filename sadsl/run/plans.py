@@ -147,9 +147,7 @@ def plan(
     kv_seq_len = q_seq_len if kv_seq_len is None else kv_seq_len
     sizes = {"q_seq_len": q_seq_len, "kv_seq_len": kv_seq_len, "block_q": block_q}
     sizes |= {"block_kv": block_kv, "num_heads": num_heads}
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+    checks.positive(sizes)
     problem = Problem(q_seq_len, kv_seq_len, num_heads, q_offset)
     given = pipeline.run(as_term(spec).map.node, problem)
     stages = pipeline.arrange(given, block_q, block_kv) if relayout else given

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
+from lowering.partition.balance import imbalance
 from lowering.partition.exchange import Exchange
 from lowering.partition.shards import Shards
 from lowering.problem import Problem
 from sadsl.maps.base import IndexMap
+from sadsl.run import checks
+from sadsl.selections.base import selections_of
 from sadsl.sharding.operand_axes import operand_axes
-from sadsl.sharding.routes import Route, ShardSizes, route
+from sadsl.sharding.routes import Route, ShardSizes, maps_of, route
 from sadsl.sharding.summaries import makes_own_regions
 from sadsl.terms.base import Spec
 from sadsl.terms.heads import Heads
@@ -27,6 +30,9 @@ from sadsl.terms.softmax import Softmax
 from sadsl.terms.summaries import Summaries
 from sadsl.text.specs import any_term
 
+# Devices have the same work if the busiest has at most so much more than the mean.
+EVEN = 1.05
+
 
 @dataclass(frozen=True)
 class ShardPart:
@@ -35,14 +41,17 @@ class ShardPart:
     Attributes:
       spec: the part.
       route: how its keys travel; None if something else does.
-      received: the bytes that each device receives in a forward pass.
+      received: the bytes of queries, keys and values, or of what travels instead, that
+        each device receives in a forward pass.
       instead: what travels if no keys do.
+      imbalance: the work of the busiest device over the mean; None if not counted.
     """
 
     spec: Spec
     route: Route | None
     received: int
     instead: str = "the state, in a scan"
+    imbalance: float | None = None
 
     @property
     def how(self) -> str:
@@ -75,9 +84,9 @@ class ShardPlan:
 
     @property
     def imbalance(self) -> float:
-        """The work of the busiest device over the mean; 1 where it is not counted."""
-        found = [p.route.balance for p in self.parts if p.route is not None]
-        return max((x.after for x in found if x is not None), default=1.0)
+        """The work of the busiest device over the mean, for the worst counted part."""
+        found = [part.imbalance for part in self.parts if part.imbalance is not None]
+        return max(found, default=1.0)
 
     def __str__(self) -> str:
         shards = self.shards
@@ -93,6 +102,8 @@ class ShardPlan:
                     f"    busiest device over the mean: {even.before:.2f} in order, "
                     f"{even.after:.2f} with moved queries"
                 )
+            elif (part.imbalance or 1) > EVEN:
+                lines.append(f"    busiest device over the mean: {part.imbalance:.2f}")
         rows = [
             ("this plan", self.received),
             ("all keys, as a ring or a gather", self.all_keys),
@@ -142,9 +153,7 @@ def shard_plan(
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     sizes = {"seq_len": seq_len, "num_shards": num_shards, "num_heads": num_heads}
     sizes |= {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+    checks.positive(sizes)
     shards = Shards(num_shards, seq_len, seq_len)
     heads, dims = (num_heads, num_kv_heads), (head_dim, head_dim)
     call = ShardSizes(shards, *heads, *dims, np.dtype(dtype).itemsize)
@@ -171,12 +180,25 @@ def _(spec: Any, call: ShardSizes) -> Iterator[ShardPart]:
     axes = operand_axes(term, {}).values()
     found = route(term, call, reads_heads=any(x.head_axis is not None for x in axes))
     plain = isinstance(term, Softmax) and term == Softmax(term.map)
-    yield ShardPart(term.map if plain else term, found, found.received)
+    own = _imbalance(term, found, call)
+    yield ShardPart(term.map if plain else term, found, found.received, imbalance=own)
+
+
+def _imbalance(term: Any, found: Route, call: ShardSizes) -> float:
+    """The work of the busiest device over the mean."""
+    if found.way in ("heads", "whole"):
+        return 1.0
+    if found.balance is not None:
+        return found.balance.after
+    return imbalance(maps_of(term, call.shards, call.q_heads), call.shards)
 
 
 @_parts.register
 def _(spec: Over, call: ShardSizes) -> Iterator[ShardPart]:
-    """All devices have the entries."""
+    """All devices have the entries; choices among them need all queries."""
+    if selections_of(spec.map):
+        yield from _parts.dispatch(object)(spec, call)
+        return
     yield ShardPart(spec, Route("parts", Exchange(call.shards)), 0)
 
 

@@ -8,7 +8,7 @@ from sharded_calls import Case, arrays, compared, floats, ids, integers_of
 
 import sadsl as sa
 from lowering import pipeline
-from lowering.partition.balance import balance, work_of_chunks
+from lowering.partition.balance import balance, imbalance, work_by_rows
 from lowering.partition.shards import Shards
 from lowering.problem import Problem
 from sadsl.sharding import routes
@@ -118,10 +118,18 @@ def test_even_maps_stay(spec):
 def test_every_chunk_has_one_shard_and_work_is_counted_in_pairs():
     n, spec = 1024, C & (sa.window(300) | sa.strided(64))
     shards = Shards(8, n, n)
-    work = work_of_chunks(maps_of(spec, n), shards)
+    work = work_by_rows(maps_of(spec, n), shards, 64)
     dense = np.asarray(spec.dense(n))[0].reshape(16, 64, -1, shards.granule)
     visited = dense.any(axis=(1, 3)).sum(axis=1)
     full = dense.all(axis=(1, 3)).sum(axis=1)
     np.testing.assert_allclose(work, (visited + full) / 2)
+    by_shard = work.reshape(8, 2).sum(axis=1)
+    assert imbalance(maps_of(spec, n), shards) == pytest.approx(
+        by_shard.max() / by_shard.mean(), rel=0.1
+    )
+    both = maps_of(spec, n) + maps_of(C, n)
+    np.testing.assert_allclose(
+        work_by_rows(both, shards, 64), work + work_by_rows(both[1:], shards, 64)
+    )
     found = balance(maps_of(C, n), shards)
     assert sorted(c for pair in found.chunks for c in pair) == list(range(16))
