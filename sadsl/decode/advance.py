@@ -195,10 +195,7 @@ def _(term: Heads, state: tuple, new: NewTokens) -> tuple[Outcome, tuple]:
         outcome, after = advance(part, state[i], own)
         found.append(outcome)
         states.append(after)
-    lses = [x.lse for x in found if x.lse is not None]
-    lse = jnp.concatenate(lses, axis=1) if len(lses) == len(found) else None
-    out = jnp.concatenate([x.out for x in found], axis=2)
-    return Outcome(out, lse), tuple(states)
+    return merging.beside(found), tuple(states)
 
 
 def _of_heads(seen: Seen | None, part: int, new: NewTokens, term: Heads) -> Seen | None:

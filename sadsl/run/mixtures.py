@@ -1,77 +1,82 @@
 """Runs mixtures: each part by its own rule, then their merge, mean or gated sum."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from lowering.problem import Problem
 from sadsl.run import dropout_seeds, merging
 from sadsl.run.attend import attend
 from sadsl.run.options import problem_of
 from sadsl.run.types import QKV, Outcome, Setting
-from sadsl.terms.base import read_by
+from sadsl.terms.base import Spec, read_by
 from sadsl.terms.mixtures import Average, Gated, Joint, Mixture, Weighted, members_of
 from sadsl.terms.overlaps import Member
 
-
-@attend.register
-def _(term: Joint, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> Outcome:
-    """One softmax over all parts: the outcomes of disjoint members, merged.
-
-    Raises:
-      ValueError: two terms share pairs, and the later one cannot give them up.
-    """
-
-    def of_member(member: Member) -> Outcome:
-        mine: Mapping[str, Any] = read_by(member.term, given)
-        if member.draw:
-            mine = dropout_seeds.of_part(mine, member.draw)
-        return weighed(attend(member.term, inputs, mine, setting), member.log_weight)
-
-    members = members_of(term, problem_of(inputs, setting))
-    found = [of_member(member) for member in members]
-    return found[0] if len(found) == 1 else merging.merge(found)
+# Runs a part of a mixture on given arrays.
+OfPart: TypeAlias = Callable[[Spec, Mapping[str, Any]], Outcome]
 
 
-@attend.register
-def _(
-    term: Average, inputs: QKV, given: Mapping[str, Any], setting: Setting
-) -> Outcome:
-    """The mean of the outputs of the parts."""
-    return Outcome(merging.mean(_outputs(term, inputs, given, setting)), None)
-
-
-@attend.register
-def _(term: Gated, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> Outcome:
-    """The sum of the outputs of the parts, each multiplied by its gate.
+@attend.register(Joint)
+@attend.register(Average)
+@attend.register(Gated)
+@attend.register(Weighted)
+def _(term: Any, inputs: QKV, given: Mapping[str, Any], setting: Setting) -> Outcome:
+    """Each part on the arrays that it reads.
 
     Raises:
-      ValueError: the gates are missing, or have another shape.
+      ValueError: terms share pairs that cannot be given up, or gates do not fit.
     """
-    gates = gates_of(term, given, inputs[0])
-    outputs = _outputs(term, inputs, given, setting)
-    return Outcome(merging.gated_sum(outputs, gates), None)
+
+    def of_part(part: Spec, given: Mapping[str, Any]) -> Outcome:
+        return attend(part, inputs, read_by(part, given), setting)
+
+    return combined(term, inputs[0], given, problem_of(inputs, setting), of_part)
 
 
-@attend.register
-def _(
-    term: Weighted, inputs: QKV, given: Mapping[str, Any], setting: Setting
+def combined(
+    term: Any, q: Array, given: Mapping[str, Any], problem: Problem, of_part: OfPart
 ) -> Outcome:
-    """The output of the term, and its lse plus the logarithm of the weight."""
-    mine = read_by(term.term, given)
-    return weighed(attend(term.term, inputs, mine, setting), term.log_weight)
+    """The outcome of a mixture, whose parts ``of_part(part, given)`` runs.
+
+    ``problem`` has the sizes of the whole call, of which ``q`` may be a shard.
+
+    Raises:
+      ValueError: terms share pairs that cannot be given up, or gates do not fit.
+      TypeError: the term is no mixture.
+    """
+    match term:
+        case Joint():
+            # One softmax over all parts: disjoint members, merged.
+            found = [
+                _of_member(each, given, of_part) for each in members_of(term, problem)
+            ]
+            return found[0] if len(found) == 1 else merging.merge(found)
+        case Average():
+            return Outcome(merging.mean(_outputs(term, given, of_part)), None)
+        case Gated():
+            gates = gates_of(term, given, q)
+            outputs = _outputs(term, given, of_part)
+            return Outcome(merging.gated_sum(outputs, gates), None)
+        case Weighted():
+            return weighed(of_part(term.term, given), term.log_weight)
+    raise TypeError(f"{term!r} is no mixture")
+
+
+def _of_member(member: Member, given: Mapping[str, Any], of_part: OfPart) -> Outcome:
+    mine = dropout_seeds.of_part(given, member.draw) if member.draw else given
+    return weighed(of_part(member.term, mine), member.log_weight)
 
 
 def _outputs(
-    term: Mixture, inputs: QKV, given: Mapping[str, Any], setting: Setting
+    term: Mixture, given: Mapping[str, Any], of_part: OfPart
 ) -> tuple[Array, ...]:
     """The outputs of all parts; dropout draws anew for each part."""
-    shares = [read_by(part, given) for part in term.terms]
-    keyed = (dropout_seeds.of_part(mine, i) for i, mine in enumerate(shares))
     return tuple(
-        attend(part, inputs, mine, setting).out
-        for part, mine in zip(term.terms, keyed, strict=True)
+        of_part(part, dropout_seeds.of_part(given, i)).out
+        for i, part in enumerate(term.terms)
     )
 
 

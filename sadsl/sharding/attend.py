@@ -1,17 +1,18 @@
 """``attend_shard``: a generic function with one rule for each kind of term."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import singledispatch
+from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from lowering.problem import Problem
 from sadsl.maps.base import IndexMap
 from sadsl.run import dropout_seeds, merging, traced_offset
 from sadsl.run.attend import attend
 from sadsl.run.heads import slices
-from sadsl.run.mixtures import gates_of, weighed
+from sadsl.run.mixtures import combined
 from sadsl.run.over import entries_of
 from sadsl.run.softmax import sinks_of
 from sadsl.run.types import Outcome
@@ -27,9 +28,7 @@ from sadsl.terms.mixtures import (
     Average,
     Gated,
     Joint,
-    Mixture,
     Weighted,
-    members_of,
 )
 from sadsl.terms.moved import OFFSET, PairPlaces
 from sadsl.terms.over import Over
@@ -78,32 +77,19 @@ def _(term: Over, shard: Shard) -> Outcome:
     return attend(placed, shard.inputs, read_by(placed, given), shard.setting)
 
 
-@attend_shard.register
-def _(term: Joint, shard: Shard) -> Outcome:
-    """One softmax over all parts: those of the whole call, merged."""
-    found = []
-    for member in members_of(term, _problem(shard)):
-        own = shard
-        if member.draw:
-            own = replace(shard, given=dropout_seeds.of_part(shard.given, member.draw))
-        found.append(weighed(attend_shard(member.term, own), member.log_weight))
-    return found[0] if len(found) == 1 else merging.merge(found)
+@attend_shard.register(Joint)
+@attend_shard.register(Average)
+@attend_shard.register(Gated)
+@attend_shard.register(Weighted)
+def _(term: Any, shard: Shard) -> Outcome:
+    """The parts of the whole call, each over its own keys."""
+    q, shards = shard.inputs[0], shard.shards
+    problem = Problem(shards.q_seq_len, shards.kv_seq_len, q.shape[2])
 
+    def of_part(part: Spec, given: Mapping[str, Any]) -> Outcome:
+        return attend_shard(part, replace(shard, given=given))
 
-@attend_shard.register
-def _(term: Average, shard: Shard) -> Outcome:
-    return Outcome(merging.mean(_outputs(term, shard)), None)
-
-
-@attend_shard.register
-def _(term: Gated, shard: Shard) -> Outcome:
-    gates = gates_of(term, shard.given, shard.inputs[0])
-    return Outcome(merging.gated_sum(_outputs(term, shard), gates), None)
-
-
-@attend_shard.register
-def _(term: Weighted, shard: Shard) -> Outcome:
-    return weighed(attend_shard(term.term, shard), term.log_weight)
+    return combined(term, q, shard.given, problem, of_part)
 
 
 @attend_shard.register
@@ -114,21 +100,4 @@ def _(term: Heads, shard: Shard) -> Outcome:
         given = dropout_seeds.of_part(shard.given, i)
         own = replace(shard.with_inputs(*inputs), given=given)
         found.append(attend_shard(part, own))
-    lses = [x.lse for x in found if x.lse is not None]
-    lse = jnp.concatenate(lses, axis=1) if len(lses) == len(found) else None
-    return Outcome(jnp.concatenate([x.out for x in found], axis=2), lse)
-
-
-def _outputs(term: Mixture, shard: Shard) -> tuple[Array, ...]:
-    """The outputs of all parts; dropout draws anew for each part."""
-    found = []
-    for i, part in enumerate(term.terms):
-        given = dropout_seeds.of_part(shard.given, i)
-        found.append(attend_shard(part, replace(shard, given=given)).out)
-    return tuple(found)
-
-
-def _problem(shard: Shard) -> Problem:
-    """The sizes of the whole call."""
-    heads = shard.inputs[0].shape[2]
-    return Problem(shard.shards.q_seq_len, shard.shards.kv_seq_len, heads)
+    return merging.beside(found)

@@ -79,7 +79,7 @@ def sharded_attention(
     functions, arrays = _kinds(given)
     arrays |= _log_decays(term, axes, q.shape[1])
     if axes.size(heads) > 1:
-        term = of_local_heads(term, q.shape[2])
+        term = any_term(of_local_heads(term, q.shape[2]))
     known = operand_axes(term, arrays)
     arrays |= _with_batch_axis(known, arrays, len(q))
     rate = checks.dropout(dropout_rate, dropout_key)

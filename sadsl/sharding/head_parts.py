@@ -5,7 +5,6 @@ the slopes of ``alibi()``, reads the number of each local head from an array.
 """
 
 from dataclasses import dataclass, replace
-from functools import singledispatch
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,12 +19,11 @@ from sadsl.maps.base import IndexMap
 from sadsl.maps.numbers import Real
 from sadsl.maps.symbols import Symbol, Truth
 from sadsl.selections.base import selections_of
+from sadsl.terms.base import Spec, Term
 from sadsl.terms.biases import Bias
+from sadsl.terms.changed import Change, changed
 from sadsl.terms.channel import Channel
 from sadsl.terms.heads import Heads
-from sadsl.terms.latent import Latent
-from sadsl.terms.local_linear import LocalLinear
-from sadsl.terms.mixtures import Mixture, Weighted
 from sadsl.terms.over import Over
 from sadsl.terms.recurrent import Recurrent
 from sadsl.terms.softmax import Softmax
@@ -106,21 +104,22 @@ def _at_head(node: Any) -> Any:
     return ir.rewrite(node, rule)
 
 
-@singledispatch
-def of_local_heads(spec: Any, num_heads: int) -> Any:
+def of_local_heads(spec: Spec, num_heads: int) -> Spec:
     """The spec for the heads of one device; ``num_heads`` are those of the whole call.
 
     Raises:
       NotImplementedError: its heads may depend on one another, or have several rules.
     """
-    raise NotImplementedError(
-        f"heads=... with {spec!r}: its arrays or choices may belong to several heads: "
-        "use heads=None, and deal batch or sequence"
+    change = Change(
+        "heads=...",
+        lambda pairs: _local_map(pairs, num_heads),
+        lambda bias: _local_bias(bias, num_heads),
+        lambda term: _local_term(term, num_heads),
     )
+    return changed(spec, change)
 
 
-@of_local_heads.register
-def _(spec: IndexMap, num_heads: int) -> IndexMap:
+def _local_map(spec: IndexMap, num_heads: int) -> IndexMap:
     _check_choices(spec)
     if not _depends(spec.node):
         return spec
@@ -141,8 +140,7 @@ def _check_choices(spec: IndexMap) -> None:
             )
 
 
-@of_local_heads.register
-def _(spec: Bias, num_heads: int) -> Bias:
+def _local_bias(spec: Bias, num_heads: int) -> Bias:
     score = spec.score(num_heads)
     atoms = [x for x in nodes.walk(score) if isinstance(x, nodes.ATOMS)]
     by_head = any(
@@ -154,42 +152,24 @@ def _(spec: Bias, num_heads: int) -> Bias:
     return LocalBias(spec, num_heads) if by_head else spec
 
 
-@of_local_heads.register
-def _(spec: Softmax, num_heads: int) -> Softmax:
-    bias, scale = (
-        None if x is None else of_local_heads(x, num_heads)
-        for x in (spec.bias, spec.scale)
-    )
-    own = of_local_heads(spec.map, num_heads)
-    return replace(spec, map=own, bias=bias, scale=scale)
+def _local_term(term: Term, num_heads: int) -> Spec | None:
+    """Terms whose parts alone do not say what their local heads are."""
+    match term:
+        case Channel():
+            return term
+        case Over():
+            return replace(term, map=_local_map(term.map, num_heads))
+        case Heads():
+            return _one_map(term, num_heads)
+        case Recurrent(decay=tuple(decay)) if len(decay) > 1:
+            # Decays by head become an operand of the local heads.
+            return replace(term, decay=DECAYS)  # pyrefly: ignore
+        case Recurrent():
+            return term
+    return None
 
 
-@of_local_heads.register(LocalLinear)
-@of_local_heads.register(Over)
-def _(spec: Any, num_heads: int) -> Any:
-    return replace(spec, map=of_local_heads(spec.map, num_heads))
-
-
-@of_local_heads.register(Latent)
-@of_local_heads.register(Weighted)
-def _(spec: Any, num_heads: int) -> Any:
-    return replace(spec, term=of_local_heads(spec.term, num_heads))
-
-
-@of_local_heads.register
-def _(spec: Mixture, num_heads: int) -> Mixture:
-    parts = tuple(of_local_heads(part, num_heads) for part in spec.terms)
-    return replace(spec, terms=parts)
-
-
-@of_local_heads.register
-def _(spec: Channel, num_heads: int) -> Channel:
-    del num_heads
-    return spec
-
-
-@of_local_heads.register
-def _(spec: Heads, num_heads: int) -> IndexMap | Softmax:
+def _one_map(spec: Heads, num_heads: int) -> IndexMap:
     """One map for all heads, if all parts are maps."""
     shares, first = [], 0
     for part, count in spec.shares:
@@ -212,14 +192,6 @@ def _(spec: Heads, num_heads: int) -> IndexMap | Softmax:
 def _indices(node: ir.Node) -> set[ir.Expr]:
     """The indices of the run-time arrays of a node."""
     return {i for x in ir.walk(node) if isinstance(x, ir.Operand) for i in x.index}
-
-
-@of_local_heads.register
-def _(spec: Recurrent, num_heads: int) -> Recurrent:
-    """Decays by head become an operand of the local heads."""
-    if isinstance(spec.decay, tuple) and len(spec.decay) > 1:
-        return replace(spec, decay=DECAYS)  # pyrefly: ignore
-    return spec
 
 
 def decays_of(spec: Any) -> np.ndarray | None:

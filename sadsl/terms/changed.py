@@ -6,7 +6,7 @@ from functools import singledispatch
 from typing import Any, cast
 
 from sadsl.maps.base import IndexMap
-from sadsl.terms.base import Spec
+from sadsl.terms.base import Spec, Term
 from sadsl.terms.biases import Bias
 from sadsl.terms.heads import Heads
 from sadsl.terms.latent import Latent
@@ -17,11 +17,16 @@ from sadsl.terms.softmax import Softmax
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of a map and of a bias; ``asked`` names it in errors."""
+    """What becomes of a map and of a bias; ``asked`` names it in errors.
+
+    ``of_term`` is asked first for each term. It returns None for those that change with
+    their parts.
+    """
 
     asked: str
     of_map: Callable[[IndexMap], IndexMap]
     of_bias: Callable[[Bias], Bias] = lambda bias: bias
+    of_term: Callable[[Term], Spec | None] = lambda term: None
 
 
 def changed(spec: Spec, change: Change) -> Spec:
@@ -33,20 +38,25 @@ def changed(spec: Spec, change: Change) -> Spec:
     return cast(Spec, _changed(spec, change))
 
 
+def _changed(spec: Spec, change: Change) -> Any:
+    own = change.of_term(spec) if isinstance(spec, Term) else None
+    return _by_kind(spec, change) if own is None else own
+
+
 @singledispatch
-def _changed(spec: Any, change: Change) -> Any:
+def _by_kind(spec: Any, change: Change) -> Any:
     raise NotImplementedError(
         f"{change.asked}: {spec!r} cannot take it, which only a softmax over maps and "
         "mixtures of them can: leave it out, or use such a spec"
     )
 
 
-@_changed.register
+@_by_kind.register
 def _(spec: IndexMap, change: Change) -> IndexMap:
     return change.of_map(spec)
 
 
-@_changed.register
+@_by_kind.register
 def _(spec: Softmax, change: Change) -> Softmax:
     bias, scale = (
         None if x is None else change.of_bias(x) for x in (spec.bias, spec.scale)
@@ -54,22 +64,22 @@ def _(spec: Softmax, change: Change) -> Softmax:
     return replace(spec, map=change.of_map(spec.map), bias=bias, scale=scale)
 
 
-@_changed.register
+@_by_kind.register
 def _(spec: Mixture, change: Change) -> Mixture:
     return replace(spec, terms=tuple(_changed(part, change) for part in spec.terms))
 
 
-@_changed.register(Latent)
-@_changed.register(Weighted)
+@_by_kind.register(Latent)
+@_by_kind.register(Weighted)
 def _(spec: Any, change: Change) -> Any:
     return replace(spec, term=_changed(spec.term, change))
 
 
-@_changed.register
+@_by_kind.register
 def _(spec: LocalLinear, change: Change) -> LocalLinear:
     return replace(spec, map=change.of_map(spec.map))
 
 
-@_changed.register
+@_by_kind.register
 def _(spec: Heads, change: Change) -> Heads:
     return Heads(tuple((_changed(part, change), n) for part, n in spec.shares))

@@ -190,7 +190,7 @@ def test_an_array_of_another_length():
     [
         (sa.heads((C, 2), (sa.linear("elu1"), 2)), "is no map"),
         (C & sa.topk(2, block=4, scope="overall"), "compare several heads"),
-        (sa.scatter_mean(sa.kmeans(2)), "several heads"),
+        (sa.scatter_mean(sa.kmeans(2)), "cannot take it"),
     ],
 )
 def test_heads_that_cannot_be_dealt(spec, words):
