@@ -16,7 +16,7 @@ from lm.data import Corpus
 from lm.mesh import ONE_DEVICE, check_lengths, devices_for, fitted, read_sizes
 from lm.model import ModelConfig, routing_for
 from lm.training import TrainConfig, compile_run, first_state, identity, train
-from train_runs import EXAMPLES, SPEC, losses, metrics, record, run, write_texts
+from train_runs import DIES, EXAMPLES, SPEC, losses, metrics, record, run, write_texts
 
 import sadsl as sa
 
@@ -202,19 +202,7 @@ def kill():
 
 place = int(os.environ["LAUNCH_RANK"]), int(os.environ["LAUNCH_PROCESSES"])
 
-class Metrics(train_lm.Metrics):
-    def append(self, history):
-        super().append(history)
-        if history.step == 23:
-            kill()
-
-save = JsonCheckpointHandler.async_save
-
-async def async_save(self, directory, item=None, args=None):
-    if args.item["history"]["train"][31:]:
-        kill()
-    return await save(self, directory, item, args)
-
+{DIES}
 if WHERE == {BETWEEN!r}:
     train_lm.Metrics = Metrics
 else:

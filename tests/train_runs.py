@@ -30,6 +30,22 @@ def write_texts(folder):
     return folder
 
 
+# Metrics and a writer of checkpoints that call `kill`: when the line of step 23 is
+# written, or when the second checkpoint is half written.
+DIES = """
+class Metrics(train_lm.Metrics):
+    def append(self, history):
+        super().append(history)
+        if history.step == 23:
+            kill()
+
+save = JsonCheckpointHandler.async_save
+
+async def async_save(self, directory, item=None, args=None):
+    if args.item["history"]["train"][31:]:
+        kill()
+    return await save(self, directory, item, args)
+"""
 # What the script does, until the kernel kills it. The first run is trained without
 # disturbance into a folder of its own. Then the whole command starts. It is killed when
 # the line of step 23 is written, or when the second checkpoint is half written.
@@ -47,19 +63,7 @@ from rich.console import Console
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
-class Metrics(train_lm.Metrics):
-    def append(self, history):
-        super().append(history)
-        if history.step == 23:
-            kill()
-
-save = JsonCheckpointHandler.async_save
-
-async def async_save(self, directory, item=None, args=None):
-    if args.item["history"]["train"][31:]:
-        kill()
-    return await save(self, directory, item, args)
-
+{DIES}
 def main(argv):
     asked = flags.FLAGS
     out, asked.out = asked.out, str(Path(asked.out) / "undisturbed")

@@ -45,10 +45,11 @@ def sharded_attention(
 ) -> Out | tuple[Out, Lse]:  # fmt: skip
     """``attention`` with the batch, the heads and the sequence on axes of a mesh.
 
-    The arrays are those of the whole call, and so is the result. Which keys travel to
-    the queries of a device follows from the map: none, a halo on each side, a few that
-    all share, those of some devices, or all; ``shard_plan`` shows it. Selections choose
-    among the keys of all devices, and dropout drops the weights of ``attention``.
+    Arrays and result are those of the whole call. Which keys travel to the queries of a
+    device follows from the map: none, a halo, a few that all share, those of some
+    devices, or all. Selections choose among all keys, and dropout drops the weights of
+    ``attention``. What cannot be dealt, each device computes whole; ``shard_plan`` says
+    where, and how many bytes travel.
 
     Args:
       q, k, v, spec: as in ``attention``. Lengths need not be multiples of the shards.
@@ -65,8 +66,7 @@ def sharded_attention(
       >>> import jax, jax.numpy as jnp, sadsl as sa
       >>> mesh = jax.make_mesh((1,), ("seq",))
       >>> x, v = jnp.zeros((1, 4, 1, 2)), jnp.arange(4.0).reshape(1, 4, 1, 1)
-      >>> spec = sa.causal() & sa.window(1)
-      >>> out = sa.sharded_attention(x, x, v, spec, mesh=mesh, sequence="seq")
+      >>> out = sa.sharded_attention(x, x, v, "window(1)", mesh=mesh, sequence="seq")
       >>> out[0, :, 0, 0].tolist()
       [0.0, 0.5, 1.5, 2.5]
     """
